@@ -1,0 +1,209 @@
+"""The typed configuration: one frozen section per concern, every field with the line ``--help`` prints.
+
+Field names of :class:`ModelConfig` are those of Hugging Face's ``Qwen3NextConfig``; what Hugging Face has no
+name for bears Megatron-LM's. Defaults of the model section are Qwen3-Next-80B-A3B. Rules that span fields
+live in ``config.validate``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LayerType = Literal["linear_attention", "full_attention"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, exact types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """What is run, where, and for how long."""
+
+    dir: str = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
+    steps: PositiveInt = Field(1000, description="optimizer steps to train")
+    seed: NonNegativeInt = Field(1234, description="seed of initialisation and data order")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when present")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of weights and activations; A_log, dt_bias and router stay fp32"
+    )
+    global_batch_size: PositiveInt = Field(256, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(1, description="sequences per rank and forward pass; accumulation follows")
+    max_skipped_steps: PositiveInt = Field(
+        10, description="consecutive steps with non-finite gradients before the run stops with exit code 76"
+    )
+
+
+class ModelConfig(Section):
+    """Shape and losses of the model (names of Hugging Face's Qwen3NextConfig)."""
+
+    vocab_size: PositiveInt = Field(151936, description="rows of the embedding and of the output head")
+    hidden_size: PositiveInt = Field(2048, description="width of the residual stream")
+    num_hidden_layers: PositiveInt = Field(48, description="decoder layers, MTP layers not counted")
+    num_attention_heads: PositiveInt = Field(16, description="query heads of the softmax layers")
+    num_key_value_heads: PositiveInt = Field(2, description="key and value heads of the softmax layers")
+    head_dim: PositiveInt = Field(256, description="head dimension of the softmax layers")
+    max_position_embeddings: PositiveInt = Field(262144, description="longest sequence RoPE is meant for")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of initial weights")
+    rms_norm_eps: PositiveFloat = Field(1e-6, description="epsilon of every RMSNorm")
+    tie_word_embeddings: bool = Field(False, description="share the embedding with the output head")
+    rope_theta: PositiveFloat = Field(1e7, description="base of the rotary frequencies")
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="leading fraction of head_dim that RoPE rotates"
+    )
+    linear_conv_kernel_dim: Annotated[int, Field(ge=2)] = Field(4, description="width of the GDN causal convolution")
+    linear_key_head_dim: PositiveInt = Field(128, description="GDN key and query head dimension")
+    linear_value_head_dim: PositiveInt = Field(128, description="GDN value head dimension")
+    linear_num_key_heads: PositiveInt = Field(16, description="GDN key and query heads")
+    linear_num_value_heads: PositiveInt = Field(32, description="GDN value heads, a multiple of the key heads")
+    full_attention_interval: PositiveInt = Field(
+        4, description="every N-th layer is softmax attention; read only when layer_types is not given"
+    )
+    layer_types: list[LayerType] = Field(
+        default_factory=list, description="mixer of each layer; empty: follows full_attention_interval"
+    )
+    attention_output_gate: bool = Field(True, description="softmax attention output times sigmoid of a gate")
+    num_experts: PositiveInt = Field(512, description="routed experts per layer")
+    num_experts_per_tok: PositiveInt = Field(10, description="experts each token is sent to")
+    norm_topk_prob: bool = Field(True, description="renormalise the chosen experts' probabilities to sum to 1")
+    moe_intermediate_size: PositiveInt = Field(512, description="hidden width of one routed expert")
+    shared_expert_intermediate_size: NonNegativeInt = Field(512, description="shared expert width, 0 for none")
+    shared_expert_gate: bool = Field(True, description="shared expert output times sigmoid of a gate")
+    router_aux_loss_coef: NonNegativeFloat = Field(1e-3, description="weight of the load-balancing loss, per layer")
+    router_aux_loss_scope: Literal["sequence", "micro_batch", "global"] = Field(
+        "global",
+        description="over what expert loads are counted: each row, the micro-batch of all ranks, or all ranks and "
+        "the accumulation so far",
+    )
+    router_z_loss_coef: NonNegativeFloat = Field(0.0, description="weight of the router z-loss, per layer")
+    mtp_num_layers: NonNegativeInt = Field(1, description="multi-token prediction depths, 0 for none")
+    mtp_loss_scaling_factor: NonNegativeFloat = Field(0.1, description="weight of the MTP loss, shared by the depths")
+
+
+class SourceConfig(Section):
+    """One training source and its share of the samples."""
+
+    source: str = Field(description="builtin:python-stdlib, a .bin/.idx prefix, a file or glob, or a HF dataset name")
+    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
+    text_field: str = Field("text", description="column or JSON field that holds the text")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+
+
+class DataConfig(Section):
+    """Where tokens come from and how rows are cut from them."""
+
+    sources: list[SourceConfig] = Field(
+        default_factory=lambda: [SourceConfig(source="builtin:python-stdlib")],
+        description="training sources: one name, a list of names, or a list of {source, weight, text_field, split}",
+    )
+    validation_sources: list[SourceConfig] = Field(
+        default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
+    )
+    validation_fraction: Fraction = Field(0.02, description="documents held out by hash of their name or content")
+    tokenizer: str = Field("builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k")
+    sequence_length: PositiveInt = Field(4096, description="tokens per row")
+    isolate_documents: bool = Field(
+        True, description="documents packed into a row never see each other; false: a row is one sequence"
+    )
+    cache_dir: str = Field("", description="token store cache; empty: the user's cache directory")
+    num_prefetch_steps: NonNegativeInt = Field(2, description="steps of batches prepared ahead in a thread")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: NonNegativeFloat = Field(3e-4, description="peak learning rate")
+    beta1: Fraction = Field(0.9, description="decay of the first moment")
+    beta2: Fraction = Field(0.95, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay")
+    apply_wd_to_qk_layernorm: bool = Field(
+        True, description="decay the q/k norm weights although they are one-dimensional (Megatron's Qwen3-Next rule)"
+    )
+    clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm to clip to, 0 for no clipping")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="shape after the warm-up")
+    warmup_steps: NonNegativeInt = Field(500, description="steps of linear warm-up from 0")
+    decay_steps: NonNegativeInt = Field(
+        0, description="linear, cosine: step at which min_lr is reached; wsd: length of the final decay; 0: run.steps, "
+        "for wsd a tenth of it"
+    )
+    min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
+
+
+class ParallelConfig(Section):
+    """Layout over processes; the data-parallel size is the world size."""
+
+    expert_parallel_size: PositiveInt = Field(1, description="ranks that share one set of experts")
+    zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+
+
+class KernelsConfig(Section):
+    """Backend of each operation; auto takes the reference on CPU and the fastest present on CUDA."""
+
+    gated_delta_rule: Literal["auto", "reference", "fla"] = Field("auto", description="gated delta rule")
+    causal_conv1d: Literal["auto", "reference", "fla"] = Field("auto", description="GDN short convolution")
+    varlen_attention: Literal["auto", "reference", "flash"] = Field("auto", description="softmax attention")
+    grouped_matmul: Literal["auto", "reference", "grouped_mm"] = Field("auto", description="expert matrix products")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    interval: NonNegativeInt = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
+    keep: PositiveInt = Field(3, description="newest complete checkpoints kept")
+    max_failures: PositiveInt = Field(3, description="consecutive failed saves before the run stops with exit code 74")
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online when a key is present, else offline"
+    )
+    project: str = Field("qwen3next", description="project name")
+    entity: str = Field("", description="team or user; empty: the account's default")
+    name: str = Field("", description="run name; empty: the run directory's name")
+    tags: list[str] = Field(default_factory=list, description="tags of the run")
+
+
+class LoggingConfig(Section):
+    """Console, metrics.jsonl and wandb."""
+
+    interval: PositiveInt = Field(1, description="steps between logged steps")
+    layer_interval: NonNegativeInt = Field(50, description="steps between per-layer MoE statistics, 0 for never")
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
+
+
+class EvalConfig(Section):
+    """Validation during training."""
+
+    interval: NonNegativeInt = Field(0, description="steps between validations, 0 for never")
+    rows: PositiveInt = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="what is run, where, how long")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="shape and losses of the model")
+    data: DataConfig = Field(default_factory=DataConfig, description="tokens and rows")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over steps")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="layout over processes")
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig, description="backend of each operation")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saving and resuming")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="console, metrics.jsonl, wandb")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="validation during training")

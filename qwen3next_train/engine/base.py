@@ -1,0 +1,102 @@
+"""What the train loop and the checkpoint layer know of an engine; no DeepSpeed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+import torch
+
+from qwen3next_train.batch import PackedBatch
+
+FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
+FRAGMENT_KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
+
+ReadFragment = Callable[[str, FragmentKind, int, int], torch.Tensor]
+"""``read(name, kind, start, stop)``: fp32 elements ``[start, stop)`` of the flattened logical tensor."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The piece of one parameter's training state that this rank owns.
+
+    The fragments of all ranks tile every logical tensor (all experts stacked) exactly once, at any world
+    size, expert-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
+
+    Args:
+        name: logical parameter name (``accounting.params``).
+        start: offset of the first element in the flattened logical tensor.
+        tensors: fp32 ``[numel]`` views of master weight and Adam moments, by kind.
+    """
+
+    name: str
+    start: int
+    tensors: dict[FragmentKind, torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of each tensor."""
+        return self.tensors["master"].numel()
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over the whole global batch of one step, known before its first forward pass.
+
+    Args:
+        num_targets: real labels by prediction depth (``batch.PackedBatch.num_targets``), over all ranks.
+        num_tokens: tokens of all rows.
+        sum_squared_lengths: sum of the squared lengths of all document pieces.
+        num_micro_batches: micro-batches of all ranks.
+    """
+
+    num_targets: tuple[int, ...]
+    num_tokens: int
+    sum_squared_lengths: int
+    num_micro_batches: int
+
+
+class Report(Enum):
+    """How much of a step's metrics to reduce and copy to the host."""
+
+    NONE = 0
+    SUMMARY = 1
+    LAYERS = 2
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step produced, the same on all ranks.
+
+    Args:
+        metrics: values by metric name (``loss/lm``, ``optim/grad_norm``, ``moe/...``); empty when no
+            report was asked for.
+        skipped: the update was left out because a gradient was not finite.
+    """
+
+    metrics: dict[str, float]
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Owner of model, optimizer and their sharding."""
+
+    def train_step(
+        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer update."""
+
+    def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
+        """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of the training state."""
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates Adam has made (skipped steps not counted)."""
+
+    def load_state(self, read: ReadFragment, optimizer_step: int) -> None:
+        """Fill weights, master weights and moments from a checkpoint of any layout."""

@@ -1,0 +1,38 @@
+"""The DeepSpeed configuration of a run, as a pure function of ours. DeepSpeed is not imported here.
+
+Users never write DeepSpeed JSON: DeepSpeed accepts unknown and ill-typed keys silently, so everything is
+validated by our schema and generated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3next_train.config.schema import Config
+
+
+def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary.
+
+    DeepSpeed's own ``bf16`` mode stays off because it would cast every parameter, the fp32 router, ``A_log``
+    and ``dt_bias`` included (DeepSpeed issue 7747): the model arrives already cast. Gradients are then
+    accumulated and reduced in fp32. ``gradient_clipping`` is always written, since its absence means 1.0.
+
+    Args:
+        config: the resolved configuration.
+        num_micro_batches: forward-backward passes per optimizer step on each rank.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": config.run.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": config.optimizer.clip_grad,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 200_000_000,
+            "allgather_bucket_size": 200_000_000,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }

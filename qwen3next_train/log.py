@@ -1,0 +1,38 @@
+"""The one logger of the package: plain lines on stderr from rank 0, errors from every rank.
+
+``metrics.console`` adds the run directory's ``log.txt`` as a second handler.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+LOGGER_NAME = "qwen3next_train"
+
+
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Looks up ``sys.stderr`` at every record, so that redirections (tests, progress bars) are honoured."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[no-untyped-def, override]
+        """The current ``sys.stderr``."""
+        return sys.stderr
+
+
+def get_logger() -> logging.Logger:
+    """Return the package logger, configured on first use from the ``RANK`` environment variable."""
+    logger = logging.getLogger(LOGGER_NAME)
+    if not logger.handlers:
+        rank = int(os.environ.get("RANK", "0"))
+        handler = _StderrHandler()
+        prefix = "" if rank == 0 else f"[rank {rank}] "
+        handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        logger.propagate = False
+    return logger

@@ -1,0 +1,55 @@
+import math
+
+import pytest
+
+from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.optim.schedule import learning_rate
+
+
+def _config(kind: str, *, warmup: int = 10, decay: int = 0, steps: int = 110) -> Config:
+    return Config(
+        run=RunConfig(steps=steps),
+        optimizer=OptimizerConfig(lr=1.0),
+        schedule=ScheduleConfig(kind=kind, warmup_steps=warmup, decay_steps=decay, min_lr=0.1),
+    )
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_warmup_is_linear_and_reaches_the_peak_at_its_last_step(kind: str) -> None:
+    config = _config(kind)
+    assert [learning_rate(config, step) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
+
+
+def test_constant_stays() -> None:
+    assert learning_rate(_config("constant"), 110) == 1.0
+
+
+def test_linear_is_half_way_at_half_the_span_and_stays_at_the_end() -> None:
+    config = _config("linear")
+    assert learning_rate(config, 60) == pytest.approx(0.55)
+    assert learning_rate(config, 110) == pytest.approx(0.1)
+    assert learning_rate(config, 500) == pytest.approx(0.1)
+
+
+def test_cosine_equals_the_formula_at_a_quarter() -> None:
+    expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.25))
+    assert learning_rate(_config("cosine"), 35) == pytest.approx(expected)
+
+
+def test_cosine_ends_at_decay_steps_not_at_the_end_of_the_run() -> None:
+    assert learning_rate(_config("cosine", decay=60), 60) == pytest.approx(0.1)
+
+
+def test_wsd_is_flat_then_falls_over_the_last_steps() -> None:
+    config = _config("wsd", decay=20)
+    assert [learning_rate(config, step) for step in (50, 90, 100, 110)] == pytest.approx([1.0, 1.0, 0.55, 0.1])
+
+
+def test_wsd_decays_over_a_tenth_of_the_run_by_default() -> None:
+    config = _config("wsd")
+    assert learning_rate(config, 99) == 1.0
+    assert learning_rate(config, 100) < 1.0
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(_config("cosine", warmup=0), 0) == 1.0

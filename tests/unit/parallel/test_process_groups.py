@@ -1,0 +1,37 @@
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qwen3next_train.errors import ConfigError
+from qwen3next_train.parallel.process_groups import process_context, select_device
+
+
+def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto", 0) == torch.device("cpu")
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="run.device: cuda is not available"):
+        select_device("cuda", 0)
+
+
+def test_more_local_ranks_than_gpus_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU, this machine has 2"):
+        select_device("cuda", 2)
+
+
+def test_one_process_without_a_launcher_gets_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR"):
+        monkeypatch.delenv(variable, raising=False)
+    with process_context("cpu") as context:
+        assert (context.rank, context.world_size, context.local_rank) == (0, 1, 0)
+        assert context.control.sum_ints([3, 4]) == [3, 4]
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
+        assert dist.get_backend() == "gloo"
+    assert not dist.is_initialized()

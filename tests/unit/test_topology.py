@@ -1,0 +1,25 @@
+import pytest
+
+from qwen3next_train.errors import ConfigError
+from qwen3next_train.topology import Topology
+
+
+def test_experts_of_all_ranks_of_an_expert_group_partition_the_experts() -> None:
+    owned = [list(Topology(8, rank, 4).local_experts(16)) for rank in range(8)]
+    assert sum(owned[:4], []) == list(range(16))
+    assert owned[:4] == owned[4:]
+
+
+def test_expert_data_parallel_size_counts_the_copies() -> None:
+    assert Topology(8, 5, 4).expert_data_parallel_size == 2
+    assert Topology(8, 5, 4).expert_parallel_rank == 1
+
+
+def test_size_that_does_not_divide_the_world_is_refused_with_both_values() -> None:
+    with pytest.raises(ConfigError, match=r"expert_parallel_size: 3 does not divide the world size 8"):
+        Topology(8, 0, 3)
+
+
+def test_size_that_does_not_divide_the_experts_is_refused_with_both_values() -> None:
+    with pytest.raises(ConfigError, match=r"expert_parallel_size: 4 does not divide model.num_experts 6"):
+        Topology(4, 0, 4).local_experts(6)
