@@ -94,9 +94,5 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""
 
-    @property
-    def optimizer_step(self) -> int:
-        """Updates Adam has made (skipped steps not counted)."""
-
     def load_state(self, read: ReadFragment, optimizer_step: int) -> None:
         """Fill weights, master weights and moments from a checkpoint of any layout."""

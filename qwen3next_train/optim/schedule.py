@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from qwen3next_train.config.schema import Config, ScheduleConfig
+from qwen3next_train.config.validate import wsd_decay_steps
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -30,6 +31,5 @@ def learning_rate(config: Config, step: int) -> float:
 def _decay_span(schedule: ScheduleConfig, run_steps: int) -> tuple[int, int]:
     """First and last step of the decay."""
     if schedule.kind == "wsd":
-        length = schedule.decay_steps or max(run_steps // 10, 1)
-        return run_steps - length, run_steps
+        return run_steps - wsd_decay_steps(schedule, run_steps), run_steps
     return schedule.warmup_steps, schedule.decay_steps or run_steps

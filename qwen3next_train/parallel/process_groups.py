@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.errors import ConfigError, PeerLostError
+from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
+_CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+_PREPARATION_TIMEOUT = datetime.timedelta(days=7)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,19 @@ class ProcessContext:
         rank: global rank.
         world_size: number of processes.
         local_rank: rank inside the node.
+        local_world_size: processes on this node.
         device: where the model lives.
         control: host-side agreements between all ranks.
+        preparation: the same, patient enough for one rank to tokenise a corpus.
     """
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     device: torch.device
     control: ControlGroup
+    preparation: ControlGroup
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
@@ -97,15 +106,45 @@ def process_context(device_name: str) -> Iterator[ProcessContext]:
             "check the master address and port and that every node started"
         ) from error
     try:
-        yield ProcessContext(rank, world_size, local_rank, device, _control_group(world_size))
+        control = _control_group(world_size, _CONTROL_TIMEOUT)
+        preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
+        local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation)
     finally:
         dist.destroy_process_group()
 
 
-def _control_group(world_size: int) -> ControlGroup:
+def first_on_each_node(context: ProcessContext, prepare: Callable[[], T]) -> T:
+    """Run ``prepare`` on the first rank of every node, then on the others, which find its work done.
+
+    Raises:
+        TrainError: what the first failing rank raised, on every rank.
+    """
+    result, failure = None, None
+    if context.local_rank == 0:
+        try:
+            result = prepare()
+        except TrainError as error:
+            failure = error
+    outcomes = context.preparation.gather_json(
+        None if failure is None else [type(failure).__name__, str(failure)]
+    )
+    if failure is not None:
+        raise failure
+    reported = next((outcome for outcome in outcomes if outcome), None)
+    if reported is not None:
+        raise _error_of_name(reported[0])(reported[1])
+    return prepare() if result is None else result
+
+
+def _error_of_name(name: str) -> type[TrainError]:
+    return next((kind for kind in TrainError.__subclasses__() if kind.__name__ == name), TrainError)
+
+
+def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
     if world_size == 1:
         return SingleProcess()
-    return GlooControlGroup(dist.new_group(backend="gloo"))
+    return GlooControlGroup(dist.new_group(backend="gloo", timeout=timeout))
 
 
 def _first_line(error: BaseException) -> str:

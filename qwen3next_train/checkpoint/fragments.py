@@ -1,0 +1,274 @@
+"""Training state as fragments of logical tensors: written one file a rank, read at any other layout.
+
+A rank's file holds, for each fragment it owns, one flat fp32 tensor a kind under the key ``<parameter>/<offset>/
+<kind>``, and the rank's own small tensors under ``rank/<name>``. Which file holds what stands in the manifest, so
+finding the owners of a range costs no file access, however many ranks wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwen3next_train.accounting.params import ParamSpec
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, Filesystem
+from qwen3next_train.checkpoint.manifest import FileEntry, Manifest
+from qwen3next_train.checkpoint.tensor_file import (
+    StoredTensor,
+    open_tensor_file,
+    tensor_file_bytes,
+    write_tensor_file,
+)
+from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
+from qwen3next_train.errors import CheckpointError, DivergedError
+
+MAX_OPEN_FILES = 128
+_RANK_PREFIX = "rank/"
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank puts into a checkpoint, ready to be written.
+
+    Args:
+        fragments: the rank's fragments, none empty.
+        tensors: everything the rank's file will hold.
+        kinds: kinds of state present, the same for every fragment.
+    """
+
+    fragments: Sequence[Fragment]
+    tensors: Sequence[StoredTensor]
+    kinds: tuple[FragmentKind, ...]
+
+    @classmethod
+    def collect(cls, fragments: Iterable[Fragment], rank_tensors: Mapping[str, torch.Tensor]) -> RankShare:
+        """List what is to be written, without copying any of it.
+
+        Args:
+            fragments: this rank's fragments; imported weights without moments have ``master`` alone. Other
+                dtypes than fp32 are converted piece by piece while they are written.
+            rank_tensors: this rank's own tensors, any shape and dtype.
+
+        Raises:
+            DivergedError: an element is NaN or infinite.
+        """
+        kept = [fragment for fragment in fragments if fragment.numel]
+        kinds = tuple(kind for kind in FRAGMENT_KINDS if all(kind in fragment.tensors for fragment in kept))
+        tensors = []
+        for fragment in kept:
+            assert set(fragment.tensors) == set(kinds), f"{fragment.name}: fragments of different kinds"
+            for kind in kinds:
+                tensor = fragment.tensors[kind]
+                assert tensor.shape == (fragment.numel,), f"{fragment.name}: {kind} is not flat"
+                if not is_finite(tensor):
+                    raise DivergedError(
+                        f"{fragment.name}: {kind} is not finite in elements "
+                        f"[{fragment.start}, {fragment.start + fragment.numel})"
+                    )
+                tensors.append(StoredTensor(_key(fragment.name, fragment.start, kind), tensor, torch.float32))
+        for name, tensor in rank_tensors.items():
+            tensors.append(StoredTensor(_RANK_PREFIX + name, tensor, tensor.dtype))
+        return cls(kept, tensors, kinds)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file it makes."""
+        return tensor_file_bytes(self.tensors)
+
+
+def rank_file_name(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def write_rank_file(
+    fs: Filesystem, directory: Path, share: RankShare, *, rank: int, parameters: Sequence[ParamSpec]
+) -> FileEntry:
+    """Write a rank's file and return its manifest entry.
+
+    Raises:
+        OSError: the file cannot be written; what was written stays for the caller to remove.
+    """
+    record = write_tensor_file(fs, directory / rank_file_name(rank), share.tensors)
+    index = {spec.name: position for position, spec in enumerate(parameters)}
+    triples: list[int] = []
+    for fragment in share.fragments:
+        triples += (index[fragment.name], fragment.start, fragment.numel)
+    return FileEntry(name=record.name, size=record.size, xxh3_128=record.xxh3_128, rank=rank, fragments=triples)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, no temporary tensor."""
+    if tensor.numel() == 0:
+        return True
+    # NaN propagates through aminmax, so both extremes are finite only when everything is.
+    smallest, largest = torch.aminmax(tensor)
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
+
+
+class FragmentIndex:
+    """Which file holds which range of which parameter.
+
+    Args:
+        manifest: a checked manifest.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.parameters = {entry.name: entry for entry in manifest.parameters}
+        self._position = {entry.name: position for position, entry in enumerate(manifest.parameters)}
+        pieces = [np.empty((0, 4), dtype=np.int64)]
+        for number, file in enumerate(manifest.files):
+            triples = np.array(file.fragments, dtype=np.int64).reshape(-1, 3)
+            pieces.append(np.column_stack([triples, np.full(len(triples), number)]))
+        rows = np.concatenate(pieces)
+        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+        self._rows = rows[:, 1:]
+        self._bounds = np.searchsorted(rows[:, 0], np.arange(len(manifest.parameters) + 1))
+
+    def rows(self, name: str) -> npt.NDArray[np.int64]:
+        """Fragments of a parameter ``[F, 3]``: offset, number of elements, index of the file; by offset."""
+        position = self._position[name]
+        return self._rows[self._bounds[position] : self._bounds[position + 1]]
+
+    def overlapping(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Of :meth:`rows`, those that share an element with ``[start, stop)``."""
+        rows = self.rows(name)
+        return [tuple(row) for row in rows[(rows[:, 0] < stop) & (rows[:, 0] + rows[:, 1] > start)].tolist()]
+
+    def check_tiling(self) -> None:
+        """Make sure that every element of every parameter is stored exactly once.
+
+        Raises:
+            RuntimeError: the engine's fragments overlap or leave a hole; such a checkpoint is not published.
+        """
+        for name, entry in self.parameters.items():
+            rows = self.rows(name)
+            starts, ends = rows[:, 0], rows[:, 0] + rows[:, 1]
+            expected = np.concatenate([[0], ends])
+            if not np.array_equal(np.append(starts, entry.numel), expected):
+                raise RuntimeError(f"{name}: the ranks' fragments do not tile its {entry.numel} elements exactly once")
+
+
+class FragmentReader:
+    """Reads ranges of logical tensors from a verified checkpoint, whatever layout wrote it.
+
+    Only the bytes asked for are touched: files are memory-mapped, at most :data:`MAX_OPEN_FILES` at a time.
+
+    Args:
+        directory: the checkpoint.
+        manifest: its checked manifest.
+        filesystem: where it lies.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, *, filesystem: Filesystem = LOCAL_FILESYSTEM) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._fs = filesystem
+        self._index = FragmentIndex(manifest)
+        self._open_files: OrderedDict[int, safe_open] = OrderedDict()
+
+    def check_parameters(self, parameters: Sequence[ParamSpec]) -> None:
+        """Make sure that the checkpoint is of a model with exactly these parameters.
+
+        Raises:
+            CheckpointError: names a missing, surplus or misshaped parameter, and how many more there are.
+        """
+        wanted = {spec.name: list(spec.shape) for spec in parameters}
+        stored = {name: entry.shape for name, entry in self._index.parameters.items()}
+        faults = [f"{name} is missing" for name in wanted if name not in stored]
+        faults += [f"{name} is not part of the model" for name in stored if name not in wanted]
+        faults += [
+            f"{name} has shape {stored[name]}, the model wants {shape}"
+            for name, shape in wanted.items()
+            if name in stored and stored[name] != shape
+        ]
+        if faults:
+            more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
+            raise CheckpointError(
+                f"{self._directory}: checkpoint of another model: {faults[0]}{more}; "
+                "use the model section of the run that wrote it"
+            )
+
+    def read(self, name: str, kind: FragmentKind, start: int, stop: int) -> torch.Tensor:
+        """fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host.
+
+        Moments of a checkpoint that holds weights alone are zero, as Adam starts them.
+
+        Raises:
+            CheckpointError: unknown parameter, elements that no file holds, a file that cannot be read, or
+                elements that are not finite.
+        """
+        if name not in self._index.parameters:
+            raise CheckpointError(f"{self._directory}: no parameter {name!a} in the checkpoint")
+        numel = self._index.parameters[name].numel
+        if not 0 <= start <= stop <= numel:
+            raise ValueError(f"{name}: range [{start}, {stop}) of {numel} elements")
+        if kind not in self._manifest.kinds:
+            return torch.zeros(stop - start)
+        result = torch.empty(stop - start)
+        done = start
+        for offset, length, file in self._index.overlapping(name, start, stop):
+            if offset > done:
+                break
+            end = min(offset + length, stop)
+            if end > done:
+                piece = self._slice(file, _key(name, offset, kind), length, done - offset, end - offset)
+                result[done - start : end - start] = piece
+                done = end
+        if done < stop:
+            raise CheckpointError(f"{self._directory}: {name}: no file holds {kind} from element {done} to {stop}")
+        if not is_finite(result):
+            raise CheckpointError(f"{self._directory}: {name}: {kind} is not finite in elements [{start}, {stop})")
+        return result
+
+    def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
+        """Copies of the tensors that a rank of the writing run kept for itself, by name.
+
+        Raises:
+            CheckpointError: no such rank, or its file cannot be read.
+        """
+        for number, file in enumerate(self._manifest.files):
+            if file.rank == rank:
+                handle = self._open(number)
+                keys = [key for key in handle.keys() if key.startswith(_RANK_PREFIX)]  # noqa: SIM118 - not a dict
+                return {key.removeprefix(_RANK_PREFIX): handle.get_tensor(key).clone() for key in keys}
+        raise CheckpointError(f"{self._directory}: rank {rank} has no file in the checkpoint")
+
+    def _slice(self, file: int, key: str, length: int, start: int, stop: int) -> torch.Tensor:
+        handle = self._open(file)
+        try:
+            view = handle.get_slice(key)
+            if view.get_dtype() != "F32" or view.get_shape() != [length]:
+                raise CheckpointError(f"{self._path(file)}: {key} is not fp32 of {length} elements")
+            piece: torch.Tensor = view[start:stop]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path(file)}: {key}: {error}") from error
+        return piece
+
+    def _open(self, file: int) -> safe_open:
+        if file not in self._open_files:
+            if len(self._open_files) == MAX_OPEN_FILES:
+                self._open_files.popitem(last=False)
+            self._open_files[file] = self._open_checked(self._path(file))
+        self._open_files.move_to_end(file)
+        return self._open_files[file]
+
+    def _open_checked(self, path: Path) -> safe_open:
+        try:
+            return open_tensor_file(self._fs, path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+
+    def _path(self, file: int) -> Path:
+        return self._directory / self._manifest.files[file].name
+
+
+def _key(name: str, offset: int, kind: FragmentKind) -> str:
+    return f"{name}/{offset}/{kind}"

@@ -1,0 +1,71 @@
+"""The ``checkpoint`` subcommand: what a run has saved, and whether it can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from qwen3next_train.checkpoint.discovery import Candidate, Verdict, candidates, list_names, verify
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, format_bytes
+from qwen3next_train.errors import ConfigError, ExitCode, StorageError
+
+CHECKPOINTS_NAME = "checkpoints"
+
+_HEADINGS = ("step", "size", "written by", "saved at (UTC)", "state")
+
+
+def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
+    """Print a run's checkpoints, newest first, one line each.
+
+    ``list`` looks at manifests and file sizes; ``verify`` reads every byte and compares the hashes.
+
+    Returns:
+        The exit code: 0, or 65 when something is damaged.
+
+    Raises:
+        ConfigError: no such run directory.
+        StorageError: its checkpoints cannot be listed.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"checkpoint {action}: {run_dir} is not a directory; give the run.dir of a run")
+    directory = run_dir / CHECKPOINTS_NAME
+    try:
+        found = candidates(list_names(LOCAL_FILESYSTEM, directory))
+    except OSError as error:
+        raise StorageError(f"checkpoint {action}: {directory}: {describe_os_error(error)}") from error
+    if not found:
+        print(f"no checkpoints in {directory}")
+        return ExitCode.FINISHED
+    print(_line(_HEADINGS))
+    damaged = 0
+    for candidate in found:
+        verdict = verify(LOCAL_FILESYSTEM, directory, candidate, hashes=action == "verify")
+        damaged += verdict.reason is not None
+        print(_line(_row(candidate, verdict, action)), flush=True)
+    if damaged:
+        print(f"{damaged} of {len(found)} checkpoints cannot be used")
+        return ExitCode.DATA
+    return ExitCode.FINISHED
+
+
+def _row(candidate: Candidate, verdict: Verdict, action: Literal["list", "verify"]) -> tuple[str, ...]:
+    state = "verified" if action == "verify" else "complete"
+    if verdict.newer:
+        state = f"unreadable: {verdict.reason}"
+    elif verdict.reason is not None:
+        state = f"damaged: {verdict.reason}"
+    if not candidate.published:
+        state += f" (moved aside as {candidate.name})"
+    if verdict.manifest is None:
+        return (str(candidate.step), "-", "-", "-", state)
+    manifest = verdict.manifest
+    layout = manifest.layout
+    ranks = "rank" if layout.world_size == 1 else "ranks"
+    written_by = f"{layout.world_size} {ranks}, ep {layout.expert_parallel_size}, zero {layout.zero_stage}"
+    saved_at = manifest.created_at.removesuffix("+00:00").replace("T", " ")
+    return (str(candidate.step), format_bytes(manifest.num_bytes), written_by, saved_at, state)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    step, size, written_by, saved_at, state = cells
+    return f"{step:>8}  {size:>11}  {written_by:<24}  {saved_at:<19}  {state}"

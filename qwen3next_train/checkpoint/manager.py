@@ -1,0 +1,298 @@
+"""Saving and finding checkpoints, agreed between all ranks.
+
+A kill at any instant costs no more than the steps since the last completed save: a checkpoint appears under its
+name by one rename, after every byte of it has been synced. A damaged checkpoint is detected before anything is
+loaded, named and skipped, on all ranks together; if none is intact, the run stops instead of starting over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen3next_train.checkpoint import publication
+from qwen3next_train.checkpoint.agreement import StageFailed, run_together
+from qwen3next_train.checkpoint.discovery import MAX_STEP, Candidate, Verdict, candidates, list_names, step_name, verify
+from qwen3next_train.checkpoint.filesystem import (
+    LOCAL_FILESYSTEM,
+    Filesystem,
+    describe_os_error,
+    format_bytes,
+    remove_tree,
+    wait_for_directory,
+)
+from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_file
+from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, encode_manifest, parse_manifest
+from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
+from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
+from qwen3next_train.errors import CheckpointError, StorageError
+from qwen3next_train.log import get_logger
+from qwen3next_train.parallel.control import ControlGroup, Json
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """A completed save.
+
+    Args:
+        step: of the checkpoint.
+        path: its directory.
+        num_bytes: size of all files.
+        duration_s: seconds the save took, deletions of old checkpoints not counted.
+    """
+
+    step: int
+    path: Path
+    num_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that all ranks together have verified.
+
+    Args:
+        step: of the checkpoint.
+        path: its directory.
+        manifest: what it holds.
+    """
+
+    step: int
+    path: Path
+    manifest: Manifest
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Every method is collective: all ranks call it with the same arguments.
+
+    Args:
+        directory: ``RUN/checkpoints``, on a filesystem that all ranks share; created by the first save.
+        control: the ranks.
+        keep: newest intact checkpoints to keep, at least 1.
+        filesystem: where the files are.
+        visibility_timeout_s: how long a rank waits to see a directory that rank 0 has created.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        control: ControlGroup,
+        keep: int,
+        filesystem: Filesystem = LOCAL_FILESYSTEM,
+        visibility_timeout_s: float = 10.0,
+    ) -> None:
+        assert keep >= 1
+        self._directory = directory
+        self._control = control
+        self._keep = keep
+        self._fs = filesystem
+        self._visibility_timeout_s = visibility_timeout_s
+        # Verdicts of this process; equal on all ranks because only agreed ones are entered.
+        self._intact: dict[str, bool] = {}
+
+    def save(
+        self,
+        *,
+        step: int,
+        fragments: Iterable[Fragment],
+        train_state: TrainState,
+        rank_tensors: Mapping[str, torch.Tensor],
+        header: Header,
+    ) -> SaveReport:
+        """Write and publish a checkpoint, then delete those that are no longer kept.
+
+        Args:
+            step: of the checkpoint; one that exists is replaced, without a moment in which neither exists.
+            fragments: this rank's share of the training state.
+            train_state: counters, the same on all ranks.
+            rank_tensors: what only this rank needs again (its random generators).
+            header: the run's description, the same on all ranks.
+
+        Raises:
+            StorageError: on every rank when any rank could not write; older checkpoints are untouched.
+            DivergedError: on every rank when any fragment holds NaN or infinity; nothing has been written.
+            PeerLostError: another rank failed in an unforeseen way (that rank raises its own exception).
+        """
+        assert 0 <= step <= MAX_STEP
+        assert train_state.step == step
+        assert header.layout.world_size == self._control.world_size
+        started_at = time.monotonic()
+        staging: str = self._control.broadcast_json(publication.staging_name(step))
+        num_bytes = 0
+        try:
+            share, sizes = run_together(self._control, lambda: _collect(fragments, rank_tensors))
+            num_bytes = sum(sizes)
+            self._on_rank_0(lambda: publication.create_staging(self._fs, self._directory, staging))
+            _, files = run_together(self._control, lambda: self._write(staging, share, header))
+            self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
+        except StageFailed as failed:
+            self._intact.pop(step_name(step), None)
+            raise self._abandon(staging, step, num_bytes, failed) from failed
+        self._intact[step_name(step)] = True
+        duration_s = time.monotonic() - started_at
+        path = self._directory / step_name(step)
+        get_logger().info(
+            "checkpoint: step %d saved, %s in %.1f s: %s", step, format_bytes(num_bytes), duration_s, path
+        )
+        self._tidy(step)
+        return SaveReport(step, path, num_bytes, duration_s)
+
+    def find_latest(self) -> Found | None:
+        """The newest intact checkpoint, the same on every rank; None when there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is intact, or the newest is of a newer format.
+            StorageError: the directory cannot be listed.
+        """
+        faults = []
+        for candidate in self._list():
+            verdict = self._verify(candidate)
+            if verdict.manifest is not None and verdict.reason is None:
+                return Found(candidate.step, self._directory / candidate.name, verdict.manifest)
+            if verdict.newer:
+                raise CheckpointError(f"{self._directory / candidate.name}: {verdict.reason}")
+            get_logger().warning("checkpoint: %s is damaged and skipped: %s", candidate.name, verdict.reason)
+            faults.append(f"{candidate.name}: {verdict.reason}")
+        if faults:
+            raise CheckpointError(
+                f"{self._directory}: no intact checkpoint: {'; '.join(faults)}; "
+                "restore one, or choose another run.dir to start over"
+            )
+        return None
+
+    def restore_rng(self, found: Found, reader: FragmentReader) -> bool:
+        """Put this rank's random generators where they were, if the checkpoint was written by as many ranks.
+
+        Returns:
+            Whether it was; otherwise the generators are left as they are and the log says so.
+        """
+        written_by = found.manifest.layout.world_size
+        if written_by != self._control.world_size:
+            get_logger().info(
+                "checkpoint: written by %d ranks, resumed by %d: random generators start afresh",
+                written_by,
+                self._control.world_size,
+            )
+            return False
+        restore_rng(reader.rank_tensors(self._control.rank))
+        return True
+
+    def _on_rank_0(self, action: Callable[[], Json]) -> Json:
+        """Rank 0's result of ``action`` on every rank; the others wait, and fail if it fails."""
+        return run_together(self._control, lambda: (None, action() if self._control.rank == 0 else None))[1][0]
+
+    def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
+        directory = self._directory / staging
+        wait_for_directory(self._fs, directory, timeout_s=self._visibility_timeout_s)
+        entry = write_rank_file(self._fs, directory, share, rank=self._control.rank, parameters=header.parameters)
+        return None, {"entry": entry.model_dump(), "kinds": list(share.kinds)}
+
+    def _publish(self, staging: str, step: int, header: Header, train_state: TrainState, files: list[Json]) -> None:
+        raw = encode_manifest(
+            step=step,
+            header=header,
+            train_state=train_state,
+            kinds=[kind for kind in FRAGMENT_KINDS if all(kind in file["kinds"] for file in files)],
+            files=[FileEntry.model_validate(file["entry"]) for file in files],
+        )
+        FragmentIndex(parse_manifest(raw, step=step)).check_tiling()
+        publication.publish(self._fs, self._directory, staging, step, raw)
+
+    def _abandon(self, staging: str, step: int, num_bytes: int, failed: StageFailed) -> Exception:
+        """Clean up after a failed save and return what to raise on this rank."""
+
+        def clean() -> Json:
+            self._best_effort(lambda: remove_tree(self._fs, self._directory / staging))
+            return self._free_bytes()
+
+        free = self._on_rank_0(clean)
+        space = f"; needed {format_bytes(num_bytes)}, available {'unknown' if free is None else format_bytes(free)}"
+        return failed.to_error(f"{self._directory}: checkpoint of step {step} not saved", space=space)
+
+    def _free_bytes(self) -> int | None:
+        try:
+            return self._fs.free_bytes(self._directory)
+        except OSError:
+            return None
+
+    def _best_effort(self, action: Callable[[], None]) -> None:
+        """For what the next save can make good: a failure is logged, never raised."""
+        try:
+            action()
+        except OSError as error:
+            get_logger().warning("checkpoint: could not tidy up %s: %s", self._directory, describe_os_error(error))
+
+    def _list(self) -> list[Candidate]:
+        try:
+            return candidates(self._on_rank_0(lambda: list_names(self._fs, self._directory)))
+        except StageFailed as failed:
+            raise failed.to_error(f"{self._directory}: checkpoints cannot be listed") from failed
+
+    def _verify(self, candidate: Candidate) -> Verdict:
+        """Each rank checks its share; the verdict is the same on all ranks."""
+        started_at = time.monotonic()
+        own = verify(
+            self._fs,
+            self._directory,
+            candidate,
+            rank=self._control.rank,
+            world_size=self._control.world_size,
+            timeout_s=self._visibility_timeout_s if self._control.rank else 0.0,
+        )
+        digest = own.manifest.self_xxh3_128 if own.manifest else ""
+        replies = self._control.gather_json({"reason": own.reason, "newer": own.newer, "digest": digest})
+        reason: str | None = next((reply["reason"] for reply in replies if reply["reason"]), None)
+        if reason is None and len({reply["digest"] for reply in replies}) > 1:
+            reason = "the ranks see different manifests"
+        self._intact[candidate.name] = reason is None
+        if reason is None and own.manifest is not None:
+            size, duration_s = format_bytes(own.manifest.num_bytes), time.monotonic() - started_at
+            get_logger().info("checkpoint: %s verified, %s in %.1f s", candidate.name, size, duration_s)
+        return Verdict(reason, own.manifest, newer=any(reply["newer"] for reply in replies))
+
+    def _tidy(self, step: int) -> None:
+        """After a publication: hint, leftovers, retention. Nothing here can fail the save."""
+        if self._control.rank == 0:
+            self._best_effort(lambda: publication.write_latest_hint(self._fs, self._directory, step))
+            self._best_effort(lambda: publication.sweep(self._fs, self._directory))
+        try:
+            doomed = self._surplus(step)
+        except StorageError as error:
+            get_logger().warning("%s", error)
+            return
+        if self._control.rank == 0:
+            self._best_effort(lambda: publication.delete(self._fs, self._directory, doomed))
+
+    def _surplus(self, step: int) -> list[str]:
+        """Published checkpoints that are no longer among the ``keep`` newest intact ones up to ``step``.
+
+        Those of an earlier process are verified once before they count, so that a damaged one never pushes out
+        an intact one; a damaged one goes when it has become old. Steps after ``step`` (left by a run that went
+        further before it had to fall back) are neither counted nor deleted.
+        """
+        older = [candidate for candidate in self._list() if candidate.published and candidate.step < step]
+        num_kept = 1
+        doomed = []
+        for position, candidate in enumerate(older):
+            if num_kept == self._keep:
+                doomed += [candidate.name for candidate in older[position:]]
+                break
+            if num_kept + len(older) - position <= self._keep:
+                break
+            num_kept += self._is_intact(candidate)
+        return doomed
+
+    def _is_intact(self, candidate: Candidate) -> bool:
+        if candidate.name not in self._intact:
+            self._verify(candidate)
+        return self._intact[candidate.name]
+
+
+def _collect(fragments: Iterable[Fragment], rank_tensors: Mapping[str, torch.Tensor]) -> tuple[RankShare, Json]:
+    share = RankShare.collect(fragments, rank_tensors)
+    return share, share.num_bytes

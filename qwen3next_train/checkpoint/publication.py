@@ -1,0 +1,91 @@
+"""Rank 0's part in saving: staging directory, publication by rename, retention. No collectives here.
+
+Order on disk: every file is written and synced, then the manifest, then the staging directory; an older
+checkpoint of the same step is renamed aside (never overwritten), the staging directory is renamed to its final
+name - the one commit point - and the parent directory is synced. Only then is anything deleted.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from qwen3next_train.checkpoint.discovery import candidates, is_leftover, step_name
+from qwen3next_train.checkpoint.filesystem import Filesystem, make_dirs, remove_tree, write_file
+from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
+from qwen3next_train.log import get_logger
+
+LATEST_NAME = "latest"
+
+
+def staging_name(step: int) -> str:
+    """A new name for the staging directory of a step."""
+    return _hidden_name("tmp", step_name(step))
+
+
+def create_staging(fs: Filesystem, directory: Path, name: str) -> None:
+    """Create the staging directory, and the checkpoints directory when it is the first."""
+    make_dirs(fs, directory)
+    fs.make_dir(directory / name)
+
+
+def publish(fs: Filesystem, directory: Path, staging: str, step: int, manifest: bytes) -> None:
+    """Turn a complete staging directory into the checkpoint of ``step``.
+
+    Raises:
+        OSError: not published, and an older checkpoint of this step is where it was; or, when it is the last
+            sync that failed, published without being sure to survive a power failure.
+    """
+    write_file(fs, directory / staging / MANIFEST_NAME, manifest)
+    fs.fsync_dir(directory / staging)
+    target = directory / step_name(step)
+    aside = directory / _hidden_name("replaced", step_name(step))
+    replaces = fs.entry(target) is not None
+    if replaces:
+        fs.rename(target, aside)
+    try:
+        fs.rename(directory / staging, target)
+    except OSError:
+        if replaces:
+            fs.rename(aside, target)
+        raise
+    fs.fsync_dir(directory)
+
+
+def write_latest_hint(fs: Filesystem, directory: Path, step: int) -> None:
+    """Tell people which checkpoint is the newest; the program never reads it."""
+    temporary = directory / _hidden_name("tmp", step_name(step))
+    write_file(fs, temporary, f"{step_name(step)}\n".encode())
+    fs.rename(temporary, directory / LATEST_NAME)
+
+
+def sweep(fs: Filesystem, directory: Path) -> None:
+    """Remove what interrupted saves and deletions left; put back what a cut publication had moved aside."""
+    names = fs.list_dir(directory)
+    known = candidates(names)
+    published = {candidate.step for candidate in known if candidate.published}
+    for candidate in known:
+        if not candidate.published and candidate.step not in published:
+            fs.rename(directory / candidate.name, directory / step_name(candidate.step))
+            published.add(candidate.step)
+            names.remove(candidate.name)
+    for name in names:
+        if is_leftover(name):
+            remove_tree(fs, directory / name)
+
+
+def delete(fs: Filesystem, directory: Path, names: Iterable[str]) -> None:
+    """Delete published checkpoints; each loses its name before its content."""
+    doomed = {name: _hidden_name("trash", name) for name in names}
+    for name, trash in doomed.items():
+        fs.rename(directory / name, directory / trash)
+    if doomed:
+        fs.fsync_dir(directory)
+    for name, trash in doomed.items():
+        remove_tree(fs, directory / trash)
+        get_logger().info("checkpoint: %s deleted (checkpoint.keep)", name)
+
+
+def _hidden_name(prefix: str, name: str) -> str:
+    return f".{prefix}-{name}-{secrets.token_hex(4)}"

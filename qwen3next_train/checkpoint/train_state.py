@@ -1,0 +1,99 @@
+"""Where a run stands: the counters every rank shares, and each rank's random number generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field, Strict
+from pydantic.dataclasses import dataclass
+
+from qwen3next_train.errors import CheckpointError
+
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Text = Annotated[str, Strict()]
+
+_MT19937_WORDS = 624
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TrainState:
+    """The training state apart from tensors; equal on every rank, stored as JSON in the manifest.
+
+    Args:
+        version: layout of this record.
+        step: optimizer steps taken, skipped ones included.
+        consumed_samples: rows taken from the blend so far: the whole data position, valid at any world size.
+        consumed_tokens: tokens of those rows.
+        flops_total: model FLOPs spent so far, all ranks.
+        skipped_steps: steps left out because a gradient was not finite.
+        optimizer_step: updates Adam has made, for its bias correction.
+        data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
+        wandb_id: wandb run to go on with, empty for none.
+
+    Raises:
+        pydantic.ValidationError: a value of another type or out of range.
+    """
+
+    version: Literal[1] = 1
+    step: Count
+    consumed_samples: Count
+    consumed_tokens: Count
+    flops_total: Annotated[int, Field(ge=0, strict=True)]
+    skipped_steps: Count
+    optimizer_step: Count
+    data_fingerprint: Text
+    wandb_id: Text = ""
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of this process's generators (python, numpy's global one, torch CPU, torch's current CUDA device).
+
+    Returns:
+        ``python`` int64 ``[625]`` and ``numpy`` int64 ``[626]`` (Mersenne words, position, numpy's has_gauss),
+        ``*_gauss`` fp64 ``[1]`` (the spare normal deviate, NaN for none), ``torch`` uint8 ``[5056]`` and, on a
+        CUDA run, ``cuda`` uint8 ``[16]``.
+    """
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    words_and_position = numpy_state["state"]
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor(
+            [*words_and_position["key"].tolist(), words_and_position["pos"], numpy_state["has_gauss"]],
+            dtype=torch.int64,
+        ),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: Mapping[str, torch.Tensor]) -> None:
+    """Put this process's generators where :func:`rng_state` found them.
+
+    Generators the state or this machine lacks (CUDA) are left alone.
+
+    Raises:
+        CheckpointError: a state that no generator accepts.
+    """
+    try:
+        gauss = state["python_gauss"].item()
+        random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+        *words, position, has_gauss = state["numpy"].tolist()
+        if len(words) != _MT19937_WORDS:
+            raise ValueError(f"numpy state of {len(words)} words")
+        key = np.array(words, dtype=np.uint32)
+        np.random.set_state(("MT19937", key, position, has_gauss, state["numpy_gauss"].item()))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"random generator state in the checkpoint is unusable: {error}") from error

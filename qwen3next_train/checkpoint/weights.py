@@ -1,0 +1,116 @@
+"""The weights of a finished model, wherever they lie: what evaluation, export and a new run start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from qwen3next_train.accounting.params import ParamSpec, parameter_table
+from qwen3next_train.checkpoint.discovery import candidates, verify
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
+from qwen3next_train.checkpoint.fragments import FragmentReader
+from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
+from qwen3next_train.checkpoint.manager import CheckpointManager, Found
+from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
+from qwen3next_train.config.resolve import with_layer_types
+from qwen3next_train.config.schema import DataConfig, ModelConfig
+from qwen3next_train.errors import CheckpointError, ConfigError
+from qwen3next_train.parallel.control import SingleProcess
+
+ReadWeight = Callable[[str, int, int], torch.Tensor]
+"""``read(name, start, stop)``: fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host."""
+
+NO_TOKENIZER = ""
+"""``data.tokenizer`` of weights that came without one."""
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's configuration and weights.
+
+    Args:
+        path: the checkpoint or folder.
+        model: the model section, ``layer_types`` filled in.
+        data: tokenizer (:data:`NO_TOKENIZER` for none) and row settings that belong to the model.
+        parameters: the parameter table of ``model``.
+        read: gives the weights.
+    """
+
+    path: Path
+    model: ModelConfig
+    data: DataConfig
+    parameters: tuple[ParamSpec, ...]
+    read: ReadWeight
+
+
+def find_checkpoint(path: Path) -> Found:
+    """The checkpoint that a path names, every byte of it verified.
+
+    Args:
+        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one.
+
+    Raises:
+        ConfigError: no such directory, or no checkpoint in it.
+        CheckpointError: damaged, or of a newer format.
+        StorageError: the directory cannot be listed.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
+    # The name of `.` or of a link may say nothing about the step.
+    path = path.resolve()
+    if not (path / MANIFEST_NAME).exists():
+        inner = path / CHECKPOINTS_NAME
+        directory = inner if inner.is_dir() else path
+        found = CheckpointManager(directory, control=SingleProcess(), keep=1).find_latest()
+        if found is None:
+            raise ConfigError(f"{path}: no checkpoint in it; name a run directory or one of its checkpoints")
+        return found
+    named = candidates([path.name])
+    if not named:
+        raise ConfigError(f"{path}: a checkpoint under another name; call it step_ and its step in eight digits")
+    verdict = verify(LOCAL_FILESYSTEM, path.parent, named[0])
+    if verdict.manifest is None or verdict.reason is not None:
+        raise CheckpointError(f"{path}: {verdict.reason}")
+    return Found(named[0].step, path, verdict.manifest)
+
+
+def weights_of_checkpoint(path: Path) -> Weights:
+    """Open the weights of a checkpoint of ours.
+
+    Args:
+        path: as for :func:`find_checkpoint`.
+
+    Raises:
+        ConfigError: as :func:`find_checkpoint`.
+        CheckpointError: as :func:`find_checkpoint`, or its configuration does not describe its weights.
+        StorageError: as :func:`find_checkpoint`.
+    """
+    found = find_checkpoint(path)
+    model = with_layer_types(_section(found, "model", ModelConfig))
+    parameters = parameter_table(model)
+    reader = FragmentReader(found.path, found.manifest)
+    reader.check_parameters(parameters)
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        return reader.read(name, "master", start, stop)
+
+    return Weights(found.path, model, _section(found, "data", DataConfig), parameters, read)
+
+
+def _section(found: Found, name: str, section: type[SectionT]) -> SectionT:
+    value: Any = found.manifest.config.get(name)
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ascii(".".join(map(str, (name, *fault["loc"]))))[1:-1]
+        raise CheckpointError(
+            f"{found.path}: {where}: {fault['msg']}; use the version of qwen3next_train that wrote the checkpoint"
+        ) from error

@@ -1,0 +1,134 @@
+"""The command line as words: options of the program, configuration overrides, positional words.
+
+Not argparse: the keys of the schema, with dots, values that begin with a minus and Megatron-LM's switches would
+each have to be declared to it, and its error texts name neither the nearest key nor a remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qwen3next_train.config import megatron
+from qwen3next_train.config.describe import keys
+from qwen3next_train.config.faults import nearest, raise_faults, show, show_name
+from qwen3next_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the program itself.
+
+    Args:
+        name: with dashes.
+        metavar: what stands for its value in help; empty for a switch.
+        help: one line.
+    """
+
+    name: str
+    metavar: str
+    help: str
+
+
+@dataclass
+class Words:
+    """A parsed command line.
+
+    Args:
+        options: values of the program's options in the order given, by name; a switch has "".
+        overrides: configuration overrides as (name without dashes, text); Megatron-LM switches have "true".
+        positional: words that belong to no option.
+    """
+
+    options: dict[str, list[str]] = field(default_factory=dict)
+    overrides: list[tuple[str, str]] = field(default_factory=list)
+    positional: list[str] = field(default_factory=list)
+
+    def last(self, name: str) -> str | None:
+        """The value that counts, or None when the option is absent."""
+        return self.options[name][-1] if name in self.options else None
+
+
+def parse_words(argv: Sequence[str], options: Mapping[str, Option]) -> Words:
+    """Split a command line.
+
+    Raises:
+        ConfigError: one line per word that is no option, lacks its value or has one too many.
+    """
+    words = Words()
+    faults: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("-") or word == "-":
+            words.positional.append(word)
+            continue
+        name, has_value, value = word.partition("=")
+        name = "--help" if name == "-h" else name
+        try:
+            if _is_switch(name, options):
+                following = argv[position] if position < len(argv) else ""
+                _check_switch(name, value if has_value else following, bool(has_value), options)
+                value = ""
+            elif not has_value:
+                if position == len(argv) or argv[position].startswith("--"):
+                    raise ConfigError(f"{show_name(name)}: no value; write {show_name(name)} VALUE")
+                value = argv[position]
+                position += 1
+            _take(words, name, value, options)
+        except ConfigError as error:
+            faults.append(str(error))
+    raise_faults(faults)
+    return words
+
+
+def without_option(argv: Sequence[str], name: str) -> list[str]:
+    """The command line less an option that takes a value."""
+    rest: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == name:
+            skip = True
+        elif not word.startswith(f"{name}="):
+            rest.append(word)
+    return rest
+
+
+def _take(words: Words, name: str, value: str, options: Mapping[str, Option]) -> None:
+    if name in options:
+        words.options.setdefault(name, []).append(value)
+    elif "." in name:
+        words.overrides.append((name.removeprefix("--"), value))
+    elif argument := megatron.find(name):
+        words.overrides.append((name.removeprefix("--"), "true" if argument.is_switch else value))
+
+
+def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
+    """Whether an option takes no value.
+
+    Raises:
+        ConfigError: when it is no option at all.
+    """
+    if name in options:
+        return not options[name].metavar
+    if name.startswith("--") and "." in name:
+        return False
+    argument = megatron.find(name) if name.startswith("--") else None
+    if argument is None:
+        known = [*options, *(entry.flag for entry in megatron.arguments()), *(f"--{key}" for key in keys())]
+        raise ConfigError(
+            f"{show_name(name)}: unknown option; did you mean {nearest(name, known)}? --help lists every option"
+        )
+    return argument.is_switch
+
+
+def _check_switch(name: str, value: str, attached: bool, options: Mapping[str, Option]) -> None:
+    if not attached and value.lower() not in ("true", "false"):
+        return
+    remedy = "leave the value out"
+    if name not in options and (argument := megatron.find(name)):
+        remedy = f"{remedy}, or use our own key ({argument.effect})"
+    raise ConfigError(f"{show_name(name)}: takes no value (got {show(value)}); {remedy}")

@@ -1,0 +1,53 @@
+"""``--help``: usage, subcommands, every configuration key, every Megatron-LM spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qwen3next_train.cli.arguments import Option
+from qwen3next_train.cli.commands import COMMANDS, COMMON_OPTIONS, TRAIN, Command
+from qwen3next_train.config import megatron
+from qwen3next_train.config.describe import keys, sections
+from qwen3next_train.config.presets import PRESETS
+from qwen3next_train.config.settings import PRESET_KEY
+
+_WIDTH = 42
+
+
+def help_text(command: Command) -> str:
+    """The help of a subcommand; that of ``train`` is the program's and lists every key."""
+    lines = [f"usage: qwen3next-train {'' if command is TRAIN else command.name + ' '}{command.usage}", ""]
+    lines += [command.summary[0].upper() + command.summary[1:] + ".", ""]
+    if command is TRAIN:
+        lines += ["subcommands (qwen3next-train SUBCOMMAND --help):"]
+        lines += _rows((each.name, each.summary) for each in COMMANDS.values())
+        lines += [""]
+    lines += ["options:", *_option_rows((*COMMON_OPTIONS, *command.options)), ""]
+    if command is not TRAIN:
+        lines += ["Every configuration key works here too: qwen3next-train --help lists them.", ""]
+        return "\n".join(lines)
+    lines += ["Configuration keys, in YAML as 'section:' and 'key: value' below it."]
+    lines += ["Precedence: model.preset < files in order < command line.", ""]
+    for section, description in sections():
+        lines += [f"{section}: {description}", *_key_rows(section), ""]
+    lines += ["Megatron-LM's arguments, on the command line or in YAML, and the key each one sets:"]
+    lines += _rows((entry.flag, entry.effect) for entry in megatron.arguments())
+    return "\n".join([*lines, ""])
+
+
+def _key_rows(section: str) -> list[str]:
+    rows = []
+    if PRESET_KEY.startswith(f"{section}."):
+        rows.append((f"--{PRESET_KEY}", f"start from a shipped model shape [{'|'.join(PRESETS)}; default none]"))
+    for key in keys().values():
+        if key.name.startswith(f"{section}."):
+            rows.append((f"--{key.name}", f"{key.description} [{key.type_text}; default {key.default}]"))
+    return _rows(rows)
+
+
+def _option_rows(options: Iterable[Option]) -> list[str]:
+    return _rows((f"{option.name} {option.metavar}".strip(), option.help) for option in options)
+
+
+def _rows(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"  {left:<{_WIDTH}} {right}" for left, right in pairs]

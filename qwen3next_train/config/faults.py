@@ -1,0 +1,101 @@
+"""How configuration faults read: one line each, with the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+from pydantic_core import ErrorDetails
+
+from qwen3next_train.config.strict_yaml import Value
+from qwen3next_train.errors import ConfigError
+
+Converted = dict[str, Value]
+"""Settings that a foreign spelling gives, by dotted key."""
+
+MAX_LINES = 30
+_MAX_SHOWN = 60
+
+_WRONG_TYPE = {
+    "int_type": "not a whole number",
+    "int_from_float": "not a whole number",
+    "float_type": "not a number",
+    "bool_type": "neither true nor false",
+    "string_type": "not text",
+    "list_type": "not a list",
+    "model_type": "not a mapping",
+    "literal_error": "not one of the choices",
+    "finite_number": "not finite",
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "missing": "missing",
+}
+
+
+class RefusedValue(ValueError):
+    """A value of a foreign spelling that cannot be honoured; the text is the line after the key."""
+
+
+def show(value: object) -> str:
+    """A value as YAML would write it, on one line, cut to a readable length, invisible characters escaped."""
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, float) and not math.isfinite(value):
+        text = f".{value}" if value > 0 or math.isnan(value) else f"-.{-value}"
+    else:
+        text = ascii(value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def show_name(name: str) -> str:
+    """A key or file name; quoted and escaped when it has characters that could deceive or break the line."""
+    if len(name) <= 2 * _MAX_SHOWN and name.isprintable() and (name.isascii() or "/" in name):
+        return name
+    return ascii(name) if len(name) <= 2 * _MAX_SHOWN else ascii(name[: 2 * _MAX_SHOWN]) + "..."
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
+    matcher = difflib.SequenceMatcher(autojunk=False)
+
+    def ratio(left: str, right: str) -> float:
+        matcher.set_seqs(left, right)
+        return matcher.ratio()
+
+    name = name[: 2 * _MAX_SHOWN].lower().replace("-", "_").strip("_")
+    leaf = name.rpartition(".")[2]
+    # A key put under the wrong section is as likely as a typing error: its last part alone then fits. A word
+    # without a section is first of all a section.
+    leaf_weight = 0.97 if "." in name else 0.85
+
+    def score(candidate: str) -> float:
+        plain = candidate.lower().replace("-", "_").strip("_")
+        return max(ratio(name, plain), leaf_weight * ratio(leaf, plain.rpartition(".")[2]))
+
+    return max(candidates, key=score)
+
+
+def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
+    """The part of the line after the key for a key that does not exist."""
+    return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help lists every key"
+
+
+def schema_fault(error: ErrorDetails, remedy: str) -> str:
+    """The part of the line after the key for one of pydantic's errors."""
+    problem = _WRONG_TYPE.get(error["type"], error["msg"])
+    return f"{problem} (got {show(error['input'])}); {remedy}"
+
+
+def raise_faults(lines: Sequence[str]) -> None:
+    """Raise all lines as one error, if there are any."""
+    if not lines:
+        return
+    unique = list(dict.fromkeys(lines))
+    if len(unique) > MAX_LINES:
+        unique = [*unique[:MAX_LINES], f"... and {len(unique) - MAX_LINES} more faults; mend these first"]
+    raise ConfigError("\n".join(unique))

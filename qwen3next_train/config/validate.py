@@ -1,0 +1,202 @@
+"""Rules that span settings. Every message says what, with which values, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen3next_train.config.schema import Config, LayerType, ModelConfig, ScheduleConfig
+from qwen3next_train.errors import ConfigError
+
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One broken rule.
+
+    Args:
+        keys: the settings involved, the one to name first at the front.
+        message: a whole sentence with values and remedy.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def expand_interval(interval: int, num_layers: int) -> list[LayerType]:
+    """Layer pattern of an interval N: layer i (from 0) is softmax attention iff (i + 1) % N == 0 (Megatron-LM)."""
+    return ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(num_layers)]
+
+
+def rotary_dim(model: ModelConfig) -> int:
+    """Leading dimensions of a head that RoPE rotates."""
+    return int(model.partial_rotary_factor * model.head_dim)
+
+
+def wsd_decay_steps(schedule: ScheduleConfig, run_steps: int) -> int:
+    """Length of a wsd schedule's final decay."""
+    return schedule.decay_steps or max(run_steps // 10, 1)
+
+
+def validate(config: Config) -> list[Fault]:
+    """All broken rules of a configuration whose ``layer_types`` are resolved, whatever the world size."""
+    return [*model_faults(config.model), *_run_faults(config), *_schedule_faults(config), *_data_faults(config)]
+
+
+def world_faults(config: Config, world_size: int) -> list[Fault]:
+    """Broken rules of running the configuration on ``world_size`` processes."""
+    faults = []
+    run, parallel = config.run, config.parallel
+    if world_size % parallel.expert_parallel_size:
+        faults.append(
+            Fault(
+                ("parallel.expert_parallel_size",),
+                f"{parallel.expert_parallel_size} does not divide the world size {world_size}; choose a divisor or "
+                "start another number of processes",
+            )
+        )
+    rows = world_size * run.micro_batch_size
+    if run.global_batch_size % rows:
+        faults.append(
+            Fault(
+                ("run.global_batch_size", "run.micro_batch_size"),
+                f"run.global_batch_size {run.global_batch_size} is not a multiple of world size {world_size} x "
+                f"run.micro_batch_size {run.micro_batch_size} = {rows}; choose a multiple of {rows}, "
+                "a smaller micro batch or another number of processes",
+            )
+        )
+    return faults
+
+
+def validate_for_world(config: Config, world_size: int) -> None:
+    """Check the rules that need the number of processes.
+
+    Raises:
+        ConfigError: one line per broken rule.
+    """
+    faults = world_faults(config, world_size)
+    if faults:
+        raise ConfigError("\n".join(f"{fault.keys[0]}: {fault.message}" for fault in faults))
+
+
+def layer_faults(model: ModelConfig) -> Iterator[Fault]:
+    """Broken rules of the layer pattern; checked before a pattern is expanded."""
+    if model.num_hidden_layers > MAX_LAYERS:
+        yield Fault(
+            ("model.num_hidden_layers",),
+            f"model.num_hidden_layers {model.num_hidden_layers} is more than {MAX_LAYERS}; choose a smaller number",
+        )
+    elif model.layer_types and len(model.layer_types) != model.num_hidden_layers:
+        yield Fault(
+            ("model.layer_types", "model.num_hidden_layers"),
+            f"model.layer_types has {len(model.layer_types)} entries for model.num_hidden_layers "
+            f"{model.num_hidden_layers}; give one per layer, or model.full_attention_interval instead",
+        )
+
+
+def model_faults(model: ModelConfig) -> Iterator[Fault]:
+    """Broken rules inside the model section."""
+    yield from layer_faults(model)
+    pairs = (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    )
+    values = model.model_dump(include={name for pair in pairs for name in pair})
+    for heads, groups in pairs:
+        if values[heads] % values[groups]:
+            yield Fault(
+                (f"model.{heads}", f"model.{groups}"),
+                f"model.{heads} {values[heads]} is not a multiple of model.{groups} {values[groups]}; "
+                "change one of them",
+            )
+    rotated = rotary_dim(model)
+    if rotated % 2 or rotated == 0:
+        yield Fault(
+            ("model.partial_rotary_factor", "model.head_dim"),
+            f"model.partial_rotary_factor {model.partial_rotary_factor} x model.head_dim {model.head_dim} rotates "
+            f"{rotated} dimensions; RoPE rotates pairs, so make it an even number above 0",
+        )
+    if model.num_experts_per_tok > model.num_experts:
+        yield Fault(
+            ("model.num_experts_per_tok", "model.num_experts"),
+            f"model.num_experts_per_tok {model.num_experts_per_tok} is more than model.num_experts "
+            f"{model.num_experts}; send each token to fewer experts",
+        )
+    if model.shared_expert_gate and not model.shared_expert_intermediate_size:
+        yield Fault(
+            ("model.shared_expert_gate", "model.shared_expert_intermediate_size"),
+            "model.shared_expert_gate true needs a shared expert but model.shared_expert_intermediate_size is 0; "
+            "give a width, or set model.shared_expert_gate to false",
+        )
+
+
+def _run_faults(config: Config) -> Iterator[Fault]:
+    run, model, parallel = config.run, config.model, config.parallel
+    if run.global_batch_size % run.micro_batch_size:
+        yield Fault(
+            ("run.global_batch_size", "run.micro_batch_size"),
+            f"run.global_batch_size {run.global_batch_size} is not a multiple of run.micro_batch_size "
+            f"{run.micro_batch_size}; change one of them",
+        )
+    if model.num_experts % parallel.expert_parallel_size:
+        yield Fault(
+            ("parallel.expert_parallel_size", "model.num_experts"),
+            f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
+            f"{model.num_experts}; choose a divisor of both the experts and the world size",
+        )
+    if not run.dir.strip() or "\0" in run.dir:
+        yield Fault(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
+
+
+def _schedule_faults(config: Config) -> Iterator[Fault]:
+    steps, schedule, peak = config.run.steps, config.schedule, config.optimizer.lr
+    if schedule.warmup_steps > steps:
+        yield Fault(
+            ("schedule.warmup_steps", "run.steps"),
+            f"schedule.warmup_steps {schedule.warmup_steps} is more than run.steps {steps}; lower schedule.warmup_steps",
+        )
+    if schedule.kind == "constant":
+        return
+    if schedule.min_lr > peak:
+        yield Fault(
+            ("schedule.min_lr", "optimizer.lr"),
+            f"schedule.min_lr {schedule.min_lr} is more than optimizer.lr {peak}; lower schedule.min_lr",
+        )
+    if schedule.kind == "wsd":
+        decay = wsd_decay_steps(schedule, steps)
+        if schedule.warmup_steps <= steps < schedule.warmup_steps + decay:
+            yield Fault(
+                ("schedule.decay_steps", "schedule.warmup_steps", "run.steps"),
+                f"schedule.warmup_steps {schedule.warmup_steps} + schedule.decay_steps {decay} is more than run.steps "
+                f"{steps}; shorten the warm-up or the decay",
+            )
+    elif 0 < schedule.decay_steps < schedule.warmup_steps:
+        yield Fault(
+            ("schedule.decay_steps", "schedule.warmup_steps"),
+            f"schedule.decay_steps {schedule.decay_steps} ends the decay before schedule.warmup_steps "
+            f"{schedule.warmup_steps}; it counts from step 0, warm-up included",
+        )
+
+
+def _data_faults(config: Config) -> Iterator[Fault]:
+    data, model = config.data, config.model
+    if data.sequence_length > model.max_position_embeddings:
+        yield Fault(
+            ("data.sequence_length", "model.max_position_embeddings"),
+            f"data.sequence_length {data.sequence_length} is more than model.max_position_embeddings "
+            f"{model.max_position_embeddings}; shorten the rows or raise the limit",
+        )
+    if data.sequence_length <= model.mtp_num_layers:
+        yield Fault(
+            ("data.sequence_length", "model.mtp_num_layers"),
+            f"data.sequence_length {data.sequence_length} leaves no target for model.mtp_num_layers "
+            f"{model.mtp_num_layers}; make rows longer than the MTP depth",
+        )
+    if not data.sources:
+        yield Fault(("data.sources",), "no source (got []); name at least one, such as builtin:python-stdlib")
+    for key, sources in (("data.sources", data.sources), ("data.validation_sources", data.validation_sources)):
+        if any(not source.source.strip() for source in sources):
+            yield Fault((key,), "a source without a name (got ''); name a file, a data set or builtin:python-stdlib")
+    if not data.tokenizer.strip():
+        yield Fault(("data.tokenizer",), "no tokenizer (got ''); name a tokenizer.json, a folder or builtin:python-4k")

@@ -1,0 +1,263 @@
+"""From configured sources to opened token stores: tokenise once, split, check that all belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3next_train.config.schema import Config, SourceConfig
+from qwen3next_train.data.digests import digest_files, digest_of, digest_store
+from qwen3next_train.data.sources import FileSource, resolve
+from qwen3next_train.data.store_builder import build_stores
+from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
+from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
+from qwen3next_train.data.token_store import DocumentRange, TokenStore, store_paths
+from qwen3next_train.data.tokenization import Tokenizer
+from qwen3next_train.errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """Documents of one source, ready to be cut into rows.
+
+    Args:
+        label: the source as the user wrote it.
+        weight: relative share of the samples.
+        documents: the documents.
+        num_bytes: UTF-8 bytes of the documents, None where unknown (a foreign token store, ready token ids).
+        fingerprint: digest of the content, wherever it lies.
+        tokenizer_fingerprint: of the tokenizer that made the ids, None where unknown.
+        build_s: seconds of tokenisation, None when nothing had to be tokenised.
+    """
+
+    label: str
+    weight: float
+    documents: DocumentRange
+    num_bytes: int | None
+    fingerprint: str
+    tokenizer_fingerprint: str | None
+    build_s: float | None
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All data of a run.
+
+    Args:
+        train: training sources in the order of the configuration.
+        validation: held-out sources; empty when nothing is held out.
+        eos_token_id: end-of-document token; None when all sources are token stores (no tokenizer was read).
+        vocab_size: the model's; larger ids in a store are an error where they are met.
+    """
+
+    train: tuple[PreparedSource, ...]
+    validation: tuple[PreparedSource, ...]
+    eos_token_id: int | None
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of training content and weights: equal if and only if a resumed run would see the same stream."""
+        return digest_of(
+            *(
+                [
+                    source.fingerprint,
+                    repr(source.weight),
+                    source.documents.documents.start,
+                    source.documents.documents.stop,
+                ]
+                for source in self.train
+            )
+        )
+
+
+def prepare_stores(config: Config) -> PreparedData:
+    """Open, and where needed first tokenise, all sources of a run. Any number of processes may call it at once.
+
+    Text is split document by document, by hash. A token store's held-out part is its last documents, a view
+    without copy, as in Megatron-LM's ``--split``.
+
+    Raises:
+        ConfigError: the tokenizer is missing, too large for the model, or not the one that made a store.
+        DataError: a source is missing, unreadable, damaged or empty.
+        StorageError: the cache cannot be written.
+    """
+    preparer = _Preparer(config)
+    fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
+    pairs = [preparer.prepare(source, fraction) for source in config.data.sources]
+    if config.data.validation_sources:
+        validation = [preparer.prepare(source, 0.0)[0] for source in config.data.validation_sources]
+    else:
+        validation = [held_out for _, held_out in pairs if held_out is not None]
+    return preparer.collect([train for train, _ in pairs], validation)
+
+
+def prepare_evaluation(config: Config, source: SourceConfig) -> PreparedData:
+    """Prepare one source to be evaluated whole: everything is in ``validation``, and there is no training part.
+
+    Raises:
+        ConfigError: as :func:`prepare_stores`.
+        DataError: as :func:`prepare_stores`.
+        StorageError: as :func:`prepare_stores`.
+    """
+    preparer = _Preparer(config)
+    return preparer.collect([], [preparer.prepare(source, 0.0)[0]])
+
+
+def tokenize(config: Config, output: Path | None) -> int:
+    """The ``tokenize`` subcommand: tokenise all sources and print a line for each; return the exit code.
+
+    Args:
+        config: sources, tokenizer and cache.
+        output: prefix of the store to write, holding all documents of the source; several sources get
+            ``PREFIX_00``, ``PREFIX_01``, …. None: fill the cache, split as training will find it.
+
+    Raises:
+        ConfigError: the output exists, or as :func:`prepare_stores`.
+        DataError: as :func:`prepare_stores`.
+        StorageError: the cache or output cannot be written.
+    """
+    if output is None:
+        prepared = prepare_stores(config)
+        for part, found in (("train", prepared.train), ("validation", prepared.validation)):
+            for prepared_source in found:
+                print(_describe(prepared_source, part))
+        return 0
+    preparer = _Preparer(config)
+    sources = [*config.data.sources, *config.data.validation_sources]
+    for index, source in enumerate(sources):
+        prefix = output if len(sources) == 1 else output.with_name(f"{output.name}_{index:02d}")
+        print(_describe(preparer.write(source, prefix), "all"))
+    return 0
+
+
+class _Preparer:
+    """Prepares single sources of one configuration; reads the tokenizer when the first text needs it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        data = config.data
+        self._cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The configured tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._config.data.tokenizer)
+            self._tokenizer.require_vocab_size(self._config.model.vocab_size)
+        return self._tokenizer
+
+    def prepare(self, source: SourceConfig, held_out_fraction: float) -> tuple[PreparedSource, PreparedSource | None]:
+        """Training and held-out part of one source."""
+        resolved = resolve(source)
+        if isinstance(resolved, FileSource):
+            return self._prepare_files(source, resolved, held_out_fraction)
+        store = TokenStore(resolved.prefix)
+        num_held_out = int(store.num_documents * held_out_fraction)
+        fingerprint = digest_store(store)
+        num_train = store.num_documents - num_held_out
+        train = _prepared(source, store, fingerprint, documents=range(num_train))
+        if not num_held_out:
+            return train, None
+        held_out = range(num_train, store.num_documents)
+        return train, _prepared(source, store, fingerprint, documents=held_out)
+
+    def write(self, source: SourceConfig, prefix: Path) -> PreparedSource:
+        """Tokenise one source into a store of its own at ``prefix``; ``.idx``, which makes it readable, comes last."""
+        resolved = resolve(source)
+        if not isinstance(resolved, FileSource):
+            raise ConfigError(f"data.sources: {source.source} is a token store already; name text to tokenize")
+        paths = store_paths(prefix)
+        if paths[1].exists():
+            raise ConfigError(f"tokenize: {paths[1]} exists; remove it or choose another output")
+        with storage_errors(prefix, "free space or choose another output"):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            with staging_directory(prefix.parent, f".{prefix.name}-") as staged:
+                build_s = build_stores(
+                    resolved,
+                    self.tokenizer,
+                    train_prefix=staged / "train",
+                    validation_prefix=staged / "validation",
+                    held_out_fraction=0.0,
+                )
+                bin_path, idx_path, meta_path = store_paths(staged / "train")
+                for path, target in ((bin_path, paths[0]), (meta_path, paths[2]), (idx_path, paths[1])):
+                    path.replace(target)
+                sync_directory(prefix.parent)
+        store = TokenStore(prefix)
+        return _prepared(source, store, digest_store(store), build_s=build_s)
+
+    def collect(self, train: Sequence[PreparedSource], validation: Sequence[PreparedSource]) -> PreparedData:
+        """Check that one tokenizer made all ids, as far as that is known, and bundle the sources."""
+        known = {source.tokenizer_fingerprint: source.label for source in (*train, *validation)}
+        known.pop(None, None)
+        if len(known) > 1:
+            raise ConfigError(
+                f"data.sources: tokenised with different tokenizers: {', '.join(sorted(known.values()))}; "
+                "tokenize all with the same data.tokenizer"
+            )
+        eos_token_id = None if self._tokenizer is None else self._tokenizer.eos_token_id
+        return PreparedData(tuple(train), tuple(validation), eos_token_id, self._config.model.vocab_size)
+
+    def _prepare_files(
+        self, source: SourceConfig, files: FileSource, fraction: float
+    ) -> tuple[PreparedSource, PreparedSource | None]:
+        tokenizer = self.tokenizer
+        content = digest_files(files.files, self._cache_dir)
+        key = digest_of(FORMAT_VERSION, tokenizer.fingerprint, repr(fraction), files.text_field, content)
+
+        def build(directory: Path) -> float:
+            return build_stores(
+                files,
+                tokenizer,
+                train_prefix=directory / "train",
+                validation_prefix=directory / "validation",
+                held_out_fraction=fraction,
+            )
+
+        cached = get_or_build(self._cache_dir, key, source.source, build)
+        train = _prepared(source, cached.train, f"{key}/train", build_s=cached.build_s)
+        if cached.validation is None:
+            return train, None
+        return train, _prepared(source, cached.validation, f"{key}/validation", build_s=cached.build_s)
+
+
+def _prepared(
+    source: SourceConfig,
+    store: TokenStore,
+    fingerprint: str,
+    *,
+    documents: range | None = None,
+    build_s: float | None = None,
+) -> PreparedSource:
+    """A store, or the given documents of it, as a prepared source."""
+    meta = store.meta()
+    everything = range(store.num_documents)
+    chosen = everything if documents is None else documents
+    return PreparedSource(
+        label=source.source,
+        weight=source.weight,
+        documents=DocumentRange(store, chosen),
+        num_bytes=meta.num_bytes if meta is not None and chosen == everything else None,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=None if meta is None else meta.tokenizer_fingerprint,
+        build_s=build_s,
+    )
+
+
+def _describe(source: PreparedSource, part: str) -> str:
+    """One line about a source for the ``tokenize`` subcommand."""
+    documents = source.documents
+    facts = [f"{documents.num_tokens:,} tokens", f"{len(documents.documents):,} documents"]
+    if source.num_bytes is not None:
+        facts.append(f"{source.num_bytes / documents.num_tokens:.3f} bytes/token")
+    if source.build_s is None:
+        facts.append("cached")
+    elif part != "validation":
+        facts.append(f"{documents.num_tokens / source.build_s:,.0f} tokens/s")
+    return f"{source.label} {part}: {', '.join(facts)} -> {documents.store.prefix}"

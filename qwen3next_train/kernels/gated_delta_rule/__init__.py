@@ -1,0 +1,46 @@
+"""The gated delta rule over packed documents with grouped value heads: contract of its backends.
+
+Letters: T tokens, D documents, H key heads, N value heads (a multiple of H), K key head dim, V value head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from qwen3next_train.kernels.sequences import Sequences
+
+
+class GatedDeltaRule(Protocol):
+    """What every backend computes."""
+
+    def __call__(
+        self,
+        q_THK: torch.Tensor,
+        k_THK: torch.Tensor,
+        v_TNV: torch.Tensor,
+        *,
+        g_TN: torch.Tensor,
+        beta_TN: torch.Tensor,
+        sequences: Sequences,
+        initial_state_DNKV: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the rule over each document from ``initial_state_DNKV`` (zero when None).
+
+        Value head n uses key head ``n // (N / H)``. q and k are l2-normalised inside (eps 1e-6 on the sum of
+        squares) and q is scaled by ``K ** -0.5``. Computed in fp32 (fp64 for fp64 input).
+
+        Args:
+            q_THK: queries ``[T, H, K]``.
+            k_THK: keys ``[T, H, K]``.
+            v_TNV: values ``[T, N, V]``.
+            g_TN: log decay ``[T, N]``, at most 0.
+            beta_TN: write strength ``[T, N]`` in [0, 1].
+            sequences: document boundaries.
+            initial_state_DNKV: state before each document's first token ``[D, N, K, V]``.
+
+        Returns:
+            outputs ``[T, N, V]`` in the dtype of ``v_TNV``, and the state after each document's last token
+            ``[D, N, K, V]`` in the compute dtype.
+        """

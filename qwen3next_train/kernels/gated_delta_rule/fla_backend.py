@@ -1,0 +1,34 @@
+"""The gated delta rule by flash-linear-attention's Triton kernels (CUDA only)."""
+
+from __future__ import annotations
+
+import torch
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+from qwen3next_train.kernels.sequences import Sequences
+
+
+def gated_delta_rule_fla(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_TNV: torch.Tensor,
+    *,
+    g_TN: torch.Tensor,
+    beta_TN: torch.Tensor,
+    sequences: Sequences,
+    initial_state_DNKV: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the package for the contract. Value heads stay grouped; FLA's kernels take them as they are."""
+    out, final_state = chunk_gated_delta_rule(
+        q_THK.unsqueeze(0),
+        k_THK.unsqueeze(0),
+        v_TNV.unsqueeze(0),
+        g_TN.unsqueeze(0),
+        beta_TN.unsqueeze(0),
+        initial_state=initial_state_DNKV,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=sequences.cu_seqlens,
+        cu_seqlens_cpu=sequences.cu_seqlens_cpu,
+    )
+    return out.squeeze(0), final_state

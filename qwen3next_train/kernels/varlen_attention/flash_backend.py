@@ -1,0 +1,20 @@
+"""Packed causal attention by torch's variable-length flash attention (CUDA, bf16 or fp16)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from qwen3next_train.kernels.sequences import Sequences
+
+_CAUSAL = (-1, 0)
+
+
+def varlen_attention_flash(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+) -> torch.Tensor:
+    """See the package for the contract."""
+    cu_seqlens, longest = sequences.cu_seqlens, sequences.max_length
+    return varlen_attn(
+        q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL, enable_gqa=True
+    )

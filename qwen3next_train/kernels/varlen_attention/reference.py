@@ -1,0 +1,32 @@
+"""Packed causal attention by torch's scaled_dot_product_attention on padded bins of documents.
+
+Letters: T tokens, N query heads, G key/value heads, H head dim, B bins, L slots per bin.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qwen3next_train.kernels.sequences import BinLayout, Sequences, gather_rows, scatter_rows
+
+
+def varlen_attention_reference(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+) -> torch.Tensor:
+    """See the package for the contract."""
+    layout = sequences.bins()
+    out_BNLH = F.scaled_dot_product_attention(
+        _to_bins(q_TNH, layout),
+        _to_bins(k_TGH, layout),
+        _to_bins(v_TGH, layout),
+        attn_mask=layout.visible_BLL,
+        is_causal=layout.visible_BLL is None,
+        enable_gqa=True,
+    )
+    return gather_rows(out_BNLH.transpose(1, 2).flatten(0, 1), layout.slots_T)
+
+
+def _to_bins(x_TNH: torch.Tensor, layout: BinLayout) -> torch.Tensor:
+    padded = scatter_rows(x_TNH, layout.slots_T, layout.num_bins * layout.length)
+    return padded.view(layout.num_bins, layout.length, *x_TNH.shape[1:]).transpose(1, 2)

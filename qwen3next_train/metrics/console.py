@@ -1,0 +1,206 @@
+"""What people read: a line per logged step, a live bar on a terminal, and ``log.txt``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3next_train.errors import StorageError
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.metrics.sinks import Record
+
+if TYPE_CHECKING:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+_FILE_MODE = 0o640
+_BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%{postfix}"
+
+
+class ConsoleSink:
+    """One plain line per logged step through the package logger, and a live bar when stderr is a terminal.
+
+    Nothing is coloured, so ``NO_COLOR`` has nothing to switch off.
+
+    Args:
+        total_steps: last step of the run.
+        first_step: step the run goes on from, 0 for a new one.
+        eta_s: seconds that a number of steps will take, None when not known yet (``Throughput.eta_s``).
+    """
+
+    def __init__(self, *, total_steps: int, first_step: int, eta_s: Callable[[int], float | None]) -> None:
+        self._total_steps = total_steps
+        self._eta_s = eta_s
+        self._bar: tqdm[object] | None = None
+        if sys.stderr.isatty():
+            self._bar = _open_bar(total_steps, first_step)
+            get_logger().addFilter(self._clear_bar)
+
+    def advance(self, step: int) -> None:
+        """Move the live bar to ``step``; to be called for every step, logged or not."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._eta(step), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def log(self, record: Record) -> None:
+        """Print the line of one logged step."""
+        get_logger().info(format_step(record, total_steps=self._total_steps, eta=self._eta(int(record["step"]))))
+        self.advance(int(record["step"]))
+
+    def close(self) -> None:
+        """Take the live bar away."""
+        if self._bar is not None:
+            get_logger().removeFilter(self._clear_bar)
+            self._bar.close()
+            self._bar = None
+
+    def _eta(self, step: int) -> str:
+        seconds = self._eta_s(self._total_steps - step)
+        return "" if seconds is None else f"eta {format_duration(seconds)}"
+
+    def _clear_bar(self, record: logging.LogRecord) -> bool:
+        """A logger filter that lets everything through: a line must not land behind the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        return True
+
+
+def _open_bar(total_steps: int, first_step: int) -> tqdm[object]:
+    # Imported here: no run without a terminal needs it.
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total_steps,
+        initial=first_step,
+        file=sys.stderr,
+        bar_format=_BAR_FORMAT,
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+class RunLog(logging.Handler):
+    """Appends what the console says to ``log.txt``, each line with its local time, secrets masked.
+
+    Lines of all attempts of a run are in one file. A full disk is said once on the console and never stops
+    the run; lines that do not fit are missing.
+
+    Args:
+        path: the file; created when missing.
+        redactor: masks secrets.
+
+    Raises:
+        StorageError: when the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, redactor: Redactor) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z"))
+        self._path = path
+        self._redactor = redactor
+        self._failing = False
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self._descriptor = os.open(path, flags, _FILE_MODE)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot be opened for the log ({error.strerror}); check permissions and free space"
+            ) from error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        if self._descriptor < 0:
+            return
+        line = self._redactor.text(self.format(record)) + "\n"
+        try:
+            os.write(self._descriptor, line.encode(errors="backslashreplace"))
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                # Not through the logger, which would come back here.
+                print(f"{self._path}: cannot be written ({error.strerror}); training goes on", file=sys.stderr)
+
+    def close(self) -> None:
+        """Stop taking records and close the file."""
+        get_logger().removeHandler(self)
+        self.acquire()
+        try:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        finally:
+            self.release()
+        super().close()
+
+
+def open_run_log(path: Path, redactor: Redactor) -> RunLog:
+    """Send everything the package logger says to ``path`` as well, until the handler is closed.
+
+    Raises:
+        StorageError: when the file cannot be opened.
+    """
+    run_log = RunLog(path, redactor)
+    get_logger().addHandler(run_log)
+    return run_log
+
+
+def format_step(record: Record, *, total_steps: int, eta: str) -> str:
+    """The console line of one logged step; what the record lacks is left out."""
+    step = int(record["step"])
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", _format_losses(record)]
+    formats: tuple[tuple[str, Callable[[float], str]], ...] = (
+        ("optim/lr", lambda value: f"lr {value:.2e}"),
+        ("optim/grad_norm", lambda value: f"gnorm {value:.3g}"),
+        ("perf/flops_per_step", lambda value: f"{format_si(value)}FLOP"),
+        ("perf/tflops_per_gpu", lambda value: f"{format_si(value * 1e12)}FLOP/s/gpu"),
+        ("perf/mfu", lambda value: f"mfu {value:.1%}"),
+        ("perf/tokens_per_s", lambda value: f"{format_si(value)}tok/s"),
+    )
+    parts += [render(record[name]) for name, render in formats if name in record]
+    if "perf/data_wait_s" in record and record.get("perf/step_time_s"):
+        parts.append(f"data {record['perf/data_wait_s'] / record['perf/step_time_s']:.1%}")
+    if "mem/peak_gib" in record:
+        parts.append(f"mem {record['mem/peak_gib']:.1f} GiB")
+    if "moe/max_violation" in record:
+        parts.append(f"moe max +{record['moe/max_violation']:.0%} dead {record.get('moe/dead_experts', 0):.0f}")
+    if record.get("optim/skipped_steps"):
+        parts.append(f"skipped {record['optim/skipped_steps']:.0f}")
+    if "eval/loss" in record:
+        bpb = f" ({record['eval/bpb']:.4f} bits/byte)" if "eval/bpb" in record else ""
+        parts.append(f"eval {record['eval/loss']:.4f}{bpb}")
+    return "  ".join(part for part in [*parts, eta] if part)
+
+
+def _format_losses(record: Record) -> str:
+    extra = [
+        f"{label} {record[name]:.4f}"
+        for label, name in (("mtp", "loss/mtp"), ("aux", "loss/load_balancing"))
+        if name in record
+    ]
+    main = f"loss {record['loss/lm']:.4f}" if "loss/lm" in record else ""
+    return f"{main} ({', '.join(extra)})".strip() if extra else main
+
+
+def format_si(value: float) -> str:
+    """A number with three or four digits and a decimal prefix, such as ``2.51 M``; ends ready for a unit."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {prefix}"
+    return f"{value:.4g} "
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its two largest units: ``4d14h``, ``2h05m``, ``3m20s``, ``12s``."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, rest_minutes = divmod(minutes, 60)
+    days, rest_hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{rest_hours:02d}h"
+    if hours:
+        return f"{hours}h{rest_minutes:02d}m"
+    return f"{minutes}m{rest_s:02d}s" if minutes else f"{rest_s}s"

@@ -1,0 +1,56 @@
+"""Gated softmax attention, the mixer of the full-attention layers (q/k norm, partial RoPE, output gate).
+
+Letters: T tokens, D hidden, N query heads, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.rope import RotaryTable, apply_rotary
+
+
+class GatedAttention(nn.Module):
+    """Causal attention within documents, its output times the sigmoid of a gate.
+
+    ``q_proj`` holds ``[query H | gate H]`` per head when ``attention_output_gate`` is set.
+
+    Args:
+        config: model section.
+        kernels: selected backends.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.has_gate = config.attention_output_gate
+        query_dim = config.num_attention_heads * self.head_dim
+        kv_dim = config.num_key_value_heads * self.head_dim
+        self.attention = kernels.varlen_attention
+        self.q_proj = nn.Linear(hidden, query_dim * (2 if self.has_gate else 1), bias=False)
+        self.k_proj = nn.Linear(hidden, kv_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, hidden, bias=False)
+        self.q_norm = ZeroCenteredRmsNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = ZeroCenteredRmsNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x_TD: torch.Tensor, sequences: Sequences, rotary: RotaryTable) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``."""
+        q_TNX = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim * (2 if self.has_gate else 1)))
+        q_TNH, gate_TNH = q_TNX.split(self.head_dim, dim=-1) if self.has_gate else (q_TNX, None)
+        k_TGH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TGH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        out_TNH = self.attention(
+            apply_rotary(self.q_norm(q_TNH), rotary),
+            apply_rotary(self.k_norm(k_TGH), rotary),
+            v_TGH,
+            sequences=sequences,
+        )
+        if gate_TNH is not None:
+            out_TNH = out_TNH * gate_TNH.sigmoid()
+        return self.o_proj(out_TNH.flatten(-2))

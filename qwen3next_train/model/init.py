@@ -1,0 +1,80 @@
+"""Initial weights: a pure function of (seed, parameter name, expert), the same at every parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qwen3next_train.accounting.params import Init, ParamSpec
+from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+
+
+def initialize(
+    model: Qwen3NextForCausalLM,
+    table: Sequence[ParamSpec],
+    *,
+    seed: int,
+    local_experts: range,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give every parameter memory on ``device`` and its initial value.
+
+    Values are drawn in fp32 on the CPU, each tensor (each expert of a stacked one) from its own generator,
+    then rounded to the parameter's dtype.
+
+    Args:
+        model: usually on the meta device.
+        table: ``parameter_table`` of the model's configuration.
+        seed: run seed.
+        local_experts: global ids of the experts in this model's stacked tensors.
+        device: where the parameters will live.
+        dtype: of the parameters, except those the table keeps in fp32.
+    """
+    for spec in table:
+        module_name, _, attribute = spec.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        old = module.get_parameter(attribute)
+        value = initial_value(spec, seed=seed, experts=local_experts if spec.expert else None)
+        assert value.shape == old.shape, f"{spec.name}: table {tuple(value.shape)}, model {tuple(old.shape)}"
+        new = nn.Parameter(value.to(device, torch.float32 if spec.fp32 else dtype), old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        setattr(module, attribute, new)
+    model.tie_weights()
+
+
+def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -> torch.Tensor:
+    """Initial value of one parameter, fp32 on the CPU.
+
+    Args:
+        spec: row of the parameter table.
+        seed: run seed.
+        experts: for stacked expert tensors, the global ids of the slices wanted; None for the whole tensor.
+    """
+    if not spec.expert:
+        return _draw(spec.init, spec.shape, _generator(seed, spec.name))
+    wanted = range(spec.shape[0]) if experts is None else experts
+    return torch.stack([_draw(spec.init, spec.shape[1:], _generator(seed, f"{spec.name}/{e}")) for e in wanted])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return generator
+
+
+def _draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    value = torch.empty(shape, dtype=torch.float32, device="cpu")
+    match init.kind:
+        case "normal":
+            return value.normal_(0.0, init.a, generator=generator)
+        case "uniform":
+            return value.uniform_(init.a, init.b, generator=generator)
+        case "log_uniform":
+            return value.uniform_(init.a, init.b, generator=generator).log_()
+        case "constant":
+            return value.fill_(init.a)

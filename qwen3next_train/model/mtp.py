@@ -1,0 +1,91 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; Megatron-LM's multi_token_prediction).
+
+Depth k >= 1 predicts, at position t, the token k + 1 further on in the same document. It reads the hidden
+state of depth k - 1 at t (depth 0 is the model's output after its final norm) and the embedding of the token
+at t + k. A document of five tokens ``A B C D E``::
+
+    position             0    1    2    3    4
+    labels (depth 0)     B    C    D    E    -
+    depth 1 reads        B    C    D    E    0        embedding of token 0 where there is none
+    depth 1 predicts     C    D    E    -    -
+    depth 2 reads        C    D    E    0    0
+    depth 2 predicts     D    E    -    -    -
+
+If the document goes on with ``F`` after the row's end, depth 0 has the label F at position 4, depth 1 reads it
+there and predicts it at position 3. A position without an input token has no target either, and comes after
+all positions with one, so what it computes reaches no loss.
+
+Letters: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwen3next_train.batch import IGNORE_INDEX
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.moe import SparseMoeBlock
+from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.router_losses import RouterStats
+
+_NO_TOKEN = 0
+
+
+def next_targets(targets_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Targets of the next depth: shifted by one inside every document, the last position ignored.
+
+    Args:
+        targets_T: int64 ``[T]``, targets of one depth (depth 0: the labels).
+        cu_seqlens: int32 ``[documents + 1]``.
+    """
+    shifted_T = targets_T.roll(-1)
+    shifted_T[cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+    return shifted_T
+
+
+def input_ids(targets_T: torch.Tensor) -> torch.Tensor:
+    """Tokens that depth k reads, from the targets of depth k - 1."""
+    return targets_T.where(targets_T != IGNORE_INDEX, _NO_TOKEN)
+
+
+class MultiTokenPredictor(nn.Module):
+    """Projection, norms shared by the depths, and one full-attention layer per depth.
+
+    Args:
+        config: model section with ``mtp_num_layers`` >= 1.
+        kernels: selected backends.
+        moe_block: class of the mixture of experts.
+        local_experts: global ids of the experts this rank holds.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = ZeroCenteredRmsNorm(hidden, eps)
+        self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps)
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, "full_attention", kernels, moe_block=moe_block, local_experts=local_experts)
+            for _ in range(config.mtp_num_layers)
+        )
+        self.norm = ZeroCenteredRmsNorm(hidden, eps)
+
+    def forward(
+        self, hidden_TD: torch.Tensor, embedding_TD: torch.Tensor, depth: int, context: BatchContext
+    ) -> tuple[torch.Tensor, RouterStats]:
+        """Hidden state of ``depth`` (from 1) out of the one before.
+
+        Args:
+            hidden_TD: hidden states of depth - 1 ``[T, D]``.
+            embedding_TD: embeddings of the tokens ``depth`` further on ``[T, D]``.
+            depth: 1 to ``mtp_num_layers``.
+            context: the micro-batch.
+        """
+        joined = torch.cat((self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)), dim=-1)
+        out_TD, stats = self.layers[depth - 1](self.fc(joined), context)
+        return self.norm(out_TD), stats

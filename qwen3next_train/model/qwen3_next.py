@@ -1,0 +1,249 @@
+"""Qwen3-Next: embedding, hybrid layers, head, MTP and all losses of a micro-batch.
+
+Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder layers, then MTP layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
+from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.moe import SparseMoeBlock
+from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids, next_targets
+from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.rope import rotary_table
+from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats
+
+
+@dataclass(frozen=True)
+class LossScales:
+    """What a micro-batch's sums are divided by, so that the step's losses add up over all micro-batches.
+
+    Args:
+        num_targets: real targets of the whole step, all ranks, by depth (``[0]`` next token, ``[k]`` MTP).
+        num_micro_batches: micro-batches of the whole step, all ranks.
+    """
+
+    num_targets: Sequence[float | torch.Tensor]
+    num_micro_batches: float
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Losses of one micro-batch; all but ``total`` are detached.
+
+    Args:
+        total: scalar to differentiate, this micro-batch's share of the step's loss.
+        nll_lm_sum: fp32 scalar, sum of next-token losses in nats.
+        nll_mtp_sums: fp32 ``[depths]``, the same by MTP depth.
+        aux_L: fp32 ``[L]``, load-balancing loss before its coefficient.
+        z_L: fp32 ``[L]``, z-loss before its coefficient.
+        expert_counts_LE: int64 ``[L, E]``, rows sent to each expert by this rank's tokens.
+        router_entropy_L: fp32 ``[L]``, nats.
+    """
+
+    total: torch.Tensor
+    nll_lm_sum: torch.Tensor
+    nll_mtp_sums: torch.Tensor
+    aux_L: torch.Tensor
+    z_L: torch.Tensor
+    expert_counts_LE: torch.Tensor
+    router_entropy_L: torch.Tensor
+
+
+class Qwen3NextModel(nn.Module):
+    """Embedding, decoder layers and final norm (HF module name ``model``).
+
+    Args:
+        config: model section.
+        kernels: selected backends.
+        moe_block: class of the mixtures of experts.
+        local_experts: global ids of the experts this rank holds.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
+            for layer_type in config.layer_types
+        )
+        self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids_T: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, list[RouterStats]]:
+        """Tokens ``[T]`` to hidden states after the final norm ``[T, D]`` and each router's statistics."""
+        x_TD = self.embed_tokens(input_ids_T)
+        stats = []
+        for layer in self.layers:
+            x_TD, layer_stats = layer(x_TD, context)
+            stats.append(layer_stats)
+        return self.norm(x_TD), stats
+
+
+class LanguageModelHead(nn.Module):
+    """Output head; with labels it returns their loss and never holds all logits.
+
+    Args:
+        config: model section.
+        kernel: selected head-and-loss backend.
+    """
+
+    def __init__(self, config: ModelConfig, kernel: LinearCrossEntropy) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.kernel = kernel
+
+    def forward(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[T, V]``, or with labels the fp32 sum of their negative log likelihoods in nats."""
+        if labels_T is None:
+            return F.linear(hidden_TD, self.weight)
+        return self.kernel(hidden_TD, self.weight, labels_T)
+
+
+class Qwen3NextForCausalLM(nn.Module):
+    """The whole model. Parameter names and shapes are those of ``accounting.params.parameter_table``.
+
+    Parameters are created uninitialised (build under ``torch.device("meta")``, then ``model.init.initialize``).
+
+    Args:
+        config: model section, with ``layer_types`` filled in.
+        kernels: selected backends.
+        moe_block: class of the mixtures of experts, built as ``moe_block(config, kernels, local_experts)``.
+        local_experts: global ids of the experts this rank holds; all when None.
+    """
+
+    reduce_counts: ReduceCounts
+    """Sums expert counts over the ranks of a step; set by the engine when there are several."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        kernels: KernelSet,
+        moe_block: type[SparseMoeBlock] = SparseMoeBlock,
+        local_experts: range | None = None,
+    ) -> None:
+        super().__init__()
+        assert len(config.layer_types) == config.num_hidden_layers, "layer_types are filled in when loading"
+        experts = range(config.num_experts) if local_experts is None else local_experts
+        self.config = config
+        self.model = Qwen3NextModel(config, kernels, moe_block=moe_block, local_experts=experts)
+        self.lm_head = LanguageModelHead(config, kernels.linear_cross_entropy)
+        self.mtp = (
+            MultiTokenPredictor(config, kernels, moe_block=moe_block, local_experts=experts)
+            if config.mtp_num_layers
+            else None
+        )
+        self.reduce_counts = _own_counts
+        self._loads = ExpertLoads(config.router_aux_loss_scope)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's parameter if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Convert the parameters in place, leaving those the parameter table marks as fp32 in fp32."""
+        fp32 = {spec.name for spec in parameter_table(self.config) if spec.fp32}
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if name in fp32 else dtype)
+
+    def begin_step(self) -> None:
+        """Start a new optimizer step: expert loads of scope ``global`` are counted from zero."""
+        self._loads.begin_step()
+
+    def forward(self, batch: PackedBatch, scales: LossScales) -> ModelOutput:
+        """Losses of one micro-batch.
+
+        ``total = nll_lm / N_0 + mtp_factor / depths * sum_k nll_mtp_k / N_k
+        + (aux_coef * sum_L load_balancing + z_coef * sum_L z) / micro_batches``.
+
+        Args:
+            batch: on the parameters' device.
+            scales: divisors, counted over the whole step.
+        """
+        context = self._context(batch)
+        hidden_TD, stats = self.model(batch.input_ids_T, context)
+        nll_lm = self.lm_head(hidden_TD, batch.labels_T)
+        nll_mtp, mtp_stats = self._predict_further(hidden_TD, batch, context)
+        stats = stats + mtp_stats
+        balancing_L = self._loads.losses(stats, self.reduce_counts)
+        z_L = torch.stack([layer.z for layer in stats])
+        config = self.config
+        total = nll_lm / _at_least_one(scales.num_targets[0])
+        for depth, nll in enumerate(nll_mtp, start=1):
+            factor = config.mtp_loss_scaling_factor / config.mtp_num_layers
+            total = total + factor * nll / _at_least_one(scales.num_targets[depth])
+        router_loss = config.router_aux_loss_coef * balancing_L.sum() + config.router_z_loss_coef * z_L.sum()
+        return ModelOutput(
+            total=total + router_loss / scales.num_micro_batches,
+            nll_lm_sum=nll_lm.detach(),
+            nll_mtp_sums=torch.stack(nll_mtp).detach() if nll_mtp else nll_lm.new_zeros(0),
+            aux_L=balancing_L.detach(),
+            z_L=z_L.detach(),
+            expert_counts_LE=torch.stack([layer.counts_rE.sum(0) for layer in stats]),
+            router_entropy_L=torch.stack([layer.entropy for layer in stats]),
+        )
+
+    def forward_hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states after the final norm ``[T, D]``."""
+        return self.model(batch.input_ids_T, self._context(batch))[0]
+
+    def forward_logits(self, batch: PackedBatch) -> torch.Tensor:
+        """Next-token logits ``[T, V]``, all at once: for evaluation of small batches and tests."""
+        return self.lm_head(self.forward_hidden(batch))
+
+    def next_token_nll(self, batch: PackedBatch) -> torch.Tensor:
+        """Sum of next-token losses in nats, fp32 scalar, without MTP and router losses."""
+        return self.lm_head(self.forward_hidden(batch), batch.labels_T)
+
+    def _context(self, batch: PackedBatch) -> BatchContext:
+        config = self.config
+        rotary = rotary_table(
+            batch.positions_T,
+            head_dim=config.head_dim,
+            fraction=config.partial_rotary_factor,
+            theta=config.rope_theta,
+        )
+        return BatchContext(Sequences(batch.cu_seqlens, batch.cu_seqlens_cpu), rotary, batch.num_rows)
+
+    def _predict_further(
+        self, hidden_TD: torch.Tensor, batch: PackedBatch, context: BatchContext
+    ) -> tuple[list[torch.Tensor], list[RouterStats]]:
+        """Loss sums and router statistics by MTP depth."""
+        nlls: list[torch.Tensor] = []
+        stats: list[RouterStats] = []
+        if self.mtp is None:
+            return nlls, stats
+        targets_T = batch.labels_T
+        for depth in range(1, self.config.mtp_num_layers + 1):
+            embedding_TD = self.model.embed_tokens(input_ids(targets_T))
+            targets_T = next_targets(targets_T, batch.cu_seqlens)
+            hidden_TD, layer_stats = self.mtp(hidden_TD, embedding_TD, depth, context)
+            nlls.append(self.lm_head(hidden_TD, targets_T))
+            stats.append(layer_stats)
+        return nlls, stats
+
+
+def _own_counts(counts: torch.Tensor) -> torch.Tensor:
+    """Counts of a step with one rank."""
+    return counts
+
+
+def _at_least_one(count: float | torch.Tensor) -> float | torch.Tensor:
+    """A step without a single target has loss 0, not 0 / 0."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)

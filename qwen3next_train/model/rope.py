@@ -1,0 +1,49 @@
+"""Partial rotary position embedding (RoFormer, arXiv 2104.09864; half-rotation layout of GPT-NeoX and HF).
+
+Letters: T tokens, N heads, H head dim, r rotated dims (the first of each head).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Angles of a batch, computed once and shared by all attention layers.
+
+    Args:
+        cos_T1r: fp32 ``[T, 1, r]``.
+        sin_T1r: fp32 ``[T, 1, r]``, the first half negated, ready for the swapped halves.
+    """
+
+    cos_T1r: torch.Tensor
+    sin_T1r: torch.Tensor
+
+
+def rotary_table(positions_T: torch.Tensor, *, head_dim: int, fraction: float, theta: float) -> RotaryTable:
+    """Angles ``position * theta ** (-2i / r)`` for the first ``r = int(head_dim * fraction)`` dims.
+
+    Args:
+        positions_T: int64 ``[T]``, position inside the document.
+        head_dim: H.
+        fraction: rotated share of H; r must come out even.
+        theta: base of the frequencies.
+    """
+    rotated = int(head_dim * fraction)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions_T.device) / rotated
+    angles = positions_T.to(torch.float32).unsqueeze(1) * theta**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return RotaryTable(torch.cat((cos, cos), dim=1).unsqueeze(1), torch.cat((-sin, sin), dim=1).unsqueeze(1))
+
+
+def apply_rotary(x_TNH: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Rotate the first r dims of every head; fp32 inside, rounded once."""
+    rotated = table.cos_T1r.shape[-1]
+    turn, keep = x_TNH.split((rotated, x_TNH.shape[-1] - rotated), dim=-1)
+    first, second = turn.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    turned = turn * table.cos_T1r + swapped * table.sin_T1r
+    return torch.cat((turned.to(x_TNH.dtype), keep), dim=-1)

@@ -1,0 +1,104 @@
+"""Load-balancing loss, z-loss and load statistics of the routers.
+
+Everything here is computed from :class:`RouterStats`, which a layer returns; counting over micro-batches
+happens in :class:`ExpertLoads` outside the layers, so a layer may be recomputed without counting twice.
+
+Letters: T tokens, r rows of the micro-batch, S = T / r tokens per row, E experts, K experts per token, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+Scope = Literal["sequence", "micro_batch", "global"]
+ReduceCounts = Callable[[torch.Tensor], torch.Tensor]
+"""Sums an int64 tensor over the ranks that share a step; may work in place."""
+
+
+class RouterStats(NamedTuple):
+    """What one layer's router did with one micro-batch.
+
+    Args:
+        mean_prob_rE: fp32 ``[r, E]``, mean softmax probability of each expert over the row; differentiable.
+        counts_rE: int64 ``[r, E]``, rows sent to each expert.
+        z: fp32 scalar, mean over tokens of ``logsumexp(logits) ** 2``; differentiable if the loss is used.
+        entropy: fp32 scalar, mean entropy of the probabilities in nats; detached.
+    """
+
+    mean_prob_rE: torch.Tensor
+    counts_rE: torch.Tensor
+    z: torch.Tensor
+    entropy: torch.Tensor
+
+
+def router_stats(
+    logits_TE: torch.Tensor, probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor, *, num_rows: int, with_z_grad: bool
+) -> RouterStats:
+    """Condense one router's decisions.
+
+    Args:
+        logits_TE: fp32 ``[T, E]``.
+        probs_TE: fp32 ``[T, E]``, softmax over all experts.
+        expert_ids_TK: int64 ``[T, K]``, chosen experts.
+        num_rows: r.
+        with_z_grad: let gradients flow through z.
+    """
+    num_experts = logits_TE.shape[1]
+    ids_rX = expert_ids_TK.reshape(num_rows, -1)
+    counts_rE = torch.zeros(num_rows, num_experts, dtype=torch.int64, device=ids_rX.device)
+    counts_rE.scatter_add_(1, ids_rX, torch.ones_like(ids_rX))
+    normalizer_T = torch.logsumexp(logits_TE if with_z_grad else logits_TE.detach(), dim=-1)
+    with torch.no_grad():
+        entropy = (normalizer_T - (probs_TE * logits_TE).sum(-1)).mean()
+    mean_prob_rE = probs_TE.view(num_rows, -1, num_experts).mean(1)
+    return RouterStats(mean_prob_rE, counts_rE, normalizer_T.square().mean(), entropy)
+
+
+def load_balancing_loss(mean_prob_LrE: torch.Tensor, counts_LrE: torch.Tensor) -> torch.Tensor:
+    """``sum_e f_e P_e`` per layer, averaged over rows (Switch Transformer, arXiv 2101.03961, eq. 4, times E).
+
+    ``f_e = E * count_e / sum_e count_e`` carries no gradient; perfectly even routing gives 1.
+
+    Args:
+        mean_prob_LrE: ``[L, r, E]``, P.
+        counts_LrE: ``[L, r, E]``; r = 1 when loads are counted over more than a row.
+
+    Returns:
+        fp32 ``[L]``.
+    """
+    num_experts = counts_LrE.shape[-1]
+    counts = counts_LrE.to(mean_prob_LrE.dtype)
+    fraction_LrE = num_experts * counts / counts.sum(-1, keepdim=True)
+    return (fraction_LrE * mean_prob_LrE).sum(-1).mean(-1)
+
+
+class ExpertLoads:
+    """Expert loads over the scope of the load-balancing loss.
+
+    Args:
+        scope: ``sequence``: each row by itself, the same at every layout. ``micro_batch``: all rows of all
+            ranks. ``global``: all ranks and the step's micro-batches so far (Megatron-LM's global_aux_loss).
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self._running_LE: torch.Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Forget the counts of the previous step."""
+        self._running_LE = None
+
+    def losses(self, stats: Sequence[RouterStats], reduce_counts: ReduceCounts) -> torch.Tensor:
+        """Load-balancing loss of each layer, fp32 ``[L]``; one reduction for all layers together."""
+        mean_prob_LrE = torch.stack([layer.mean_prob_rE for layer in stats])
+        counts_LrE = torch.stack([layer.counts_rE for layer in stats])
+        if self.scope == "sequence":
+            return load_balancing_loss(mean_prob_LrE, counts_LrE)
+        counts_LE = reduce_counts(counts_LrE.sum(1))
+        if self.scope == "global":
+            counts_LE = counts_LE if self._running_LE is None else self._running_LE + counts_LE
+            self._running_LE = counts_LE
+        return load_balancing_loss(mean_prob_LrE.mean(1, keepdim=True), counts_LE.unsqueeze(1))

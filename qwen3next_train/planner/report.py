@@ -1,0 +1,214 @@
+"""The ``plan`` subcommand: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qwen3next_train.accounting.hardware import DEVICES, find_device
+from qwen3next_train.accounting.memory import Layout
+from qwen3next_train.config.schema import Config
+from qwen3next_train.errors import ConfigError, ExitCode
+from qwen3next_train.planner.plan import Plan, make_plan
+
+NO_GPU = "cpu"
+"""The GPU name of a plan without fit and times."""
+
+_LABEL_WIDTH = 13
+_LINE_WIDTH = 118
+
+
+def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens: float | None, as_json: bool) -> int:
+    """Print the plan of a run on stdout.
+
+    Args:
+        config: resolved configuration.
+        gpus: number of GPUs.
+        gpu: a known GPU, or :data:`NO_GPU`.
+        mfu: stated model FLOPs utilisation, or None.
+        tokens: tokens to train on, or None for ``run.steps``.
+        as_json: one JSON object instead of the table.
+
+    Returns:
+        The exit code; a layout that does not fit is an answer, not a failure.
+
+    Raises:
+        ConfigError: an unknown GPU, a number out of range, or a layout that training would refuse.
+    """
+    if gpu != NO_GPU and find_device(gpu) is None:
+        known = ", ".join(device.name for device in DEVICES)
+        raise ConfigError(f"plan: --gpu: unknown GPU {gpu!r}; choose one of {known}, or {NO_GPU} for no device")
+    plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens)
+    print(json.dumps(plan_as_json(plan), indent=2) if as_json else format_plan(plan))
+    return ExitCode.FINISHED
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The documented JSON object. Bytes and FLOPs are integers; unknown fit and times are null."""
+    return {
+        "parameters": {
+            "total": plan.parameters.total,
+            "active": plan.parameters.active,
+            "by_part": plan.parameters.by_part,
+        },
+        "flops": {
+            "per_token": plan.flops_per_token,
+            "per_step": plan.flops_per_step,
+            "by_part": plan.flops_by_part,
+        },
+        "flops_megatron": {"per_step": plan.flops_megatron},
+        "memory_per_gpu": {"total_bytes": plan.memory_bytes, "by_part": plan.memory_by_part, "fits": plan.fits},
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "step_time_s": plan.step_time_s,
+        "days": plan.days,
+    }
+
+
+def format_plan(plan: Plan) -> str:
+    """The table for people, without a final newline."""
+    lines = [
+        *_row("parameters", f"{plan.parameters.total:,}, active per token {plan.parameters.active:,}"),
+        *_row("", _parts(plan.parameters.by_part)),
+        *_row("FLOPs/token", _flops_line(plan)),
+        *_row("", _shares(plan.flops_by_part)),
+        *_row("step", _step_line(plan)),
+        *_row("memory/GPU", _memory_line(plan)),
+        *_row("", _memory_parts(plan)),
+        *_row("time", _time_line(plan)),
+        *_row("traffic", _traffic_line(plan)),
+        *_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"),
+    ]
+    if plan.fits is False:
+        lines += _change_lines(plan)
+    return "\n".join(lines)
+
+
+def _row(label: str, text: str) -> list[str]:
+    """One label and its text, wrapped between ``·`` separated items."""
+    lines, current = [], ""
+    for item in text.split(" · "):
+        joined = f"{current} · {item}" if current else item
+        if current and len(joined) > _LINE_WIDTH - _LABEL_WIDTH:
+            lines.append(current)
+            current = item
+        else:
+            current = joined
+    lines.append(current)
+    return [f"{label if not index else '':<{_LABEL_WIDTH}}{line}" for index, line in enumerate(lines)]
+
+
+def _flops_line(plan: Plan) -> str:
+    megatron = plan.flops_megatron / plan.num_tokens_per_step
+    return (
+        f"{_si(plan.flops_per_token, 'FLOP')} at sequence length {plan.layout.sequence_length} "
+        f"(Megatron-LM counts {_si(megatron, 'FLOP')})"
+    )
+
+
+def _step_line(plan: Plan) -> str:
+    rows = plan.config.run.global_batch_size
+    accumulation = rows // (plan.layout.world_size * plan.layout.micro_batch_size)
+    return (
+        f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.num_tokens_per_step)} = "
+        f"{_si(plan.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
+    )
+
+
+def _memory_line(plan: Plan) -> str:
+    start = f"{_layout(plan.layout)}: {_bytes(plan.memory_bytes)}"
+    if plan.device is None:
+        return f"{start}; no known device, fit not judged"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    return f"{start} of {_bytes(plan.device.memory_bytes)} on {plan.device.name}: {verdict}"
+
+
+def _memory_parts(plan: Plan) -> str:
+    return " · ".join(f"{_words(part)} {_bytes(size)}" for part, size in plan.memory_by_part.items() if size)
+
+
+def _time_line(plan: Plan) -> str:
+    if plan.step_time_s is None or plan.days is None:
+        return "unknown without a known device"
+    tokens = _tokens(plan.num_steps * plan.num_tokens_per_step)
+    mfu = f"{plan.mfu:.1%} MFU{' (assumed)' if plan.mfu_is_assumed else ''}"
+    return (
+        f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days at {mfu} on {plan.layout.world_size} {plan.gpu}, "
+        f"{plan.step_time_s:.3g} s a step, {_tokens(plan.num_tokens_per_step / plan.step_time_s)}/s"
+    )
+
+
+def _traffic_line(plan: Plan) -> str:
+    traffic = plan.traffic
+    if traffic is None or plan.device is None or plan.step_time_s is None:
+        return "unknown without a known device"
+    across = plan.layout.expert_parallel_size > plan.device.domain_size
+    where = f" across domains of {plan.device.domain_size}" if across else ""
+    share = (traffic.all_to_all_s + traffic.state_s) / plan.step_time_s
+    text = (
+        f"expert all-to-all {_bytes(traffic.all_to_all_bytes)}{where} {traffic.all_to_all_s:.3g} s · "
+        f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · "
+        f"together {share:.0%} of the step if nothing overlaps"
+    )
+    return text + (" · the stated MFU needs overlap or a layout with less traffic" if share > 1 - plan.mfu else "")
+
+
+def _change_lines(plan: Plan) -> list[str]:
+    largest = max(plan.memory_by_part, key=lambda part: plan.memory_by_part[part])
+    lines = _row("too large", f"most of all {_words(largest)}, {_bytes(plan.memory_by_part[largest])}")
+    if not plan.changes:
+        return lines + _row(
+            "change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU"
+        )
+    for index, layout in enumerate(plan.changes):
+        lines += _row("" if index else "change to", _changed_settings(plan.layout, layout))
+    return lines
+
+
+def _changed_settings(old: Layout, new: Layout) -> str:
+    settings = (
+        ("GPUs", old.world_size, new.world_size),
+        ("parallel.expert_parallel_size", old.expert_parallel_size, new.expert_parallel_size),
+        ("parallel.zero_stage", old.zero_stage, new.zero_stage),
+        ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
+        ("data.sequence_length", old.sequence_length, new.sequence_length),
+    )
+    return ", ".join(f"{name} {after}" for name, before, after in settings if before != after)
+
+
+def _layout(layout: Layout) -> str:
+    return f"EP {layout.expert_parallel_size}, DP {layout.world_size}, ZeRO-{layout.zero_stage}, {layout.precision}"
+
+
+def _parts(counts: dict[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return " · ".join(f"{_words(part)} {_count(count)}" for part, count in ordered if count)
+
+
+def _shares(flops: dict[str, int]) -> str:
+    total = sum(flops.values())
+    ordered = sorted(flops.items(), key=lambda item: -item[1])
+    return " · ".join(f"{_words(part)} {count / total:.1%}" for part, count in ordered if count >= total / 1000)
+
+
+def _words(part: str) -> str:
+    return part.replace("_", " ")
+
+
+def _count(number: int) -> str:
+    return _si(number, "", giga="B").rstrip()
+
+
+def _tokens(number: float) -> str:
+    return _si(number, "", giga="B").rstrip() + " tokens"
+
+
+def _bytes(number: int) -> str:
+    return _si(number, "B")
+
+
+def _si(number: float, unit: str, *, giga: str = "G") -> str:
+    """A number with a decimal prefix, so 1 GB is 1e9 bytes; ``giga`` is B for counts of parameters."""
+    for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, giga), (6, "M"), (3, "k")):
+        if abs(number) >= 10**exponent:
+            return f"{number / 10**exponent:.2f} {prefix}{unit}"
+    return f"{number:.0f} {unit}"

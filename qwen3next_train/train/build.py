@@ -1,0 +1,251 @@
+"""All wiring of a run and no logic of training: configuration and context in, ``loop.Run`` out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen3next_train.accounting.hardware import find_device
+from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.fragments import FragmentReader
+from qwen3next_train.checkpoint.manager import CheckpointManager, Found
+from qwen3next_train.checkpoint.manifest import Header, WorldLayout
+from qwen3next_train.checkpoint.train_state import TrainState
+from qwen3next_train.config.describe import compare_configs
+from qwen3next_train.config.schema import Config
+from qwen3next_train.config.validate import validate_for_world
+from qwen3next_train.data.loader import StepLoader, TrainingData
+from qwen3next_train.data.prepare import PreparedData, prepare_stores
+from qwen3next_train.data.validation import ValidationData
+from qwen3next_train.engine.base import Engine
+from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.kernels.selection import format_choices, select_kernels
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.console import ConsoleSink
+from qwen3next_train.metrics.sinks import JsonlSink, Sink
+from qwen3next_train.metrics.throughput import Throughput
+from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
+from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
+from qwen3next_train.topology import Topology
+from qwen3next_train.train.loop import Run
+from qwen3next_train.train.rundir import RunDirectory, software_versions
+from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
+from qwen3next_train.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """Where a run starts.
+
+    Args:
+        state: progress of the checkpoint, or of a new run.
+        found: the checkpoint, None for a new run.
+    """
+
+    state: TrainState
+    found: Found | None
+
+
+def build_run(
+    config: Config, context: ProcessContext, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack
+) -> Run:
+    """Prepare data, find the newest checkpoint, build model and engine, restore.
+
+    What can be refused is refused before the model is built.
+
+    Args:
+        config: the resolved configuration.
+        context: this process among the others.
+        run_dir: the opened run directory.
+        stop: signals received.
+        stack: takes what has to be closed at the end of the attempt.
+
+    Raises:
+        TrainError: one line for everything that speaks against the attempt.
+    """
+    validate_for_world(config, context.world_size)
+    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+    num_threads = fix_cpu_threads(context.local_world_size)
+    seed_everything(config.run.seed)
+    use_deterministic_kernels(context.device)
+    prepared = first_on_each_node(context, lambda: prepare_stores(config))
+    checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
+    restored = _restore_state(config, checkpoints, prepared, run_dir, context)
+    samples = TrainingData(prepared, config)
+    validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
+    engine = _build_engine(config, topology, context, checkpoints, restored)
+    loader = stack.enter_context(
+        StepLoader(
+            samples,
+            topology=topology,
+            global_batch_size=config.run.global_batch_size,
+            micro_batch_size=config.run.micro_batch_size,
+            mtp_depths=config.model.mtp_num_layers,
+            start_sample=restored.state.consumed_samples,
+            num_prefetch_steps=config.data.num_prefetch_steps,
+        )
+    )
+    throughput = Throughput(
+        _peak_flops(config, context), context.world_size, flops_total=restored.state.flops_total
+    )
+    layout = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
+    sinks, console = _open_sinks(config, context, run_dir, restored, throughput, layout, stack)
+    return Run(
+        config=config,
+        control=context.control,
+        engine=engine,
+        steps=loader,
+        data_wait_s=lambda: loader.last_wait_s,
+        validation=_validation_batches(validation, config, topology),
+        bytes_per_token=None if validation is None else validation.bytes_per_token,
+        checkpoints=checkpoints,
+        header=_header(config, context),
+        state=restored.state,
+        sinks=sinks,
+        progress=(lambda step: None) if console is None else console.advance,
+        throughput=throughput,
+        stop=stop,
+    )
+
+
+def _restore_state(
+    config: Config,
+    checkpoints: CheckpointManager,
+    prepared: PreparedData,
+    run_dir: RunDirectory,
+    context: ProcessContext,
+) -> _Restored:
+    """Progress of the newest checkpoint, refused when it belongs to another configuration or other data."""
+    found = checkpoints.find_latest()
+    if found is None:
+        recorded = run_dir.read_config()
+        if recorded is not None:
+            _refuse_other_configuration(run_dir, recorded, config, step=0)
+        wandb_id: str = context.control.broadcast_json(run_dir.read_info().get("wandb_id") or new_run_id())
+        new = TrainState(
+            step=0,
+            consumed_samples=0,
+            consumed_tokens=0,
+            flops_total=0,
+            skipped_steps=0,
+            optimizer_step=0,
+            data_fingerprint=prepared.fingerprint,
+            wandb_id=wandb_id,
+        )
+        return _Restored(new, None)
+    state = found.manifest.train_state
+    _refuse_other_configuration(run_dir, found.manifest.config, config, step=found.step)
+    if state.data_fingerprint != prepared.fingerprint:
+        raise DataError(
+            f"run.dir: {found.path}: the training data is not what the run started with (fingerprint "
+            f"{state.data_fingerprint}, now {prepared.fingerprint}); restore the data or choose another run.dir"
+        )
+    return _Restored(state, found)
+
+
+def _refuse_other_configuration(
+    run_dir: RunDirectory, recorded: Mapping[str, Any], config: Config, *, step: int
+) -> None:
+    """Raise when ``config`` would not continue the curve that ``recorded`` has begun in the directory."""
+    changes = compare_configs(recorded, config, step=step)
+    decisive = [*changes.shape, *changes.trajectory]
+    if decisive:
+        listed = ", ".join(f"{change.key} was {change.old}, now {change.new}" for change in decisive[:3])
+        more = f", and {len(decisive) - 3} more" if len(decisive) > 3 else ""
+        raise ConfigError(
+            f"run.dir: {run_dir.path} belongs to another configuration ({listed}{more}); "
+            "go on with that configuration or choose another run.dir"
+        )
+
+
+def _build_engine(
+    config: Config,
+    topology: Topology,
+    context: ProcessContext,
+    checkpoints: CheckpointManager,
+    restored: _Restored,
+) -> Engine:
+    """Model and optimizer, with the checkpoint's state if there is one."""
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    kernels = select_kernels(config.kernels, context.device, dtype=dtype)
+    # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
+    from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(
+        config,
+        topology=topology,
+        kernels=kernels,
+        device=context.device,
+        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
+    )
+    if restored.found is not None:
+        reader = FragmentReader(restored.found.path, restored.found.manifest)
+        reader.check_parameters(parameter_table(config.model))
+        engine.load_state(reader.read, restored.state.optimizer_step)
+        checkpoints.restore_rng(restored.found, reader)
+        get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
+    get_logger().info("%s", format_choices(kernels.choices))
+    return engine
+
+
+def _open_sinks(
+    config: Config,
+    context: ProcessContext,
+    run_dir: RunDirectory,
+    restored: _Restored,
+    throughput: Throughput,
+    layout: dict[str, int],
+    stack: ExitStack,
+) -> tuple[list[Sink], ConsoleSink | None]:
+    """Rank 0's destinations of records, in the order they are told."""
+    if context.rank != 0:
+        return [], None
+    state = restored.state
+    run_dir.record_attempt(config, layout=layout, wandb_id=state.wandb_id, command=sys.argv)
+    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
+    console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
+    wandb = WandbSink(
+        config.logging.wandb,
+        run_dir.path,
+        config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout},
+        state.wandb_id,
+        resumed=restored.found is not None,
+    )
+    sinks: list[Sink] = [metrics, console, wandb]
+    for sink in sinks:
+        stack.callback(sink.close)
+    return sinks, console
+
+
+def _validation_batches(
+    validation: ValidationData | None, config: Config, topology: Topology
+) -> list[PackedBatch]:
+    if validation is None:
+        return []
+    return validation.batches(
+        topology, micro_batch_size=config.run.micro_batch_size, mtp_depths=config.model.mtp_num_layers
+    )
+
+
+def _header(config: Config, context: ProcessContext) -> Header:
+    parallel = config.parallel
+    layout = WorldLayout(
+        world_size=context.world_size,
+        expert_parallel_size=parallel.expert_parallel_size,
+        zero_stage=parallel.zero_stage,
+    )
+    versions = {name: version for name, version in software_versions().items() if version is not None}
+    return Header(parameter_table(config.model), config.model_dump(mode="json"), layout, versions)
+
+
+def _peak_flops(config: Config, context: ProcessContext) -> float | None:
+    if context.device.type != "cuda":
+        return None
+    device = find_device(torch.cuda.get_device_name(context.device))
+    return None if device is None else device.peak_flops(config.run.precision)

@@ -1,0 +1,42 @@
+"""``--dry-run``: build everything without allocating it, and show what the first step would see."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.config.schema import Config
+from qwen3next_train.data.loader import TrainingData
+from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.kernels.selection import format_choices, select_kernels
+from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parallel.process_groups import select_device
+
+_SHOWN_ROWS = 8
+
+
+def dry_run(config: Config) -> int:
+    """Build the model on the meta device and print it, the kernels and the first rows.
+
+    Raises:
+        TrainError: whatever a real run would refuse: device, kernels, data.
+    """
+    device = select_device(config.run.device, local_rank=0)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    kernels = select_kernels(config.kernels, device, dtype=dtype)
+    with torch.device("meta"):
+        model = Qwen3NextForCausalLM(config.model, kernels=kernels)
+    built = sum(parameter.numel() for parameter in model.parameters())
+    expected = sum(spec.numel for spec in parameter_table(config.model))
+    assert built == expected, f"built {built} parameters, the table has {expected}"
+    print(f"model built on the meta device: {built:,} parameters in {len(list(model.parameters()))} tensors")
+    print(format_choices(kernels.choices))
+    prepared = prepare_stores(config)
+    data = TrainingData(prepared, config)
+    for source, rows in zip(prepared.train, data.rows_per_epoch, strict=True):
+        print(f"{source.label}: {source.documents.num_tokens:,} tokens, {rows:,} rows an epoch")
+    shown = min(_SHOWN_ROWS, config.run.global_batch_size)
+    print(f"document boundaries of the first {shown} of {config.run.global_batch_size} rows of step 1:")
+    for sample in range(shown):
+        print(f"  row {sample}: {' '.join(map(str, data.row(sample).boundaries.tolist()))}")
+    return 0

@@ -1,0 +1,200 @@
+"""The training loop: one paragraph per step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from qwen3next_train.accounting.flops import training_flops
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.manager import CheckpointManager
+from qwen3next_train.checkpoint.manifest import Header
+from qwen3next_train.checkpoint.train_state import TrainState, rng_state
+from qwen3next_train.config.schema import Config
+from qwen3next_train.engine.base import Engine, Report, StepResult, StepTotals
+from qwen3next_train.errors import DivergedError, StorageError
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.sinks import Sink
+from qwen3next_train.metrics.throughput import Throughput
+from qwen3next_train.optim.schedule import learning_rate
+from qwen3next_train.parallel.control import ControlGroup
+from qwen3next_train.train.signals import StopRequest
+
+
+@dataclass
+class Run:
+    """Everything a run needs, wired by ``train.build``.
+
+    Args:
+        config: the resolved configuration.
+        control: agreements between ranks.
+        engine: model and optimizer.
+        steps: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
+        data_wait_s: seconds the last step waited for ``steps``.
+        validation: this rank's validation micro-batches, none without validation.
+        bytes_per_token: of the validation text, None where unknown (no bits per byte then).
+        checkpoints: where the state is saved.
+        header: what a checkpoint's manifest says of the run besides the state.
+        state: progress so far.
+        sinks: where records go; none on ranks other than 0.
+        progress: told the number of every finished step.
+        throughput: speed from counts and times.
+        stop: signals received.
+    """
+
+    config: Config
+    control: ControlGroup
+    engine: Engine
+    steps: Iterator[list[PackedBatch]]
+    data_wait_s: Callable[[], float]
+    validation: Sequence[PackedBatch]
+    bytes_per_token: float | None
+    checkpoints: CheckpointManager
+    header: Header
+    state: TrainState
+    sinks: Sequence[Sink]
+    progress: Callable[[int], None]
+    throughput: Throughput
+    stop: StopRequest
+    consecutive_skips: int = 0
+    failed_saves: int = 0
+    saved_step: int = field(default=-1)
+
+
+def train(run: Run) -> str | None:
+    """Train until the last step or a stop.
+
+    Returns:
+        The name of the signal that stopped the run, or None when it is finished.
+
+    Raises:
+        DivergedError: too many consecutive non-finite steps.
+        StorageError: checkpoints cannot be written any more.
+    """
+    run.saved_step = run.state.step
+    stopped_by = _agree_to_stop(run)
+    while stopped_by is None and run.state.step < run.config.run.steps:
+        started_at = time.monotonic()
+        step = run.state.step + 1
+        batches = next(run.steps)
+        totals = _global_totals(run.control, batches)
+        report = _report_due(run.config, step)
+        result = run.engine.train_step(batches, totals=totals, lr=learning_rate(run.config, step), report=report)
+        speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
+        if report is not Report.NONE:
+            _log(run, result.metrics | speed)
+        run.progress(step)
+        _refuse_divergence(run)
+        stopped_by = _agree_to_stop(run)
+        if stopped_by or _save_due(run.config, step):
+            save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
+    return stopped_by
+
+
+def save(run: Run, *, must_succeed: bool) -> None:
+    """Publish a checkpoint of the current step, once.
+
+    A failed periodic save costs nothing but the distance to the last good one, so training goes on and the
+    next interval tries again, until ``checkpoint.max_failures`` in a row have failed.
+
+    Raises:
+        StorageError: the save failed and was the last chance, or too many failed in a row.
+    """
+    if run.saved_step == run.state.step:
+        return
+    try:
+        run.checkpoints.save(
+            step=run.state.step,
+            fragments=run.engine.fragments(),
+            train_state=run.state,
+            rank_tensors=rng_state(),
+            header=run.header,
+        )
+    except StorageError as error:
+        run.failed_saves += 1
+        if must_succeed or run.failed_saves >= run.config.checkpoint.max_failures:
+            raise
+        get_logger().warning("%s; training goes on, the next checkpoint will try again", error)
+    else:
+        run.failed_saves = 0
+        run.saved_step = run.state.step
+
+
+def _global_totals(control: ControlGroup, batches: Sequence[PackedBatch]) -> StepTotals:
+    rows = [[*batch.num_targets, batch.num_tokens, batch.sum_squared_lengths, 1] for batch in batches]
+    sums = control.sum_ints([sum(column) for column in zip(*rows, strict=True)])
+    *targets, tokens, squared, micro_batches = sums
+    return StepTotals(tuple(targets), tokens, squared, micro_batches)
+
+
+def _report_due(config: Config, step: int) -> Report:
+    due = step % config.logging.interval == 0 or step == config.run.steps or _eval_due(config, step)
+    if not due:
+        return Report.NONE
+    layers = config.logging.layer_interval
+    return Report.LAYERS if layers and step % layers == 0 else Report.SUMMARY
+
+
+def _eval_due(config: Config, step: int) -> bool:
+    interval = config.eval.interval
+    return interval > 0 and (step % interval == 0 or step == config.run.steps)
+
+
+def _save_due(config: Config, step: int) -> bool:
+    interval = config.checkpoint.interval
+    return step == config.run.steps or (interval > 0 and step % interval == 0)
+
+
+def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: float) -> dict[str, float]:
+    """Advance the state by one step and return its ``perf/*`` metrics."""
+    flops = training_flops(
+        run.config.model, num_tokens=totals.num_tokens, sum_squared_lengths=totals.sum_squared_lengths
+    )
+    speed = run.throughput.record_step(
+        flops=flops, tokens=totals.num_tokens, step_time_s=step_time_s, data_wait_s=run.data_wait_s()
+    )
+    state = run.state
+    run.state = replace(
+        state,
+        step=state.step + 1,
+        consumed_samples=state.consumed_samples + run.config.run.global_batch_size,
+        consumed_tokens=state.consumed_tokens + totals.num_tokens,
+        flops_total=run.throughput.flops_total,
+        skipped_steps=state.skipped_steps + int(result.skipped),
+        optimizer_step=state.optimizer_step + int(not result.skipped),
+    )
+    run.consecutive_skips = run.consecutive_skips + 1 if result.skipped else 0
+    return speed
+
+
+def _log(run: Run, metrics: dict[str, float]) -> None:
+    state = run.state
+    record = {"step": state.step, "tokens": state.consumed_tokens, **metrics}
+    record["optim/skipped_steps"] = state.skipped_steps
+    if torch.cuda.is_initialized():
+        record["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if run.validation and _eval_due(run.config, state.step):
+        record["eval/loss"], _ = run.engine.eval_loss(run.validation)
+        if run.bytes_per_token is not None:
+            record["eval/bpb"] = record["eval/loss"] / math.log(2) / run.bytes_per_token
+    for sink in run.sinks:
+        sink.log(record)
+
+
+def _refuse_divergence(run: Run) -> None:
+    if run.consecutive_skips >= run.config.run.max_skipped_steps:
+        raise DivergedError(
+            f"step {run.state.step}: gradients were not finite for {run.consecutive_skips} steps in a row "
+            "(run.max_skipped_steps); lower optimizer.lr and start again from an earlier checkpoint"
+        )
+
+
+def _agree_to_stop(run: Run) -> str | None:
+    """The signal some rank was sent, if any: all ranks stop at the same step."""
+    if not run.control.any_true(run.stop.requested is not None):
+        return None
+    return next(name for name in run.control.gather_json(run.stop.requested) if name)

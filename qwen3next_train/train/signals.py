@@ -1,0 +1,148 @@
+"""Stopping on request: signals become a flag that the loop reads at the end of a step.
+
+Python runs a signal's handler only between two bytecodes of the main thread, which may be waiting inside a
+collective for minutes. So a thread reads the signals as well (``signal.set_wakeup_fd``): it says what arrived
+and, when a second request finds the main thread stuck, ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from qwen3next_train.log import get_logger
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_FORCING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+_REPEAT_WINDOW_S = 1.0
+"""Within it, a repeated signal is an echo: torchrun and schedulers pass on what the process group got already."""
+
+_STUCK_AFTER_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Context manager that turns SIGTERM, SIGUSR1, SIGINT and SIGHUP into a request to save and stop.
+
+    A second SIGTERM or SIGINT more than a second after the first ends the process at once, the way the signal does
+    by default. SIGINT and SIGHUP that the process was started to ignore (``nohup``, a shell's background job) stay
+    ignored. Forked children get the default behaviour back. To be entered by the main thread; leaving restores
+    what was there.
+    """
+
+    def __init__(self) -> None:
+        self._requested: signal.Signals | None = None
+        self._main_escalation = _Escalation()
+        self._previous: dict[signal.Signals, Any] = {}
+        self._previous_wakeup = -1
+        self._reader: socket.socket | None = None
+        self._writer: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the first signal that asked to stop, such as ``SIGTERM``; None while none has."""
+        return None if self._requested is None else self._requested.name
+
+    def __enter__(self) -> StopRequest:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._watch, args=(self._reader,), name="signals", daemon=True)
+        self._thread.start()
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in _STOP_SIGNALS:
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
+                self._previous[number] = signal.signal(number, self._handle)
+        os.register_at_fork(after_in_child=self._leave_in_child)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        assert self._reader is not None
+        assert self._writer is not None
+        assert self._thread is not None
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread. Only sets the flag: logging here could interrupt logging."""
+        number = signal.Signals(number)
+        if self._main_escalation.forces(number):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._requested = self._requested or number
+
+    def _watch(self, reader: socket.socket) -> None:
+        """In the watching thread, until the writing end is closed."""
+        escalation = _Escalation()
+        announced = False
+        while numbers := reader.recv(64):
+            for value in numbers:
+                if value not in self._previous:
+                    continue
+                number = signal.Signals(value)
+                self._requested = self._requested or number
+                if escalation.forces(number):
+                    # The main thread ends the process the proper way, unless it is stuck.
+                    time.sleep(_STUCK_AFTER_S)
+                    os._exit(128 + number)
+                if not announced:
+                    announced = True
+                    get_logger().info(
+                        "%s received: saving at the end of this step and stopping; the same command continues the run",
+                        number.name,
+                    )
+
+    def _leave_in_child(self) -> None:
+        """In a forked child, whose signals must not reach this process through the shared socket."""
+        if not self._previous:
+            return
+        signal.set_wakeup_fd(-1)
+        for number in self._previous:
+            signal.signal(number, signal.SIG_DFL)
+        self._previous = {}
+
+
+class _Escalation:
+    """Tells a second, impatient signal from the echo of the first."""
+
+    def __init__(self) -> None:
+        self._first_at: float | None = None
+
+    def forces(self, number: signal.Signals) -> bool:
+        if number not in _FORCING_SIGNALS:
+            return False
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        return now - self._first_at > _REPEAT_WINDOW_S
+
+
+def die_with_parent() -> None:
+    """Under torchrun on Linux, get SIGTERM when the agent dies, so that a killed agent leaves no orphans.
+
+    Does nothing when the process was not started by torchrun (``TORCHELASTIC_RUN_ID`` is not set).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0):
+        get_logger().warning("prctl: %s; workers may outlive a killed torchrun", os.strerror(ctypes.get_errno()))
+    elif os.getppid() != parent:
+        # The agent died before the kernel knew whom to tell.
+        signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,47 @@
+"""What every test runs under: one CPU thread, no network, no account, caches in a folder of this session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Environment variables that libraries read when they are imported are set before anything is imported, and
+# every process a test starts inherits them. One thread: results and times then do not depend on how many cores
+# the machine has, and several processes do not fight over two.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", NETRC=os.devnull)
+for name in (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "HF_TOKEN"),
+):
+    os.environ.pop(name, None)
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the GPU tests where there is no GPU, and say so."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache folder as this test session sees it: tokenised once, read by all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(cache_dir: Path) -> Iterator[None]:
+    """Keep the tests, and what they start, out of the developer's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache_dir))
+        yield

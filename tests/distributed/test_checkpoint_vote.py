@@ -1,0 +1,56 @@
+"""Two real processes: whatever befalls one rank, both do the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.launching import REPOSITORY, environment
+from tests.unit.checkpoint.support import assert_holds, manager, names, save
+
+pytestmark = pytest.mark.dist
+
+
+def _play(scenario: str, folder: Path) -> tuple[list[int], list[dict[str, Any] | None]]:
+    """Exit codes and results of the two ranks."""
+    command = [sys.executable, "-m", "tests.distributed.checkpoint_worker", scenario]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment()) for rank in range(2)
+    ]
+    try:
+        codes = [rank.wait(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    paths = [folder / f"rank_{rank}.json" for rank in range(2)]
+    return codes, [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def test_both_ranks_raise_and_skip_together(tmp_path: Path) -> None:
+    codes, results = _play("fails", tmp_path)
+    assert codes == [0, 0]
+    assert results[0] == results[1]
+    assert results[0] is not None
+    assert "checkpoint of step 3 not saved: rank 1: " in results[0]["error"]
+    assert "No space left on device; needed " in results[0]["error"]
+    assert results[0]["names"] == ["latest", "step_00000001", "step_00000002"]
+    assert results[0]["found"] == 2
+    assert results[0]["found_when_broken"] == 1
+    assert_holds(manager(tmp_path / "checkpoints").find_latest(), 2)
+
+
+def test_a_rank_killed_while_writing_costs_only_that_save(tmp_path: Path) -> None:
+    codes, results = _play("killed", tmp_path)
+    assert codes == [0, -9]
+    assert results[0] is not None
+    assert results[0]["error"]
+    directory = tmp_path / "checkpoints"
+    assert len(names(directory)) == 2
+    assert_holds(manager(directory).find_latest(), 1)
+    save(manager(directory), 3)
+    assert names(directory) == {"step_00000001", "step_00000003"}

@@ -1,0 +1,77 @@
+"""The same global batch gives the same gradients and the same curve at every layout (fp32, CPU)."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.config.schema import Config
+from tests.distributed.layouts import Outcome, largest_relative_error, train_at
+
+pytestmark = pytest.mark.dist
+
+
+def small_config(*, micro_batch_size: int = 1, steps: int = 1, clip_grad: float = 0.0, scope: str = "sequence") -> Config:
+    return Config.model_validate(
+        {
+            "run": {
+                "steps": steps,
+                "precision": "fp32",
+                "global_batch_size": 4,
+                "micro_batch_size": micro_batch_size,
+            },
+            "model": {
+                "vocab_size": 97,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 12,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "num_experts": 8,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 24,
+                "router_aux_loss_coef": 0.01,
+                "router_aux_loss_scope": scope,
+                "router_z_loss_coef": 0.001,
+            },
+            "data": {"sequence_length": 48},
+            "optimizer": {"lr": 1e-2, "clip_grad": clip_grad},
+            "schedule": {"kind": "constant", "warmup_steps": 0, "min_lr": 0.0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank_four_micro_batches(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return train_at(small_config(), tmp_path_factory.mktemp("layouts") / "1x4", num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "micro_batch_size"), [(2, 1), (1, 4), (2, 2)], ids=["2x2", "1x1-of-4", "2x1-of-2"]
+)
+def test_gradients_are_those_of_one_rank_with_four_micro_batches(
+    tmp_path: Path, one_rank_four_micro_batches: Outcome, num_processes: int, micro_batch_size: int
+) -> None:
+    config = small_config(micro_batch_size=micro_batch_size)
+    outcome = train_at(config, tmp_path / "layout", num_processes=num_processes)
+    # After one step from zero, exp_avg is (1 - beta1) times the gradient.
+    error, name = largest_relative_error(one_rank_four_micro_batches, outcome, "exp_avg")
+    assert error < 1e-6, name
+    expected, found = one_rank_four_micro_batches.metrics[0], outcome.metrics[0]
+    for metric in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm"):
+        assert found[metric] == pytest.approx(expected[metric], rel=1e-6), metric
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global"])
+def test_one_micro_batch_per_rank_gives_the_curve_of_one_rank(tmp_path: Path, scope: str) -> None:
+    one = train_at(small_config(micro_batch_size=4, steps=4, clip_grad=0.5, scope=scope), tmp_path / "1", num_processes=1)
+    two = train_at(small_config(micro_batch_size=2, steps=4, clip_grad=0.5, scope=scope), tmp_path / "2", num_processes=2)
+    for expected, found in zip(one.metrics, two.metrics, strict=True):
+        for metric, value in expected.items():
+            assert found[metric] == pytest.approx(value, rel=1e-5), metric
+    assert largest_relative_error(one, two, "master")[0] < 1e-5

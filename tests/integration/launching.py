@@ -1,0 +1,110 @@
+"""Start the program as a user would, on a model and a corpus small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SMALL_MODEL = {
+    "model.vocab_size": "4096",
+    "model.hidden_size": "32",
+    "model.num_hidden_layers": "2",
+    "model.full_attention_interval": "2",
+    "model.linear_num_key_heads": "1",
+    "model.linear_num_value_heads": "2",
+    "model.linear_key_head_dim": "16",
+    "model.linear_value_head_dim": "16",
+    "model.num_attention_heads": "2",
+    "model.num_key_value_heads": "1",
+    "model.head_dim": "16",
+    "model.num_experts": "4",
+    "model.num_experts_per_tok": "2",
+    "model.moe_intermediate_size": "16",
+    "model.shared_expert_intermediate_size": "16",
+    "data.sequence_length": "64",
+    "run.global_batch_size": "4",
+    "run.micro_batch_size": "1",
+    "schedule.warmup_steps": "2",
+    "logging.wandb.mode": "disabled",
+    "eval.interval": "0",
+}
+"""Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, four micro-batches."""
+
+TIMING = ("perf/tflops_per_gpu", "perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "mem/peak_gib")
+"""Metrics that depend on the clock or the allocator."""
+
+
+def write_corpus(folder: Path) -> Path:
+    """A folder of text documents of various lengths, down to a few bytes."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for index in range(40):
+        lines = [f"def function_{index}_{line}(argument_{line % 7}):\n    return {line * index}\n" for line in range(index)]
+        (corpus / f"{index:02d}.txt").write_text("x\n" + "".join(lines))
+    return corpus
+
+
+def arguments(corpus: Path, run_dir: Path, **overrides: object) -> list[str]:
+    """The command line after the program's name; overrides use ``__`` for the dot."""
+    values = {**SMALL_MODEL, "data.sources": str(corpus), "run.dir": str(run_dir), "run.steps": "6"}
+    values |= {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    return ["--config", "qwen3next_tiny.yaml", *(part for key, value in values.items() for part in (f"--{key}", value))]
+
+
+def command(form: str, args: list[str], *, num_processes: int = 1) -> list[str]:
+    """The program in one of its launch forms: console, file, script (torchrun --no-python), module."""
+    console = str(Path(sys.executable).with_name("qwen3next-train"))
+    if form == "console":
+        return [console, *args]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    target = {"file": ["qwen3next-train"], "script": ["--no-python", console], "module": ["-m", "qwen3next_train"]}
+    return [*torchrun, *target[form], *args]
+
+
+def environment() -> dict[str, str]:
+    """The test's environment without a launcher's leftovers; one thread per process, as torchrun sets."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1"}
+
+
+def run(form: str, args: list[str], *, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run to the end and return code, stdout and stderr."""
+    return subprocess.run(
+        command(form, args, num_processes=num_processes),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def start(args: list[str], *, form: str = "console", num_processes: int = 1) -> subprocess.Popen[str]:
+    """Start in a process group of its own, to be signalled."""
+    return subprocess.Popen(
+        command(form, args, num_processes=num_processes),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of ``metrics.jsonl`` without those that depend on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def exit_record(run_dir: Path) -> dict[str, Any]:
+    """Contents of ``exit.json``."""
+    return json.loads((run_dir / "exit.json").read_text())  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""Stops, kills and resumes against the uninterrupted run, bit for bit (CPU, fp32)."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.launching import arguments, exit_record, metrics, run, start, write_corpus
+
+pytestmark = pytest.mark.slow
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = run("console", arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=3))
+    assert done.returncode == 0, done.stderr
+    return metrics(run_dir)
+
+
+def _wait_for_steps(run_dir: Path, count: int) -> None:
+    path = run_dir / "metrics.jsonl"
+    while not path.is_file() or path.read_text().count("\n") < count:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    corpus: Path, tmp_path: Path, uninterrupted: list[dict[str, float]], stop_signal: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=3)
+    process = start(args)
+    _wait_for_steps(run_dir, 4)
+    process.send_signal(stop_signal)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert exit_record(run_dir)["code"] == 75
+    stopped_at = metrics(run_dir)[-1]["step"]
+    assert stopped_at < STEPS
+    assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+    done = run("console", args)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run_dir) == uninterrupted
+
+
+def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
+    corpus: Path, tmp_path: Path, uninterrupted: list[dict[str, float]]
+) -> None:
+    run_dir = tmp_path / "run"
+    # Saving every step makes most kills fall into a save.
+    args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=1)
+    delays = random.Random(20260101)
+    for attempt in range(4):
+        process = start(args)
+        done_before = len(metrics(run_dir)) if (run_dir / "metrics.jsonl").is_file() else 0
+        _wait_for_steps(run_dir, min(done_before + 1 + attempt % 2, STEPS - 1))
+        time.sleep(delays.random() * 0.3)
+        process.kill()
+        process.communicate(timeout=60)
+    done = run("console", args)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run_dir) == uninterrupted
+
+
+def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=0)
+    process = start(args, form="module", num_processes=2)
+    _wait_for_steps(run_dir, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert exit_record(run_dir)["code"] == 75
+    stopped_at = metrics(run_dir)[-1]["step"]
+    assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == [f"step_{stopped_at:08d}"]
+    done = run("console", args)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))

@@ -1,0 +1,173 @@
+"""Memory by part: by hand on the tiny shape, against a table computed elsewhere for the 80B."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+
+from qwen3next_train.accounting.memory import (
+    REDUCE_BUCKET_NUMEL,
+    RUNTIME_BYTES,
+    Layout,
+    activation_bytes,
+    memory_per_gpu,
+    saved_tensors,
+)
+from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.errors import ConfigError
+from tests.unit.accounting.shapes import QWEN3_NEXT_80B, QWEN3_NEXT_80B_WITHOUT_MTP, TINY
+
+Stage = Literal[1, 2, 3]
+ONE = Layout(1, 1, 1, "fp32", 1, 16)
+
+# TINY by hand. Experts: 3 blocks x 4 experts x 3 x 8 x 6. fp32 even in bf16 runs: routers 3 x 4 x 8, A_log and
+# dt_bias 2 each. Norms without decay: 2 layers x 16, final 8, GDN 5, MTP 3 x 8 + 16.
+EXPERTS = 3 * 4 * 3 * 8 * 6
+ROUTERS, GATES = 3 * 4 * 8, 4
+NORMS = 2 * 16 + 8 + 5 + 3 * 8 + 16
+QK_NORMS = 2 * 2 * 4
+EMBEDDINGS = 2 * 11 * 8
+GDN = 16 * 2 + 26 * 8 + 4 * 8 + 8 * 10
+ATTENTION = 2 * (16 * 8 + 2 * 4 * 8 + 8 * 8)
+SHARED = 3 * (3 * 7 * 8 + 8)
+DECAYED = EMBEDDINGS + GDN + ATTENTION + SHARED + QK_NORMS + 16 * 8
+DENSE = DECAYED + ROUTERS + GATES + NORMS
+
+
+def _up(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
+
+
+def test_hand_count_is_the_whole_model() -> None:
+    """The constants above add up to the parameter table."""
+    assert sum(spec.numel for spec in parameter_table(TINY)) == DENSE + EXPERTS
+
+
+def test_one_process_fp32() -> None:
+    """4 bytes weights, 4 gradients, 12 optimizer, groups padded to 2 elements."""
+    memory = memory_per_gpu(TINY, ONE)
+    padded = _up(DECAYED + ROUTERS, 2) + _up(NORMS + GATES, 2) + EXPERTS
+    assert memory["weights"] == 4 * padded
+    assert memory["gradients"] == 4 * (DENSE + EXPERTS)
+    assert memory["optimizer"] == 12 * padded
+    largest = 4 * 12 * 8
+    assert memory["zero_buffers"] == 4 * REDUCE_BUCKET_NUMEL + 4 * largest
+
+
+def test_bf16_keeps_flagged_parameters_in_fp32() -> None:
+    """Router, A_log and dt_bias take 4 bytes; gradients are fp32 all the same."""
+    memory = memory_per_gpu(TINY, replace(ONE, precision="bf16"))
+    assert memory["weights"] == 2 * (DECAYED + _up(NORMS, 2) + EXPERTS) + 4 * (ROUTERS + GATES)
+    assert memory["gradients"] == 4 * (DENSE + EXPERTS)
+
+
+@pytest.mark.parametrize(("stage", "gradient_ranks"), [(1, (1, 1)), (2, (8, 4))])
+def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[int, int]) -> None:
+    """8 ranks, EP 2: dense over 8, a rank's two experts over the 4 ranks that hold them."""
+    memory = memory_per_gpu(TINY, replace(ONE, world_size=8, expert_parallel_size=2, zero_stage=stage))
+    dense = _up(DECAYED + ROUTERS, 16) + _up(NORMS + GATES, 16)
+    experts = _up(EXPERTS // 2, 8)
+    assert memory["weights"] == 4 * (dense + experts)
+    assert memory["optimizer"] == 12 * (dense // 8 + experts // 4)
+    if stage == 2:
+        dense_ranks, expert_ranks = gradient_ranks
+        assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
+    else:
+        assert memory["gradients"] == 4 * (DENSE + EXPERTS // 2)
+
+
+def test_stage3_partitions_every_parameter() -> None:
+    """Each tensor is padded by itself; small ones stay gathered besides."""
+    memory = memory_per_gpu(TINY, replace(ONE, world_size=8, expert_parallel_size=2, zero_stage=3))
+    pieces = whole = 0
+    for spec in parameter_table(TINY):
+        local, ranks = (spec.numel // 2, 4) if spec.expert else (spec.numel, 8)
+        pieces += -(-local // ranks)
+        whole += local
+    assert memory["weights"] == 4 * (pieces + whole)
+    assert memory["gradients"] == 4 * pieces
+    assert memory["optimizer"] == 12 * pieces
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expert_parallel", "stage", "states_gb"),
+    [
+        (8, 8, 1, 191.7),
+        (16, 16, 1, 102.9),
+        (32, 8, 2, 63.9),
+        (64, 8, 1, 87.1),
+        (64, 8, 2, 44.0),
+        (64, 32, 1, 43.6),
+        (64, 8, 3, 22.4),
+        (1024, 8, 1, 73.1),
+    ],
+)
+def test_80b_states_against_independent_table(gpus: int, expert_parallel: int, stage: Stage, states_gb: float) -> None:
+    """Weights 2, gradients 4, optimizer 12 bytes a parameter, 79.67 B parameters without MTP.
+
+    The table has every weight in bf16: the fp32 routers (0.10 GB whole) are what may be above it, and under
+    stage 3 the small parameters that stay gathered.
+    """
+    memory = memory_per_gpu(QWEN3_NEXT_80B_WITHOUT_MTP, Layout(gpus, expert_parallel, stage, "bf16", 1, 4096))
+    states = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    assert 0 <= states / 1e9 - states_gb + 0.05 < 0.2
+
+
+def test_total_covers_weights_and_runtime() -> None:
+    """Every part is a non-negative integer."""
+    memory = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 4096))
+    assert all(isinstance(size, int) and size >= 0 for size in memory.values())
+    assert memory["runtime"] == RUNTIME_BYTES
+
+
+def test_activations_scale_with_tokens() -> None:
+    """Twice the rows, twice what depends on tokens; the regrouped GDN weights do not."""
+    one = activation_bytes(TINY, ONE)
+    two = activation_bytes(TINY, replace(ONE, micro_batch_size=2))
+    fixed = 4 * (2 * 3 + 2 * 10 + 2 * 2) * 8
+    assert two["activations_gdn"] - fixed == 2 * (one["activations_gdn"] - fixed)
+    for kind in ("attention", "moe", "other"):
+        assert two[f"activations_{kind}"] == 2 * one[f"activations_{kind}"]
+
+
+def test_dispatch_exists_only_with_expert_parallelism() -> None:
+    """Send and receive of 16 tokens x 2 experts x 8 fp32 values, and a fifth for imbalance."""
+    alone = activation_bytes(TINY, ONE)
+    apart = activation_bytes(TINY, replace(ONE, world_size=2, expert_parallel_size=2))
+    assert alone["all_to_all"] == alone["imbalance"] == 0
+    assert apart["all_to_all"] == 2 * 16 * 2 * 8 * 4
+    routed = 3 * 16 * 2 * 4 * (2 * 8 + 4 * 6)
+    assert apart["imbalance"] == (routed + apart["all_to_all"]) // 5
+
+
+def test_long_rows_do_not_grow_the_logits_chunk() -> None:
+    """Beyond a chunk only the waiting MTP gradients grow."""
+    short = activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 16384))["logits"]
+    long = activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 32768))["logits"]
+    assert long - short == 16384 * 2048 * 2
+
+
+def test_step_copy_counts_only_beyond_activations() -> None:
+    """With one token the optimizer step is the fullest moment, with many the backward pass is."""
+    small = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 1))
+    large = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 4096))
+    activations = sum(activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 1)).values())
+    assert small["optimizer_step"] == max(0, small["optimizer"] // 3 - activations)
+    assert small["optimizer_step"] > 0
+    assert large["optimizer_step"] == 0
+
+
+def test_names_of_saved_tensors_are_unique() -> None:
+    """A recompute policy selects by name."""
+    for tensors in saved_tensors(QWEN3_NEXT_80B.model_copy(update={"mtp_num_layers": 0}), "bf16").values():
+        names = [tensor.name for tensor in tensors]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("world", "expert_parallel"), [(8, 3), (12, 3)])
+def test_impossible_expert_parallel_size(world: int, expert_parallel: int) -> None:
+    """3 divides neither 8 ranks nor 4 experts."""
+    with pytest.raises(ConfigError, match="expert_parallel_size: 3"):
+        memory_per_gpu(TINY, replace(ONE, world_size=world, expert_parallel_size=expert_parallel))

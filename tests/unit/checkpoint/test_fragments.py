@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen3next_train.accounting.params import Init, ParamSpec
+from qwen3next_train.checkpoint.fragments import (
+    MAX_OPEN_FILES,
+    FragmentIndex,
+    FragmentReader,
+    RankShare,
+    write_rank_file,
+)
+from qwen3next_train.checkpoint.manifest import FileEntry, Manifest, WorldLayout, encode_manifest, parse_manifest
+from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
+from qwen3next_train.errors import CheckpointError, DivergedError
+from tests.unit.checkpoint.support import (
+    PARAMETERS,
+    HookedFilesystem,
+    fragments_of,
+    header,
+    logical_state,
+    manager,
+    save,
+    train_state,
+)
+
+
+def _write(directory: Path, shares: Sequence[Sequence[Fragment]], parameters: Sequence[ParamSpec]) -> Manifest:
+    """Rank files and the manifest they belong to, without a manager."""
+    directory.mkdir(exist_ok=True)
+    files: list[FileEntry] = []
+    kinds: tuple[FragmentKind, ...] = FRAGMENT_KINDS
+    for rank, fragments in enumerate(shares):
+        share = RankShare.collect(fragments, {})
+        kinds = share.kinds if fragments else kinds
+        files.append(write_rank_file(HookedFilesystem(), directory, share, rank=rank, parameters=parameters))
+    layout = WorldLayout(world_size=len(shares), expert_parallel_size=1, zero_stage=1)
+    described = replace(header(), parameters=parameters, layout=layout)
+    raw = encode_manifest(step=1, header=described, train_state=train_state(1), kinds=kinds, files=files)
+    return parse_manifest(raw, step=1)
+
+
+@st.composite
+def _tilings(draw: st.DrawFn) -> tuple[list[ParamSpec], list[list[tuple[int, int, int]]]]:
+    """Parameters, and for each of some ranks its pieces ``(parameter, start, stop)``: a tiling, in any order."""
+    shapes = draw(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=4))
+    parameters = [
+        ParamSpec(f"p{index}.weight", tuple(shape), "norm", Init("constant", 0.0)) for index, shape in enumerate(shapes)
+    ]
+    num_ranks = draw(st.integers(1, 5))
+    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(num_ranks)]
+    for index, spec in enumerate(parameters):
+        cuts = draw(st.sets(st.integers(0, spec.numel), max_size=6)) | {0, spec.numel}
+        edges = sorted(cuts)
+        for start, stop in itertools.pairwise(edges):
+            shares[draw(st.integers(0, num_ranks - 1))].append((index, start, stop))
+    return parameters, [draw(st.permutations(share)) for share in shares]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(written=_tilings(), data=st.data())
+def test_any_range_of_any_tiling_reads_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    written: tuple[list[ParamSpec], list[list[tuple[int, int, int]]]],
+    data: st.DataObject,
+) -> None:
+    parameters, shares = written
+    state = [{kind: torch.randn(spec.numel) for kind in FRAGMENT_KINDS} for spec in parameters]
+    fragments = [
+        [
+            Fragment(parameters[index].name, start, {kind: state[index][kind][start:stop] for kind in FRAGMENT_KINDS})
+            for index, start, stop in share
+        ]
+        for share in shares
+    ]
+    directory = tmp_path_factory.mktemp("tiling")
+    manifest = _write(directory, fragments, parameters)
+    FragmentIndex(manifest).check_tiling()
+    reader = FragmentReader(directory, manifest)
+    reader.check_parameters(parameters)
+    for index, spec in enumerate(parameters):
+        start = data.draw(st.integers(0, spec.numel))
+        stop = data.draw(st.integers(start, spec.numel))
+        for kind in FRAGMENT_KINDS:
+            assert reader.read(spec.name, kind, start, stop).equal(state[index][kind][start:stop])
+
+
+def _simple(*ranges: tuple[int, int]) -> list[list[Fragment]]:
+    tensors = {kind: torch.arange(10.0) for kind in FRAGMENT_KINDS}
+    return [
+        [Fragment("w", start, {kind: tensors[kind][start:stop] for kind in FRAGMENT_KINDS})] for start, stop in ranges
+    ]
+
+
+VECTOR = [ParamSpec("w", (10,), "norm", Init("constant", 0.0))]
+
+
+def test_a_hole_is_named_with_its_range(tmp_path: Path) -> None:
+    manifest = _write(tmp_path / "c", _simple((0, 4), (6, 10)), VECTOR)
+    reader = FragmentReader(tmp_path / "c", manifest)
+    assert reader.read("w", "master", 6, 9).tolist() == [6.0, 7.0, 8.0]
+    with pytest.raises(CheckpointError, match="w: no file holds exp_avg from element 4 to 8"):
+        reader.read("w", "exp_avg", 2, 8)
+    with pytest.raises(RuntimeError, match="w: the ranks' fragments do not tile its 10 elements exactly once"):
+        FragmentIndex(manifest).check_tiling()
+
+
+@pytest.mark.parametrize("ranges", [((0, 6), (4, 10)), ((0, 10), (0, 10)), ((0, 9),), ((1, 10),), ()])
+def test_overlaps_and_missing_ends_are_no_tiling(tmp_path: Path, ranges: tuple[tuple[int, int], ...]) -> None:
+    manifest = _write(tmp_path / "c", _simple(*ranges) or [[]], VECTOR)
+    with pytest.raises(RuntimeError, match="do not tile"):
+        FragmentIndex(manifest).check_tiling()
+
+
+def test_redundant_fragments_read_the_same(tmp_path: Path) -> None:
+    reader = FragmentReader(tmp_path / "c", _write(tmp_path / "c", _simple((0, 6), (4, 10), (2, 5)), VECTOR))
+    assert reader.read("w", "master", 1, 9).tolist() == [float(value) for value in range(1, 9)]
+
+
+def test_weights_alone_read_with_zero_moments(tmp_path: Path) -> None:
+    weights = [[Fragment("w", 0, {"master": torch.arange(10, dtype=torch.bfloat16)})]]
+    manifest = _write(tmp_path / "c", weights, VECTOR)
+    reader = FragmentReader(tmp_path / "c", manifest)
+    assert manifest.kinds == ["master"]
+    assert reader.read("w", "master", 8, 10).tolist() == [8.0, 9.0]
+    assert reader.read("w", "exp_avg_sq", 8, 10).tolist() == [0.0, 0.0]
+    assert reader.read("w", "master", 8, 10).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        (PARAMETERS[:2], "norm.weight is not part of the model"),
+        ((*PARAMETERS, replace(PARAMETERS[2], name="extra.weight")), "extra.weight is missing"),
+        (
+            (replace(PARAMETERS[0], shape=(5, 7)), *PARAMETERS[1:]),
+            r"embed.weight has shape \[7, 5\], the model wants \[5, 7\]",
+        ),
+        ((), r"embed.weight is not part of the model \(and 2 more differences\)"),
+    ],
+)
+def test_another_model_is_refused_by_name(tmp_path: Path, parameters: Sequence[ParamSpec], reason: str) -> None:
+    manifest = _write(tmp_path / "c", [fragments_of(1)], PARAMETERS)
+    with pytest.raises(CheckpointError, match=reason):
+        FragmentReader(tmp_path / "c", manifest).check_parameters(parameters)
+
+
+def test_unknown_names_and_impossible_ranges(tmp_path: Path) -> None:
+    reader = FragmentReader(tmp_path / "c", _write(tmp_path / "c", [fragments_of(1)], PARAMETERS))
+    with pytest.raises(CheckpointError, match="no parameter 'nope'"):
+        reader.read("nope", "master", 0, 1)
+    for start, stop in ((-1, 2), (3, 2), (0, 6)):
+        with pytest.raises(ValueError, match=r"norm\.weight: range"):
+            reader.read("norm.weight", "master", start, stop)
+    with pytest.raises(CheckpointError, match="rank 1 has no file"):
+        reader.rank_tensors(1)
+
+
+@pytest.mark.parametrize("kind", FRAGMENT_KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_not_saved(kind: FragmentKind, value: float) -> None:
+    fragments = fragments_of(1)
+    fragments[1].tensors[kind][3] = value
+    with pytest.raises(DivergedError, match=rf"layers\.0\.experts: {kind} is not finite in elements \[0, 24\)"):
+        RankShare.collect(fragments, {})
+
+
+def test_values_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
+    fragments = fragments_of(1)
+    share = RankShare.collect(fragments, {})
+    # After the check of the save, as a bug or a bit flip in memory would.
+    fragments[2].tensors["master"][1] = math.nan
+    (tmp_path / "c").mkdir()
+    entry = write_rank_file(HookedFilesystem(), tmp_path / "c", share, rank=0, parameters=PARAMETERS)
+    raw = encode_manifest(step=1, header=header(), train_state=train_state(1), kinds=FRAGMENT_KINDS, files=[entry])
+    reader = FragmentReader(tmp_path / "c", parse_manifest(raw, step=1))
+    with pytest.raises(CheckpointError, match=r"norm\.weight: master is not finite"):
+        reader.read("norm.weight", "master", 0, 5)
+    assert reader.read("norm.weight", "master", 2, 5).shape == (3,)
+
+
+def test_a_thousand_rank_files_keep_descriptors_and_open_files_few(tmp_path: Path) -> None:
+    num_ranks = 1000
+    values = torch.arange(float(num_ranks))
+    parameters = [ParamSpec("w", (num_ranks,), "norm", Init("constant", 0.0))]
+    shares = [
+        [Fragment("w", rank, dict.fromkeys(FRAGMENT_KINDS, values[rank : rank + 1]))] for rank in range(num_ranks)
+    ]
+    reader = FragmentReader(tmp_path / "c", _write(tmp_path / "c", shares, parameters))
+    before = len(os.listdir("/proc/self/fd"))
+    assert reader.read("w", "master", 0, num_ranks).equal(values)
+    assert len(os.listdir("/proc/self/fd")) - before <= MAX_OPEN_FILES
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert 0 < len(mapped) <= MAX_OPEN_FILES
+
+
+def test_a_file_that_vanishes_after_verification_is_one_error(tmp_path: Path) -> None:
+    checkpoints = manager(tmp_path / "c")
+    save(checkpoints, 1)
+    found = checkpoints.find_latest()
+    assert found is not None
+    (found.path / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: missing"):
+        FragmentReader(found.path, found.manifest).read("norm.weight", "master", 0, 1)
+
+
+def test_the_state_used_here_is_tiled_by_its_fragments() -> None:
+    for world_size in (1, 2, 3, 7):
+        pieces = [piece for rank in range(world_size) for piece in fragments_of(4, rank, world_size)]
+        for name, kinds in logical_state(4).items():
+            mine = sorted((piece for piece in pieces if piece.name == name), key=lambda piece: piece.start)
+            assert torch.cat([piece.tensors["master"] for piece in mine]).equal(kinds["master"])

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import errno
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3next_train.checkpoint.fragments import FragmentReader
+from qwen3next_train.checkpoint.manager import CheckpointManager, Found, SaveReport
+from qwen3next_train.checkpoint.train_state import rng_state
+from qwen3next_train.engine.base import Fragment
+from qwen3next_train.errors import DivergedError, PeerLostError, StorageError
+from qwen3next_train.parallel.control import SingleProcess
+from tests.unit.checkpoint.support import (
+    FailingFilesystem,
+    HookedFilesystem,
+    ThreadControl,
+    assert_holds,
+    collected_log,
+    fragments_of,
+    header,
+    manager,
+    names,
+    on_ranks,
+    save,
+    train_state,
+)
+
+
+def _on_two(directory: Path, step: int, filesystems: tuple[HookedFilesystem, HookedFilesystem]) -> list[object]:
+    def act(control: ThreadControl) -> SaveReport:
+        mine = manager(directory, control=control, filesystem=filesystems[control.rank])
+        return save(mine, step, rank=control.rank, world_size=2)
+
+    return list(on_ranks(2, act))
+
+
+def test_the_report_tells_where_and_how_much(tmp_path: Path) -> None:
+    report = save(manager(tmp_path / "c"), 12)
+    assert report.path == tmp_path / "c" / "step_00000012"
+    assert report.num_bytes == (report.path / "rank_00000.safetensors").stat().st_size
+    assert (tmp_path / "c" / "latest").read_text() == "step_00000012\n"
+    assert {path.name for path in report.path.iterdir()} == {"MANIFEST.json", "rank_00000.safetensors"}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_many_ranks_write_what_one_reads(tmp_path: Path, world_size: int) -> None:
+    def act(control: ThreadControl) -> Found | None:
+        mine = manager(tmp_path / "c", control=control)
+        save(mine, 5, rank=control.rank, world_size=world_size)
+        return mine.find_latest()
+
+    found = on_ranks(world_size, act)
+    assert [entry.step for entry in found if isinstance(entry, Found)] == [5] * world_size
+    assert_holds(manager(tmp_path / "c").find_latest(), 5)
+
+
+def test_the_newest_are_kept_and_no_more(tmp_path: Path) -> None:
+    checkpoints = manager(tmp_path, keep=2)
+    for step in (1, 2, 3, 10, 11):
+        save(checkpoints, step)
+        assert len(names(tmp_path)) <= 2
+    assert names(tmp_path) == {"step_00000010", "step_00000011"}
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept_and_goes_when_it_is_old(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(manager(tmp_path, keep=3), step)
+    (tmp_path / "step_00000003" / "rank_00000.safetensors").unlink()
+    resumed = manager(tmp_path, keep=2)
+    found = resumed.find_latest()
+    assert found is not None
+    assert found.step == 2
+    save(resumed, 4)
+    assert names(tmp_path) == {"step_00000002", "step_00000003", "step_00000004"}
+    save(resumed, 5)
+    assert names(tmp_path) == {"step_00000004", "step_00000005"}
+
+
+def test_checkpoints_of_an_earlier_attempt_are_verified_once_before_they_count(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(manager(tmp_path, keep=3), step)
+    filesystem = HookedFilesystem()
+    resumed = manager(tmp_path, keep=3, filesystem=filesystem)
+    resumed.find_latest()
+    num_opens = []
+    for step in (4, 5):
+        filesystem.log.clear()
+        save(resumed, step)
+        num_opens.append(sum(entry == ("open", "rank_00000.safetensors") for entry in filesystem.log))
+    assert names(tmp_path) == {"step_00000003", "step_00000004", "step_00000005"}
+    # Step 3 was verified by discovery and 4 was written here: only 2 is read again, and only once.
+    assert num_opens == [1, 0]
+
+
+def test_checkpoints_after_the_one_just_saved_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    save(manager(tmp_path), 9)
+    checkpoints = manager(tmp_path, keep=1)
+    for step in (4, 5):
+        save(checkpoints, step)
+    assert names(tmp_path) == {"step_00000005", "step_00000009"}
+    save(checkpoints, 10)
+    assert names(tmp_path) == {"step_00000010"}
+
+
+def test_what_a_cut_publication_moved_aside_is_put_back(tmp_path: Path) -> None:
+    save(manager(tmp_path), 1)
+    (tmp_path / "step_00000001").rename(tmp_path / ".replaced-step_00000001-0a1b2c3d")
+    assert_holds(manager(tmp_path).find_latest(), 1)
+    save(manager(tmp_path), 2)
+    assert names(tmp_path) == {"step_00000001", "step_00000002"}
+    assert_holds(manager(tmp_path).find_latest(), 2)
+
+
+def test_only_our_own_leftovers_are_swept(tmp_path: Path) -> None:
+    precious = tmp_path / "elsewhere"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    directory = tmp_path / "c"
+    directory.mkdir()
+    for name in (".tmp-mine", ".tmp-step_1-x", "step_7", "notes", ".trash", ".replaced-step_00000001-xyz"):
+        (directory / name).mkdir()
+    (directory / ".tmp-step_00000001-0a1b2c3d").mkdir()
+    (directory / ".trash-step_00000001-0a1b2c3d").symlink_to(precious)
+    kept = {".tmp-mine", ".tmp-step_1-x", "step_7", "notes", ".trash", ".replaced-step_00000001-xyz"}
+    save(manager(directory), 1)
+    assert names(directory) == {*kept, "step_00000001"}
+    assert (precious / "file").exists()
+
+
+def test_failing_to_delete_is_a_warning_and_made_good_later(tmp_path: Path) -> None:
+    filesystem = FailingFilesystem(0, errno.EACCES, once=False, only=("unlink",))
+    with collected_log() as lines:
+        for step in (1, 2):
+            save(manager(tmp_path, keep=1, filesystem=filesystem), step)
+    assert len(lines) == 1
+    assert "could not tidy up" in lines[0]
+    assert_holds(manager(tmp_path).find_latest(), 2)
+    save(manager(tmp_path, keep=1), 3)
+    assert names(tmp_path) == {"step_00000003"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("operation", ["create", "write", "fsync", "close"])
+def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path, rank: int, operation: str) -> None:
+    for report in _on_two(tmp_path, 1, (HookedFilesystem(), HookedFilesystem())):
+        assert isinstance(report, SaveReport)
+    failing = FailingFilesystem(0, errno.ENOSPC, once=False, only=(operation,))
+    filesystems = (failing, HookedFilesystem()) if rank == 0 else (HookedFilesystem(), failing)
+    errors = _on_two(tmp_path, 2, filesystems)
+    assert [type(error) for error in errors] == [StorageError, StorageError]
+    assert str(errors[0]) == str(errors[1])
+    assert f"checkpoint of step 2 not saved: rank {rank}: " in str(errors[0])
+    assert "No space left on device; needed " in str(errors[0])
+    assert names(tmp_path) == {"step_00000001"}
+
+
+def test_several_failing_ranks_are_counted(tmp_path: Path) -> None:
+    first, second = (FailingFilesystem(0, errno.EIO, once=False, only=("create",)) for _ in range(2))
+    errors = _on_two(tmp_path, 2, (first, second))
+    text = "rank 0: rank_00000.safetensors: Input/output error (and 1 more rank)"
+    assert [str(error) for error in errors] == [f"{tmp_path}: checkpoint of step 2 not saved: {text}"] * 2
+
+
+def test_a_rank_that_does_not_see_the_directory_says_so(tmp_path: Path) -> None:
+    class NodeLocal(HookedFilesystem):
+        """A disk of its own."""
+
+        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+            if name == "entry":
+                return lambda path: None
+            return super().__getattr__(name)
+
+    errors = _on_two(tmp_path / "c", 2, (HookedFilesystem(), NodeLocal()))
+    assert [type(error) for error in errors] == [StorageError, StorageError]
+    assert "rank 1: " in str(errors[0])
+    assert "run.dir must be on a filesystem that all ranks share" in str(errors[0])
+
+
+def test_a_bug_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    def broken() -> Iterator[Fragment]:
+        yield from fragments_of(1, 1, 2)
+        raise RuntimeError("CUDA error:\nmisaligned address")
+
+    def act(control: ThreadControl) -> SaveReport:
+        return manager(tmp_path / "c", control=control).save(
+            step=1,
+            fragments=broken() if control.rank else fragments_of(1, 0, 2),
+            train_state=train_state(1),
+            rank_tensors={},
+            header=header(2),
+        )
+
+    errors = on_ranks(2, act)
+    assert [type(error) for error in errors] == [PeerLostError, RuntimeError]
+    assert "rank 1: RuntimeError: CUDA error: misaligned address" in str(errors[0])
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_anything_is_written(tmp_path: Path) -> None:
+    def act(control: ThreadControl) -> SaveReport:
+        fragments = fragments_of(1, control.rank, 2)
+        if control.rank:
+            fragments[-1].tensors["master"][0] = math.nan
+        return manager(tmp_path / "c", control=control).save(
+            step=1, fragments=fragments, train_state=train_state(1), rank_tensors={}, header=header(2)
+        )
+
+    errors = on_ranks(2, act)
+    assert [type(error) for error in errors] == [DivergedError, DivergedError]
+    assert "rank 1: norm.weight: master is not finite" in str(errors[0])
+    assert not (tmp_path / "c").exists()
+
+
+def test_fragments_that_do_not_tile_are_never_published(tmp_path: Path) -> None:
+    save(manager(tmp_path), 1)
+    with pytest.raises(RuntimeError, match=r"embed\.weight: the ranks' fragments do not tile"):
+        manager(tmp_path).save(
+            step=2, fragments=fragments_of(2)[1:], train_state=train_state(2), rank_tensors={}, header=header()
+        )
+    assert names(tmp_path) == {"step_00000001"}
+
+
+def test_a_configuration_that_is_not_finite_is_never_published(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        manager(tmp_path).save(
+            step=2,
+            fragments=fragments_of(2),
+            train_state=train_state(2),
+            rank_tensors={},
+            header=replace(header(), config={"lr": math.nan}),
+        )
+    assert names(tmp_path) == set()
+
+
+def test_damage_only_one_rank_sees_is_skipped_by_all(tmp_path: Path) -> None:
+    for step in (1, 2):
+        assert all(isinstance(r, SaveReport) for r in _on_two(tmp_path, step, (HookedFilesystem(), HookedFilesystem())))
+
+    def refuse(name: str, arguments: tuple[Path, ...]) -> None:
+        if name == "open" and arguments[0].parent.name == "step_00000002" and "rank" in arguments[0].name:
+            raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
+
+    def act(control: ThreadControl) -> Found | None:
+        filesystem = HookedFilesystem(refuse) if control.rank else HookedFilesystem()
+        return manager(tmp_path, control=control, filesystem=filesystem).find_latest()
+
+    with collected_log() as lines:
+        found = on_ranks(2, act)
+    assert [entry.step for entry in found if isinstance(entry, Found)] == [1, 1]
+    assert "rank_00001.safetensors cannot be read: Input/output error" in lines[0]
+
+
+def test_a_directory_that_cannot_be_listed_is_a_storage_error_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("not a directory")
+
+    def act(control: ThreadControl) -> Found | None:
+        return manager(tmp_path / "c", control=control).find_latest()
+
+    errors = on_ranks(2, act)
+    assert [type(error) for error in errors] == [StorageError, StorageError]
+    assert "checkpoints cannot be listed: rank 0: c: Not a directory" in str(errors[1])
+
+
+def test_generators_are_restored_only_by_as_many_ranks(tmp_path: Path) -> None:
+    def write(control: ThreadControl) -> SaveReport:
+        return manager(tmp_path, control=control).save(
+            step=1,
+            fragments=fragments_of(1, control.rank, 2),
+            train_state=train_state(1),
+            rank_tensors=rng_state() if control.rank == 0 else {"rng": torch.zeros(1)},
+            header=header(2),
+        )
+
+    random.seed(5), torch.manual_seed(5)
+    assert all(isinstance(report, SaveReport) for report in on_ranks(2, write))
+    expected = (random.random(), torch.rand(1).item())
+
+    def restore(control: ThreadControl) -> tuple[float, float] | None:
+        mine = CheckpointManager(tmp_path, control=control, keep=1)
+        found = mine.find_latest()
+        assert found is not None
+        if control.rank:
+            return None
+        assert mine.restore_rng(found, FragmentReader(found.path, found.manifest))
+        return (random.random(), torch.rand(1).item())
+
+    assert on_ranks(2, restore)[0] == expected
+    alone = CheckpointManager(tmp_path, control=SingleProcess(), keep=1)
+    found = alone.find_latest()
+    assert found is not None
+    before = torch.get_rng_state()
+    assert not alone.restore_rng(found, FragmentReader(found.path, found.manifest))
+    assert torch.get_rng_state().equal(before)

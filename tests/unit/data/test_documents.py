@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from qwen3next_train.data import documents
+from qwen3next_train.data.documents import Document, read_documents
+from qwen3next_train.data.sources import FileSource, SourceFile
+from qwen3next_train.errors import DataError
+
+
+def read(path: Path, *, field: str = "text", lenient: bool = False) -> tuple[list[Document], Counter[str]]:
+    skipped: Counter[str] = Counter()
+    source = FileSource(str(path), (SourceFile(path.name, path),), field, lenient)
+    return list(read_documents(source, skipped)), skipped
+
+
+def texts(path: Path) -> list[str]:
+    return [document.text for document in read(path)[0]]
+
+
+def test_text_file_is_one_document_kept_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\x00\n")
+    assert texts(path) == ["one\r\ntwo\x00\n"]
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8 at byte 3"):
+        read(path)
+    assert read(path, lenient=True) == ([], Counter({"not UTF-8": 1}))
+
+
+def test_json_lines_with_bom_crlf_blank_lines_and_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "\\u00fc\\ud83d\\ude00 \xc3\xa9"}\n{"text": ""}')
+    found, skipped = read(path)
+    assert [document.text for document in found] == ["one", "ü😀 é"]
+    assert found[1].where == f"{path}:4"
+    assert skipped == Counter({"empty": 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "abc', "not a JSON object"),
+        (b"not json", "not a JSON object"),
+        (b"[1, 2]", "expected a JSON object, found list"),
+        (b"null", "expected a JSON object, found NoneType"),
+        (b'{"txt": "abc"}', r"no field 'text', found \['txt'\]; set text_field"),
+        (b'{"text": null}', "expected a string, found NoneType"),
+        (b'{"text": ["a"]}', "expected a string, found list"),
+        (b'{"text": 3}', "expected a string, found int"),
+        (b'{"text": "a\\ud800b"}', "lone surrogate at character 1"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+        (b"[" * 200_000, "not a JSON object"),
+        (b'{"a": ' * 100_000, "not a JSON object"),
+        (b'{"text": ' + b"9" * 10_000 + b"}", "not a JSON object"),
+        (b'{"input_ids": "abc"}', "expected a list of integers"),
+        (b'{"input_ids": [1, -1]}', "expected a list of integers"),
+        (b'{"input_ids": [1, true]}', "expected a list of integers"),
+        (b'{"input_ids": [1.0]}', "expected a list of integers"),
+        (b'{"input_ids": [2147483648]}', "expected a list of integers"),
+        (b"\x00\x01\x02", "not a JSON object"),
+    ],
+)
+def test_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input_ids": [3, 1, 4]}\n{"input_ids": []}\n{"input_ids": [1], "text": "both"}\n')
+    found, skipped = read(path)
+    assert [(document.text, document.token_ids) for document in found] == [("", [3, 1, 4]), ("both", None)]
+    assert skipped == Counter({"empty": 1})
+
+
+def test_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    raw = gzip.compress("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(2000)).encode())
+    path.write_bytes(raw)
+    assert texts(path) == [f"line {n}" for n in range(2000)]
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: damaged gzip file"):
+        read(path)
+    path.write_bytes(raw[:200] + b"\xff" * 50 + raw[250:])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: "):
+        read(path)
+    path.write_bytes(b'{"text": "plain"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: damaged gzip file"):
+        read(path)
+
+
+def test_overlong_line_and_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "' + "x" * 100 + '"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: line longer than 100 bytes"):
+        read(path)
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 101)
+    with pytest.raises(DataError, match=r"a\.txt: longer than 100 bytes"):
+        read(path)
+
+
+def _table(values: list[str | None]) -> pyarrow.Table:
+    return pyarrow.table({"id": list(range(len(values))), "text": values})
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(_table([f"row {n}" for n in range(3000)]), path, row_group_size=700)
+    found = read(path)[0]
+    assert [document.text for document in found] == [f"row {n}" for n in range(3000)]
+    assert found[2999].where == f"{path}:row 2999"
+
+
+@pytest.mark.parametrize("writer", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_arrow_file_and_stream(tmp_path: Path, writer) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "a.arrow"
+    table = _table(["a", "b", "c"])
+    with writer(path, table.schema) as sink:
+        sink.write_table(table, max_chunksize=2)
+    assert texts(path) == ["a", "b", "c"]
+
+
+def test_columns_with_faults(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(_table(["a", None]), path)
+    with pytest.raises(DataError, match=r"a\.parquet:row 1: field 'text': expected a string, found NoneType"):
+        read(path)
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'body', found \['id', 'text'\]; set text_field"):
+        read(path, field="body")
+    broken = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe"), None
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), path)
+    with pytest.raises(DataError, match=r"a\.parquet:row 0: field 'text': not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PAR1" * 40, b"ARROW1\0\0" + b"\xff" * 100])
+def test_damaged_tables_are_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_tables_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(_table([f"row {n}" for n in range(3000)]), path)
+    raw = path.read_bytes()
+    for size in (len(raw) - 1, len(raw) // 2, 10):
+        path.write_bytes(raw[:size])
+        with pytest.raises(DataError, match=r"a\.parquet"):
+            read(path)
+
+
+def test_vanished_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file"):
+        read(tmp_path / "gone.txt")
+
+
+def test_hold_out_share_and_stability() -> None:
+    held_out = [Document("", "", None, str(n).encode()).is_held_out(0.1) for n in range(20_000)]
+    assert 1850 < sum(held_out) < 2150
+    assert not any(Document("", "", None, str(n).encode()).is_held_out(0.0) for n in range(1000))
+    assert [n for n in range(60) if held_out[n]] == [3, 9, 16, 21, 38, 46]

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3next_train.batch import PackedBatch, PackedRow
+from qwen3next_train.config.schema import Config
+from qwen3next_train.data.loader import StepLoader, TrainingData
+from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.topology import Topology
+from tests.unit.data.corpus import counting_store, make_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    counting_store(tmp_path / "a", [7, 20, 3, 400, 1, 1, 90] * 4)
+    counting_store(tmp_path / "b", [50] * 10)
+    sources = [{"source": str(tmp_path / "a"), "weight": 3.0}, {"source": str(tmp_path / "b")}]
+    return make_config(tmp_path / "cache", sources)
+
+
+@pytest.fixture
+def data(config: Config) -> TrainingData:
+    return TrainingData(prepare_stores(config), config)
+
+
+def loader(
+    data: TrainingData,
+    *,
+    world: int = 1,
+    rank: int = 0,
+    micro: int = 2,
+    start: int = 0,
+    prefetch: int = 2,
+    batch: int = 8,
+) -> StepLoader:
+    return StepLoader(
+        data,
+        topology=Topology(world, rank),
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        mtp_depths=1,
+        start_sample=start,
+        num_prefetch_steps=prefetch,
+    )
+
+
+def take(steps: StepLoader, count: int) -> list[list[PackedBatch]]:
+    with steps:
+        return [next(steps) for _ in range(count)]
+
+
+def rows_of(batches: list[PackedBatch]) -> list[tuple[int, ...]]:
+    return [tuple(row) for batch in batches for row in batch.input_ids_T.view(batch.num_rows, -1).tolist()]
+
+
+def test_first_rows_never_change(data: TrainingData) -> None:
+    found = [(int(row.tokens[0]), row.boundaries.tolist()) for row in map(data.row, (*range(8), 10**6))]
+    assert found == [
+        (1499, [0, 16]),
+        (827, [0, 16]),
+        (731, [0, 16]),
+        (139, [0, 16]),
+        (395, [0, 16]),
+        (288, [0, 12, 16]),
+        (107, [0, 16]),
+        (368, [0, 16]),
+        (162, [0, 16]),
+    ]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_global_batches_are_the_same_at_any_world_size(data: TrainingData, prefetch: int) -> None:
+    expected = [[tuple(data.row(8 * s + k).tokens[:-1].tolist()) for k in range(8)] for s in range(3)]
+    for world in (1, 2, 4):
+        for micro in (1, 2):
+            ranks = [take(loader(data, world=world, rank=r, micro=micro, prefetch=prefetch), 3) for r in range(world)]
+            for step in range(3):
+                rows = [rows_of(ranks[rank][step]) for rank in range(world)]
+                interleaved = [
+                    row
+                    for m in range(8 // world // micro)
+                    for rank in range(world)
+                    for row in rows[rank][m * micro : (m + 1) * micro]
+                ]
+                assert interleaved == expected[step]
+
+
+def test_resumes_at_any_sample_and_batch_size(data: TrainingData) -> None:
+    ((batches,),) = (take(loader(data, start=13, batch=4), 1),)
+    assert rows_of(batches) == [tuple(data.row(13 + k).tokens[:-1].tolist()) for k in range(4)]
+    straight = [rows_of(step) for step in take(loader(data), 5)]
+    resumed = [rows_of(step) for step in take(loader(data), 2) + take(loader(data, start=16), 3)]
+    assert resumed == straight
+
+
+def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
+    ((batch, *_),) = take(loader(data), 1)
+    rows = [data.row(0), data.row(1)]
+    expected = PackedBatch.from_rows(rows, mtp_depths=1)
+    assert torch.equal(batch.cu_seqlens_cpu, expected.cu_seqlens_cpu)
+    assert torch.equal(batch.labels_T, expected.labels_T)
+    assert batch.num_targets == expected.num_targets
+    assert len(batch.num_targets) == 2
+
+
+def test_batch_size_must_divide(data: TrainingData) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of world size 3 x .* 1"):
+        loader(data, world=3, micro=1)
+
+
+class _Broken:
+    """Fails at one sample."""
+
+    def __init__(self, data: TrainingData, broken: int) -> None:
+        self.data, self.broken = data, broken
+
+    def row(self, sample_index: int) -> PackedRow:
+        if sample_index == self.broken:
+            raise DataError("token 5 is bad")
+        return self.data.row(sample_index)
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "data-prefetch"]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_error_surfaces_at_its_step(data: TrainingData, prefetch: int) -> None:
+    with loader(_Broken(data, 17), prefetch=prefetch) as steps:  # type: ignore[arg-type]
+        assert len(next(steps)) == 4
+        assert len(next(steps)) == 4
+        with pytest.raises(DataError, match="token 5 is bad"):
+            next(steps)
+        with pytest.raises(StopIteration):
+            next(steps)
+    assert prefetch_threads() == []
+
+
+def test_closing_stops_the_thread(data: TrainingData) -> None:
+    steps = loader(data)
+    next(steps)
+    assert len(prefetch_threads()) == 1
+    steps.close()
+    steps.close()
+    assert prefetch_threads() == []
+    with pytest.raises(StopIteration):
+        next(steps)
+
+
+def test_forgotten_loader_stops_its_thread(data: TrainingData) -> None:
+    steps = loader(data)
+    next(steps)
+    (thread,) = prefetch_threads()
+    del steps
+    gc.collect()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
+def test_prefetch_is_bounded(data: TrainingData) -> None:
+    class Counting(_Broken):
+        highest = -1
+
+        def row(self, sample_index: int) -> PackedRow:
+            self.highest = max(self.highest, sample_index)
+            return super().row(sample_index)
+
+    counting = Counting(data, -1)
+    with loader(counting, prefetch=2) as steps:  # type: ignore[arg-type]
+        next(steps)
+        deadline = time.monotonic() + 20
+        while counting.highest < 31 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert counting.highest == 31  # one taken, two queued, one in the thread's hand
+        assert steps.last_wait_s >= 0
+
+
+def test_too_short_source_is_refused_at_the_start(tmp_path: Path) -> None:
+    counting_store(tmp_path / "short", [16])
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "short")}], validation_fraction=0.0)
+    with pytest.raises(DataError, match="short: 16 tokens, a row needs 17"):
+        TrainingData(prepare_stores(config), config)

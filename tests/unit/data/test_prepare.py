@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.config.schema import Config, SourceConfig
+from qwen3next_train.data.documents import Document
+from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores, tokenize
+from qwen3next_train.data.token_store import TokenStore
+from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
+from qwen3next_train.errors import ConfigError, DataError, StorageError
+from tests.unit.data.corpus import make_config, write_store
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {n} " + "ü" * (n % 30)}) + "\n" for n in range(400)))
+    return path
+
+
+def config_of(tmp_path: Path, *sources: Path | str, **data: object) -> Config:
+    return make_config(tmp_path / "cache", [{"source": str(source)} for source in sources], **data)
+
+
+def test_split_by_content_with_exact_counts(tmp_path: Path, corpus: Path) -> None:
+    prepared = prepare_stores(config_of(tmp_path, corpus, validation_fraction=0.1))
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    held_out = [text for text in texts if Document("", "", None, text.encode()).is_held_out(0.1)]
+    (train,), (validation,) = prepared.train, prepared.validation
+    assert len(validation.documents.documents) == len(held_out) > 20
+    assert len(train.documents.documents) == 400 - len(held_out)
+    assert validation.num_bytes == sum(len(text.encode()) for text in held_out)
+    expected = [ids for document in Tokenizer(BUILTIN).encode_documents(held_out) for ids in document.tolist()]
+    assert validation.documents.read(0, validation.documents.num_tokens).tolist() == expected
+    assert prepared.eos_token_id == 0
+
+
+def test_second_time_is_cached_and_content_decides(tmp_path: Path, corpus: Path) -> None:
+    first = prepare_stores(config_of(tmp_path, corpus))
+    again = prepare_stores(config_of(tmp_path, corpus))
+    assert first.train[0].build_s is not None
+    assert again.train[0].build_s is None
+    assert again.fingerprint == first.fingerprint
+    corpus.rename(corpus.with_name("moved.jsonl"))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "moved.jsonl").rename(tmp_path / "sub" / "corpus.jsonl")
+    moved = prepare_stores(config_of(tmp_path, tmp_path / "sub" / "corpus.jsonl"))
+    assert (moved.train[0].build_s, moved.fingerprint) == (None, first.fingerprint)
+    with (tmp_path / "sub" / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    changed = prepare_stores(config_of(tmp_path, tmp_path / "sub" / "corpus.jsonl"))
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_fingerprint_sees_weights_split_and_order(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "b.txt").write_text("some text " * 50)
+    a, b = {"source": str(corpus)}, {"source": str(tmp_path / "b.txt")}
+    cache = tmp_path / "cache"
+    variants = [
+        make_config(cache, [a, b]),
+        make_config(cache, [b, a]),
+        make_config(cache, [a, {**b, "weight": 2.0}]),
+        make_config(cache, [a, b], validation_fraction=0.5),
+        make_config(cache, [a]),
+    ]
+    assert len({prepare_stores(config).fingerprint for config in variants}) == 5
+
+
+def test_own_validation_sources_leave_the_training_text_whole(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "val.txt").write_text("held out " * 30)
+    validation = [{"source": str(tmp_path / "val.txt")}]
+    prepared = prepare_stores(config_of(tmp_path, corpus, validation_sources=validation, validation_fraction=0.5))
+    assert len(prepared.train[0].documents.documents) == 400
+    assert [source.num_bytes for source in prepared.validation] == [270]
+
+
+def test_single_document_is_for_training_whatever_its_hash(tmp_path: Path) -> None:
+    for name in "abcdefgh":
+        (tmp_path / name).write_text("text " * 50)
+        prepared = prepare_stores(config_of(tmp_path, tmp_path / name, validation_fraction=0.9))
+        assert len(prepared.train[0].documents.documents) == 1
+        assert prepared.validation == ()
+
+
+def test_token_store_holds_out_its_last_documents(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [[n] * 3 for n in range(1, 101)])
+    prepared = prepare_stores(config_of(tmp_path, tmp_path / "store", validation_fraction=0.05))
+    (train,), (validation,) = prepared.train, prepared.validation
+    assert (train.documents.documents, validation.documents.documents) == (range(95), range(95, 100))
+    assert validation.documents.read(0, 4).tolist() == [96, 96, 96, 97]
+    assert prepared.eos_token_id is None
+    assert not (tmp_path / "cache").exists()
+    whole = prepare_stores(config_of(tmp_path, tmp_path / "store", validation_fraction=0.001))
+    assert whole.validation == ()
+    assert whole.fingerprint != prepared.fingerprint
+
+
+def test_stores_of_different_tokenizers_do_not_mix(tmp_path: Path, corpus: Path) -> None:
+    write_store(tmp_path / "store", [[1] * 50])
+    with pytest.raises(ConfigError, match="tokenised with different tokenizers"):
+        prepare_stores(config_of(tmp_path, corpus, tmp_path / "store"))
+
+
+def test_evaluation_takes_everything(tmp_path: Path, corpus: Path) -> None:
+    prepared = prepare_evaluation(config_of(tmp_path, corpus), SourceConfig(source=str(corpus)))
+    assert prepared.train == ()
+    assert len(prepared.validation[0].documents.documents) == 400
+
+
+def test_ready_token_ids(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [5, 6, 7]}\n{"text": "abc"}\n{"input_ids": [8]}\n')
+    prepared = prepare_evaluation(config_of(tmp_path, path), SourceConfig(source=str(path)))
+    (source,) = prepared.validation
+    tokens = source.documents.read(0, source.documents.num_tokens).tolist()
+    assert (tokens[:3], tokens[-2:], source.num_bytes) == ([5, 6, 7], [0, 8], None)
+    path.write_text('{"input_ids": [5, 4096]}\n')
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: input_ids: 4096 is not an id of the tokenizer, which has 4096"):
+        prepare_evaluation(config_of(tmp_path, path), SourceConfig(source=str(path)))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_empty_corpus(tmp_path: Path, content: str) -> None:
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"empty\.jsonl: no documents"):
+        prepare_stores(config_of(tmp_path, tmp_path / "empty.jsonl"))
+
+
+def test_broken_line_leaves_nothing_in_the_cache(tmp_path: Path, corpus: Path) -> None:
+    with corpus.open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:401: not a JSON object"):
+        prepare_stores(config_of(tmp_path, corpus))
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] in ([], [tmp_path / "cache" / "digests"])
+
+
+def test_unwritable_cache(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StorageError, match="cache"):
+        prepare_stores(config_of(tmp_path, corpus))
+
+
+def test_vocabulary_larger_than_the_model(tmp_path: Path, corpus: Path) -> None:
+    config = config_of(tmp_path, corpus)
+    small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 100})})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 100"):
+        prepare_stores(small)
+
+
+def test_default_cache_is_the_users(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    config = config_of(tmp_path, corpus)
+    prepared = prepare_stores(config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": ""})}))
+    assert prepared.train[0].documents.store.prefix.is_relative_to(tmp_path / "xdg" / "qwen3next_train")
+
+
+def test_tokenize_fills_the_cache(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None) == 0
+    train, validation = capsys.readouterr().out.splitlines()
+    assert "train: " in train
+    assert "tokens/s" in train
+    assert "validation: " in validation
+    assert "bytes/token" in validation
+    tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None)
+    assert capsys.readouterr().out.count("cached") == 2
+
+
+def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "corpus"
+    assert tokenize(config_of(tmp_path, corpus), output) == 0
+    assert f"-> {output}" in capsys.readouterr().out
+    assert sorted(os.listdir(output.parent)) == ["corpus.bin", "corpus.idx", "corpus.meta.json"]
+    assert TokenStore(output).num_documents == 400
+    assert len(prepare_stores(config_of(tmp_path, output)).train[0].documents.documents) == 392
+    with pytest.raises(ConfigError, match=r"corpus\.idx exists"):
+        tokenize(config_of(tmp_path, corpus), output)
+    with pytest.raises(ConfigError, match="is a token store already"):
+        tokenize(config_of(tmp_path, output), tmp_path / "again")
+    tokenize(config_of(tmp_path, corpus, corpus), tmp_path / "two")
+    assert (tmp_path / "two_00.idx").exists()
+    assert (tmp_path / "two_01.idx").exists()
+    with pytest.raises(StorageError, match="cannot write"):
+        tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")

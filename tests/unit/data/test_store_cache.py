@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
+from qwen3next_train.data.store_writer import StoreWriter
+from qwen3next_train.errors import DataError, StorageError
+
+
+def build(directory: Path) -> float:
+    for part, length in (("train", 100), ("validation", 10)):
+        with StoreWriter(directory / part, np.dtype("<u2")) as writer:
+            writer.append(np.arange(length))
+            writer.finish(source="s", tokenizer_fingerprint="t", num_bytes=length)
+    return 1.5
+
+
+def refuse(directory: Path) -> float:
+    raise AssertionError("built although it was there")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run in a forked process; return its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def test_builds_once(tmp_path: Path) -> None:
+    first = get_or_build(tmp_path / "new" / "cache", "key", "label", build)
+    assert (first.train.num_tokens, first.build_s) == (100, 1.5)
+    again = get_or_build(tmp_path / "new" / "cache", "key", "label", refuse)
+    assert again.validation is not None
+    assert (again.validation.num_tokens, again.build_s) == (10, None)
+
+
+def test_killed_at_every_file_operation(tmp_path: Path) -> None:
+    """Whatever the moment, the entry is absent or whole, and the next process needs no help."""
+    for fatal in range(1, 40):
+        cache = tmp_path / str(fatal)
+
+        def die_at_operation(cache: Path = cache, fatal: int = fatal) -> None:
+            count = 0
+
+            def counted(function):  # type: ignore[no-untyped-def]
+                def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+                    nonlocal count
+                    count += 1
+                    if count == fatal:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*args, **kwargs)
+
+                return call
+
+            for owner, name in (
+                (os, "fsync"),
+                (os, "rename"),
+                (os, "open"),
+                (tempfile, "mkdtemp"),
+                (Path, "open"),
+                (Path, "mkdir"),
+                (Path, "unlink"),
+            ):
+                setattr(owner, name, counted(getattr(owner, name)))
+            get_or_build(cache, "key", "label", build)
+
+        status = in_child(die_at_operation)
+        if (cache / "key").exists():
+            whole = get_or_build(cache, "key", "label", refuse)
+            assert whole.validation is not None
+            assert (whole.train.num_tokens, whole.validation.num_tokens) == (100, 10)
+        assert get_or_build(cache, "key", "label", build).train.num_tokens == 100
+        leftovers = [path.name for path in cache.iterdir() if path.name.startswith(".key-")]
+        assert leftovers == [] or os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            assert fatal > 15, "the test met too few operations"
+            return
+    raise AssertionError("more operations than expected")
+
+
+def test_leftovers_of_killed_builders_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    def die(directory: Path) -> float:
+        (directory / "train.bin").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+    def try_to_build() -> None:
+        get_or_build(tmp_path, "key", "label", die)
+
+    in_child(try_to_build)
+    assert len(list(tmp_path.glob(".key-*"))) == 1
+    get_or_build(tmp_path, "key", "label", build)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+def test_concurrent_processes_build_once(tmp_path: Path) -> None:
+    def slow(directory: Path) -> float:
+        with (tmp_path / "builds").open("a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        return build(directory)
+
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if get_or_build(tmp_path / "cache", "key", "label", slow).train.num_tokens == 100 else 2)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
+    assert (tmp_path / "builds").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "train.idx", "train.meta.json", "validation.bin", "validation.meta.json"]
+)
+@pytest.mark.parametrize("size", [None, 0, 9])
+def test_damaged_entry_is_built_again(tmp_path: Path, name: str, size: int | None) -> None:
+    get_or_build(tmp_path, "key", "label", build)
+    damaged = tmp_path / "key" / name
+    if size is None:
+        damaged.unlink()
+    else:
+        os.truncate(damaged, size)
+    assert get_or_build(tmp_path, "key", "label", build).build_s == 1.5
+    assert get_or_build(tmp_path, "key", "label", refuse).build_s is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+def test_failing_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(directory: Path) -> float:
+        (directory / "train.bin").write_bytes(b"half")
+        raise DataError("broken line")
+
+    with pytest.raises(DataError, match="broken line"):
+        get_or_build(tmp_path, "key", "label", fail)
+    assert [path.name for path in tmp_path.iterdir()] == [".key.lock"]
+
+
+def test_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/cache: cannot write \(Not a directory\); .*data\.cache_dir"):
+        get_or_build(tmp_path / "file" / "cache", "key", "label", build)
+
+
+def test_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/qwen3next_train")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert default_cache_dir() == Path("/home/ada/.cache/qwen3next_train")

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3next_train.batch import IGNORE_INDEX, PackedBatch
+from qwen3next_train.config.schema import Config
+from qwen3next_train.data.prepare import PreparedData, prepare_evaluation, prepare_stores
+from qwen3next_train.data.validation import ValidationData
+from qwen3next_train.errors import DataError
+from qwen3next_train.topology import Topology
+from tests.unit.data.corpus import counting_store, make_config
+
+
+def prepared_of(tmp_path: Path, lengths: dict[str, list[int]]) -> tuple[PreparedData, Config]:
+    for name, sizes in lengths.items():
+        counting_store(tmp_path / name, sizes)
+    sources = [{"source": str(tmp_path / name)} for name in lengths]
+    config = make_config(tmp_path / "cache", sources[:1], validation_sources=sources)
+    return prepare_stores(config), config
+
+
+def first_tokens(data: ValidationData) -> list[int]:
+    return [int(data.row(index).tokens[0]) for index in range(data.num_rows)]
+
+
+def test_rows_are_distinct_fixed_and_spread(tmp_path: Path) -> None:
+    prepared, config = prepared_of(tmp_path, {"a": [10, 30, 121]})
+    assert first_tokens(ValidationData(prepared, config, num_rows=100)) == list(range(0, 160, 16))
+    assert first_tokens(ValidationData(prepared, config, num_rows=4)) == [0, 32, 80, 112]
+    assert ValidationData(prepared, config, num_rows=1).num_rows == 1
+
+
+def test_sources_take_turns(tmp_path: Path) -> None:
+    prepared, config = prepared_of(tmp_path, {"a": [200], "b": [40], "c": [9]})
+    data = ValidationData(prepared, config, num_rows=7)
+    assert first_tokens(data) == [0, 32, 64, 112, 144, 0, 16]  # five of a's twelve rows, both of b's, none of c
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_all_ranks_do_equal_work_and_each_row_counts_once(tmp_path: Path, world: int, micro: int) -> None:
+    prepared, config = prepared_of(tmp_path, {"a": [10, 30, 71]})
+    data = ValidationData(prepared, config, num_rows=5)
+    ranks = [data.batches(Topology(world, rank), micro_batch_size=micro, mtp_depths=2) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(batch.num_rows == micro for batches in ranks for batch in batches)
+    whole = PackedBatch.from_rows([data.row(index) for index in range(5)], mtp_depths=2)
+    batches = [batch for batches in ranks for batch in batches]
+    totals = tuple(sum(batch.num_targets[depth] for batch in batches) for depth in range(3))
+    assert totals == whole.num_targets
+    labels = torch.cat([batch.labels_T for batch in batches])
+    expected = whole.labels_T[whole.labels_T != IGNORE_INDEX]
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == sorted(expected.tolist())
+    assert sum(int((batch.labels_T != IGNORE_INDEX).sum()) for batch in batches) == totals[0]
+
+
+@pytest.mark.parametrize("lengths", [[5], [16], [17], [1, 1, 1], [10, 7, 23, 1], [33], [32]])
+def test_everything_is_a_target_but_the_first_token_of_a_document(tmp_path: Path, lengths: list[int]) -> None:
+    counting_store(tmp_path / "a", lengths)
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "a")}])
+    prepared = prepare_evaluation(config, config.data.sources[0])
+    data = ValidationData(prepared, config, num_rows=None)
+    batches = data.batches(Topology(), micro_batch_size=2, mtp_depths=0)
+    labels = torch.cat([batch.labels_T for batch in batches])
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    expected = [token for token in range(sum(lengths)) if token not in starts]
+    assert labels[labels != IGNORE_INDEX].tolist() == expected
+    assert sum(batch.num_targets[0] for batch in batches) == len(expected)
+
+
+def test_bytes_per_token_weighs_sources_by_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 200)
+    (tmp_path / "b.txt").write_text("ü" * 300)
+    sources = [{"source": str(tmp_path / name)} for name in ("a.txt", "b.txt")]
+    config = make_config(tmp_path / "cache", sources[:1], validation_sources=sources)
+    prepared = prepare_stores(config)
+    ratios = [source.num_bytes / source.documents.num_tokens for source in prepared.validation if source.num_bytes]
+    data = ValidationData(prepared, config, num_rows=2)
+    assert data.bytes_per_token == pytest.approx(sum(ratios) / 2)
+    store, config = prepared_of(tmp_path, {"c": [100]})
+    assert ValidationData(store, config, num_rows=2).bytes_per_token is None
+
+
+def test_nothing_held_out(tmp_path: Path) -> None:
+    counting_store(tmp_path / "a", [100])
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "a")}], validation_fraction=0.0)
+    with pytest.raises(
+        DataError, match=r"validation_fraction: no document was held out; name data\.validation_sources"
+    ):
+        ValidationData(prepare_stores(config), config, num_rows=4)
+
+
+def test_too_little_held_out(tmp_path: Path) -> None:
+    prepared, config = prepared_of(tmp_path, {"a": [100], "b": [2]})
+    small = PreparedData(prepared.train, prepared.validation[1:], None, prepared.vocab_size)
+    with pytest.raises(DataError, match="b: 2 held-out tokens, a row needs 17"):
+        ValidationData(small, config, num_rows=4)

@@ -1,0 +1,30 @@
+"""Packed documents for the kernels' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from qwen3next_train.kernels.sequences import Sequences
+
+CPU = torch.device("cpu")
+
+
+def documents(*lengths: int) -> Sequences:
+    """Documents of these lengths on CPU."""
+    return Sequences.from_lengths(lengths, CPU)
+
+
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """The slice of each document in the flattened batch."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected magnitude (over 1 where that is 0)."""
+    scale = expected.abs().max().double()
+    difference = (value.double() - expected.double()).abs().max()
+    return float(difference / scale if scale > 0 else difference)

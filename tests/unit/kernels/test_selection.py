@@ -1,0 +1,94 @@
+"""Which backend runs where, and what a refusal says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.errors import ExitCode, KernelUnavailable
+from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.selection import format_choices, select_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+VENDORS = {
+    "gated_delta_rule": "fla",
+    "causal_conv1d": "fla",
+    "varlen_attention": "flash",
+    "grouped_matmul": "grouped_mm",
+}
+
+
+def test_auto_on_cpu_is_always_the_reference() -> None:
+    kernels = select_kernels(KernelsConfig(), CPU)
+    assert kernels.gated_delta_rule is gated_delta_rule_reference
+    assert {choice.backend for choice in kernels.choices} == {"reference"}
+    assert {choice.operation for choice in kernels.choices} >= set(VENDORS)
+
+
+@pytest.mark.parametrize(("operation", "vendor"), list(VENDORS.items()))
+def test_a_vendor_backend_by_name_is_refused_on_cpu(operation: str, vendor: str) -> None:
+    with pytest.raises(KernelUnavailable) as caught:
+        select_kernels(KernelsConfig.model_validate({operation: vendor}), CPU)
+    text = str(caught.value)
+    assert text == (
+        f"kernels.{operation}: '{vendor}' needs CUDA and the model runs on cpu; or choose 'auto' or 'reference'"
+    )
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_selecting_on_cpu_imports_neither_fla_nor_triton() -> None:
+    code = (
+        "import sys, torch\n"
+        "from qwen3next_train.config.schema import KernelsConfig\n"
+        "from qwen3next_train.kernels.selection import select_kernels\n"
+        "select_kernels(KernelsConfig(), torch.device('cpu'))\n"
+        "print([name for name in ('fla', 'triton', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A machine that looks like an H100; returns its triton, whose version a test sets."""
+    triton = types.ModuleType("triton")
+    triton.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    triton.__version__ = "3.6.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    fla = types.ModuleType("fla")
+    fla.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "fla", fla)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return triton
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.6.0", "3.7.0", "3.7.0+git1234"])
+def test_flas_rule_is_refused_on_hopper_with_a_wrong_triton(hopper: types.ModuleType, version: str) -> None:
+    hopper.__version__ = version  # type: ignore[attr-defined]
+    with pytest.raises(KernelUnavailable, match=r"wrong backward on Hopper with triton .*: install triton >= 3\.7\.1"):
+        select_kernels(KernelsConfig(gated_delta_rule="fla", causal_conv1d="reference"), CUDA)
+
+
+def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleType) -> None:
+    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference", grouped_matmul="reference")
+    with pytest.raises(KernelUnavailable, match=r"kernels.varlen_attention: 'flash' takes bf16 .* run\.precision"):
+        select_kernels(config.model_copy(update={"varlen_attention": "flash"}), CUDA, dtype=torch.float32)
+    kernels = select_kernels(config, CUDA, dtype=torch.float32)
+    assert {choice.backend for choice in kernels.choices} == {"reference"}
+
+
+def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> None:
+    config = KernelsConfig(causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference")
+    table = format_choices(select_kernels(config, CUDA).choices)
+    assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
+
+
+def test_torchs_own_backends_are_taken_on_cuda(hopper: types.ModuleType) -> None:
+    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference")
+    chosen = {choice.operation: choice.backend for choice in select_kernels(config, CUDA).choices}
+    assert (chosen["varlen_attention"], chosen["grouped_matmul"]) == ("flash", "grouped_mm")

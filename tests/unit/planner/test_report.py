@@ -1,0 +1,87 @@
+"""What ``plan`` prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen3next_train.errors import ConfigError
+from qwen3next_train.planner.plan import make_plan
+from qwen3next_train.planner.report import format_plan, plan_command
+from tests.unit.planner.configs import config_80b
+
+
+def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exactly the contract's keys; parts add up to their totals."""
+    assert plan_command(config_80b(), gpus=64, gpu="h100", mfu=0.3, tokens=1e12, as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {key: set(value) if isinstance(value, dict) else None for key, value in report.items()} == {
+        "parameters": {"total", "active", "by_part"},
+        "flops": {"per_token", "per_step", "by_part"},
+        "flops_megatron": {"per_step"},
+        "memory_per_gpu": {"total_bytes", "by_part", "fits"},
+        "checkpoint_bytes": None,
+        "step_time_s": None,
+        "days": None,
+    }
+    assert report["parameters"]["total"] == sum(report["parameters"]["by_part"].values()) == 81_324_862_720
+    assert report["flops"]["per_step"] == sum(report["flops"]["by_part"].values())
+    assert report["flops"]["per_token"] == 25_437_745_152
+    assert report["flops_megatron"]["per_step"] == 2.629781417046835e16
+    assert report["memory_per_gpu"]["total_bytes"] == sum(report["memory_per_gpu"]["by_part"].values())
+    assert report["memory_per_gpu"]["fits"] is False
+    assert report["checkpoint_bytes"] == 975_898_352_640
+
+
+def test_json_without_a_device_has_nulls(capsys: pytest.CaptureFixture[str]) -> None:
+    """``cpu`` is a plan without fit and times."""
+    assert plan_command(config_80b(), gpus=64, gpu="cpu", mfu=None, tokens=None, as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory_per_gpu"]["fits"] is None
+    assert report["step_time_s"] is None
+    assert report["days"] is None
+
+
+def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures a reader looks for, and lines that fit a wide terminal."""
+    assert plan_command(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=1e12, as_json=False) == 0
+    out = capsys.readouterr().out
+    assert "81,324,862,720, active per token 3,874,929,408" in out
+    assert "25.44 GFLOP at sequence length 4096 (Megatron-LM counts 25.08 GFLOP)" in out
+    assert "256 x 4096 = 1.05 M tokens = 26.67 PFLOP; per GPU 4 x 1 rows" in out
+    assert "953,675 steps" in out
+    assert "25.0% MFU (assumed) on 64 h100" in out
+    assert "975.90 GB" in out
+    assert max(map(len, out.splitlines())) <= 132
+
+
+def test_table_of_a_layout_that_does_not_fit() -> None:
+    """It says so, names the largest part and what to set instead."""
+    plan = make_plan(config_80b(sequence_length=1024), gpus=64, gpu="h100", mfu=0.3, tokens=None)
+    lines = format_plan(plan).splitlines()
+    assert any(line.endswith("of 85.52 GB on h100: DOES NOT FIT") for line in lines)
+    assert any(line.startswith("too large    most of all gradients, 49.08 GB") for line in lines)
+    assert any(line.startswith("change to    parallel.") for line in lines)
+
+
+def test_table_of_a_layout_that_fits() -> None:
+    """No advice where none is needed."""
+    plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="b200", mfu=0.3, tokens=None)
+    text = format_plan(plan)
+    assert ": fits" in text
+    assert "change" not in text
+
+
+def test_hopeless_layout_is_said_to_be_one() -> None:
+    """No proposal is better than a wrong one."""
+    config = config_80b(global_batch_size=1, expert_parallel_size=1)
+    text = format_plan(make_plan(config, gpus=1, gpu="rtx3090", mfu=None, tokens=None))
+    assert "choose a larger GPU" in text
+
+
+def test_unknown_gpu_is_an_error_that_lists_the_known() -> None:
+    """A misspelt name never becomes another device."""
+    with pytest.raises(ConfigError, match=r"unknown GPU 'h1000'; choose one of a100-40, .*h100, .* or cpu") as caught:
+        plan_command(config_80b(), gpus=64, gpu="h1000", mfu=None, tokens=None, as_json=False)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,197 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qwen3next_train.train.signals import StopRequest
+
+LOOP = """
+import os, sys, threading, time
+from qwen3next_train.train.signals import StopRequest
+
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while stop.requested is None:
+        time.sleep(0.01)
+    print(stop.requested, flush=True)
+    time.sleep(float(sys.argv[1]))
+print("left", flush=True)
+sys.exit(75)
+"""
+
+
+def start(source: str, *arguments: str, **options) -> subprocess.Popen:
+    child = subprocess.Popen(
+        [sys.executable, "-c", source, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_is_a_request(name):
+    child = start(LOOP, "0")
+    child.send_signal(signal.Signals[name])
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (75, f"{name}\nleft\n")
+    assert err == f"{name} received: saving at the end of this step and stopping; the same command continues the run\n"
+
+
+def test_only_rank_0_speaks():
+    child = start(LOOP, "0", env={**os.environ, "RANK": "3"})
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate(timeout=60) == ("SIGTERM\nleft\n", "")
+
+
+def test_echoes_within_a_second_are_one_request():
+    child = start(LOOP, "2")
+    for _ in range(5):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (75, "SIGTERM\nleft\n")
+    assert err.count("received") == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT")])
+def test_second_signal_ends_at_once(first, second):
+    child = start(LOOP, "600")
+    child.send_signal(signal.Signals[first])
+    assert child.stdout is not None
+    assert child.stdout.readline() == f"{first}\n"
+    time.sleep(1.2)
+    child.send_signal(signal.Signals[second])
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out) == (-signal.Signals[second], "")
+
+
+def test_warning_signal_then_sigterm_does_not_end_the_save():
+    child = start(LOOP, "2.5")
+    child.send_signal(signal.SIGUSR1)
+    time.sleep(1.2)
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out) == (75, "SIGUSR1\nleft\n")
+
+
+STUCK = """
+import ctypes
+from qwen3next_train.train.signals import StopRequest
+
+with StopRequest():
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    # Waits for itself, inside C and for ever: no bytecode runs any more.
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_second_signal_ends_a_process_stuck_in_c():
+    child = start(STUCK)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert err.startswith("SIGTERM received")
+
+
+def test_signals_that_were_ignored_at_the_start_stay_ignored():
+    child = start(LOOP, "0", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    child.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate(timeout=60)[0] == "SIGTERM\nleft\n"
+
+
+def test_leaving_restores_what_was_there():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    with StopRequest() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGUSR1", "the first one is named"
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    assert after == before
+    assert signal.set_wakeup_fd(-1) == -1
+    with StopRequest() as again:
+        assert again.requested is None
+
+
+FORK = """
+import os, signal, time
+from qwen3next_train.train.signals import StopRequest
+
+with StopRequest() as stop:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    print("ready", flush=True)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    time.sleep(0.3)
+    print(os.WTERMSIG(status), stop.requested, flush=True)
+"""
+
+
+def test_signals_of_a_forked_child_are_its_own():
+    out, err = start(FORK).communicate(timeout=60)
+    assert out == f"{int(signal.SIGTERM)} None\n"
+    assert err == ""
+
+
+AGENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print("ready", flush=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+WORKER = """
+import os, sys, time
+from qwen3next_train.train.signals import StopRequest, die_with_parent
+
+with StopRequest() as stop:
+    die_with_parent()
+    print("ready", flush=True)
+    while stop.requested is None:
+        time.sleep(0.01)
+    with open(os.environ["TRACE"], "w") as file:
+        file.write(stop.requested)
+"""
+
+
+def test_worker_of_a_killed_agent_is_asked_to_stop(tmp_path):
+    trace = tmp_path / "trace"
+    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "run", "TRACE": str(trace)}
+    agent = start(AGENT, WORKER, env=environ)
+    agent.kill()
+    agent.communicate()
+    while not (trace.exists() and trace.read_text()):
+        time.sleep(0.02)
+    assert trace.read_text() == "SIGTERM"
+
+
+def test_without_torchrun_a_worker_outlives_its_parent(tmp_path):
+    environ = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    agent = start(AGENT, WORKER, env={**environ, "TRACE": str(tmp_path / "trace")})
+    assert agent.stdout is not None
+    worker = int(agent.stdout.readline())
+    agent.kill()
+    agent.wait()
+    time.sleep(0.3)
+    os.kill(worker, 0)
+    assert not (tmp_path / "trace").exists()
+    os.kill(worker, signal.SIGKILL)
+    agent.communicate()
