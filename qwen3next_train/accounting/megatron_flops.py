@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from qwen3next_train.accounting.flops import FLOPS_PER_MULTIPLY_ADD, TRAINING_PASSES, gdn_dims, query_dim
 from qwen3next_train.config.schema import LayerType, ModelConfig
+from qwen3next_train.config.validate import expand_interval
 
 _FACTOR = TRAINING_PASSES * FLOPS_PER_MULTIPLY_ADD
 
@@ -52,16 +53,11 @@ def megatron_training_flops(
     return num_tokens * _FACTOR * per_token + sum_squared_lengths * scores
 
 
-def interval_pattern(num_layers: int, interval: int) -> list[LayerType]:
-    """Megatron's pattern of ``--linear-attention-freq interval``: every interval-th layer is softmax attention."""
-    return ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(num_layers)]
-
-
 def _mixer_pattern(model: ModelConfig, *, list_pattern: bool) -> list[LayerType]:
     """The mixer that Megatron counts for every decoder and MTP layer."""
     assert len(model.layer_types) == model.num_hidden_layers, "layer_types is resolved when a configuration is loaded"
     num_layers = model.num_hidden_layers + model.mtp_num_layers
-    by_interval = interval_pattern(num_layers, model.full_attention_interval)
+    by_interval = expand_interval(model.full_attention_interval, num_layers)
     if not list_pattern and by_interval[: model.num_hidden_layers] == model.layer_types:
         return by_interval
     return model.layer_types + model.layer_types[-1:] * model.mtp_num_layers

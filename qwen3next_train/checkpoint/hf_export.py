@@ -84,14 +84,14 @@ def export_hf(
         raise ConfigError(f"export-hf: {max_shard_bytes} bytes a shard; give a positive number")
     weights = weights_of_checkpoint(checkpoint)
     config = model_config_to_hf(weights.model)
-    text_files = _tokenizer_files(weights, tokenizer)
+    text_files, eos_token_id = _tokenizer_files(weights, tokenizer)
     torch_dtype, dtype_name = _DTYPES[dtype]
     config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
     if weights.model.mtp_num_layers:
         # Where vLLM looks for the number of MTP depths.
         config["num_nextn_predict_layers"] = weights.model.mtp_num_layers
-    if "eos_token_id" in (generation := json.loads(text_files[_GENERATION_NAME])):
-        config["eos_token_id"] = generation["eos_token_id"]
+    if eos_token_id is not None:
+        config["eos_token_id"] = eos_token_id
     text_files[CONFIG_NAME] = _encode(config)
     shards = _cut(_plan(weights, torch_dtype), max_shard_bytes)
     num_bytes = sum(planned.num_bytes for shard in shards for planned in shard)
@@ -147,19 +147,20 @@ def _read(weights: Weights, planned: _Planned) -> torch.Tensor:
     return weights.read(tensor.parameter, tensor.start, tensor.stop).to(planned.dtype).view(tensor.shape)
 
 
-def _tokenizer_files(weights: Weights, asked: str | None) -> dict[str, bytes]:
-    """Tokenizer and generation settings by file name; the latter always."""
+def _tokenizer_files(weights: Weights, asked: str | None) -> tuple[dict[str, bytes], int | None]:
+    """Tokenizer and generation settings by file name, the latter always, and the end-of-document token."""
+    without = {_GENERATION_NAME: _encode({"do_sample": False})}, None
     name = weights.data.tokenizer if asked is None else asked
     if name == NO_TOKENIZER:
         get_logger().warning("export-hf: the checkpoint has no tokenizer and none is written; name one if you have it")
-        return {_GENERATION_NAME: _encode({"do_sample": False})}
+        return without
     tokenizer = Tokenizer(name)
     if asked is None and tokenizer.num_ids > weights.model.vocab_size:
         # A run on ready tokens never opened its data.tokenizer, which may be the default.
         get_logger().warning(
             "export-hf: data.tokenizer %s is not the model's and is not written; name the right one", name
         )
-        return {_GENERATION_NAME: _encode({"do_sample": False})}
+        return without
     tokenizer.require_vocab_size(weights.model.vocab_size)
     eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     made: dict[str, Any] = {
@@ -172,7 +173,7 @@ def _tokenizer_files(weights: Weights, asked: str | None) -> dict[str, bytes]:
             "clean_up_tokenization_spaces": False,
         },
     }
-    return {file: _encode(value) for file, value in made.items()} | _copied_files(name)
+    return {file: _encode(value) for file, value in made.items()} | _copied_files(name), tokenizer.eos_token_id
 
 
 def _copied_files(name: str) -> dict[str, bytes]:

@@ -154,7 +154,8 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     if schedule.warmup_steps > steps:
         yield Fault(
             ("schedule.warmup_steps", "run.steps"),
-            f"schedule.warmup_steps {schedule.warmup_steps} is more than run.steps {steps}; lower schedule.warmup_steps",
+            f"schedule.warmup_steps {schedule.warmup_steps} is more than run.steps {steps}; "
+            "lower schedule.warmup_steps",
         )
     if schedule.kind == "constant":
         return

@@ -15,12 +15,9 @@ from qwen3next_train.data.progress import Progress
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.data.store_writer import StoreWriter
 from qwen3next_train.data.token_store import store_paths, token_dtype
-from qwen3next_train.data.tokenization import Tokenizer
+from qwen3next_train.data.tokenization import GROUP_CHARS, Tokenizer
 from qwen3next_train.errors import DataError
 from qwen3next_train.log import get_logger
-
-_BATCH_CHARS = 1 << 22
-"""Characters encoded at a time: enough for all cores, and some hundred MB of the tokenizer's working memory."""
 
 
 class _Part:
@@ -98,7 +95,7 @@ def _encoded(
     for document in read_documents(source, skipped):
         batch.append(document)
         num_chars += len(document.text) + len(document.token_ids or ())
-        if num_chars >= _BATCH_CHARS:
+        if num_chars >= GROUP_CHARS:
             yield from _encode_batch(batch, tokenizer)
             batch, num_chars = [], 0
     yield from _encode_batch(batch, tokenizer)

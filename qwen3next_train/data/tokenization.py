@@ -17,9 +17,12 @@ BUILTIN = "builtin:python-4k"
 EOS_CANDIDATES = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens taken as end of document, the first that the tokenizer has."""
 
+GROUP_CHARS = 1 << 22
+"""Characters encoded at a time: enough for all cores, and some hundred MB of the library's working memory."""
+
 PIECE_CHARS = 1 << 19
-"""Longer documents are encoded in pieces: encoding takes a hundred bytes of memory per byte of text, and one
-document keeps only one core busy."""
+"""Longer documents are encoded in pieces: one text keeps only one core busy, and however long it is, the working
+memory is that of :data:`GROUP_CHARS`."""
 
 _CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\n(?=[ \t]*\S)"), re.compile(r"(?<=\S)(?= \S)"))
 """Where to cut, best first: before an unindented line, before any line with text, before a space and a word."""
@@ -78,11 +81,22 @@ class Tokenizer:
     def encode_documents(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int64]]:
         """Encode texts on all cores: for each, int64 ``[n]`` ending with :attr:`eos_token_id`."""
         pieces = [list(split_text(text, PIECE_CHARS)) for text in texts]
-        flat = [piece for group in pieces for piece in group]
-        encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        encoded = self._encode_pieces([piece for group in pieces for piece in group])
         for group in pieces:
-            ids = [np.array(next(encodings).ids, dtype=np.int64) for _ in group]
+            ids = [next(encoded) for _ in group]
             yield np.concatenate([*ids, [self.eos_token_id]])
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[npt.NDArray[np.int64]]:
+        """Encode pieces, some at a time; more would not be faster, only larger."""
+        group: list[str] = []
+        num_chars = 0
+        for index, piece in enumerate(pieces, start=1):
+            group.append(piece)
+            num_chars += len(piece)
+            if index == len(pieces) or num_chars >= GROUP_CHARS:
+                for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
+                    yield np.array(encoding.ids, dtype=np.int64)
+                group, num_chars = [], 0
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:

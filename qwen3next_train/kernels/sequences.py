@@ -17,7 +17,10 @@ _Derived = TypeVar("_Derived")
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """Documents cut into chunks of equal size, the last chunk of each padded.
+    """Documents cut into chunks of equal size, the last chunk of each padded at its front.
+
+    At the front, so that a chunk's last slot always holds a token: decays "to the chunk's end" are then decays
+    to a token, and the decay from that token to the end is the constant 1.
 
     Chunks are ordered by their index inside the document, and within one index by descending document
     length, so that step i of a scan over chunks works on one contiguous block of chunks.
@@ -119,7 +122,8 @@ class Sequences:
         return torch.arange(self.num_tokens) - torch.repeat_interleave(starts, self._lengths())
 
     def _build_chunks(self, size: int) -> ChunkLayout:
-        chunks_D = (self._lengths() + size - 1) // size
+        lengths_D = self._lengths()
+        chunks_D = (lengths_D + size - 1) // size
         order = torch.argsort(chunks_D, descending=True, stable=True)
         rank_D = torch.empty_like(order)
         rank_D[order] = torch.arange(order.numel())
@@ -127,7 +131,9 @@ class Sequences:
         offsets = torch.tensor([0, *per_step]).cumsum(0)
         document_T, position_T = self._document_cpu(), self._position_cpu()
         chunk_T = offsets[position_T // size] + rank_D[document_T]
-        slots_T = chunk_T * size + position_T % size
+        is_last_T = position_T // size == chunks_D[document_T] - 1
+        padding_T = (chunks_D * size - lengths_D)[document_T] * is_last_T
+        slots_T = chunk_T * size + position_T % size + padding_T
         device = self.cu_seqlens.device
         return ChunkLayout(size, slots_T.to(device), per_step, order.to(device))
 
@@ -137,7 +143,9 @@ class Sequences:
 
     def _build_bins(self) -> BinLayout:
         length = self.max_length
-        bin_D, offset_D, fill = [], [], length
+        bin_D: list[int] = []
+        offset_D: list[int] = []
+        fill = length
         for document_length in self._lengths().tolist():
             if fill + document_length > length:
                 bin_D.append(bin_D[-1] + 1 if bin_D else 0)

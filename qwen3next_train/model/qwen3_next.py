@@ -154,7 +154,7 @@ class Qwen3NextForCausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the head share the embedding's parameter if the configuration says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.get_parameter("weight")
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Convert the parameters in place, leaving those the parameter table marks as fp32 in fp32."""

@@ -15,6 +15,7 @@ from qwen3next_train.accounting.megatron_flops import megatron_training_flops
 from qwen3next_train.accounting.memory import ADAM_STATE_BYTES, Layout, memory_per_gpu, parameter_kinds
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import Traffic, layouts_that_fit, traffic_per_step, usable_bytes
 
@@ -175,9 +176,4 @@ def _check_inputs(config: Config, *, gpus: int, mfu: float | None, tokens: float
         raise ConfigError(f"plan: --mfu: {mfu} is not a utilisation; give a fraction such as 0.3")
     if tokens is not None and not (tokens > 0 and math.isfinite(tokens)):
         raise ConfigError(f"plan: --tokens: {tokens} is not a number of tokens; give one such as 1e12")
-    rows = gpus * config.run.micro_batch_size
-    if config.run.global_batch_size % rows:
-        raise ConfigError(
-            f"run.global_batch_size: {config.run.global_batch_size} is not a multiple of {gpus} GPUs x "
-            f"run.micro_batch_size {config.run.micro_batch_size} = {rows}; change one of the three"
-        )
+    validate_for_world(config, gpus)

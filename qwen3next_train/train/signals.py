@@ -45,6 +45,8 @@ class StopRequest:
         self._reader: socket.socket | None = None
         self._writer: socket.socket | None = None
         self._thread: threading.Thread | None = None
+        # Any thread may fork, and a signal mask belongs to a thread.
+        self._masks = threading.local()
 
     @property
     def requested(self) -> str | None:
@@ -61,7 +63,9 @@ class StopRequest:
             is_ignored = signal.getsignal(number) is signal.SIG_IGN
             if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
                 self._previous[number] = signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=self._leave_in_child)
+        os.register_at_fork(
+            before=self._hold_signals, after_in_parent=self._release_signals, after_in_child=self._leave_in_child
+        )
         return self
 
     def __exit__(
@@ -107,14 +111,25 @@ class StopRequest:
                         number.name,
                     )
 
+    def _hold_signals(self) -> None:
+        """Before a fork: until its handlers are reset, a signal to the child would be read by this process."""
+        if self._previous:
+            self._masks.before_fork = signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
+
+    def _release_signals(self) -> None:
+        """After a fork, in the thread that forked, on both sides."""
+        mask = self._masks.__dict__.pop("before_fork", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def _leave_in_child(self) -> None:
-        """In a forked child, whose signals must not reach this process through the shared socket."""
-        if not self._previous:
-            return
-        signal.set_wakeup_fd(-1)
-        for number in self._previous:
-            signal.signal(number, signal.SIG_DFL)
-        self._previous = {}
+        """In a forked child: its signals are its own."""
+        if self._previous:
+            signal.set_wakeup_fd(-1)
+            for number in self._previous:
+                signal.signal(number, signal.SIG_DFL)
+            self._previous = {}
+        self._release_signals()
 
 
 class _Escalation:

@@ -40,7 +40,9 @@ def small_config(*, micro_batch_size: int = 1, steps: int = 1, clip_grad: float 
                 "router_z_loss_coef": 0.001,
             },
             "data": {"sequence_length": 48},
-            "optimizer": {"lr": 1e-2, "clip_grad": clip_grad},
+            # Adam takes a step of full size even where a gradient is nothing but rounding, in a direction that
+            # differs between layouts; an eps above the rounding leaves those elements where they are.
+            "optimizer": {"lr": 3e-3, "eps": 1e-5, "clip_grad": clip_grad},
             "schedule": {"kind": "constant", "warmup_steps": 0, "min_lr": 0.0},
         }
     )
@@ -74,4 +76,5 @@ def test_one_micro_batch_per_rank_gives_the_curve_of_one_rank(tmp_path: Path, sc
     for expected, found in zip(one.metrics, two.metrics, strict=True):
         for metric, value in expected.items():
             assert found[metric] == pytest.approx(value, rel=1e-5), metric
-    assert largest_relative_error(one, two, "master")[0] < 1e-5
+    error, name = largest_relative_error(one, two, "master")
+    assert error < 1e-5, name

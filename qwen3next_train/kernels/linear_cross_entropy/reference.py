@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= (log_probs_cV.gather(1, safe_c1) * real_c1).sum()
             if grad_TD is not None and grad_VD is not None:
                 _chunk_gradients(log_probs_cV, safe_c1, real_c1, hidden_cD, weight_VD, grad_TD[chunk], grad_VD)
-        if needs_grad:
+        if grad_VD is not None:
             ctx.save_for_backward(grad_TD, grad_VD.to(weight_VD.dtype))
         return total
 

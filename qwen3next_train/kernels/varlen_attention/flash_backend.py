@@ -15,6 +15,8 @@ def varlen_attention_flash(
 ) -> torch.Tensor:
     """See the package for the contract."""
     cu_seqlens, longest = sequences.cu_seqlens, sequences.max_length
-    return varlen_attn(
+    out = varlen_attn(
         q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL, enable_gqa=True
     )
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from qwen3next_train.accounting.flops import training_flops
-from qwen3next_train.accounting.megatron_flops import interval_pattern, megatron_training_flops
+from qwen3next_train.accounting.megatron_flops import megatron_training_flops
 from qwen3next_train.config.schema import LayerType, ModelConfig
+from qwen3next_train.config.validate import expand_interval
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, QWEN3_NEXT_80B_WITHOUT_MTP, TINY
 
 GOLDEN_DENSE = [
@@ -54,7 +55,7 @@ def test_intervals_and_packing_equal_megatron(
         update={
             "num_hidden_layers": layers,
             "full_attention_interval": interval,
-            "layer_types": interval_pattern(layers, interval),
+            "layer_types": expand_interval(interval, layers),
             "mtp_num_layers": depths,
         }
     )

@@ -51,6 +51,7 @@ def test_pieces_of_a_long_text_are_encoded_like_the_whole(builtin: Tokenizer, mo
     text = (Path(tokenization.__file__)).read_text() * 4
     whole = encode(builtin, text)
     monkeypatch.setattr(tokenization, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(tokenization, "GROUP_CHARS", 3500)
     assert encode(builtin, text) == whole
 
 

@@ -14,7 +14,7 @@ def test_chunks_put_step_i_of_all_documents_together_longest_first() -> None:
     assert layout.chunks_per_step == (3, 2, 1)
     assert layout.document_order.tolist() == [1, 2, 0]
     # Chunks in order: doc 1, 2, 0 (step 0), doc 1, 2 (step 1), doc 1 (step 2).
-    assert layout.slots_T.tolist() == [8, 9, 10, 0, 1, 2, 3, 12, 13, 14, 15, 20, 4, 5, 6, 7, 16]
+    assert layout.slots_T.tolist() == [9, 10, 11, 0, 1, 2, 3, 12, 13, 14, 15, 23, 4, 5, 6, 7, 19]
 
 
 def test_bins_keep_documents_whole_and_hide_them_from_each_other() -> None:

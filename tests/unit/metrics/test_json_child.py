@@ -1,8 +1,5 @@
-import json
 import os
 import signal
-import sys
-import time
 
 import pytest
 

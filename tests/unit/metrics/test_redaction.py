@@ -41,9 +41,8 @@ def test_command_line():
         "--token",
         "--x",
     ]
-    assert Redactor({}).argv(argv) == [
-        "train", "--data.tokenizer", "tokens.json", "--hub-token", MASK, f"--api_key={MASK}", "--run.seed", "1", "--token", "--x",
-    ]  # fmt: skip
+    expected = [*argv[:4], MASK, f"--api_key={MASK}", *argv[6:]]
+    assert Redactor({}).argv(argv) == expected
 
 
 def test_ordinary_arguments_are_kept():

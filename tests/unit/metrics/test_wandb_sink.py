@@ -88,7 +88,10 @@ def test_mode(configured, variable, mode):
 
 
 def test_this_module_imports_no_wandb():
-    code = "import sys, qwen3next_train.metrics.wandb_sink as sink; sink.new_run_id(); print('wandb' in sys.modules, 'torch' in sys.modules)"
+    code = (
+        "import sys, qwen3next_train.metrics.wandb_sink as sink; sink.new_run_id();"
+        "print('wandb' in sys.modules, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

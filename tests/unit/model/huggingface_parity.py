@@ -61,9 +61,8 @@ def _compare(case: ParityCase) -> dict[str, float]:
     fields = config.model_dump()
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     rope["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
-    theirs = HuggingFaceModel(
-        Qwen3NextConfig(**fields, rope_parameters=rope, use_cache=False), attn_implementation="eager"
-    )
+    theirs = HuggingFaceModel(Qwen3NextConfig(**fields, rope_parameters=rope, use_cache=False))
+    theirs.set_attn_implementation("eager")
     theirs.load_state_dict(dict(ours.state_dict()), strict=True)
 
     batch = batch_of(

@@ -153,7 +153,7 @@ def test_one_gpu_sends_nothing() -> None:
         (64, None, 0.0, r"--tokens: 0\.0"),
         (64, None, float("inf"), "--tokens: inf"),
         (64, None, float("nan"), "--tokens: nan"),
-        (24, None, None, r"run\.global_batch_size: 256 is not a multiple of 24 GPUs"),
+        (24, None, None, r"run\.global_batch_size 256 is not a multiple of world size 24"),
         (4, None, None, r"expert_parallel_size: 8 does not divide the world size 4"),
     ],
 )

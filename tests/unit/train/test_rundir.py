@@ -209,6 +209,7 @@ def test_second_run_in_the_directory_is_refused_and_leaves_no_trace(tmp_path):
     opened(tmp_path).close()
 
 
+@pytest.mark.dist
 def test_of_processes_that_race_one_gets_the_lock(tmp_path):
     racers = [start_holder(tmp_path / "run") for _ in range(4)]
     answers = [racer.stdout.readline().split(maxsplit=1)[0] for racer in racers]
@@ -317,6 +318,7 @@ RunDirectory(Path(sys.argv[1]), rank).finish(ExitCode.DATA, f"rank {rank}")
 """
 
 
+@pytest.mark.dist
 def test_of_ranks_that_fail_together_one_is_heard(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     opened(tmp_path)

@@ -47,6 +47,7 @@ def test_only_rank_0_speaks():
     assert child.communicate(timeout=60) == ("SIGTERM\nleft\n", "")
 
 
+@pytest.mark.slow
 def test_echoes_within_a_second_are_one_request():
     child = start(LOOP, "2")
     for _ in range(5):
@@ -69,6 +70,7 @@ def test_second_signal_ends_at_once(first, second):
     assert (child.returncode, out) == (-signal.Signals[second], "")
 
 
+@pytest.mark.slow
 def test_warning_signal_then_sigterm_does_not_end_the_save():
     child = start(LOOP, "2.5")
     child.send_signal(signal.SIGUSR1)
@@ -92,6 +94,7 @@ with StopRequest():
 """
 
 
+@pytest.mark.slow
 def test_second_signal_ends_a_process_stuck_in_c():
     child = start(STUCK)
     child.send_signal(signal.SIGTERM)
@@ -128,25 +131,42 @@ def test_leaving_restores_what_was_there():
 
 
 FORK = """
-import os, signal, time
+import os, signal, sys, time
+
+# Registered before StopRequest's, so it runs before it: holds the moment between the fork and the reset open.
+os.register_at_fork(after_in_child=lambda: time.sleep(float(sys.argv[1])))
 from qwen3next_train.train.signals import StopRequest
 
 with StopRequest() as stop:
     child = os.fork()
     if child == 0:
-        time.sleep(600)
+        time.sleep(20)
+        os._exit(0)
     print("ready", flush=True)
+    time.sleep(float(sys.argv[2]))
     os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     time.sleep(0.3)
-    print(os.WTERMSIG(status), stop.requested, flush=True)
+    print(os.WIFSIGNALED(status) and os.WTERMSIG(status), stop.requested, flush=True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(stop.requested, flush=True)
 """
 
 
-def test_signals_of_a_forked_child_are_its_own():
-    out, err = start(FORK).communicate(timeout=60)
-    assert out == f"{int(signal.SIGTERM)} None\n"
-    assert err == ""
+@pytest.mark.parametrize(("reset_after_s", "signal_after_s"), [("0.8", "0.2"), ("0", "0.5")])
+def test_signals_of_a_forked_child_are_its_own(reset_after_s, signal_after_s):
+    out, err = start(FORK, reset_after_s, signal_after_s).communicate(timeout=60)
+    assert out == f"{int(signal.SIGTERM)} None\nSIGUSR1\n"
+    assert err.count("received") == 1
+
+
+def test_a_fork_leaves_no_signal_blocked():
+    with StopRequest():
+        child = os.fork()
+        if child == 0:
+            os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 AGENT = """

@@ -1,0 +1,118 @@
+"""transformers' own Qwen3-Next in a process of its own, where FLA and causal-conv1d cannot be imported.
+
+transformers takes those libraries' kernels wherever it finds them, and they crash on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ROOT = Path(__file__).parents[2]
+
+FIELDS: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "initializer_range": 0.1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
+}
+"""A random model's ``Qwen3NextConfig``, nothing of it the default."""
+
+
+def save_pretrained(folder: Path, *, dtype: str = "float32", max_shard_size: str = "100KB", **changes: Any) -> None:
+    """Let transformers write a random model."""
+    _call("save", folder=str(folder), dtype=dtype, max_shard_size=max_shard_size, fields=FIELDS | changes)
+
+
+def logits_of(folder: Path, documents: Sequence[Sequence[int]], *, dtype: str = "float32") -> list[npt.NDArray[Any]]:
+    """Let transformers load a folder: fp32 logits ``[tokens, vocabulary]`` of each document."""
+    reply = _call("logits", folder=str(folder), dtype=dtype, documents=[list(document) for document in documents])
+    assert reply["missing_keys"] == []
+    return [np.array(logits, dtype=np.float32) for logits in reply["logits"]]
+
+
+def tokenize_with(folder: Path, text: str) -> dict[str, Any]:
+    """Let transformers load a folder's tokenizer: ``ids`` of a text and ``eos_token``."""
+    return _call("tokenize", folder=str(folder), text=text)
+
+
+def _call(action: str, **arguments: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.transformers_child"],
+        input=json.dumps({"action": action} | arguments),
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    reply: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return reply
+
+
+def _save(arguments: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**arguments["fields"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model = model.to(getattr(torch, arguments["dtype"]))
+    model.config.dtype = arguments["dtype"]
+    model.save_pretrained(arguments["folder"], max_shard_size=arguments["max_shard_size"])
+    return {}
+
+
+def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        arguments["folder"], dtype=arguments["dtype"], attn_implementation="eager", output_loading_info=True
+    )
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in arguments["documents"]]
+    return {"logits": [each.tolist() for each in logits], "missing_keys": sorted(info["missing_keys"])}
+
+
+def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments["folder"])
+    ids = tokenizer(arguments["text"], add_special_tokens=False)["input_ids"]
+    return {"ids": ids, "eos_token": tokenizer.eos_token}
+
+
+def _main() -> None:
+    for module in ("fla", "causal_conv1d"):
+        sys.modules[module] = None  # type: ignore[assignment]
+    arguments = json.load(sys.stdin)
+    actions = {"save": _save, "logits": _logits, "tokenize": _tokenize}
+    print(json.dumps(actions[arguments["action"]](arguments)))
+
+
+if __name__ == "__main__":
+    _main()

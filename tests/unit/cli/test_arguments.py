@@ -1,0 +1,80 @@
+"""Splitting the command line into words."""
+
+import pytest
+
+from qwen3next_train.cli.arguments import Option, parse_words, without_option
+from qwen3next_train.errors import ConfigError
+
+OPTIONS = {
+    option.name: option
+    for option in (Option("--config", "FILE", ""), Option("--json", "", ""), Option("--help", "", ""))
+}
+
+
+def fault(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_words(argv, OPTIONS)
+    return str(caught.value).splitlines()
+
+
+def test_options_overrides_and_words_in_any_order():
+    words = parse_words(
+        ["plan", "--run.steps", "4", "--config", "a", "--json", "--lr=1e-3", "x", "--config=b", "--bf16", "-h"], OPTIONS
+    )
+    assert words.positional == ["plan", "x"]
+    assert words.options == {"--config": ["a", "b"], "--json": [""], "--help": [""]}
+    assert words.overrides == [("run.steps", "4"), ("lr", "1e-3"), ("bf16", "true")]
+    assert words.last("--config") == "b"
+    assert words.last("--absent") is None
+
+
+@pytest.mark.parametrize("value", ["-1", "-1e-3", "-.5", "-", "-x", "", " ", "a=b", "a b", "[1, 2]", "true"])
+def test_values_are_taken_as_they_stand(value):
+    assert parse_words(["--optimizer.lr", value], OPTIONS).overrides == [("optimizer.lr", value)]
+    assert parse_words([f"--optimizer.lr={value}"], OPTIONS).overrides == [("optimizer.lr", value)]
+
+
+def test_a_value_may_begin_with_two_dashes_after_an_equals_sign():
+    assert parse_words(["--run.dir=--odd"], OPTIONS).overrides == [("run.dir", "--odd")]
+
+
+def test_missing_value():
+    line = "--run.steps: no value; write --run.steps VALUE"
+    assert fault("--run.steps") == [line]
+    assert fault("--run.steps", "--json") == [line]
+    assert fault("--config") == ["--config: no value; write --config VALUE"]
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [
+        ("--confg", "--config"),
+        ("--jsn", "--json"),
+        ("--linear-attention-frq", "--linear-attention-freq"),
+        ("--steps", "--run.steps"),
+        ("-x", None),
+        ("--", None),
+        ("-config", "--config"),
+    ],
+)
+def test_unknown_option_names_the_nearest(word, suggestion):
+    (line,) = fault(word)
+    assert line.startswith(f"{word}: unknown option; did you mean --")
+    if suggestion:
+        assert f"did you mean {suggestion}?" in line
+
+
+@pytest.mark.parametrize(
+    "argv", [("--bf16=true",), ("--bf16", "true"), ("--bf16", "False"), ("--json=1",), ("--json", "true"), ("--json=",)]
+)
+def test_a_switch_takes_no_value(argv):
+    assert "takes no value" in fault(*argv)[0]
+
+
+def test_several_faults_are_several_lines():
+    assert len(fault("--nope", "--bf16=1", "--run.steps")) == 3
+
+
+def test_without_option():
+    argv = ["--nproc-per-node", "2", "--a", "b", "--nproc-per-node=4", "c"]
+    assert without_option(argv, "--nproc-per-node") == ["--a", "b", "c"]

@@ -1,0 +1,280 @@
+"""From words to exit code: what is called with what, what is printed, what is not imported."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train import __version__
+from qwen3next_train.cli.main import main
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import shipped_folder
+from qwen3next_train.errors import ConfigError, DataError
+
+ROOT = shipped_folder().parent
+TINY = ["--config", "qwen3next_tiny.yaml"]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put a function in the place of the one a subcommand calls; its calls are recorded."""
+
+    def install(module: str, name: str, effect=0):
+        calls = []
+
+        def function(*args, **kwargs):
+            calls.append((args, kwargs))
+            if isinstance(effect, BaseException):
+                raise effect
+            return effect
+
+        stand_in = types.ModuleType(f"qwen3next_train.{module}")
+        setattr(stand_in, name, function)
+        monkeypatch.setitem(sys.modules, f"qwen3next_train.{module}", stand_in)
+        return calls
+
+    return install
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def subprocess_run(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qwen3next_train", *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_train_is_the_default(fake, capsys):
+    calls = fake("train.run", "run_training", 75)
+    assert run(capsys, *TINY)[0] == 75
+    assert run(capsys, "train", *TINY, "--run.seed", "5")[0] == 75
+    assert run(capsys, *TINY, "--run.seed=5", "train")[0] == 75
+    configs = [args[0] for args, _ in calls]
+    assert configs[0] == load_config([shipped_folder() / "qwen3next_tiny.yaml"]).config
+    assert [config.run.seed for config in configs] == [1234, 5, 5]
+
+
+def test_train_wants_a_configuration(capsys):
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert err == "--config: missing; name a YAML file, such as the shipped qwen3next_tiny.yaml (see --help)\n"
+
+
+def test_train_with_a_preset_needs_no_file(fake, capsys):
+    calls = fake("train.run", "run_training")
+    assert run(capsys, "--model.preset", "tiny")[0] == 0
+    assert calls[0][0][0].model.hidden_size == 128
+
+
+def test_dry_run(fake, capsys):
+    calls = fake("train.dry_run", "dry_run")
+    assert run(capsys, *TINY, "--dry-run")[0] == 0
+    assert len(calls) == 1
+
+
+def test_plan(fake, capsys):
+    calls = fake("planner.report", "plan_command")
+    assert run(capsys, "plan", *TINY)[0] == 0
+    assert run(capsys, "--gpus", "8", *TINY, "--gpu=h200", "plan", "--mfu", "0.4", "--tokens", "1e12", "--json")[0] == 0
+    assert [kwargs for _, kwargs in calls] == [
+        {"gpus": 1, "gpu": "h100", "mfu": None, "tokens": None, "as_json": False},
+        {"gpus": 8, "gpu": "h200", "mfu": 0.4, "tokens": 1e12, "as_json": True},
+    ]
+    assert type(calls[1][1]["gpus"]) is int
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        *(("--gpus", value, "whole number > 0") for value in ("0", "-1", "1.5", "x", "true", "")),
+        *(("--mfu", value, "number > 0 and <= 1") for value in ("0", "1.1", "x", ".nan", "-1")),
+        *(("--tokens", value, "number > 0") for value in ("0", ".inf", "x", ".nan", "1e400")),
+    ],
+)
+def test_wrong_numbers_of_plan(capsys, option, value, wanted):
+    code, _, err = run(capsys, "plan", option, value)
+    assert code == 2
+    assert err == f"{option}: not a {wanted} (got '{value}'); give a {wanted}\n"
+
+
+def test_tokenize(fake, capsys):
+    calls = fake("data.prepare", "tokenize")
+    assert run(capsys, "tokenize", *TINY, "--data.sources", "a.jsonl", "--output", "out/x")[0] == 0
+    assert run(capsys, "tokenize", *TINY)[0] == 0
+    assert calls[0][0][0].data.sources[0].source == "a.jsonl"
+    assert [args[1] for args, _ in calls] == [Path("out/x"), None]
+    assert run(capsys, "tokenize", "--output", "")[0] == 2
+
+
+def test_checkpoint(fake, capsys):
+    calls = fake("checkpoint.inspect", "checkpoint_command", 65)
+    assert run(capsys, "checkpoint", "list", "runs/x")[0] == 65
+    assert run(capsys, "checkpoint", "verify", *TINY)[0] == 65
+    assert run(capsys, *TINY, "--run.dir", "here", "checkpoint", "list")[0] == 65
+    assert [args for args, _ in calls] == [
+        ("list", Path("runs/x")),
+        ("verify", Path("runs/qwen3next_tiny")),
+        ("list", Path("here")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["checkpoint"], "checkpoint: which action? (got nothing); give list or verify"),
+        (["checkpoint", "remove"], "checkpoint: which action? (got 'remove'); give list or verify"),
+        (["checkpoint", "list", "a", "b"], "unexpected word 'b'"),
+        (["trian"], "unexpected word 'trian'; did you mean train?"),
+        (["my.yaml"], "unexpected word 'my.yaml'; name a configuration with --config"),
+        (["--config", "a.yaml", "b.yaml"], "unexpected word 'b.yaml'; name a configuration with --config"),
+        ([*TINY, "--gpus", "3"], "--gpus: not an option of train; it belongs to plan"),
+        (["plan", "--dry-run"], "--dry-run: not an option of plan; it belongs to train"),
+        (["--config", "none.yaml"], "none.yaml: no such file in "),
+        ([*TINY, "--nproc-per-node", "two"], "--nproc-per-node: not a whole number > 0 (got 'two')"),
+        ([*TINY, "--nproc-per-node", "3"], "run.global_batch_size 16 is not a multiple of world size 3"),
+        ([*TINY, "--run.stpes", "3"], "--run.stpes: unknown key (got 3); did you mean run.steps?"),
+    ],
+)
+def test_wrong_command_lines(capsys, argv, text):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert text in line
+
+
+def test_print_config_is_loaded_back(capsys, tmp_path):
+    for name in ("tiny", "1b", "80b"):
+        code, out, _ = run(capsys, "--config", f"qwen3next_{name}.yaml", "--print-config", "--run.seed", "7")
+        assert code == 0
+        (tmp_path / "again.yaml").write_text(out)
+        again = run(capsys, "--config", str(tmp_path / "again.yaml"), "--print-config")
+        assert again == (0, out, "")
+
+
+def test_help_and_version_answer_even_on_a_wrong_line(capsys):
+    assert run(capsys, "--nonsense", "--version") == (0, f"qwen3next-train {__version__}\n", "")
+    code, out, _ = run(capsys, "-h", "--nonsense")
+    assert code == 0
+    assert "--optimizer.lr" in out
+    assert "--optimizer.lr" not in run(capsys, "plan", "--help")[1]
+
+
+def test_launcher_is_started_after_the_configuration_is_checked(capsys, monkeypatch):
+    calls = []
+
+    def execvpe(*args):
+        calls.append(args)
+        raise KeyboardInterrupt  # stands for a process that is gone
+
+    monkeypatch.setattr(os, "execvpe", execvpe)
+    assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.steps", "0")[0] == 2
+    assert not calls
+    assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.micro_batch_size", "8")[0] == 130
+    assert calls
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(capsys, *TINY, "--nproc-per-node", "2")
+    assert (code, err) == (
+        2,
+        "--nproc-per-node: already started by a launcher; leave the option out, or torchrun\n",
+    )
+
+
+def test_world_size_of_a_launcher_is_checked(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "world size 3" in run(capsys, *TINY)[2]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "expected"),
+    [("0", "0", "it"), ("1", "1", ""), ("1", None, ""), ("8", "0", "[rank 8] it")],
+)
+def test_one_rank_of_a_node_prints_a_wrong_configuration(fake, capsys, monkeypatch, rank, local_rank, expected):
+    monkeypatch.setenv("RANK", rank)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    fake("train.run", "run_training", ConfigError("it"))
+    assert run(capsys, *TINY) == (2, "", f"{expected}\n" if expected else "")
+
+
+def test_other_failures_are_printed_by_every_rank(fake, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fake("train.run", "run_training", DataError("no rows"))
+    assert run(capsys, *TINY) == (65, "", "[rank 1] no rows\n")
+
+
+def test_a_bug_keeps_its_traceback_and_exits_70(fake, capsys):
+    fake("train.run", "run_training", ZeroDivisionError("oops"))
+    code, _, err = run(capsys, *TINY)
+    assert code == 70
+    assert "Traceback" in err
+    assert "ZeroDivisionError: oops" in err
+
+
+def test_interrupt(fake, capsys):
+    fake("train.run", "run_training", KeyboardInterrupt())
+    assert run(capsys, *TINY) == (130, "", "interrupted\n")
+
+
+HEAVY = ("torch", "deepspeed", "wandb", "datasets", "transformers", "numpy", "triton", "fla", "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["plan", "--help"], 0),
+        ([*TINY, "--print-config"], 0),
+        ([*TINY, "--run.steps", "x"], 2),
+        (["--config", "none.yaml"], 2),
+        ([*TINY, "--nproc-per-node", "0"], 2),
+    ],
+)
+def test_nothing_heavy_is_imported(argv, code):
+    program = (
+        "import sys; from qwen3next_train.cli.main import main; code = main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *argv]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_from_any_folder_and_as_a_module(tmp_path):
+    result = subprocess_run(*TINY, "--print-config", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "runs/qwen3next_tiny" in result.stdout
+
+
+def test_closed_pipe_and_full_disk_leave_no_traceback():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qwen3next_train", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        closed = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writer)
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 74
+    assert result.stderr.startswith("standard output: cannot be written (No space left on device)")
+    assert "Traceback" not in result.stderr
+
+
+def test_undecodable_and_hostile_words():
+    result = subprocess_run("--config", os.fsdecode(b"\xff\n.yaml"), "--run.dir", os.fsdecode(b"\xfe"))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    result = subprocess_run(*TINY, "--print-config", "--run.dir", os.fsdecode(b"\xfe"))
+    assert result.returncode == 0
+    assert r"\uDCFE" in result.stdout

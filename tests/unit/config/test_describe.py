@@ -1,0 +1,155 @@
+"""The schema as data, the resolved YAML, the hash, and what counts as which kind of change."""
+
+import pytest
+import yaml
+
+from qwen3next_train.config.describe import compare_configs, config_hash, keys, sections, subsections, to_yaml
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import shipped_folder
+from qwen3next_train.config.schema import Config
+from qwen3next_train.config.settings import PRESET_KEY
+
+TINY = shipped_folder() / "qwen3next_tiny.yaml"
+
+
+def tiny(*overrides):
+    return load_config([TINY], overrides).config
+
+
+def old(config: Config) -> dict:
+    return yaml.safe_load(to_yaml(config))
+
+
+def kinds(before: Config, after: Config, **kwargs) -> dict[str, list[str]]:
+    changes = compare_configs(old(before), after, **kwargs)
+    return {kind: [change.key for change in getattr(changes, kind)] for kind in ("harmless", "trajectory", "shape")}
+
+
+def test_every_field_is_a_key_with_type_default_and_description():
+    assert {name for name, _ in sections()} == set(Config.model_fields)
+    assert subsections() == {*Config.model_fields, "logging.wandb"}
+    assert len(keys()) == sum(
+        len(section.annotation.model_fields) for section in Config.model_fields.values()
+    ) - 1 + len(Config.model_fields["logging"].annotation.model_fields["wandb"].annotation.model_fields)
+    assert PRESET_KEY not in keys()
+    for key in keys().values():
+        assert key.description, key.name
+        assert "\n" not in key.description
+        assert key.type_text
+        assert key.remedy.startswith("give ")
+        assert key.default
+
+
+@pytest.mark.parametrize(
+    ("name", "type_text", "default"),
+    [
+        ("run.steps", "whole number > 0", "1000"),
+        ("run.device", "auto|cpu|cuda", "auto"),
+        ("data.validation_fraction", "number >= 0 and < 1", "0.02"),
+        ("data.sources", "list of sources", "[builtin:python-stdlib]"),
+        ("data.cache_dir", "text", "''"),
+        ("model.tie_word_embeddings", "true|false", "false"),
+        ("model.layer_types", "list of linear_attention|full_attention", "[]"),
+        ("parallel.zero_stage", "1|2|3", "1"),
+        ("logging.wandb.tags", "list of text", "[]"),
+    ],
+)
+def test_type_and_default_text(name, type_text, default):
+    assert (keys()[name].type_text, keys()[name].default) == (type_text, default)
+
+
+def test_yaml_is_plain_and_complete():
+    config = tiny(("run.dir", "1e-3"), ("logging.wandb.name", "yes"), ("data.tokenizer", "0123"))
+    assert old(config) == config.model_dump()
+    assert to_yaml(config) == to_yaml(config)
+
+
+def test_pattern_without_interval_leaves_the_interval_out():
+    config = tiny(("linear-attention-freq", "[0,1,1,0]"))
+    assert "full_attention_interval" not in to_yaml(config)
+
+
+def test_hash_is_that_of_the_trajectory():
+    base = config_hash(tiny())
+    assert len(base) == 64
+    assert base == config_hash(tiny(("run.dir", "elsewhere"), ("logging.interval", "7"), ("run.micro_batch_size", "4")))
+    assert base != config_hash(tiny(("optimizer.lr", "1e-3")))
+    assert base != config_hash(tiny(("model.num_experts", "16")))
+    assert base != config_hash(tiny(("run.steps", "400")))
+
+
+HARMLESS = [
+    *(("logging.interval", "7"), ("logging.wandb.mode", "disabled"), ("checkpoint.keep", "9"), ("eval.rows", "8")),
+    *(
+        ("run.dir", "x"),
+        ("run.device", "auto"),
+        ("kernels.gated_delta_rule", "reference"),
+        ("parallel.zero_stage", "2"),
+    ),
+    *(("data.cache_dir", "x"), ("data.num_prefetch_steps", "0"), ("run.micro_batch_size", "4")),
+    *(("run.max_skipped_steps", "3"), ("checkpoint.max_failures", "1"), ("parallel.expert_parallel_size", "2")),
+]
+TRAJECTORY = [
+    *(("optimizer.lr", "1e-3"), ("run.seed", "1"), ("run.precision", "bf16"), ("run.global_batch_size", "32")),
+    *(("data.sources", "x"), ("data.sequence_length", "128"), ("data.tokenizer", "x"), ("schedule.kind", "linear")),
+    *(("model.rope_theta", "1e6"), ("model.num_experts_per_tok", "1"), ("model.router_aux_loss_coef", "0")),
+    *(("data.validation_fraction", "0.5"), ("data.isolate_documents", "false"), ("run.steps", "200")),
+    *(("model.mtp_loss_scaling_factor", "0.2"), ("optimizer.apply_wd_to_qk_layernorm", "false")),
+]
+SHAPE = [
+    *(("model.num_hidden_layers", "3"), ("model.num_experts", "16"), ("model.vocab_size", "8192")),
+    *(("model.attention_output_gate", "false"), ("model.tie_word_embeddings", "true"), ("model.mtp_num_layers", "0")),
+    *(("model.linear_conv_kernel_dim", "3"), ("model.head_dim", "64"), ("model.shared_expert_gate", "false")),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [*(("harmless", o) for o in HARMLESS), *(("trajectory", o) for o in TRAJECTORY), *(("shape", o) for o in SHAPE)],
+)
+def test_class_of_a_change(kind, override):
+    found = kinds(tiny(), tiny(override))
+    assert override[0] in found[kind]
+    assert [name for name, changed in found.items() if changed] == [kind]
+
+
+def test_nothing_changed():
+    assert kinds(tiny(), tiny()) == {"harmless": [], "trajectory": [], "shape": []}
+    changes = compare_configs(old(tiny()), tiny(("optimizer.lr", "1e-3")))
+    assert (changes.trajectory[0].old, changes.trajectory[0].new) == (3e-3, 1e-3)
+
+
+def test_layer_pattern_counts_once():
+    found = kinds(tiny(), tiny(("model.full_attention_interval", "2")))
+    assert found == {"harmless": [], "trajectory": [], "shape": ["model.layer_types"]}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "kind"),
+    [
+        ([("schedule.kind", "constant")], None, "harmless"),
+        ([("schedule.kind", "cosine")], None, "trajectory"),
+        ([("schedule.kind", "linear")], None, "trajectory"),
+        ([("schedule.kind", "cosine"), ("schedule.decay_steps", "300")], None, "harmless"),
+        ([("schedule.kind", "wsd")], None, "trajectory"),
+        ([("schedule.kind", "wsd")], 270, "harmless"),
+        ([("schedule.kind", "wsd")], 271, "trajectory"),
+        ([("schedule.kind", "wsd"), ("schedule.decay_steps", "100")], 201, "trajectory"),
+    ],
+)
+def test_more_steps_matter_only_if_the_schedule_looks_ahead(schedule, step, kind):
+    found = kinds(tiny(*schedule), tiny(*schedule, ("run.steps", "600")), step=step)
+    assert found[kind] == ["run.steps"]
+
+
+def test_keys_of_other_versions():
+    before = old(tiny())
+    del before["optimizer"]["eps"]
+    before["run"]["gone"] = 1
+    before["oddity"] = {"x": 1}
+    found = compare_configs(before, tiny())
+    assert [change.key for change in found.harmless] == ["run.gone", "oddity"]
+    assert not found.trajectory
+    assert not found.shape
+    del before["run"]["seed"]
+    assert [change.key for change in compare_configs(before, tiny(("run.seed", "5"))).trajectory] == ["run.seed"]

@@ -1,0 +1,80 @@
+"""The shipped files: found by name, loadable, and what they say they are."""
+
+import pytest
+
+from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import PRESETS, find_config, preset_file, shipped_folder
+from qwen3next_train.config.resolve import with_layer_types
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.errors import ConfigError
+
+SHIPPED = sorted(path.name for path in shipped_folder().glob("*.yaml"))
+
+
+def load(name):
+    return load_config([shipped_folder() / name]).config
+
+
+def num_parameters(config):
+    return sum(parameter.numel for parameter in parameter_table(config.model))
+
+
+def test_every_shipped_file_is_a_preset_and_loads():
+    assert [f"qwen3next_{name}.yaml" for name in sorted(PRESETS)] == SHIPPED
+    for name in SHIPPED:
+        load(name)
+
+
+def test_80b_is_qwen3_next():
+    config = load("qwen3next_80b.yaml")
+    assert num_parameters(config) == 81_324_862_720
+    assert config.model == with_layer_types(ModelConfig())
+    assert config.model.layer_types.count("full_attention") == 12
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.beta1, optimizer.beta2, optimizer.lr, optimizer.clip_grad) == (0.9, 0.95, 3e-4, 1.0)
+    assert (schedule.kind, schedule.warmup_steps, schedule.min_lr) == ("cosine", 500, 3e-5)
+    assert (config.data.sequence_length, config.run.global_batch_size, config.run.steps) == (4096, 256, 300_000)
+    assert optimizer.weight_decay == 0.1
+    assert optimizer.apply_wd_to_qk_layernorm
+
+
+def test_1b_has_about_a_billion_parameters():
+    assert 0.9e9 < num_parameters(load("qwen3next_1b.yaml")) < 1.1e9
+
+
+def test_tiny_needs_no_gpu_and_has_every_kind_of_part():
+    config = load("qwen3next_tiny.yaml")
+    assert (config.run.device, config.run.precision) == ("cpu", "fp32")
+    parts = {parameter.part for parameter in parameter_table(config.model)}
+    assert parts == {"embedding", "gdn", "attention", "router", "experts", "shared_expert", "norm", "head", "mtp"}
+
+
+def test_working_directory_comes_before_the_shipped_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("qwen3next_tiny.yaml") == shipped_folder() / "qwen3next_tiny.yaml"
+    (tmp_path / "qwen3next_tiny.yaml").write_text("run: {seed: 7}\n")
+    assert load_config([find_config("qwen3next_tiny.yaml")]).config.run.seed == 7
+
+
+def test_missing_file_names_both_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        find_config("none.yaml")
+    text = str(caught.value)
+    assert str(tmp_path) in text
+    assert str(shipped_folder()) in text
+    assert "qwen3next_tiny.yaml" in text
+
+
+@pytest.mark.parametrize("name", ["", "dir/none.yaml", "/none.yaml", "a\0b", "x" * 5000, "a\nb.yaml", "../none.yaml"])
+def test_odd_names_are_one_line(name):
+    with pytest.raises(ConfigError) as caught:
+        find_config(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match="give one of tiny, 1b, 80b"):
+        preset_file("7b")

@@ -1,0 +1,173 @@
+"""Every rule that spans settings is broken once and its line matched."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import shipped_folder
+from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.config.validate import expand_interval, layer_faults, rotary_dim, validate, validate_for_world
+from qwen3next_train.errors import ConfigError
+
+TINY = shipped_folder() / "qwen3next_tiny.yaml"
+
+
+def faults_of(**overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config([TINY], [(key.replace("__", "."), text) for key, text in overrides.items()])
+    return str(caught.value).splitlines()
+
+
+RULES = [
+    (
+        {"model__num_key_value_heads": "3"},
+        "--model.num_key_value_heads: model.num_attention_heads 4 is not a multiple of model.num_key_value_heads 3; "
+        "change one of them",
+    ),
+    (
+        {"model__linear_num_value_heads": "5"},
+        "--model.linear_num_value_heads: model.linear_num_value_heads 5 is not a multiple of "
+        "model.linear_num_key_heads 2; change one of them",
+    ),
+    (
+        {"model__partial_rotary_factor": "0.1"},
+        "--model.partial_rotary_factor: model.partial_rotary_factor 0.1 x model.head_dim 32 rotates 3 dimensions; RoPE "
+        "rotates pairs, so make it an even number above 0",
+    ),
+    (
+        {"model__partial_rotary_factor": "0.001"},
+        "--model.partial_rotary_factor: model.partial_rotary_factor 0.001 x model.head_dim 32 rotates 0 dimensions; "
+        "RoPE rotates pairs, so make it an even number above 0",
+    ),
+    (
+        {"model__num_experts_per_tok": "9"},
+        "--model.num_experts_per_tok: model.num_experts_per_tok 9 is more than model.num_experts 8; send each token to "
+        "fewer experts",
+    ),
+    (
+        {"model__shared_expert_intermediate_size": "0"},
+        "--model.shared_expert_intermediate_size: model.shared_expert_gate true needs a shared expert but "
+        "model.shared_expert_intermediate_size is 0; give a width, or set model.shared_expert_gate to false",
+    ),
+    (
+        {"model__num_hidden_layers": "10001"},
+        "--model.num_hidden_layers: model.num_hidden_layers 10001 is more than 10000; choose a smaller number",
+    ),
+    (
+        {"model__layer_types": "[linear_attention]"},
+        "--model.layer_types: model.layer_types has 1 entries for model.num_hidden_layers 4; give one per layer, or "
+        "model.full_attention_interval instead",
+    ),
+    (
+        {"run__micro_batch_size": "3"},
+        "--run.micro_batch_size: run.global_batch_size 16 is not a multiple of run.micro_batch_size 3; change one of "
+        "them",
+    ),
+    (
+        {"parallel__expert_parallel_size": "3"},
+        "--parallel.expert_parallel_size: parallel.expert_parallel_size 3 does not divide model.num_experts 8; choose "
+        "a divisor of both the experts and the world size",
+    ),
+    ({"run__dir": " "}, "--run.dir: not a folder name (got ' '); name a folder for the run's files"),
+    (
+        {"schedule__warmup_steps": "301"},
+        "--schedule.warmup_steps: schedule.warmup_steps 301 is more than run.steps 300; lower schedule.warmup_steps",
+    ),
+    (
+        {"schedule__min_lr": "1"},
+        "--schedule.min_lr: schedule.min_lr 1.0 is more than optimizer.lr 0.003; lower schedule.min_lr",
+    ),
+    (
+        {"schedule__kind": "wsd", "schedule__decay_steps": "296"},
+        "--schedule.decay_steps: schedule.warmup_steps 5 + schedule.decay_steps 296 is more than run.steps 300; "
+        "shorten the warm-up or the decay",
+    ),
+    (
+        {"schedule__decay_steps": "4"},
+        "--schedule.decay_steps: schedule.decay_steps 4 ends the decay before schedule.warmup_steps 5; it counts from "
+        "step 0, warm-up included",
+    ),
+    (
+        {"data__sequence_length": "4097"},
+        "--data.sequence_length: data.sequence_length 4097 is more than model.max_position_embeddings 4096; shorten "
+        "the rows or raise the limit",
+    ),
+    (
+        {"data__sequence_length": "1"},
+        "--data.sequence_length: data.sequence_length 1 leaves no target for model.mtp_num_layers 1; make rows longer "
+        "than the MTP depth",
+    ),
+    ({"data__sources": "[]"}, "--data.sources: no source (got []); name at least one, such as builtin:python-stdlib"),
+    (
+        {"data__sources": ""},
+        "--data.sources: a source without a name (got ''); name a file, a data set or builtin:python-stdlib",
+    ),
+    (
+        {"data__validation_sources": "['']"},
+        "--data.validation_sources: a source without a name (got ''); name a file, a data set or builtin:python-stdlib",
+    ),
+    (
+        {"data__tokenizer": ""},
+        "--data.tokenizer: no tokenizer (got ''); name a tokenizer.json, a folder or builtin:python-4k",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), RULES, ids=[line.split(":")[0] for _, line in RULES])
+def test_broken_rule_is_exactly_this_line(overrides, line):
+    assert faults_of(**overrides) == [line]
+
+
+def test_several_broken_rules_are_several_lines():
+    lines = faults_of(model__num_experts_per_tok="9", run__micro_batch_size="3")
+    assert len(lines) == 2
+
+
+def test_place_is_the_setting_given_last(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {num_attention_heads: 3}\n")
+    with pytest.raises(ConfigError, match=f"^{file}: model.num_attention_heads: "):
+        load_config([TINY, file])
+
+
+def test_min_lr_is_not_read_by_a_constant_schedule():
+    load_config([TINY], [("schedule.kind", "constant"), ("optimizer.lr", "1e-9")])
+
+
+def test_world_size():
+    config = load_config([TINY], [("run.micro_batch_size", "4"), ("parallel.expert_parallel_size", "2")]).config
+    validate_for_world(config, 2)
+    validate_for_world(config, 4)
+    with pytest.raises(ConfigError) as caught:
+        validate_for_world(config, 3)
+    assert str(caught.value).splitlines() == [
+        "parallel.expert_parallel_size: 2 does not divide the world size 3; choose a divisor or start another number "
+        "of processes",
+        "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 3 x run.micro_batch_size 4 = "
+        "12; choose a multiple of 12, a smaller micro batch or another number of processes",
+    ]
+
+
+def test_world_faults_name_where_the_setting_came_from():
+    loaded = load_config([TINY])
+    with pytest.raises(ConfigError, match=r"qwen3next_tiny.yaml: run.global_batch_size: .* 16 is not a multiple of"):
+        loaded.check_world(2)
+
+
+def test_zero_stages_are_the_engines_business():
+    for stage in "123":
+        load_config([TINY], [("parallel.zero_stage", stage)])
+
+
+def test_unresolved_configuration_is_noticed():
+    config = Config(model=ModelConfig(layer_types=["linear_attention"]))
+    assert [fault.keys[0] for fault in validate(config)] == ["model.layer_types"]
+    assert not list(layer_faults(ModelConfig()))
+
+
+def test_interval_is_megatrons():
+    assert expand_interval(4, 8) == (["linear_attention"] * 3 + ["full_attention"]) * 2
+    assert expand_interval(1, 2) == ["full_attention"] * 2
+    assert expand_interval(5, 4) == ["linear_attention"] * 4
+    assert rotary_dim(ModelConfig()) == 64

@@ -1,0 +1,25 @@
+from qwen3next_train.config.schema import Config, OptimizerConfig, ParallelConfig, RunConfig
+from qwen3next_train.engine.deepspeed_config import deepspeed_config
+
+
+def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
+    config = Config(
+        run=RunConfig(micro_batch_size=2, global_batch_size=16),
+        optimizer=OptimizerConfig(clip_grad=0.0),
+        parallel=ParallelConfig(zero_stage=1),
+    )
+    assert deepspeed_config(config, num_micro_batches=4) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        # Written although it is 0: left out it would mean 1.0.
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 1,
+            "overlap_comm": False,
+            "reduce_bucket_size": 200_000_000,
+            "allgather_bucket_size": 200_000_000,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }

@@ -1,0 +1,86 @@
+"""Initial values: distributions, and independence of the parallel layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qwen3next_train.accounting.params import Init, ParamSpec, parameter_table
+from qwen3next_train.model.init import initial_value, initialize
+from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from tests.unit.model.small_models import CPU, cpu_kernels, small_config
+
+
+def built(experts: range, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Initialised parameters of a rank that holds ``experts``."""
+    config = small_config()
+    with torch.device("meta"):
+        model = Qwen3NextForCausalLM(config, kernels=cpu_kernels(), local_experts=experts)
+    initialize(model, parameter_table(config), seed=seed, local_experts=experts, device=CPU, dtype=dtype)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_hold_slices_of_what_one_rank_holds(ranks: int) -> None:
+    whole = built(range(6))
+    share = 6 // ranks
+    for rank in range(ranks):
+        experts = range(rank * share, (rank + 1) * share)
+        for name, value in built(experts).items():
+            expected = whole[name][experts.start : experts.stop] if ".experts." in name else whole[name]
+            assert torch.equal(value, expected), name
+
+
+def test_the_global_random_state_neither_matters_nor_moves() -> None:
+    torch.manual_seed(1)
+    first, state = built(range(6)), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    second = built(range(6))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_seed_names_and_experts_give_different_values() -> None:
+    first, second = built(range(6), seed=3), built(range(6), seed=4)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(first[name], second[name])
+    assert not torch.equal(first[name][0], first[name][1])
+    assert not torch.equal(first[name], first["model.layers.1.mlp.experts.down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("init", "mean", "std", "low", "high"),
+    [
+        (Init("normal", 0.02), 0, 0.02, -0.12, 0.12),
+        (Init("uniform", -0.5, 0.5), 0, 1 / math.sqrt(12), -0.5, 0.5),
+        (Init("constant", 1.0), 1, 0, 1, 1),
+        (Init("log_uniform", 1.0, 16.0), 1.957, 0.674, 0, math.log(16)),
+    ],
+)
+def test_distributions(init: Init, mean: float, std: float, low: float, high: float) -> None:
+    value = initial_value(ParamSpec("x.weight", (200, 300), "head", init), seed=0)
+    assert value.dtype == torch.float32
+    assert value.mean().item() == pytest.approx(mean, abs=0.01)
+    assert value.std().item() == pytest.approx(std, rel=0.02, abs=1e-9)
+    assert low <= value.min().item() <= value.max().item() <= high
+
+
+def test_dtype_is_a_rounding_of_the_same_draw() -> None:
+    wide, narrow = built(range(6)), built(range(6), dtype=torch.bfloat16)
+    for spec in parameter_table(small_config()):
+        expected = wide[spec.name] if spec.fp32 else wide[spec.name].bfloat16()
+        assert narrow[spec.name].dtype == expected.dtype
+        assert torch.equal(narrow[spec.name], expected), spec.name
+
+
+def test_marks_on_parameters_survive() -> None:
+    config = small_config()
+    with torch.device("meta"):
+        model = Qwen3NextForCausalLM(config, kernels=cpu_kernels())
+    model.lm_head.weight.group_name = "ep_size_2"  # type: ignore[attr-defined]
+    initialize(model, parameter_table(config), seed=0, local_experts=range(6), device=CPU)
+    assert model.lm_head.weight.group_name == "ep_size_2"  # type: ignore[attr-defined]
+    assert not model.lm_head.weight.is_meta
