@@ -77,7 +77,7 @@ contracts: $(ENV)  ## who may import whom (setup.cfg)
 test: test-fast  ## all tests that need no GPU, the fast ones first
 	$(PYTEST) -m "not gpu and (dist or slow)"
 
-test-fast: $(ENV)  ## the tests that take a minute together
+test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
 	$(PYTEST) -m "not gpu and not dist and not slow"
 
 test-dist: $(ENV)  ## the tests that start several processes, on CPU

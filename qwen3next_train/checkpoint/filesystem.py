@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -168,24 +169,33 @@ def make_dirs(fs: Filesystem, path: Path) -> None:
     fs.fsync_dir(path.parent)
 
 
+@contextmanager
+def created_file(fs: Filesystem, path: Path) -> Iterator[int]:
+    """A descriptor for writing a new file, which is forced to the device at the end and closed in any case."""
+    with _naming(path):
+        descriptor = fs.create(path)
+        try:
+            yield descriptor
+            fs.fsync(descriptor)
+        finally:
+            fs.close(descriptor)
+
+
 def write_file(fs: Filesystem, path: Path, data: bytes) -> None:
     """Create ``path`` with ``data`` and force it to the device."""
-    descriptor = fs.create(path)
-    try:
+    with created_file(fs, path) as descriptor:
         fs.write(descriptor, data)
-        fs.fsync(descriptor)
-    finally:
-        fs.close(descriptor)
 
 
 def read_chunks(fs: Filesystem, path: Path) -> Iterator[bytes]:
     """The content of a file, piece by piece."""
-    descriptor = fs.open(path)
-    try:
-        while chunk := fs.read(descriptor, READ_CHUNK_BYTES):
-            yield chunk
-    finally:
-        fs.close(descriptor)
+    with _naming(path):
+        descriptor = fs.open(path)
+        try:
+            while chunk := fs.read(descriptor, READ_CHUNK_BYTES):
+                yield chunk
+        finally:
+            fs.close(descriptor)
 
 
 def hash_file(fs: Filesystem, path: Path) -> str:
@@ -240,6 +250,17 @@ def format_bytes(num_bytes: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{num_bytes} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of calls on descriptors, which know no name, the file they concern."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _kind(mode: int) -> FileKind:

@@ -134,7 +134,7 @@ def _write_weights(weights: Weights, shards: Sequence[Sequence[_Planned]], stage
         tensors = [StoredTensor(each.tensor.name, _read(weights, each), each.dtype) for each in shard]
         record = write_tensor_file(LOCAL_FILESYSTEM, staged / name, tensors)
         weight_map |= {each.tensor.name: name for each in shard}
-        get_logger().info("export-hf: %s of %d, %s", name, len(shards), format_bytes(record.size))
+        get_logger().info("export-hf: %s, %s", name, format_bytes(record.size))
         # Before the next shard is read.
         del tensors
     if len(shards) > 1:

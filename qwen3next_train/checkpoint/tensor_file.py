@@ -19,7 +19,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from qwen3next_train.checkpoint.filesystem import Filesystem
+from qwen3next_train.checkpoint.filesystem import Filesystem, created_file
 from qwen3next_train.errors import CheckpointError
 
 MAX_HEADER_BYTES = 64 << 20
@@ -88,17 +88,13 @@ def write_tensor_file(fs: Filesystem, path: Path, tensors: Sequence[StoredTensor
     header = _header(ordered)
     digest = xxhash.xxh3_128(header)
     size = len(header)
-    descriptor = fs.create(path)
-    try:
+    with created_file(fs, path) as descriptor:
         fs.write(descriptor, header)
         for stored in ordered:
             for chunk in _host_chunks(stored):
                 digest.update(chunk)
                 fs.write(descriptor, chunk)
                 size += len(chunk)
-        fs.fsync(descriptor)
-    finally:
-        fs.close(descriptor)
     return FileRecord(path.name, size, digest.hexdigest())
 
 

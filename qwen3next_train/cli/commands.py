@@ -12,8 +12,12 @@ from qwen3next_train.cli.arguments import Option, Words
 from qwen3next_train.config.faults import show, show_name
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
+from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
+
+DEFAULT_GPU = "h100"
+"""What ``plan`` assumes when no GPU is named."""
 
 COMMON_OPTIONS = (
     Option("--config", "FILE", "YAML file, or the name of a shipped one; repeatable, later files win"),
@@ -68,9 +72,7 @@ def _train(words: Words) -> int:
         raise ConfigError("--config: missing; name a YAML file, such as the shipped qwen3next_tiny.yaml (see --help)")
     loaded = load(words)
     if "--dry-run" in words.options:
-        from qwen3next_train.train.dry_run import dry_run
-
-        return dry_run(loaded.config)
+        return _dry_run(loaded.config, world_size(words))
     loaded.check_world(world_size(words))
     if "--nproc-per-node" in words.options:
         from qwen3next_train.cli.launch import start_processes
@@ -81,15 +83,27 @@ def _train(words: Words) -> int:
     return run_training(loaded.config)
 
 
+def _dry_run(config: Config, num_processes: int) -> int:
+    from qwen3next_train.planner.report import NO_GPU, plan_command
+
+    gpu = NO_GPU if config.run.device == "cpu" else DEFAULT_GPU
+    gpus = max(num_processes, config.parallel.expert_parallel_size)
+    plan_command(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None, as_json=False)
+    from qwen3next_train.train.dry_run import dry_run
+
+    return dry_run(config)
+
+
 def _plan(words: Words) -> int:
-    gpus = _number(words, "--gpus", whole=True) or 1
+    gpus = _number(words, "--gpus", whole=True)
     mfu = _number(words, "--mfu", at_most=1.0)
     tokens = _number(words, "--tokens")
     config = load(words).config
     from qwen3next_train.planner.report import plan_command
 
-    gpu = words.last("--gpu") or "h100"
-    return plan_command(config, gpus=int(gpus), gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in words.options)
+    gpu = words.last("--gpu") or DEFAULT_GPU
+    num_gpus = config.parallel.expert_parallel_size if gpus is None else int(gpus)
+    return plan_command(config, gpus=num_gpus, gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in words.options)
 
 
 def _tokenize(words: Words) -> int:
@@ -108,7 +122,7 @@ def _checkpoint(words: Words) -> int:
         raise ConfigError(f"checkpoint: which action? (got {got}); give list or verify")
     action, *folders = words.positional
     run_dir = Path(folders[0]) if folders else Path(load(words).config.run.dir)
-    from qwen3next_train.checkpoint.inspect import checkpoint_command
+    from qwen3next_train.checkpoint.inspection import checkpoint_command
 
     return checkpoint_command(action, run_dir)
 
@@ -147,8 +161,12 @@ COMMANDS = {
             _plan,
             "--config FILE [--gpus N] [--gpu NAME] [--mfu X] [--tokens N] [--json]",
             (
-                Option("--gpus", "N", "number of GPUs (default 1)"),
-                Option("--gpu", "NAME", "kind of GPU (default h100)"),
+                Option(
+                    "--gpus",
+                    "N",
+                    "number of GPUs (default: parallel.expert_parallel_size, the fewest that can train it)",
+                ),
+                Option("--gpu", "NAME", f"kind of GPU (default {DEFAULT_GPU})"),
                 Option("--mfu", "X", "model FLOPs utilisation to assume, between 0 and 1"),
                 Option("--tokens", "N", "tokens to train on (default: those of run.steps)"),
                 Option("--json", "", "print JSON"),

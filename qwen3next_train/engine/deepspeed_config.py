@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL
 from qwen3next_train.config.schema import Config
 
 
@@ -31,8 +32,8 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "overlap_comm": False,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
+            "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -202,7 +202,9 @@ def _prepare(config: Config, source: SourceConfig, stack: ExitStack) -> Prepared
     if isinstance(resolved, FileSource):
         documents = read_documents(resolved, Counter())
         first = next(documents, None)
-        if first is not None and first.token_ids is not None:
+        if first is None:
+            raise DataError(f"{source.source}: no documents; name a file with text")
+        if first.token_ids is not None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen3next-eval-")))
             prefix = folder / "ids"
             with storage_errors(folder, "free space or set TMPDIR"):

@@ -165,7 +165,7 @@ class RunDirectory:
         except FileExistsError:
             return
         except OSError as error:
-            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", describe_os_error(error))
+            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", error.strerror)
 
     def _acquire_lock(self) -> None:
         path = self.path / ".lock"
@@ -216,9 +216,10 @@ class RunDirectory:
         staged.unlink(missing_ok=True)
         try:
             write_file(LOCAL_FILESYSTEM, staged, data)
-        except OSError:
+        except OSError as error:
             staged.unlink(missing_ok=True)
-            raise
+            # Under the name people know.
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
         return staged
 
     def _replace(self, name: str, data: bytes) -> None:

@@ -73,7 +73,6 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
         signal.set_wakeup_fd(self._previous_wakeup)
         assert self._reader is not None
         assert self._writer is not None
@@ -81,6 +80,8 @@ class StopRequest:
         self._writer.close()
         self._thread.join()
         self._reader.close()
+        # Only now: the thread needs it to announce a signal that came at the very end.
+        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread. Only sets the flag: logging here could interrupt logging."""

@@ -21,10 +21,10 @@ def test_each_launch_form_trains_to_the_last_step(tmp_path: Path, form: str, num
 
 def test_nproc_per_node_starts_the_launcher_by_itself(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    args = arguments(write_corpus(tmp_path), run_dir, run__steps=1)
+    args = arguments(write_corpus(tmp_path), run_dir, run__steps=2)
     done = run("console", ["--nproc-per-node", "2", *args])
     assert done.returncode == 0, done.stderr
-    assert len(metrics(run_dir)) == 1
+    assert len(metrics(run_dir)) == 2
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from qwen3next_train.kernels.sequences import Sequences
 
 _CAUSAL = (-1, 0)
+# torch 2.11 takes grouped heads as they come; later versions want to be told.
+_GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen_attention_flash(
@@ -16,7 +20,7 @@ def varlen_attention_flash(
     """See the package for the contract."""
     cu_seqlens, longest = sequences.cu_seqlens, sequences.max_length
     out = varlen_attn(
-        q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL, enable_gqa=True
+        q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL, **_GROUPED_HEADS
     )
     assert isinstance(out, torch.Tensor)
     return out

@@ -227,7 +227,9 @@ class FailingFilesystem(HookedFilesystem):
         due = self._num_operations == self._fail_at if self._once else self._num_operations >= self._fail_at
         if due and (not self._only or name in self._only):
             self.failed_operation = name
-            raise OSError(self._code, os.strerror(self._code), str(arguments[0]))
+            # Like the system's: calls on descriptors know no name.
+            name_known = () if isinstance(arguments[0], int) else (str(arguments[0]),)
+            raise OSError(self._code, os.strerror(self._code), *name_known)
 
 
 def count_operations(action: Callable[[HookedFilesystem], object]) -> int:

@@ -12,10 +12,12 @@ from qwen3next_train.checkpoint.filesystem import (
     Entry,
     describe_os_error,
     format_bytes,
+    hash_file,
     make_dirs,
     remove_tree,
     wait_for_directory,
 )
+from tests.unit.checkpoint.support import FailingFilesystem
 
 
 def test_entry_describes_the_name_not_what_it_points_to(tmp_path: Path) -> None:
@@ -74,3 +76,12 @@ def test_errors_and_sizes_read_well() -> None:
         "1.50 GiB",
         "5.00 TiB",
     ]
+
+
+def test_reading_errors_name_the_file(tmp_path: Path) -> None:
+    filesystem = FailingFilesystem(0, errno.EIO, once=False, only=("read",))
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        hash_file(filesystem, tmp_path / "x")
+    assert caught.value.filename == str(tmp_path / "x")
+    filesystem.close_all()

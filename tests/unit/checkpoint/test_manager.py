@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, Found, SaveReport
 from qwen3next_train.checkpoint.train_state import rng_state
 from qwen3next_train.engine.base import Fragment
-from qwen3next_train.errors import DivergedError, PeerLostError, StorageError
+from qwen3next_train.errors import CheckpointError, DivergedError, PeerLostError, StorageError
 from qwen3next_train.parallel.control import SingleProcess
 from tests.unit.checkpoint.support import (
     FailingFilesystem,
@@ -155,8 +156,8 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path, rank: in
     errors = _on_two(tmp_path, 2, filesystems)
     assert [type(error) for error in errors] == [StorageError, StorageError]
     assert str(errors[0]) == str(errors[1])
-    assert f"checkpoint of step 2 not saved: rank {rank}: " in str(errors[0])
-    assert "No space left on device; needed " in str(errors[0])
+    reason = f"rank {rank}: rank_0000{rank}.safetensors: No space left on device; needed "
+    assert str(errors[0]).startswith(f"{tmp_path}: checkpoint of step 2 not saved: {reason}")
     assert names(tmp_path) == {"step_00000001"}
 
 
@@ -254,6 +255,43 @@ def test_damage_only_one_rank_sees_is_skipped_by_all(tmp_path: Path) -> None:
         found = on_ranks(2, act)
     assert [entry.step for entry in found if isinstance(entry, Found)] == [1, 1]
     assert "rank_00001.safetensors cannot be read: Input/output error" in lines[0]
+
+
+def test_ranks_that_see_different_checkpoints_of_one_name_take_neither(tmp_path: Path) -> None:
+    def write(control: ThreadControl, disk: str, of: int) -> SaveReport:
+        return save(manager(tmp_path / disk, control=control), 2, rank=control.rank, world_size=2, of=of)
+
+    for disk, of in (("a", 5), ("b", 6)):
+        (tmp_path / disk).mkdir()
+        assert all(isinstance(report, SaveReport) for report in on_ranks(2, partial(write, disk=disk, of=of)))
+
+    def look(control: ThreadControl) -> Found | None:
+        return manager(tmp_path / "ab"[control.rank], control=control).find_latest()
+
+    errors = on_ranks(2, look)
+    assert [type(error) for error in errors] == [CheckpointError, CheckpointError]
+    assert "step_00000002: the ranks see different manifests" in str(errors[0])
+
+
+def test_a_checkpoint_another_node_sees_late_is_waited_for(tmp_path: Path) -> None:
+    assert all(isinstance(r, SaveReport) for r in _on_two(tmp_path, 1, (HookedFilesystem(), HookedFilesystem())))
+
+    class Stale(HookedFilesystem):
+        """Does not see a directory at first, as a network filesystem that remembers its absence."""
+
+        num_looks = 0
+
+        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+            if name == "entry" and self.num_looks < 2:
+                self.num_looks += 1
+                return lambda path: None
+            return super().__getattr__(name)
+
+    def act(control: ThreadControl) -> Found | None:
+        filesystem = Stale() if control.rank else HookedFilesystem()
+        return manager(tmp_path, control=control, filesystem=filesystem).find_latest()
+
+    assert [entry.step for entry in on_ranks(2, act) if isinstance(entry, Found)] == [1, 1]
 
 
 def test_a_directory_that_cannot_be_listed_is_a_storage_error_on_all_ranks(tmp_path: Path) -> None:

@@ -135,3 +135,11 @@ def test_links_and_missing_files_are_refused(tmp_path: Path) -> None:
         open_tensor_file(LOCAL_FILESYSTEM, tmp_path / "link")
     with pytest.raises(CheckpointError, match="missing"):
         open_tensor_file(LOCAL_FILESYSTEM, tmp_path / "y")
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_written_like_those_on_the_host(tmp_path: Path) -> None:
+    tensor = torch.arange(20_000_000, dtype=torch.float32)
+    on_host = write_tensor_file(LOCAL_FILESYSTEM, tmp_path / "a", _stored(x=tensor))
+    on_gpu = write_tensor_file(LOCAL_FILESYSTEM, tmp_path / "b", _stored(x=tensor.cuda()))
+    assert on_gpu.xxh3_128 == on_host.xxh3_128

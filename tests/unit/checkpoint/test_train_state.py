@@ -58,3 +58,12 @@ def test_the_train_state_is_typed_and_can_be_advanced() -> None:
     for wrong in ({"step": -1}, {"step": 1.0}, {"step": 2**63}, {"wandb_id": None}, {"flops_total": 1e20}):
         with pytest.raises(ValidationError):
             replace(state, **wrong)
+
+
+@pytest.mark.gpu
+def test_the_gpu_generator_continues_where_it_was() -> None:
+    torch.rand(1, device="cuda")
+    state = rng_state()
+    expected = torch.rand(3, device="cuda")
+    restore_rng(state)
+    assert torch.rand(3, device="cuda").equal(expected)

@@ -81,10 +81,10 @@ def test_dry_run(fake, capsys):
 
 def test_plan(fake, capsys):
     calls = fake("planner.report", "plan_command")
-    assert run(capsys, "plan", *TINY)[0] == 0
+    assert run(capsys, "plan", *TINY, "--parallel.expert_parallel_size", "2")[0] == 0
     assert run(capsys, "--gpus", "8", *TINY, "--gpu=h200", "plan", "--mfu", "0.4", "--tokens", "1e12", "--json")[0] == 0
     assert [kwargs for _, kwargs in calls] == [
-        {"gpus": 1, "gpu": "h100", "mfu": None, "tokens": None, "as_json": False},
+        {"gpus": 2, "gpu": "h100", "mfu": None, "tokens": None, "as_json": False},
         {"gpus": 8, "gpu": "h200", "mfu": 0.4, "tokens": 1e12, "as_json": True},
     ]
     assert type(calls[1][1]["gpus"]) is int
@@ -114,7 +114,7 @@ def test_tokenize(fake, capsys):
 
 
 def test_checkpoint(fake, capsys):
-    calls = fake("checkpoint.inspect", "checkpoint_command", 65)
+    calls = fake("checkpoint.inspection", "checkpoint_command", 65)
     assert run(capsys, "checkpoint", "list", "runs/x")[0] == 65
     assert run(capsys, "checkpoint", "verify", *TINY)[0] == 65
     assert run(capsys, *TINY, "--run.dir", "here", "checkpoint", "list")[0] == 65

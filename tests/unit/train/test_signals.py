@@ -115,6 +115,21 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored():
     assert child.communicate(timeout=60)[0] == "SIGTERM\nleft\n"
 
 
+LAST_MOMENT = """
+import os, signal
+from qwen3next_train.train.signals import StopRequest
+
+for _ in range(200):
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_at_the_last_moment_is_announced():
+    done = subprocess.run([sys.executable, "-c", LAST_MOMENT], capture_output=True, text=True, check=True)
+    assert done.stderr.count("SIGUSR1 received") == 200
+
+
 def test_leaving_restores_what_was_there():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
     with StopRequest() as stop:

@@ -1,0 +1,123 @@
+"""A checkpoint that transformers wrote, through ours, and back to transformers and vLLM's names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from qwen3next_train.checkpoint.hf_export import ExportDtype, export_hf
+from qwen3next_train.checkpoint.hf_import import import_hf
+from qwen3next_train.model.init import initial_value
+from qwen3next_train.train.evaluate import evaluate_command
+from tests.integration.transformers_child import FIELDS, logits_of, save_pretrained, tokenize_with
+from tests.unit.checkpoint.hf_support import assert_bit_equal, read_folder
+
+pytestmark = pytest.mark.slow
+
+DOCUMENTS = [np.random.default_rng(n).integers(0, FIELDS["vocab_size"], n).tolist() for n in (70, 1, 130, 2, 5)]
+NUM_TARGETS = sum(len(document) - 1 for document in DOCUMENTS)
+
+
+def loss_of(all_logits: list[npt.NDArray[Any]]) -> float:
+    """Mean next-token loss in nats over all documents, float64."""
+    total = 0.0
+    for logits, document in zip(all_logits, DOCUMENTS, strict=True):
+        log_probs = torch.from_numpy(logits).double().log_softmax(-1)
+        total -= float(log_probs[:-1].gather(1, torch.tensor(document[1:], dtype=torch.int64).view(-1, 1)).sum())
+    return total / NUM_TARGETS
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], data: Path, **options: Any) -> dict[str, Any]:
+    """What ``eval --json`` prints."""
+    capsys.readouterr()
+    arguments: dict[str, Any] = {"checkpoint": None, "hf": None, "device": "cpu"} | options
+    assert evaluate_command(data=str(data), as_json=True, **arguments) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def write_documents(path: Path) -> Path:
+    path.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in DOCUMENTS))
+    return path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool) -> None:
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    save_pretrained(theirs, tie_word_embeddings=tied)
+    assert len(list(theirs.glob("*.safetensors"))) > 1
+    import_hf(theirs, ours)
+    export_hf(ours, back, dtype="fp32", max_shard_bytes=100_000)
+
+    tensors = read_folder(theirs)
+    assert ("lm_head.weight" in tensors) != tied
+    assert "model.layers.0.mlp.experts.5.up_proj.weight" in tensors
+    assert_bit_equal(read_folder(back), tensors)
+
+    expected = logits_of(theirs, DOCUMENTS)
+    for logits, again in zip(expected, logits_of(back, DOCUMENTS), strict=True):
+        # Equal weights; the products differ in the last bit with the alignment of the mapped file.
+        np.testing.assert_allclose(again, logits, rtol=0, atol=2e-6)
+
+    data = write_documents(tmp_path / "ids.jsonl")
+    from_ours = evaluated(capsys, data, checkpoint=ours)
+    from_theirs = evaluated(capsys, data, hf=theirs)
+    assert from_ours == from_theirs
+    assert from_ours["num_tokens"] == NUM_TARGETS
+    assert from_ours["loss"] == pytest.approx(loss_of(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    """Of bf16 weights an export is the original; of fp32 weights it is what transformers makes of them in bf16."""
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    save_pretrained(theirs, dtype=dtype)
+    import_hf(theirs, ours)
+    export_hf(ours, back)
+    if dtype == "bfloat16":
+        assert_bit_equal(read_folder(back), read_folder(theirs))
+    else:
+        kinds = {name: tensor.dtype for name, tensor in read_folder(back).items()}
+        assert kinds["model.layers.0.linear_attn.A_log"] == kinds["model.layers.2.mlp.gate.weight"] == torch.float32
+        assert kinds["lm_head.weight"] == kinds["model.norm.weight"] == torch.bfloat16
+    expected = logits_of(theirs, DOCUMENTS, dtype="bfloat16")
+    for logits, again in zip(expected, logits_of(back, DOCUMENTS, dtype="auto"), strict=True):
+        np.testing.assert_array_equal(again, logits)
+    data = write_documents(tmp_path / "ids.jsonl")
+    found = evaluated(capsys, data, checkpoint=ours, precision="bf16")
+    assert found["loss"] == pytest.approx(loss_of(expected), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_mtp_goes_both_ways_and_transformers_passes_it_over(tmp_path: Path, dtype: ExportDtype) -> None:
+    theirs, ours, back, again = (tmp_path / name for name in ("theirs", "ours", "back", "again"))
+    save_pretrained(theirs)
+    import_hf(theirs, ours, mtp_num_layers=2, initial_value=lambda spec: initial_value(spec, seed=3))
+    export_hf(ours, back, dtype=dtype)
+    tensors = read_folder(back)
+    assert {"mtp.fc.weight", "mtp.layers.1.mlp.experts.5.down_proj.weight"} <= tensors.keys()
+    import_hf(back, again)
+    export_hf(again, tmp_path / "back_again", dtype=dtype)
+    assert_bit_equal(read_folder(tmp_path / "back_again"), tensors)
+    if dtype == "fp32":
+        for logits, expected in zip(logits_of(back, DOCUMENTS), logits_of(theirs, DOCUMENTS), strict=True):
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6)
+
+
+def test_transformers_reads_the_tokenizer(tmp_path: Path) -> None:
+    from qwen3next_train.data.tokenization import Tokenizer
+
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    save_pretrained(theirs, vocab_size=4096)
+    import_hf(theirs, ours)
+    export_hf(ours, back, tokenizer="builtin:python-4k")
+    text = "def f(x):\n    return x + 1  # Grüße\n"
+    tokenizer = Tokenizer("builtin:python-4k")
+    expected = next(tokenizer.encode_documents([text])).tolist()
+    assert tokenize_with(back, text) == {"ids": expected[:-1], "eos_token": tokenizer.eos_token}

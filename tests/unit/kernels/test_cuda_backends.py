@@ -1,0 +1,127 @@
+"""Every CUDA backend against its reference on the same device: outputs and gradients, bf16 against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.errors import KernelUnavailable
+from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
+from qwen3next_train.kernels.selection import KernelSet, select_kernels
+from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
+from tests.unit.kernels.packing import relative_error
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (130, 1, 63, 64, 65, 200)
+TOKENS = sum(LENGTHS)
+TOLERANCE = 2e-2
+
+
+def kernels_with(**backends: str) -> KernelSet:
+    """Selected kernels, or a skip that says why this machine refuses."""
+    names = {name: "reference" for name in KernelsConfig.model_fields} | backends
+    try:
+        return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"))
+    except KernelUnavailable as refusal:
+        pytest.skip(str(refusal))
+
+
+def documents() -> Sequences:
+    return Sequences.from_lengths(LENGTHS, torch.device("cuda"))
+
+
+def normal(*shape: int) -> torch.Tensor:
+    """bf16 values on the device."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def compare(
+    backend: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> None:
+    """Run ``backend`` on the inputs and ``reference`` on their fp64 copies."""
+    narrow = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out, expected = backend(*narrow), reference(*wide)
+    upstream = torch.randn_like(expected)
+    out.backward(upstream.to(out.dtype))
+    expected.backward(upstream)
+    assert relative_error(out.detach(), expected.detach()) < TOLERANCE
+    for index, (value, truth) in enumerate(zip(narrow, wide, strict=True)):
+        assert value.grad is not None
+        assert truth.grad is not None
+        assert relative_error(value.grad, truth.grad) < TOLERANCE, index
+
+
+def test_flash_attention() -> None:
+    torch.manual_seed(0)
+    kernel, sequences = kernels_with(varlen_attention="flash").varlen_attention, documents()
+    for head_dim in (64, 256):
+        inputs = [normal(TOKENS, heads, head_dim) for heads in (8, 2, 2)]
+        compare(
+            lambda q, k, v: kernel(q, k, v, sequences=sequences),
+            lambda q, k, v: varlen_attention_reference(q, k, v, sequences=sequences),
+            inputs,
+        )
+
+
+@pytest.mark.parametrize("counts", [[100, 0, 7, 93], [0, 0, 200, 0], [0, 0, 0, 0]])
+def test_grouped_mm(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    kernel = kernels_with(grouped_matmul="grouped_mm").grouped_matmul
+    counts_e = torch.tensor(counts, device="cuda")
+    rows = sum(counts)
+    narrow = [normal(rows, 64).requires_grad_(), normal(4, 128, 64).requires_grad_()]
+    wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    out = kernel(*narrow, counts_e=counts_e)
+    expected = grouped_matmul_reference(*wide, counts_e=counts_e)
+    assert out.shape == expected.shape
+    out.float().square().sum().backward()
+    expected.square().sum().backward()
+    for value, truth in zip(narrow, wide, strict=True):
+        assert value.grad is not None
+        assert truth.grad is not None
+        if truth.grad.numel():
+            assert relative_error(value.grad, truth.grad) < TOLERANCE
+
+
+def test_fla_convolution() -> None:
+    torch.manual_seed(0)
+    kernel, sequences = kernels_with(causal_conv1d="fla").causal_conv1d, documents()
+    compare(
+        lambda x, w: kernel(x, w, sequences=sequences),
+        lambda x, w: causal_conv1d_reference(x, w, sequences=sequences),
+        [normal(TOKENS, 96), normal(96, 4)],
+    )
+
+
+def test_fla_gated_delta_rule() -> None:
+    torch.manual_seed(0)
+    kernel, sequences = kernels_with(gated_delta_rule="fla").gated_delta_rule, documents()
+    key_heads, value_heads, head_dim = 2, 4, 64
+    g = -torch.rand(TOKENS, value_heads, device="cuda")
+    beta = torch.rand(TOKENS, value_heads, device="cuda")
+    inputs = [normal(TOKENS, heads, head_dim) for heads in (key_heads, key_heads, value_heads)]
+    compare(
+        lambda q, k, v, g, beta: kernel(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
+        lambda q, k, v, g, beta: gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
+        [*inputs, g, beta],
+    )
+
+
+def test_references_run_on_cuda_as_on_cpu() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(TOKENS, 2, 8), torch.randn(TOKENS, 2, 8), torch.randn(TOKENS, 4, 12)
+    g, beta = -torch.rand(TOKENS, 4), torch.rand(TOKENS, 4)
+    host = Sequences.from_lengths(LENGTHS, torch.device("cpu"))
+    expected, _ = gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=host)
+    out, _ = gated_delta_rule_reference(
+        q.cuda(), k.cuda(), v.cuda(), g_TN=g.cuda(), beta_TN=beta.cuda(), sequences=documents()
+    )
+    assert relative_error(out.cpu(), expected) < 1e-4
