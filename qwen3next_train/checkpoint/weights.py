@@ -28,6 +28,8 @@ ReadWeight = Callable[[str, int, int], torch.Tensor]
 NO_TOKENIZER = ""
 """``data.tokenizer`` of weights that came without one."""
 
+_MAPPED_ELEMENTS = 1 << 29
+
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -95,13 +97,31 @@ def weights_of_checkpoint(path: Path) -> Weights:
     found = find_checkpoint(path)
     model = with_layer_types(_section(found, "model", ModelConfig))
     parameters = parameter_table(model)
-    reader = FragmentReader(found.path, found.manifest)
+    reader = _Reader(found)
     reader.check_parameters(parameters)
+    return Weights(found.path, model, _section(found, "data", DataConfig), parameters, reader.read)
 
-    def read(name: str, start: int, stop: int) -> torch.Tensor:
-        return reader.read(name, "master", start, stop)
 
-    return Weights(found.path, model, _section(found, "data", DataConfig), parameters, read)
+class _Reader:
+    """Weights of a checkpoint, with a bounded part of its files mapped."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        self._fragments = FragmentReader(found.path, found.manifest)
+        self._num_read = 0
+
+    def check_parameters(self, parameters: tuple[ParamSpec, ...]) -> None:
+        """See ``FragmentReader.check_parameters``."""
+        self._fragments.check_parameters(parameters)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See ``ReadWeight``."""
+        self._num_read += stop - start
+        if self._num_read > _MAPPED_ELEMENTS:
+            # What has been read of a mapped file counts as this process's memory until the file is unmapped.
+            self._fragments = FragmentReader(self._found.path, self._found.manifest)
+            self._num_read = stop - start
+        return self._fragments.read(name, "master", start, stop)
 
 
 def _section(found: Found, name: str, section: type[SectionT]) -> SectionT:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwen3next_train.cli.arguments import Option, Words
 from qwen3next_train.config.faults import show, show_name
@@ -120,7 +121,8 @@ def _checkpoint(words: Words) -> int:
     if not words.positional or words.positional[0] not in ("list", "verify"):
         got = show(words.positional[0]) if words.positional else "nothing"
         raise ConfigError(f"checkpoint: which action? (got {got}); give list or verify")
-    action, *folders = words.positional
+    action: Literal["list", "verify"] = "list" if words.positional[0] == "list" else "verify"
+    folders = words.positional[1:]
     run_dir = Path(folders[0]) if folders else Path(load(words).config.run.dir)
     from qwen3next_train.checkpoint.inspection import checkpoint_command
 

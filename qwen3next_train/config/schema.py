@@ -137,8 +137,9 @@ class ScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="shape after the warm-up")
     warmup_steps: NonNegativeInt = Field(500, description="steps of linear warm-up from 0")
     decay_steps: NonNegativeInt = Field(
-        0, description="linear, cosine: step at which min_lr is reached; wsd: length of the final decay; 0: run.steps, "
-        "for wsd a tenth of it"
+        0,
+        description="linear, cosine: step at which min_lr is reached; wsd: length of the final decay; 0: run.steps, "
+        "for wsd a tenth of it",
     )
     min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
 

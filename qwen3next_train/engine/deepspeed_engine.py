@@ -158,9 +158,7 @@ def _wrap(
     return engine
 
 
-def _expert_offsets(
-    model: Qwen3NextForCausalLM, table: Sequence[ParamSpec], local_experts: range
-) -> Mapping[str, int]:
+def _expert_offsets(model: Qwen3NextForCausalLM, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
     """Flat offset of this rank's first expert in each logical expert tensor."""
     parameters = dict(model.named_parameters())
     return {

@@ -69,9 +69,7 @@ class StepReport:
         total = metrics["loss/lm"]
         total += model.router_aux_loss_coef * float(aux_L.sum()) + model.router_z_loss_coef * float(z_L.sum())
         if depths:
-            by_depth = [
-                float(nll) / max(count, 1) for nll, count in zip(mtp, totals.num_targets[1:], strict=True)
-            ]
+            by_depth = [float(nll) / max(count, 1) for nll, count in zip(mtp, totals.num_targets[1:], strict=True)]
             metrics["loss/mtp"] = sum(by_depth) / depths
             total += model.mtp_loss_scaling_factor * metrics["loss/mtp"]
         metrics["loss/total"] = total

@@ -41,9 +41,7 @@ def next_targets(targets_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Ten
         targets_T: int64 ``[T]``, targets of one depth (depth 0: the labels).
         cu_seqlens: int32 ``[documents + 1]``.
     """
-    shifted_T = targets_T.roll(-1)
-    shifted_T[cu_seqlens[1:].long() - 1] = IGNORE_INDEX
-    return shifted_T
+    return targets_T.roll(-1).index_fill_(0, cu_seqlens[1:].long() - 1, IGNORE_INDEX)
 
 
 def input_ids(targets_T: torch.Tensor) -> torch.Tensor:

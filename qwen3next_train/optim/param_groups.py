@@ -17,9 +17,7 @@ def takes_weight_decay(spec: ParamSpec, *, apply_wd_to_qk_layernorm: bool) -> bo
     return spec.decay or (spec.qk_norm and apply_wd_to_qk_layernorm)
 
 
-def parameter_groups(
-    model: nn.Module, table: Iterable[ParamSpec], optimizer: OptimizerConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, table: Iterable[ParamSpec], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Partition the model's parameters into optimizer groups by weight decay and dtype.
 
     ZeRO flattens a group into one buffer, so a group has one dtype. Groups of lower precision come first:

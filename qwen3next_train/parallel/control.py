@@ -112,9 +112,7 @@ class GlooControlGroup:
         padded[: payload.numel()] = payload
         buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
         dist.all_gather(buffers, padded, group=self._group)
-        return [
-            json.loads(buffer[: int(size)].numpy().tobytes()) for buffer, size in zip(buffers, sizes, strict=True)
-        ]
+        return [json.loads(buffer[: int(size)].numpy().tobytes()) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
         """Element-wise sum over ranks of equally long lists."""

@@ -126,9 +126,7 @@ def first_on_each_node(context: ProcessContext, prepare: Callable[[], T]) -> T:
             result = prepare()
         except TrainError as error:
             failure = error
-    outcomes = context.preparation.gather_json(
-        None if failure is None else [type(failure).__name__, str(failure)]
-    )
+    outcomes = context.preparation.gather_json(None if failure is None else [type(failure).__name__, str(failure)])
     if failure is not None:
         raise failure
     reported = next((outcome for outcome in outcomes if outcome), None)

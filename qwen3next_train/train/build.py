@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,15 @@ class _Restored:
     found: Found | None
 
 
+@dataclass(frozen=True)
+class _Sinks:
+    """Rank 0's destinations of records, and what the loop tells them besides records."""
+
+    sinks: tuple[Sink, ...]
+    progress: Callable[[int], None]
+    sync_metrics: Callable[[], None]
+
+
 def build_run(
     config: Config, context: ProcessContext, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack
 ) -> Run:
@@ -91,11 +100,9 @@ def build_run(
             num_prefetch_steps=config.data.num_prefetch_steps,
         )
     )
-    throughput = Throughput(
-        _peak_flops(config, context), context.world_size, flops_total=restored.state.flops_total
-    )
+    throughput = Throughput(_peak_flops(config, context), context.world_size, flops_total=restored.state.flops_total)
     layout = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
-    sinks, console = _open_sinks(config, context, run_dir, restored, throughput, layout, stack)
+    sinks = _open_sinks(config, context, run_dir, restored, throughput, layout, stack)
     return Run(
         config=config,
         control=context.control,
@@ -107,8 +114,9 @@ def build_run(
         checkpoints=checkpoints,
         header=_header(config, context),
         state=restored.state,
-        sinks=sinks,
-        progress=(lambda step: None) if console is None else console.advance,
+        sinks=sinks.sinks,
+        progress=sinks.progress,
+        sync_metrics=sinks.sync_metrics,
         throughput=throughput,
         stop=stop,
     )
@@ -122,11 +130,12 @@ def _restore_state(
     context: ProcessContext,
 ) -> _Restored:
     """Progress of the newest checkpoint, refused when it belongs to another configuration or other data."""
+    # Before a terabyte is verified for nothing; what is harmless only early in a run is looked at again below.
+    recorded = run_dir.read_config()
+    if recorded is not None:
+        _refuse_other_configuration(run_dir, recorded, config, step=0)
     found = checkpoints.find_latest()
     if found is None:
-        recorded = run_dir.read_config()
-        if recorded is not None:
-            _refuse_other_configuration(run_dir, recorded, config, step=0)
         wandb_id: str = context.control.broadcast_json(run_dir.read_info().get("wandb_id") or new_run_id())
         new = TrainState(
             step=0,
@@ -202,11 +211,12 @@ def _open_sinks(
     throughput: Throughput,
     layout: dict[str, int],
     stack: ExitStack,
-) -> tuple[list[Sink], ConsoleSink | None]:
+) -> _Sinks:
     """Rank 0's destinations of records, in the order they are told."""
     if context.rank != 0:
-        return [], None
+        return _Sinks((), lambda step: None, lambda: None)
     state = restored.state
+    resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
     run_dir.record_attempt(config, layout=layout, wandb_id=state.wandb_id, command=sys.argv)
     metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
     console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
@@ -215,17 +225,15 @@ def _open_sinks(
         run_dir.path,
         config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout},
         state.wandb_id,
-        resumed=restored.found is not None,
+        resumed=resumed_wandb,
     )
-    sinks: list[Sink] = [metrics, console, wandb]
-    for sink in sinks:
-        stack.callback(sink.close)
-    return sinks, console
+    stack.callback(metrics.close)
+    stack.callback(console.close)
+    stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
+    return _Sinks((metrics, console, wandb), console.advance, metrics.sync)
 
 
-def _validation_batches(
-    validation: ValidationData | None, config: Config, topology: Topology
-) -> list[PackedBatch]:
+def _validation_batches(validation: ValidationData | None, config: Config, topology: Topology) -> list[PackedBatch]:
     if validation is None:
         return []
     return validation.batches(

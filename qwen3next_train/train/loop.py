@@ -42,6 +42,7 @@ class Run:
         state: progress so far.
         sinks: where records go; none on ranks other than 0.
         progress: told the number of every finished step.
+        sync_metrics: forces the logged rows to the disk; a checkpoint counts on the rows up to its step.
         throughput: speed from counts and times.
         stop: signals received.
     """
@@ -58,6 +59,7 @@ class Run:
     state: TrainState
     sinks: Sequence[Sink]
     progress: Callable[[int], None]
+    sync_metrics: Callable[[], None]
     throughput: Throughput
     stop: StopRequest
     consecutive_skips: int = 0
@@ -106,6 +108,7 @@ def save(run: Run, *, must_succeed: bool) -> None:
     """
     if run.saved_step == run.state.step:
         return
+    run.sync_metrics()
     try:
         run.checkpoints.save(
             step=run.state.step,

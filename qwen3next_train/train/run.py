@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from contextlib import ExitStack
@@ -10,6 +11,8 @@ from pathlib import Path
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.console import open_run_log
+from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.train.rundir import RunDirectory
 from qwen3next_train.train.signals import StopRequest, die_with_parent
 
@@ -23,36 +26,36 @@ def run_training(config: Config) -> int:
     rank = int(os.environ.get("RANK", "0"))
     run_dir = RunDirectory(Path(config.run.dir), rank=rank)
     die_with_parent()
-    with StopRequest() as stop:
+    with StopRequest() as stop, ExitStack() as opened:
         try:
+            run_dir.open()
+            opened.callback(run_dir.close)
+            if rank == 0:
+                opened.callback(open_run_log(run_dir.log_path, Redactor(os.environ)).close)
+            # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
-                run_dir.open()
-                stack.callback(run_dir.close)
                 stopped_by = _attempt(config, run_dir, stop, stack)
         except TrainError as error:
             code, reason = error.exit_code, str(error)
-            get_logger().error("%s", reason)
-        except Exception as error:  # the boundary: every failure must reach exit.json
+        except Exception as error:  # noqa: BLE001 - the boundary: every failure must reach exit.json
             code, reason = _classify(error, rank)
         else:
             code, reason = ExitCode.FINISHED, f"finished at step {config.run.steps}"
             if stopped_by is not None:
                 code, reason = ExitCode.STOPPED, f"stopped on {stopped_by}; run the same line to go on"
-                get_logger().info("%s", reason)
-        run_dir.finish(code, reason)
+        # What all ranks fail of alike is said once.
+        if run_dir.finish(code, reason):
+            done = code in (ExitCode.FINISHED, ExitCode.STOPPED)
+            get_logger().log(logging.INFO if done else logging.ERROR, "%s", reason)
     return int(code)
 
 
 def _attempt(config: Config, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack) -> str | None:
     """Build and train; return the signal that stopped the run, if one did."""
-    from qwen3next_train.metrics.console import open_run_log
-    from qwen3next_train.metrics.redaction import Redactor
     from qwen3next_train.parallel.process_groups import process_context
     from qwen3next_train.train.build import build_run
     from qwen3next_train.train.loop import train
 
-    if run_dir.rank == 0:
-        stack.callback(open_run_log(run_dir.log_path, Redactor(os.environ)).close)
     context = stack.enter_context(process_context(config.run.device))
     return train(build_run(config, context, run_dir, stop, stack))
 
@@ -61,9 +64,7 @@ def _classify(error: Exception, rank: int) -> tuple[ExitCode, str]:
     """Exit code and reason of an exception that is not ours; prints it."""
     text = " ".join(str(error).split())
     if _is_lost_peer(error):
-        code, reason = PeerLostError.exit_code, f"rank {rank}: lost another rank: {text}"
-        get_logger().error("%s", reason)
-        return code, reason
+        return PeerLostError.exit_code, f"rank {rank}: lost another rank: {text}"
     traceback.print_exception(error)
     if isinstance(error, OSError):
         return ExitCode.STORAGE, text

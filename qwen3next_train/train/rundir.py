@@ -145,7 +145,7 @@ class RunDirectory:
             return None
         return load_config([path], []).config.model_dump()
 
-    def finish(self, code: ExitCode, reason: str, *, step: int | None = None) -> None:
+    def finish(self, code: ExitCode, reason: str, *, step: int | None = None) -> bool:
         """Say in ``exit.json`` how this attempt ended. The first rank that fails is the one that is heard.
 
         Success is rank 0's to say. Never raises: there is already something to report. Writes nothing when the
@@ -155,17 +155,28 @@ class RunDirectory:
             code: the exit code.
             reason: one line.
             step: last finished step, if known.
+
+        Returns:
+            Whether this rank should print the reason: it is news, or nothing could be written and this is rank 0.
         """
         if (code == ExitCode.FINISHED and self.rank != 0) or self._read_lock().get("attempt") != _attempt_key():
-            return
+            return self.rank == 0
         line = " ".join(Redactor(os.environ).text(reason).split())
         outcome = {"code": int(code), "reason": line, "rank": self.rank, "step": step, "time": _now()}
         try:
             self._create("exit.json", _to_json(outcome))
         except FileExistsError:
-            return
+            return self._recorded_reason() != line
         except OSError as error:
-            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", error.strerror)
+            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", describe_os_error(error))
+        return True
+
+    def _recorded_reason(self) -> str | None:
+        try:
+            recorded = json.loads((self.path / "exit.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return recorded.get("reason") if isinstance(recorded, dict) else None
 
     def _acquire_lock(self) -> None:
         path = self.path / ".lock"

@@ -37,9 +37,7 @@ def rank_batches(config: Config, topology: Topology, step: int, *, packed: bool)
     per_rank = per_step // topology.world_size
     first = step * per_step + topology.rank * per_rank
     make = [
-        make_row(
-            sample, length=config.data.sequence_length, vocab_size=config.model.vocab_size, packed=packed
-        )
+        make_row(sample, length=config.data.sequence_length, vocab_size=config.model.vocab_size, packed=packed)
         for sample in range(first, first + per_rank)
     ]
     depths = config.model.mtp_num_layers

@@ -10,7 +10,9 @@ from tests.distributed.layouts import Outcome, largest_relative_error, train_at
 pytestmark = pytest.mark.dist
 
 
-def small_config(*, micro_batch_size: int = 1, steps: int = 1, clip_grad: float = 0.0, scope: str = "sequence") -> Config:
+def small_config(
+    *, micro_batch_size: int = 1, steps: int = 1, clip_grad: float = 0.0, scope: str = "sequence"
+) -> Config:
     return Config.model_validate(
         {
             "run": {
@@ -71,8 +73,12 @@ def test_gradients_are_those_of_one_rank_with_four_micro_batches(
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global"])
 def test_one_micro_batch_per_rank_gives_the_curve_of_one_rank(tmp_path: Path, scope: str) -> None:
-    one = train_at(small_config(micro_batch_size=4, steps=4, clip_grad=0.5, scope=scope), tmp_path / "1", num_processes=1)
-    two = train_at(small_config(micro_batch_size=2, steps=4, clip_grad=0.5, scope=scope), tmp_path / "2", num_processes=2)
+    one = train_at(
+        small_config(micro_batch_size=4, steps=4, clip_grad=0.5, scope=scope), tmp_path / "1", num_processes=1
+    )
+    two = train_at(
+        small_config(micro_batch_size=2, steps=4, clip_grad=0.5, scope=scope), tmp_path / "2", num_processes=2
+    )
     for expected, found in zip(one.metrics, two.metrics, strict=True):
         for metric, value in expected.items():
             assert found[metric] == pytest.approx(value, rel=1e-5), metric

@@ -45,7 +45,9 @@ def write_corpus(folder: Path) -> Path:
     corpus = folder / "corpus"
     corpus.mkdir()
     for index in range(40):
-        lines = [f"def function_{index}_{line}(argument_{line % 7}):\n    return {line * index}\n" for line in range(index)]
+        lines = [
+            f"def function_{index}_{line}(argument_{line % 7}):\n    return {line * index}\n" for line in range(index)
+        ]
         (corpus / f"{index:02d}.txt").write_text("x\n" + "".join(lines))
     return corpus
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ import torch
 
 from qwen3next_train.checkpoint.hf_export import ExportDtype, export_hf
 from qwen3next_train.checkpoint.hf_import import import_hf
+from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.model.init import initial_value
 from qwen3next_train.train.evaluate import evaluate_command
-from tests.integration.transformers_child import FIELDS, logits_of, save_pretrained, tokenize_with
+from tests.integration.transformers_child import FIELDS, Transformers
 from tests.unit.checkpoint.hf_support import assert_bit_equal, read_folder
 
 pytestmark = pytest.mark.slow
 
 DOCUMENTS = [np.random.default_rng(n).integers(0, FIELDS["vocab_size"], n).tolist() for n in (70, 1, 130, 2, 5)]
 NUM_TARGETS = sum(len(document) - 1 for document in DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transformers]:
+    with Transformers(tmp_path_factory.mktemp("transformers") / "log.txt") as process:
+        yield process
 
 
 def loss_of(all_logits: list[npt.NDArray[Any]]) -> float:
@@ -48,9 +56,9 @@ def write_documents(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool) -> None:
+def test_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str], transformers: Transformers, tied: bool) -> None:
     theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
-    save_pretrained(theirs, tie_word_embeddings=tied)
+    transformers.save_pretrained(theirs, tie_word_embeddings=tied)
     assert len(list(theirs.glob("*.safetensors"))) > 1
     import_hf(theirs, ours)
     export_hf(ours, back, dtype="fp32", max_shard_bytes=100_000)
@@ -60,8 +68,8 @@ def test_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool) ->
     assert "model.layers.0.mlp.experts.5.up_proj.weight" in tensors
     assert_bit_equal(read_folder(back), tensors)
 
-    expected = logits_of(theirs, DOCUMENTS)
-    for logits, again in zip(expected, logits_of(back, DOCUMENTS), strict=True):
+    expected = transformers.logits(theirs, DOCUMENTS)
+    for logits, again in zip(expected, transformers.logits(back, DOCUMENTS), strict=True):
         # Equal weights; the products differ in the last bit with the alignment of the mapped file.
         np.testing.assert_allclose(again, logits, rtol=0, atol=2e-6)
 
@@ -74,10 +82,10 @@ def test_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool) ->
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+def test_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str], transformers: Transformers, dtype: str) -> None:
     """Of bf16 weights an export is the original; of fp32 weights it is what transformers makes of them in bf16."""
     theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
-    save_pretrained(theirs, dtype=dtype)
+    transformers.save_pretrained(theirs, dtype=dtype)
     import_hf(theirs, ours)
     export_hf(ours, back)
     if dtype == "bfloat16":
@@ -86,8 +94,8 @@ def test_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) ->
         kinds = {name: tensor.dtype for name, tensor in read_folder(back).items()}
         assert kinds["model.layers.0.linear_attn.A_log"] == kinds["model.layers.2.mlp.gate.weight"] == torch.float32
         assert kinds["lm_head.weight"] == kinds["model.norm.weight"] == torch.bfloat16
-    expected = logits_of(theirs, DOCUMENTS, dtype="bfloat16")
-    for logits, again in zip(expected, logits_of(back, DOCUMENTS, dtype="auto"), strict=True):
+    expected = transformers.logits(theirs, DOCUMENTS, dtype="bfloat16")
+    for logits, again in zip(expected, transformers.logits(back, DOCUMENTS, dtype="auto"), strict=True):
         np.testing.assert_array_equal(again, logits)
     data = write_documents(tmp_path / "ids.jsonl")
     found = evaluated(capsys, data, checkpoint=ours, precision="bf16")
@@ -95,9 +103,11 @@ def test_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_mtp_goes_both_ways_and_transformers_passes_it_over(tmp_path: Path, dtype: ExportDtype) -> None:
+def test_mtp_goes_both_ways_and_transformers_passes_it_over(
+    tmp_path: Path, transformers: Transformers, dtype: ExportDtype
+) -> None:
     theirs, ours, back, again = (tmp_path / name for name in ("theirs", "ours", "back", "again"))
-    save_pretrained(theirs)
+    transformers.save_pretrained(theirs)
     import_hf(theirs, ours, mtp_num_layers=2, initial_value=lambda spec: initial_value(spec, seed=3))
     export_hf(ours, back, dtype=dtype)
     tensors = read_folder(back)
@@ -106,18 +116,18 @@ def test_mtp_goes_both_ways_and_transformers_passes_it_over(tmp_path: Path, dtyp
     export_hf(again, tmp_path / "back_again", dtype=dtype)
     assert_bit_equal(read_folder(tmp_path / "back_again"), tensors)
     if dtype == "fp32":
-        for logits, expected in zip(logits_of(back, DOCUMENTS), logits_of(theirs, DOCUMENTS), strict=True):
+        for logits, expected in zip(
+            transformers.logits(back, DOCUMENTS), transformers.logits(theirs, DOCUMENTS), strict=True
+        ):
             np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6)
 
 
-def test_transformers_reads_the_tokenizer(tmp_path: Path) -> None:
-    from qwen3next_train.data.tokenization import Tokenizer
-
+def test_transformers_reads_the_tokenizer(tmp_path: Path, transformers: Transformers) -> None:
     theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
-    save_pretrained(theirs, vocab_size=4096)
+    transformers.save_pretrained(theirs, vocab_size=4096)
     import_hf(theirs, ours)
-    export_hf(ours, back, tokenizer="builtin:python-4k")
+    export_hf(ours, back, tokenizer=BUILTIN)
     text = "def f(x):\n    return x + 1  # Grüße\n"
-    tokenizer = Tokenizer("builtin:python-4k")
+    tokenizer = Tokenizer(BUILTIN)
     expected = next(tokenizer.encode_documents([text])).tolist()
-    assert tokenize_with(back, text) == {"ids": expected[:-1], "eos_token": tokenizer.eos_token}
+    assert transformers.tokenize(back, text) == {"ids": expected[:-1], "eos_token": tokenizer.eos_token}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,35 +39,56 @@ FIELDS: dict[str, Any] = {
 """A random model's ``Qwen3NextConfig``, nothing of it the default."""
 
 
-def save_pretrained(folder: Path, *, dtype: str = "float32", max_shard_size: str = "100KB", **changes: Any) -> None:
-    """Let transformers write a random model."""
-    _call("save", folder=str(folder), dtype=dtype, max_shard_size=max_shard_size, fields=FIELDS | changes)
+class Transformers:
+    """The process; a context manager. Importing transformers takes long, so one serves a whole test module."""
 
+    def __init__(self, log: Path) -> None:
+        self._log = log
 
-def logits_of(folder: Path, documents: Sequence[Sequence[int]], *, dtype: str = "float32") -> list[npt.NDArray[Any]]:
-    """Let transformers load a folder: fp32 logits ``[tokens, vocabulary]`` of each document."""
-    reply = _call("logits", folder=str(folder), dtype=dtype, documents=[list(document) for document in documents])
-    assert reply["missing_keys"] == []
-    return [np.array(logits, dtype=np.float32) for logits in reply["logits"]]
+    def __enter__(self) -> Self:
+        self._stderr = self._log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.transformers_child"],
+            cwd=_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        return self
 
+    def __exit__(self, *exception: object) -> None:
+        # Closes its standard input, at the end of which it ends.
+        self._process.communicate()
+        self._stderr.close()
 
-def tokenize_with(folder: Path, text: str) -> dict[str, Any]:
-    """Let transformers load a folder's tokenizer: ``ids`` of a text and ``eos_token``."""
-    return _call("tokenize", folder=str(folder), text=text)
+    def save_pretrained(
+        self, folder: Path, *, dtype: str = "float32", max_shard_size: str = "100KB", **changes: Any
+    ) -> None:
+        """Let transformers write a random model."""
+        self._call("save", folder=str(folder), dtype=dtype, max_shard_size=max_shard_size, fields=FIELDS | changes)
 
+    def logits(
+        self, folder: Path, documents: Sequence[Sequence[int]], *, dtype: str = "float32"
+    ) -> list[npt.NDArray[np.float32]]:
+        """Let transformers load a folder: logits ``[tokens, vocabulary]`` of each document."""
+        reply = self._call("logits", folder=str(folder), dtype=dtype, documents=[list(each) for each in documents])
+        assert reply["missing_keys"] == []
+        return [np.array(logits, dtype=np.float32) for logits in reply["logits"]]
 
-def _call(action: str, **arguments: Any) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.transformers_child"],
-        input=json.dumps({"action": action} | arguments),
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    reply: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return reply
+    def tokenize(self, folder: Path, text: str) -> dict[str, Any]:
+        """Let transformers load a folder's tokenizer: ``ids`` of a text and ``eos_token``."""
+        return self._call("tokenize", folder=str(folder), text=text)
+
+    def _call(self, action: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"action": action} | arguments) + "\n")
+        self._process.stdin.flush()
+        reply = self._process.stdout.readline()
+        assert reply, self._log.read_text()
+        result: dict[str, Any] = json.loads(reply)
+        return result
 
 
 def _save(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -109,9 +130,12 @@ def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
 def _main() -> None:
     for module in ("fla", "causal_conv1d"):
         sys.modules[module] = None  # type: ignore[assignment]
-    arguments = json.load(sys.stdin)
+    # Replies alone go to the parent; whatever libraries print goes to the log.
+    replies, sys.stdout = sys.stdout, sys.stderr
     actions = {"save": _save, "logits": _logits, "tokenize": _tokenize}
-    print(json.dumps(actions[arguments["action"]](arguments)))
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        print(json.dumps(actions[arguments["action"]](arguments)), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from qwen3next_train.topology import Topology
 
 def test_experts_of_all_ranks_of_an_expert_group_partition_the_experts() -> None:
     owned = [list(Topology(8, rank, 4).local_experts(16)) for rank in range(8)]
-    assert sum(owned[:4], []) == list(range(16))
+    assert [expert for experts in owned[:4] for expert in experts] == list(range(16))
     assert owned[:4] == owned[4:]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -11,7 +12,11 @@ from qwen3next_train.kernels.sequences import Sequences
 
 _CAUSAL = (-1, 0)
 # torch 2.11 takes grouped heads as they come; later versions want to be told.
-_GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_attend = (
+    functools.partial(varlen_attn, enable_gqa=True)
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters
+    else varlen_attn
+)
 
 
 def varlen_attention_flash(
@@ -19,8 +24,6 @@ def varlen_attention_flash(
 ) -> torch.Tensor:
     """See the package for the contract."""
     cu_seqlens, longest = sequences.cu_seqlens, sequences.max_length
-    out = varlen_attn(
-        q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL, **_GROUPED_HEADS
-    )
+    out = _attend(q_TNH, k_TGH, v_TGH, cu_seqlens, cu_seqlens, longest, longest, window_size=_CAUSAL)
     assert isinstance(out, torch.Tensor)
     return out

@@ -25,6 +25,7 @@ def spans(lengths: Sequence[int]) -> list[slice]:
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude (over 1 where that is 0)."""
+    expected = expected.detach()
     scale = expected.abs().max().double()
-    difference = (value.double() - expected.double()).abs().max()
+    difference = (value.detach().double() - expected.double()).abs().max()
     return float(difference / scale if scale > 0 else difference)

@@ -26,7 +26,7 @@ TOLERANCE = 2e-2
 
 def kernels_with(**backends: str) -> KernelSet:
     """Selected kernels, or a skip that says why this machine refuses."""
-    names = {name: "reference" for name in KernelsConfig.model_fields} | backends
+    names = dict.fromkeys(KernelsConfig.model_fields, "reference") | backends
     try:
         return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"))
     except KernelUnavailable as refusal:

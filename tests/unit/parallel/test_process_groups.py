@@ -15,7 +15,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatc
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="run.device: cuda is not available"):
+    with pytest.raises(ConfigError, match=r"run\.device: cuda is not available"):
         select_device("cuda", 0)
 
 
