@@ -28,6 +28,9 @@ from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_
 from qwen3next_train.kernels.varlen_attention import VarlenAttention
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 
+HOPPER = 9
+"""Major compute capability of H100, H200 and their like."""
+
 
 @dataclass(frozen=True)
 class KernelChoice:
@@ -93,6 +96,14 @@ def format_choices(choices: tuple[KernelChoice, ...]) -> str:
     return "\n".join(f"{c.operation:<22}{c.backend:<12}{c.reason}" for c in choices)
 
 
+def miscompiles_gated_backward(triton_version: str) -> bool:
+    """Whether this Triton turns FLA's gated delta rule into wrong gradients of k on Hopper, silently.
+
+    Versions 3.4 to 3.7.0 do (flash-linear-attention issue 640); 3.7.1 is right.
+    """
+    return (3, 4, 0) <= _version(triton_version) < (3, 7, 1)
+
+
 @dataclass(frozen=True)
 class _Place:
     device: torch.device
@@ -130,17 +141,13 @@ def _fla_fault(place: _Place) -> str | None:
 
 
 def _fla_rule_fault(place: _Place) -> str | None:
-    """Why FLA's gated delta rule cannot be trusted here, or None.
-
-    Triton 3.4 to 3.7.0 compiles the gated backward into wrong gradients of k on Hopper, silently
-    (flash-linear-attention issue 640); Triton 3.7.1 is right.
-    """
+    """Why FLA's gated delta rule cannot be trusted here, or None."""
     fault = _fla_fault(place) or _half_precision_fault(place)
     if fault is not None:
         return fault
     import triton
 
-    if place.capability[0] == 9 and (3, 4, 0) <= _version(triton.__version__) < (3, 7, 1):
+    if place.capability[0] == HOPPER and miscompiles_gated_backward(triton.__version__):
         return f"has a wrong backward on Hopper with triton {triton.__version__}: install triton >= 3.7.1"
     return None
 

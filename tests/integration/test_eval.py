@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,19 @@ def test_text(
     # Bits of all tokens, the first one at the mean of the others, over the bytes of the text.
     assert result["bpb"] == pytest.approx(total / count * len(ids) / math.log(2) / len(text.encode()), rel=1e-6)
     assert evaluated(capsys, str(tmp_path / "text.txt"), checkpoint=checkpoint, tokenizer=BUILTIN) == result
+
+
+def test_the_models_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    own = tmp_path / "hf"
+    shutil.copytree(folder, own)
+    asset = files("qwen3next_train.data").joinpath("assets", "python-4k", "tokenizer.json")
+    (own / "tokenizer.json").write_bytes(asset.read_bytes())
+    import_hf(own, tmp_path / "ours")
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 5)
+    data = str(tmp_path / "text.txt")
+    expected = evaluated(capsys, data, hf=folder, tokenizer=BUILTIN)
+    assert evaluated(capsys, data, hf=own) == expected
+    assert evaluated(capsys, data, checkpoint=tmp_path / "ours") == expected
 
 
 def test_lines_of_text_are_documents(

@@ -15,6 +15,7 @@ import torch
 
 from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.checkpoint import hf_import as hf_import_module
+from qwen3next_train.checkpoint import weights as weights_module
 from qwen3next_train.checkpoint.hf_import import import_hf
 from qwen3next_train.checkpoint.hf_mapping import on_disk
 from qwen3next_train.checkpoint.hf_weights import weights_of_hf
@@ -62,8 +63,10 @@ def test_every_weight_arrives(tmp_path: Path, dtype: torch.dtype, shards: int) -
     assert len(list(weights.path.glob("rank_*.safetensors"))) == shards
 
 
-def test_a_range_may_cross_experts(tmp_path: Path) -> None:
-    """What a rank with another layout asks for."""
+@pytest.mark.parametrize("mapped_elements", [1, 100, 1 << 29])
+def test_a_range_may_cross_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_elements: int) -> None:
+    """What a rank with another layout asks for; files may be unmapped and mapped again in between."""
+    monkeypatch.setattr(weights_module, "_MAPPED_ELEMENTS", mapped_elements)
     model = tiny_model()
     tensors = random_tensors(model)
     source = write_folder(tmp_path / "hf", model, tensors, shards=3)
