@@ -35,6 +35,9 @@ from qwen3next_train.log import get_logger
 
 ExportDtype = Literal["bf16", "fp32"]
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""Largest shard unless another size is asked for."""
+
 _DTYPES: dict[ExportDtype, tuple[torch.dtype, str]] = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp32": (torch.float32, "float32"),
@@ -60,7 +63,7 @@ def export_hf(
     output: Path,
     *,
     dtype: ExportDtype = "bf16",
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: str | None = None,
 ) -> int:
     """Write a checkpoint as a Hugging Face folder.

@@ -165,6 +165,18 @@ class CheckpointManager:
             )
         return None
 
+    def find(self, candidate: Candidate) -> Found:
+        """One checkpoint, verified; the same on every rank.
+
+        Raises:
+            CheckpointError: it is damaged or of a newer format.
+        """
+        verdict = self._verify(candidate)
+        path = self._directory / candidate.name
+        if verdict.manifest is None or verdict.reason is not None:
+            raise CheckpointError(f"{path}: {verdict.reason}")
+        return Found(candidate.step, path, verdict.manifest)
+
     def restore_rng(self, found: Found, reader: FragmentReader) -> bool:
         """Put this rank's random generators where they were, if the checkpoint was written by as many ranks.
 

@@ -11,8 +11,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from qwen3next_train.accounting.params import ParamSpec, parameter_table
-from qwen3next_train.checkpoint.discovery import candidates, verify
-from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
+from qwen3next_train.checkpoint.discovery import candidates
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
 from qwen3next_train.checkpoint.manager import CheckpointManager, Found
@@ -20,7 +19,7 @@ from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError
-from qwen3next_train.parallel.control import SingleProcess
+from qwen3next_train.parallel.control import ControlGroup, SingleProcess
 
 ReadWeight = Callable[[str, int, int], torch.Tensor]
 """``read(name, start, stop)``: fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host."""
@@ -52,11 +51,13 @@ class Weights:
     read: ReadWeight
 
 
-def find_checkpoint(path: Path) -> Found:
-    """The checkpoint that a path names, every byte of it verified.
+def find_checkpoint(path: Path, control: ControlGroup) -> Found:
+    """The checkpoint that a path names, every byte of it verified. Collective.
 
     Args:
-        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one.
+        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. On a
+            filesystem that all ranks share.
+        control: the ranks, which share the verification.
 
     Raises:
         ConfigError: no such directory, or no checkpoint in it.
@@ -70,17 +71,14 @@ def find_checkpoint(path: Path) -> Found:
     if not (path / MANIFEST_NAME).exists():
         inner = path / CHECKPOINTS_NAME
         directory = inner if inner.is_dir() else path
-        found = CheckpointManager(directory, control=SingleProcess(), keep=1).find_latest()
+        found = CheckpointManager(directory, control=control, keep=1).find_latest()
         if found is None:
             raise ConfigError(f"{path}: no checkpoint in it; name a run directory or one of its checkpoints")
         return found
     named = candidates([path.name])
     if not named:
         raise ConfigError(f"{path}: a checkpoint under another name; call it step_ and its step in eight digits")
-    verdict = verify(LOCAL_FILESYSTEM, path.parent, named[0])
-    if verdict.manifest is None or verdict.reason is not None:
-        raise CheckpointError(f"{path}: {verdict.reason}")
-    return Found(named[0].step, path, verdict.manifest)
+    return CheckpointManager(path.parent, control=control, keep=1).find(named[0])
 
 
 def weights_of_checkpoint(path: Path) -> Weights:
@@ -94,7 +92,7 @@ def weights_of_checkpoint(path: Path) -> Weights:
         CheckpointError: as :func:`find_checkpoint`, or its configuration does not describe its weights.
         StorageError: as :func:`find_checkpoint`.
     """
-    found = find_checkpoint(path)
+    found = find_checkpoint(path, SingleProcess())
     model = with_layer_types(_section(found, "model", ModelConfig))
     parameters = parameter_table(model)
     reader = _Reader(found)

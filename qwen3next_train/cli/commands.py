@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from qwen3next_train.cli.arguments import Option, Words
-from qwen3next_train.config.faults import show, show_name
+from qwen3next_train.config.faults import raise_faults, show, show_name
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
+from qwen3next_train.config.settings import from_command_line
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
+
+ChoiceT = TypeVar("ChoiceT", bound=str)
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["bf16", "fp32"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DEFAULT_GPU = "h100"
 """What ``plan`` assumes when no GPU is named."""
 
-COMMON_OPTIONS = (
+JSON = Option("--json", "", "print JSON")
+"""Shared by the subcommands whose output other programs read."""
+CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one")
+TOKENIZER = Option("--tokenizer", "PATH", "tokenizer.json, a folder with one, or builtin:python-4k (default: its own)")
+"""Shared by the subcommands that read finished weights."""
+
+CONFIG_OPTIONS = (
     Option("--config", "FILE", "YAML file, or the name of a shipped one; repeatable, later files win"),
     Option("--print-config", "", "print the resolved configuration as YAML and exit"),
+)
+COMMON_OPTIONS = (
+    *CONFIG_OPTIONS,
     Option("--help", "", "print this text and exit"),
     Option("--version", "", "print the version and exit"),
 )
@@ -39,6 +56,8 @@ class Command:
         usage: what stands after the name in the usage line.
         options: its own options.
         max_words: how many positional words it takes.
+        keys: the configuration keys it reads; None for all of them, and for configuration files. What works on
+            finished weights takes the rest from the weights.
     """
 
     name: str
@@ -47,6 +66,30 @@ class Command:
     usage: str
     options: tuple[Option, ...] = ()
     max_words: int = 0
+    keys: tuple[str, ...] | None = None
+
+    @property
+    def all_options(self) -> tuple[Option, ...]:
+        """The options it shares with other subcommands, then its own."""
+        shared = (option for option in COMMON_OPTIONS if self.keys is None or option not in CONFIG_OPTIONS)
+        return (*shared, *self.options)
+
+    def check_keys(self, words: Words) -> None:
+        """Refuse a configuration key that would have no effect.
+
+        Raises:
+            ConfigError: names the key and those that have one.
+        """
+        if self.keys is None:
+            return
+        given = from_command_line(words.overrides, 1)
+        raise_faults(given.faults)
+        for setting in given.settings:
+            if setting.key not in self.keys:
+                reads = f"of the configuration it reads {', '.join(self.keys)}" if self.keys else "it reads none"
+                raise ConfigError(
+                    f"{setting.origin.label(setting.key)}: not read by {self.name}; leave it out, {reads}"
+                )
 
 
 def load(words: Words) -> LoadedConfig:
@@ -79,6 +122,8 @@ def _train(words: Words) -> int:
         from qwen3next_train.cli.launch import start_processes
 
         start_processes(world_size(words))
+    # Threads that spin while they wait cost a shared machine up to ten times the run; it is read when OpenMP loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from qwen3next_train.train.run import run_training
 
     return run_training(loaded.config)
@@ -129,6 +174,96 @@ def _checkpoint(words: Words) -> int:
     return checkpoint_command(action, run_dir)
 
 
+def _doctor(words: Words) -> int:
+    config = load(words).config
+    from qwen3next_train.train.doctor import doctor_command
+
+    return doctor_command(config, as_json="--json" in words.options)
+
+
+def _eval(words: Words) -> int:
+    _require_one_process("eval", words)
+    checkpoint, hf = words.last("--checkpoint"), words.last("--hf")
+    if (checkpoint is None) == (hf is None):
+        got = "neither" if hf is None else "both"
+        raise ConfigError(f"eval: which model? (got {got} of --checkpoint and --hf); give one of the two")
+    data = _text(words, "--data", "the file, token store or dataset to evaluate on")
+    device = _choice(words, "--device", DEVICES) or "auto"
+    precision = _choice(words, "--precision", PRECISIONS)
+    loaded = load(words)
+    from qwen3next_train.train.evaluate import evaluate_command
+
+    return evaluate_command(
+        checkpoint=None if checkpoint is None else _folder(words, "--checkpoint"),
+        hf=None if hf is None else _folder(words, "--hf"),
+        data=data,
+        as_json="--json" in words.options,
+        device=device,
+        precision=precision,
+        sequence_length=loaded.config.data.sequence_length if "data.sequence_length" in loaded.origins else None,
+        tokenizer=words.last("--tokenizer"),
+        text_field=words.last("--text-field") or "text",
+    )
+
+
+def _import_hf(words: Words) -> int:
+    _require_one_process("import-hf", words)
+    source, output = _folder(words, "--hf"), _folder(words, "--output")
+    loaded = load(words)
+    from qwen3next_train.checkpoint.hf_import import import_hf
+
+    if "model.mtp_num_layers" not in loaded.origins:
+        return import_hf(source, output)
+    from qwen3next_train.model.init import initial_value
+
+    # For MTP depths that are asked for and that the folder does not hold.
+    draw = partial(initial_value, seed=loaded.config.run.seed)
+    return import_hf(source, output, mtp_num_layers=loaded.config.model.mtp_num_layers, initial_value=draw)
+
+
+def _export_hf(words: Words) -> int:
+    _require_one_process("export-hf", words)
+    checkpoint, output = _folder(words, "--checkpoint"), _folder(words, "--output")
+    dtype = _choice(words, "--dtype", PRECISIONS) or "bf16"
+    max_shard_bytes = _number(words, "--max-shard-bytes", whole=True)
+    from qwen3next_train.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf
+
+    return export_hf(
+        checkpoint,
+        output,
+        dtype=dtype,
+        max_shard_bytes=MAX_SHARD_BYTES if max_shard_bytes is None else int(max_shard_bytes),
+        tokenizer=words.last("--tokenizer"),
+    )
+
+
+def _require_one_process(command: str, words: Words) -> None:
+    count = world_size(words)
+    if count > 1:
+        raise ConfigError(f"{command}: started as {count} processes (WORLD_SIZE); it is one, start it without torchrun")
+
+
+def _text(words: Words, name: str, meaning: str) -> str:
+    """The value of an option that must be there."""
+    text = words.last(name)
+    if not text:
+        raise ConfigError(f"{name}: {'missing' if text is None else 'empty'}; give {meaning}")
+    return text
+
+
+def _folder(words: Words, name: str) -> Path:
+    return Path(_text(words, name, "a folder"))
+
+
+def _choice(words: Words, name: str, choices: Sequence[ChoiceT]) -> ChoiceT | None:
+    """One of the choices, or None when the option is absent."""
+    text = words.last(name)
+    chosen = next((choice for choice in choices if choice == text), None)
+    if chosen is None and text is not None:
+        raise ConfigError(f"{name}: not one of the choices (got {show(text)}); give one of {', '.join(choices)}")
+    return chosen
+
+
 def _number(words: Words, name: str, *, whole: bool = False, at_most: float = math.inf) -> float | None:
     """A positive number given to an option, or None when it is absent."""
     text = words.last(name)
@@ -171,7 +306,7 @@ COMMANDS = {
                 Option("--gpu", "NAME", f"kind of GPU (default {DEFAULT_GPU})"),
                 Option("--mfu", "X", "model FLOPs utilisation to assume, between 0 and 1"),
                 Option("--tokens", "N", "tokens to train on (default: those of run.steps)"),
-                Option("--json", "", "print JSON"),
+                JSON,
             ),
         ),
         Command(
@@ -182,11 +317,64 @@ COMMANDS = {
             (Option("--output", "PREFIX", "write PREFIX.bin and PREFIX.idx (default: the cache)"),),
         ),
         Command(
+            "eval",
+            "loss and bits per byte of a checkpoint or a Hugging Face folder on a text",
+            _eval,
+            "(--checkpoint DIR | --hf DIR) --data FILE [--json]",
+            (
+                CHECKPOINT,
+                Option("--hf", "DIR", "Hugging Face folder: config.json and safetensors files"),
+                Option(
+                    "--data",
+                    "FILE",
+                    "text, token store, or jsonl with text or input_ids, a document a line; or what data.sources takes",
+                ),
+                JSON,
+                Option("--device", "NAME", "auto, cpu or cuda (default auto: CUDA when present)"),
+                Option("--precision", "NAME", "bf16 or fp32 (default: bf16 on CUDA, fp32 on CPU)"),
+                TOKENIZER,
+                Option("--text-field", "NAME", "JSON field or column that holds the text (default text)"),
+            ),
+            keys=("data.sequence_length",),
+        ),
+        Command(
+            "import-hf",
+            "turn a Hugging Face folder into a checkpoint, for checkpoint.init_from and eval",
+            _import_hf,
+            "--hf DIR --output DIR [--mtp-num-layers N]",
+            (
+                Option("--hf", "DIR", "folder with config.json and safetensors files, mtp.* included"),
+                Option("--output", "DIR", "folder to create"),
+            ),
+            keys=("model.mtp_num_layers", "run.seed"),
+        ),
+        Command(
+            "export-hf",
+            "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
+            _export_hf,
+            "--checkpoint DIR --output DIR [--dtype bf16|fp32]",
+            (
+                CHECKPOINT,
+                Option("--output", "DIR", "folder to create"),
+                Option("--dtype", "NAME", "of the weights: bf16 or fp32 (default bf16)"),
+                Option("--max-shard-bytes", "N", "largest file (default 5000000000)"),
+                TOKENIZER,
+            ),
+            keys=(),
+        ),
+        Command(
             "checkpoint",
             "list or verify the checkpoints of a run",
             _checkpoint,
             "list|verify [RUN_DIR] [--config FILE]",
             max_words=2,
+        ),
+        Command(
+            "doctor",
+            "check versions, devices, kernels, packing, collectives, cache and wandb of this machine",
+            _doctor,
+            "[--config FILE] [--json]",
+            (JSON,),
         ),
     )
 }

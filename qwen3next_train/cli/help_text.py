@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qwen3next_train.cli.arguments import Option
-from qwen3next_train.cli.commands import COMMANDS, COMMON_OPTIONS, TRAIN, Command
+from qwen3next_train.cli.commands import COMMANDS, TRAIN, Command
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys, sections
 from qwen3next_train.config.presets import PRESETS
@@ -22,10 +22,9 @@ def help_text(command: Command) -> str:
         lines += ["subcommands (qwen3next-train SUBCOMMAND --help):"]
         lines += _rows((each.name, each.summary) for each in COMMANDS.values())
         lines += [""]
-    lines += ["options:", *_option_rows((*COMMON_OPTIONS, *command.options)), ""]
+    lines += ["options:", *_option_rows(command.all_options), ""]
     if command is not TRAIN:
-        lines += ["Every configuration key works here too: qwen3next-train --help lists them.", ""]
-        return "\n".join(lines)
+        return "\n".join([*lines, *_keys_of_subcommand(command), ""])
     lines += ["Configuration keys, in YAML as 'section:' and 'key: value' below it."]
     lines += ["Precedence: model.preset < files in order < command line.", ""]
     for section, description in sections():
@@ -33,6 +32,15 @@ def help_text(command: Command) -> str:
     lines += ["Megatron-LM's arguments, on the command line or in YAML, and the key each one sets:"]
     lines += _rows((entry.flag, entry.effect) for entry in megatron.arguments())
     return "\n".join([*lines, ""])
+
+
+def _keys_of_subcommand(command: Command) -> list[str]:
+    if command.keys is None:
+        return ["Every configuration key works here too: qwen3next-train --help lists them."]
+    if not command.keys:
+        return ["No configuration key works here."]
+    rows = _rows((f"--{name}", f"{keys()[name].description} [{keys()[name].type_text}]") for name in command.keys)
+    return ["Of the configuration keys and their Megatron-LM names, these work here too:", *rows]
 
 
 def _key_rows(section: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qwen3next_train import __version__
 from qwen3next_train.cli.arguments import Words, parse_words
-from qwen3next_train.cli.commands import COMMANDS, COMMON_OPTIONS, OPTIONS, TRAIN, Command, load
+from qwen3next_train.cli.commands import COMMANDS, OPTIONS, TRAIN, Command, load
 from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
 from qwen3next_train.config.faults import nearest, show
@@ -63,7 +63,7 @@ def _take_command(words: Words) -> Command:
     """The subcommand; its word leaves ``words.positional``.
 
     Raises:
-        ConfigError: on a stray word, or an option of another subcommand.
+        ConfigError: on a stray word, or an option or configuration key of another subcommand.
     """
     command = TRAIN
     if words.positional and words.positional[0] in COMMANDS:
@@ -76,11 +76,12 @@ def _take_command(words: Words) -> Command:
         raise ConfigError(
             f"qwen3next-train: unexpected word {show(stray)}; {remedy} --help lists subcommands and options"
         )
-    own = {option.name for option in (*COMMON_OPTIONS, *command.options)}
+    own = {option.name for option in command.all_options}
     for name in words.options:
         if name not in own:
-            owners = [each.name for each in COMMANDS.values() if name in {option.name for option in each.options}]
+            owners = [each.name for each in COMMANDS.values() if name in {option.name for option in each.all_options}]
             raise ConfigError(f"{name}: not an option of {command.name}; it belongs to {', '.join(owners)}")
+    command.check_keys(words)
     return command
 
 

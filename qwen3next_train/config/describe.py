@@ -35,6 +35,8 @@ _SHAPE_KEYS = frozenset(
         *("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate"),
     )
 )
+# Decides where a run starts, and is not read any more once it has a checkpoint.
+_START_KEY = "checkpoint.init_from"
 # layer_types says the same and is always explicit in a resolved configuration.
 _DERIVED_KEYS = frozenset(("model.full_attention_interval",))
 
@@ -160,8 +162,9 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
         old: the resolved configuration as read from YAML; a key it lacks (written by an earlier version)
             counts as its default, a key that no longer exists as harmless.
         new: the resolved configuration asked for.
-        step: step the run resumes at. A ``wsd`` schedule has no memory of ``run.steps`` until its final decay
-            begins, so a longer or shorter run is harmless before that.
+        step: step the run resumes at, 0 without a checkpoint, None when unknown. A ``wsd`` schedule has no memory of
+            ``run.steps`` until its final decay begins, so a longer or shorter run is harmless before that;
+            ``checkpoint.init_from`` is harmless after step 0, because it is not read any more.
 
     Returns:
         The differing settings in the schema's order.
@@ -176,6 +179,8 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
         kind = _class_of(key, new.schedule)
         if key == "run.steps" and step is not None and _before_decay(new.schedule, (before, value), step):
             kind = "harmless"
+        if key == _START_KEY and step:
+            kind = "harmless"
         found[kind].append(Change(key, before, value))
     found["harmless"] += [Change(key, value, None) for key, value in old_flat.items() if key not in new_flat]
     return ConfigChanges(**{kind: tuple(changes) for kind, changes in found.items()})
@@ -184,7 +189,7 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
 def _class_of(key: str, schedule: ScheduleConfig) -> Literal["harmless", "trajectory", "shape"]:
     if key in _SHAPE_KEYS:
         return "shape"
-    if key in _HARMLESS_KEYS or key.startswith(_HARMLESS_PREFIXES):
+    if key in _HARMLESS_KEYS or (key.startswith(_HARMLESS_PREFIXES) and key != _START_KEY):
         return "harmless"
     if key == "run.steps" and not _steps_shape_schedule(schedule):
         return "harmless"

@@ -166,6 +166,11 @@ class CheckpointConfig(Section):
     interval: NonNegativeInt = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
     keep: PositiveInt = Field(3, description="newest complete checkpoints kept")
     max_failures: PositiveInt = Field(3, description="consecutive failed saves before the run stops with exit code 74")
+    init_from: str = Field(
+        "",
+        description="checkpoint or run directory whose weights a new run starts from (made by import-hf or by "
+        "training); read only when run.dir has no checkpoint",
+    )
 
 
 class WandbConfig(Section):

@@ -6,15 +6,12 @@ Pure arithmetic over the configuration; no torch, no GPU.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
-from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.accounting.hardware import Device, find_device
-from qwen3next_train.accounting.megatron_flops import megatron_training_flops
 from qwen3next_train.accounting.memory import ADAM_STATE_BYTES, Layout, memory_per_gpu, parameter_kinds
-from qwen3next_train.accounting.params import parameter_table
-from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.accounting.workload import Workload, workload_of
+from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import Traffic, layouts_that_fit, traffic_per_step, usable_bytes
@@ -22,22 +19,6 @@ from qwen3next_train.planner.layouts import Traffic, layouts_that_fit, traffic_p
 ASSUMED_MFU = 0.25
 """MFU when none is stated; the best published figures for this model family on Hopper are 0.1 to 0.3."""
 _SECONDS_PER_DAY = 86_400
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters.
-
-    Args:
-        total: all, MTP included.
-        active: used by a token in the decoder: everything but MTP and the experts it is not sent to; both
-            embeddings included.
-        by_part: all, by part; MTP depths are one part.
-    """
-
-    total: int
-    active: int
-    by_part: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -51,11 +32,8 @@ class Plan:
         device: its row of the device table; None when unknown, and then ``fits``, times and traffic are None.
         mfu: model FLOPs utilisation that the times assume.
         mfu_is_assumed: nobody stated it.
-        parameters: numbers of parameters.
-        num_tokens_per_step: tokens of the global batch.
+        workload: size of the model and work of a step.
         num_steps: steps of the run.
-        flops_by_part: training FLOPs per step, exact, every row taken as one document.
-        flops_megatron: the same step in Megatron-LM's convention.
         memory_by_part: bytes on one GPU.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
         fits: whether the memory fits the device.
@@ -69,26 +47,13 @@ class Plan:
     device: Device | None
     mfu: float
     mfu_is_assumed: bool
-    parameters: Parameters
-    num_tokens_per_step: int
+    workload: Workload
     num_steps: int
-    flops_by_part: dict[str, int]
-    flops_megatron: float
     memory_by_part: dict[str, int]
     checkpoint_bytes: int
     fits: bool | None
     changes: tuple[Layout, ...]
     traffic: Traffic | None
-
-    @property
-    def flops_per_step(self) -> int:
-        """Training FLOPs of the global batch."""
-        return sum(self.flops_by_part.values())
-
-    @property
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token, a whole number because every row counts as one document."""
-        return self.flops_per_step // self.num_tokens_per_step
 
     @property
     def memory_bytes(self) -> int:
@@ -101,7 +66,7 @@ class Plan:
         if self.device is None:
             return None
         peak = self.device.peak_flops(self.layout.precision)
-        return self.flops_per_step / (self.layout.world_size * peak * self.mfu)
+        return self.workload.flops_per_step / (self.layout.world_size * peak * self.mfu)
 
     @property
     def days(self) -> float | None:
@@ -134,10 +99,7 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
     device = find_device(gpu)
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
-    num_tokens = config.run.global_batch_size * layout.sequence_length
-    squared = num_tokens * layout.sequence_length
-    forward = forward_flops(config.model, num_tokens=num_tokens, sum_squared_lengths=squared)
-    parameters = count_parameters(config.model)
+    workload = workload_of(config)
     fits = None if device is None else sum(memory.values()) <= usable_bytes(device)
     return Plan(
         config=config,
@@ -146,27 +108,14 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         device=device,
         mfu=ASSUMED_MFU if mfu is None else mfu,
         mfu_is_assumed=mfu is None,
-        parameters=parameters,
-        num_tokens_per_step=num_tokens,
-        num_steps=config.run.steps if tokens is None else math.ceil(tokens / num_tokens),
-        flops_by_part={part: TRAINING_PASSES * count for part, count in forward.items()},
-        flops_megatron=megatron_training_flops(config.model, num_tokens=num_tokens, sum_squared_lengths=squared),
+        workload=workload,
+        num_steps=config.run.steps if tokens is None else math.ceil(tokens / workload.num_tokens),
         memory_by_part=memory,
-        checkpoint_bytes=ADAM_STATE_BYTES * parameters.total,
+        checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,
         fits=fits,
         changes=layouts_that_fit(config, layout, device, kinds) if device is not None and not fits else (),
         traffic=None if device is None else traffic_per_step(config, layout, device, kinds),
     )
-
-
-def count_parameters(model: ModelConfig) -> Parameters:
-    """Numbers of parameters from the parameter table."""
-    by_part: defaultdict[str, int] = defaultdict(int)
-    for spec in parameter_table(model):
-        by_part["mtp" if spec.name.startswith("mtp.") else spec.part] += spec.numel
-    total = sum(by_part.values())
-    idle_experts = by_part["experts"] // model.num_experts * (model.num_experts - model.num_experts_per_tok)
-    return Parameters(total, total - by_part["mtp"] - idle_experts, dict(by_part))
 
 
 def _check_inputs(config: Config, *, gpus: int, mfu: float | None, tokens: float | None) -> None:

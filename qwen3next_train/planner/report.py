@@ -46,17 +46,7 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The documented JSON object. Bytes and FLOPs are integers; unknown fit and times are null."""
     return {
-        "parameters": {
-            "total": plan.parameters.total,
-            "active": plan.parameters.active,
-            "by_part": plan.parameters.by_part,
-        },
-        "flops": {
-            "per_token": plan.flops_per_token,
-            "per_step": plan.flops_per_step,
-            "by_part": plan.flops_by_part,
-        },
-        "flops_megatron": {"per_step": plan.flops_megatron},
+        **plan.workload.as_json(),
         "memory_per_gpu": {"total_bytes": plan.memory_bytes, "by_part": plan.memory_by_part, "fits": plan.fits},
         "checkpoint_bytes": plan.checkpoint_bytes,
         "step_time_s": plan.step_time_s,
@@ -66,11 +56,12 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def format_plan(plan: Plan) -> str:
     """The table for people, without a final newline."""
+    parameters = plan.workload.parameters
     lines = [
-        *_row("parameters", f"{plan.parameters.total:,}, active per token {plan.parameters.active:,}"),
-        *_row("", _parts(plan.parameters.by_part)),
+        *_row("parameters", f"{parameters.total:,}, active per token {parameters.active:,}"),
+        *_row("", _parts(parameters.by_part)),
         *_row("FLOPs/token", _flops_line(plan)),
-        *_row("", _shares(plan.flops_by_part)),
+        *_row("", _shares(plan.workload.flops_by_part)),
         *_row("step", _step_line(plan)),
         *_row("memory/GPU", _memory_line(plan)),
         *_row("", _memory_parts(plan)),
@@ -98,9 +89,9 @@ def _row(label: str, text: str) -> list[str]:
 
 
 def _flops_line(plan: Plan) -> str:
-    megatron = plan.flops_megatron / plan.num_tokens_per_step
+    megatron = plan.workload.flops_megatron / plan.workload.num_tokens
     return (
-        f"{_si(plan.flops_per_token, 'FLOP')} at sequence length {plan.layout.sequence_length} "
+        f"{_si(plan.workload.flops_per_token, 'FLOP')} at sequence length {plan.layout.sequence_length} "
         f"(Megatron-LM counts {_si(megatron, 'FLOP')})"
     )
 
@@ -109,8 +100,8 @@ def _step_line(plan: Plan) -> str:
     rows = plan.config.run.global_batch_size
     accumulation = rows // (plan.layout.world_size * plan.layout.micro_batch_size)
     return (
-        f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.num_tokens_per_step)} = "
-        f"{_si(plan.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
+        f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.workload.num_tokens)} = "
+        f"{_si(plan.workload.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
     )
 
 
@@ -129,11 +120,11 @@ def _memory_parts(plan: Plan) -> str:
 def _time_line(plan: Plan) -> str:
     if plan.step_time_s is None or plan.days is None:
         return "unknown without a known device"
-    tokens = _tokens(plan.num_steps * plan.num_tokens_per_step)
+    tokens = _tokens(plan.num_steps * plan.workload.num_tokens)
     mfu = f"{plan.mfu:.1%} MFU{' (assumed)' if plan.mfu_is_assumed else ''}"
     return (
         f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days at {mfu} on {plan.layout.world_size} {plan.gpu}, "
-        f"{plan.step_time_s:.3g} s a step, {_tokens(plan.num_tokens_per_step / plan.step_time_s)}/s"
+        f"{plan.step_time_s:.3g} s a step, {_tokens(plan.workload.num_tokens / plan.step_time_s)}/s"
     )
 
 

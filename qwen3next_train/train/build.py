@@ -12,6 +12,7 @@ import torch
 
 from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.accounting.workload import workload_of
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, Found
@@ -33,6 +34,7 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.topology import Topology
+from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.rundir import RunDirectory, software_versions
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
@@ -46,10 +48,12 @@ class _Restored:
     Args:
         state: progress of the checkpoint, or of a new run.
         found: the checkpoint, None for a new run.
+        initial: weights a new run starts from, None for random ones.
     """
 
     state: TrainState
     found: Found | None
+    initial: InitialWeights | None
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,15 @@ def _restore_state(
     context: ProcessContext,
 ) -> _Restored:
     """Progress of the newest checkpoint, refused when it belongs to another configuration or other data."""
-    # Before a terabyte is verified for nothing; what is harmless only early in a run is looked at again below.
+    # Before a terabyte is verified for nothing, as if there were a checkpoint of the first step; what depends on the
+    # step is looked at again below.
     recorded = run_dir.read_config()
     if recorded is not None:
-        _refuse_other_configuration(run_dir, recorded, config, step=0)
+        _refuse_other_configuration(run_dir, recorded, config, step=1)
     found = checkpoints.find_latest()
     if found is None:
+        if recorded is not None:
+            _refuse_other_configuration(run_dir, recorded, config, step=0)
         wandb_id: str = context.control.broadcast_json(run_dir.read_info().get("wandb_id") or new_run_id())
         new = TrainState(
             step=0,
@@ -147,7 +154,7 @@ def _restore_state(
             data_fingerprint=prepared.fingerprint,
             wandb_id=wandb_id,
         )
-        return _Restored(new, None)
+        return _Restored(new, None, find_initial_weights(config, context.control))
     state = found.manifest.train_state
     _refuse_other_configuration(run_dir, found.manifest.config, config, step=found.step)
     if state.data_fingerprint != prepared.fingerprint:
@@ -155,7 +162,7 @@ def _restore_state(
             f"run.dir: {found.path}: the training data is not what the run started with (fingerprint "
             f"{state.data_fingerprint}, now {prepared.fingerprint}); restore the data or choose another run.dir"
         )
-    return _Restored(state, found)
+    return _Restored(state, found, None)
 
 
 def _refuse_other_configuration(
@@ -180,7 +187,7 @@ def _build_engine(
     checkpoints: CheckpointManager,
     restored: _Restored,
 ) -> Engine:
-    """Model and optimizer, with the checkpoint's state if there is one."""
+    """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     kernels = select_kernels(config.kernels, context.device, dtype=dtype)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
@@ -199,6 +206,10 @@ def _build_engine(
         engine.load_state(reader.read, restored.state.optimizer_step)
         checkpoints.restore_rng(restored.found, reader)
         get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
+    elif restored.initial is not None:
+        # New moments count as at update 0, so Adam's bias correction starts over.
+        engine.load_state(restored.initial.read, 0)
+        get_logger().info("new run with the weights of %s", restored.initial.path)
     get_logger().info("%s", format_choices(kernels.choices))
     return engine
 
@@ -217,13 +228,14 @@ def _open_sinks(
         return _Sinks((), lambda step: None, lambda: None)
     state = restored.state
     resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
-    run_dir.record_attempt(config, layout=layout, wandb_id=state.wandb_id, command=sys.argv)
+    workload = workload_of(config).as_json()
+    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
     metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
     console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
     wandb = WandbSink(
         config.logging.wandb,
         run_dir.path,
-        config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout},
+        config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout} | workload,
         state.wandb_id,
         resumed=resumed_wandb,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import torch
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
-from qwen3next_train.kernels.selection import select_kernels
+from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
 from qwen3next_train.train.checks import Check, attempt, merge_ranks
 from qwen3next_train.train.collective_self_test import all_reduce_check, all_to_all_check
@@ -51,52 +50,82 @@ def doctor_command(config: Config, *, as_json: bool) -> int:
     device_name, refusal = _usable_device(config.run.device)
     with ExitStack() as stack:
         context, failure = _join(device_name, stack)
-        rank = int(os.environ["RANK"])
-        all_good = True
+        is_first = os.environ["RANK"] == "0"
         findings: list[Check] = []
-        for name, measure in _steps(config, context, refusal, failure):
-            checks = attempt(name, measure)
-            if context is not None:
-                checks = merge_ranks([[Check(**item) for item in items] for items in _gathered(context, checks)])
-            all_good = all_good and all(check.ok for check in checks)
+        for name, measure in _steps(config, device_name, context, refusal=refusal, failure=failure):
+            checks = _on_all_ranks(context, attempt(name, measure))
             findings += checks
-            if rank == 0 and not as_json:
+            if is_first and not as_json:
                 # At once: the next check may take a while, or the whole process with it.
                 print("\n".join(check.line() for check in checks), flush=True)
-        if rank == 0 and as_json:
-            print(json.dumps([asdict(check) for check in findings], indent=2))
-    return ExitCode.FINISHED if all_good else ExitCode.INTERNAL
+    if is_first and as_json:
+        print(json.dumps([asdict(check) for check in findings], indent=2))
+    return ExitCode.FINISHED if all(check.ok for check in findings) else ExitCode.INTERNAL
 
 
-def _steps(config: Config, context: ProcessContext | None, refusal: str | None, failure: str | None) -> list[Step]:
-    """All checks in their order, cheap and telling ones first.
+def _usable_device(name: str) -> tuple[str, str | None]:
+    """``run.device``, or the CPU and why the device asked for cannot be had.
+
+    Raises:
+        ConfigError: the latter, under torchrun: ranks with different devices cannot work together.
+    """
+    try:
+        select_device(name, int(os.environ.get("LOCAL_RANK", "0")))
+    except ConfigError as error:
+        if "RANK" in os.environ:
+            raise
+        return "cpu", str(error)
+    return name, None
+
+
+def _join(device_name: str, stack: ExitStack) -> tuple[ProcessContext | None, str | None]:
+    """The process group, or why there is none: then every rank checks for itself."""
+    try:
+        return stack.enter_context(process_context(device_name)), None
+    except PeerLostError as error:
+        return None, str(error)
+
+
+def _on_all_ranks(context: ProcessContext | None, checks: list[Check]) -> list[Check]:
+    if context is None:
+        return checks
+    by_rank = context.control.gather_json([asdict(check) for check in checks])
+    return merge_ranks([[Check(**found) for found in of_rank] for of_rank in by_rank])
+
+
+def _steps(
+    config: Config, device_name: str, context: ProcessContext | None, *, refusal: str | None, failure: str | None
+) -> list[Step]:
+    """All checks in their order, the quick ones first.
 
     Args:
         config: the resolved configuration.
+        device_name: the device to check, as ``run.device`` names it.
         context: this process among the others, None when they did not find each other.
         refusal: why ``run.device`` cannot be had.
         failure: why there is no context.
     """
-    device = torch.device("cpu") if context is None else context.device
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    device = select_device(device_name, local_rank)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    return [
+
+    def kernels() -> KernelSet:
+        return select_kernels(config.kernels, device, dtype=dtype)
+
+    steps: list[Step] = [
         ("versions", lambda: [version_check()]),
         ("triton", lambda: [triton_check(config)]),
         ("devices", lambda: device_checks(config, refusal=refusal)),
         ("cache", lambda: [cache_check(config)]),
-        ("wandb", lambda: [wandb_check(config)]),
-        (
-            "kernels",
-            lambda: kernel_checks(
-                select_kernels(config.kernels, device, dtype=dtype), config.model, device=device, dtype=dtype
-            ),
-        ),
-        ("packing", lambda: [packing_check(select_kernels(config.kernels, device, dtype=dtype), device, dtype)]),
-        ("collectives", lambda: _collective_checks(context, failure)),
+        # In training only rank 0 talks to wandb.
+        ("wandb", lambda: [wandb_check(config)] if rank == 0 else []),
+        ("kernels", lambda: kernel_checks(kernels(), config.model, device, dtype)),
+        ("packing", lambda: [packing_check(kernels(), device, dtype)]),
     ]
-
-
-def _collective_checks(context: ProcessContext | None, failure: str | None) -> list[Check]:
     if context is None:
-        return [Check("collectives", False, failure or "no process group")]
-    return [all_reduce_check(context), all_to_all_check(context)]
+        return [*steps, ("collectives", lambda: [Check("collectives", False, failure or "")])]
+    return [
+        *steps,
+        ("all-reduce", lambda: [all_reduce_check(context)]),
+        ("all-to-all", lambda: [all_to_all_check(context)]),
+    ]

@@ -61,9 +61,9 @@ def triton_check(config: Config) -> Check:
     if version is None:
         return Check("triton", not _has_hopper(), "not installed: pip install triton, for the GPU kernels")
     if not miscompiles_gated_backward(version):
-        return Check("triton", True, f"{version} compiles the gated delta rule rightly on every GPU")
-    detail = f"{version} computes wrong gradients in the gated delta rule on Hopper GPUs (H100, H200)"
-    remedy = "; install triton >= 3.7.1, until then the slow reference runs"
+        return Check("triton", True, f"{version}, not one of those that miscompile FLA's gated delta rule on Hopper")
+    detail = f"{version} compiles FLA's gated delta rule into wrong gradients on Hopper GPUs (H100, H200)"
+    remedy = "; install triton >= 3.7.1, until then auto takes the slow reference"
     if not _has_hopper():
         return Check("triton", True, f"{detail}; none is here")
     if config.kernels.gated_delta_rule == "reference":
@@ -92,9 +92,9 @@ def device_checks(config: Config, *, refusal: str | None) -> list[Check]:
 def cache_check(config: Config) -> Check:
     """Whether the token stores can be written where ``data.cache_dir`` says; leaves nothing behind."""
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     remedy = "free space, fix permissions or set data.cache_dir to another folder"
     try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(2**16))
             file.flush()
@@ -115,7 +115,12 @@ def wandb_check(config: Config) -> Check:
     remedy = "pip install wandb, or set logging.wandb.mode to disabled"
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_WANDB_IMPORT_TIMEOUT_S, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_WANDB_IMPORT_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         return Check("wandb", False, f"no import within {_WANDB_IMPORT_TIMEOUT_S:.0f} s; {remedy}")

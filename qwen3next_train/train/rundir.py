@@ -92,13 +92,20 @@ class RunDirectory:
             self._lock = None
 
     def record_attempt(
-        self, config: Config, *, layout: Mapping[str, int], wandb_id: str, command: Sequence[str]
+        self,
+        config: Config,
+        *,
+        layout: Mapping[str, int],
+        workload: Mapping[str, Any],
+        wandb_id: str,
+        command: Sequence[str],
     ) -> None:
         """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once nothing speaks against the attempt.
 
         Args:
             config: the resolved configuration.
             layout: the world: number of processes, parallel sizes, threads.
+            workload: size of the model and FLOPs of a step, as ``plan --json`` names them.
             wandb_id: the wandb run of all attempts.
             command: the command line; secrets in it are masked.
 
@@ -110,6 +117,7 @@ class RunDirectory:
             "versions": software_versions(),
             "git_revision": git_revision(),
             "layout": dict(layout),
+            **workload,
             "attempts": [
                 *self._earlier_attempts(),
                 {"started_at": _now(), "host": socket.gethostname(), "command": Redactor(os.environ).argv(command)},

@@ -91,6 +91,7 @@ kernels.grouped_matmul
 checkpoint.interval
 checkpoint.keep
 checkpoint.max_failures
+checkpoint.init_from
 
 logging.interval
 logging.layer_interval
@@ -202,8 +203,22 @@ COMMAND_OPTIONS = {
     "train": ["--dry-run", "--nproc-per-node"],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
+    "eval": [
+        *("--checkpoint", "--hf", "--data", "--json"),
+        *("--device", "--precision", "--tokenizer", "--text-field"),
+    ],
+    "import-hf": ["--hf", "--output"],
+    "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "checkpoint": [],
+    "doctor": ["--json"],
 }
+
+COMMAND_KEYS = {
+    "eval": ("data.sequence_length",),
+    "import-hf": ("model.mtp_num_layers", "run.seed"),
+    "export-hf": (),
+}
+"""Of the configuration; subcommands that are not named here read all of it."""
 
 COMMON = ["--config", "--print-config", "--help", "--version"]
 
@@ -263,6 +278,8 @@ def test_subcommands_and_their_options_are_frozen() -> None:
     found = {name: [option.name for option in command.options] for name, command in COMMANDS.items()}
     assert found == COMMAND_OPTIONS
     assert [option.name for option in COMMON_OPTIONS] == COMMON
+    limited = {name: command.keys for name, command in COMMANDS.items() if command.keys is not None}
+    assert limited == COMMAND_KEYS
 
 
 def test_metric_names_are_frozen() -> None:

@@ -95,6 +95,7 @@ TRAJECTORY = [
     *(("model.rope_theta", "1e6"), ("model.num_experts_per_tok", "1"), ("model.router_aux_loss_coef", "0")),
     *(("data.validation_fraction", "0.5"), ("data.isolate_documents", "false"), ("run.steps", "200")),
     *(("model.mtp_loss_scaling_factor", "0.2"), ("optimizer.apply_wd_to_qk_layernorm", "false")),
+    ("checkpoint.init_from", "x"),
 ]
 SHAPE = [
     *(("model.num_hidden_layers", "3"), ("model.num_experts", "16"), ("model.vocab_size", "8192")),
@@ -140,6 +141,12 @@ def test_layer_pattern_counts_once():
 def test_more_steps_matter_only_if_the_schedule_looks_ahead(schedule, step, kind):
     found = kinds(tiny(*schedule), tiny(*schedule, ("run.steps", "600")), step=step)
     assert found[kind] == ["run.steps"]
+
+
+@pytest.mark.parametrize(("step", "kind"), [(None, "trajectory"), (0, "trajectory"), (1, "harmless")])
+def test_other_initial_weights_matter_until_there_is_a_checkpoint(step, kind):
+    found = kinds(tiny(), tiny(("checkpoint.init_from", "x")), step=step)
+    assert found[kind] == ["checkpoint.init_from"]
 
 
 def test_keys_of_other_versions():

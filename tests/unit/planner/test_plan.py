@@ -11,36 +11,18 @@ from qwen3next_train.accounting.memory import Layout
 from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import USABLE_FRACTION
-from qwen3next_train.planner.plan import ASSUMED_MFU, count_parameters, make_plan
-from tests.unit.accounting.shapes import QWEN3_NEXT_80B, QWEN3_NEXT_80B_WITHOUT_MTP, TINY
+from qwen3next_train.planner.plan import ASSUMED_MFU, make_plan
+from tests.unit.accounting.shapes import TINY
 from tests.unit.planner.configs import config_80b
-
-
-def test_parameter_goldens() -> None:
-    """The published shape, with and without its MTP layer; a token's share has both embeddings and no MTP."""
-    with_mtp, without = count_parameters(QWEN3_NEXT_80B), count_parameters(QWEN3_NEXT_80B_WITHOUT_MTP)
-    assert with_mtp.total == 81_324_862_720
-    assert without.total == 79_674_391_296
-    assert with_mtp.active == without.active == 3_874_929_408
-    assert with_mtp.by_part["mtp"] == with_mtp.total - without.total
-    assert sum(with_mtp.by_part.values()) == with_mtp.total
-
-
-def test_parameters_by_hand() -> None:
-    """Two of four experts idle in two layers."""
-    counted = count_parameters(TINY)
-    assert counted.by_part["experts"] == 2 * 4 * 3 * 8 * 6
-    assert counted.by_part["embedding"] == counted.by_part["head"] == 88
-    assert counted.active == counted.total - counted.by_part["mtp"] - 2 * 2 * 3 * 8 * 6
 
 
 def test_step_and_time() -> None:
     """Step time is FLOPs over peak x MFU; tokens round up to whole steps."""
     plan = make_plan(config_80b(), gpus=64, gpu="h100", mfu=0.4, tokens=1e12)
-    assert plan.num_tokens_per_step == 256 * 4096
-    assert plan.flops_per_step == 26_673_409_060_503_552
-    assert plan.flops_per_token == 25_437_745_152
-    assert plan.flops_megatron == 2.629781417046835e16
+    assert plan.workload.num_tokens == 256 * 4096
+    assert plan.workload.flops_per_step == 26_673_409_060_503_552
+    assert plan.workload.flops_per_token == 25_437_745_152
+    assert plan.workload.flops_megatron == 2.629781417046835e16
     assert plan.step_time_s == pytest.approx(26_673_409_060_503_552 / (64 * 989.4e12 * 0.4))
     assert plan.num_steps == 953_675
     assert plan.days == pytest.approx(953_675 * 1.05307 / 86_400, rel=1e-4)
@@ -59,7 +41,7 @@ def test_fp32_runs_have_the_fp32_peak() -> None:
     """A bf16 peak would make an fp32 run look 15 times too fast."""
     config = Config(model=TINY, run=RunConfig(precision="fp32", global_batch_size=4))
     plan = make_plan(config, gpus=1, gpu="h100", mfu=0.5, tokens=None)
-    assert plan.step_time_s == pytest.approx(plan.flops_per_step / (66.9e12 * 0.5))
+    assert plan.step_time_s == pytest.approx(plan.workload.flops_per_step / (66.9e12 * 0.5))
 
 
 def test_unknown_device_is_not_judged() -> None:

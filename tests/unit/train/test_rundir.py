@@ -27,7 +27,9 @@ def opened(path: Path) -> RunDirectory:
 def record(
     run_dir: RunDirectory, *, wandb_id: str = "abcd1234", command: tuple[str, ...] = ("qwen3next-train",)
 ) -> None:
-    run_dir.record_attempt(CONFIG, layout={"world_size": 1}, wandb_id=wandb_id, command=command)
+    run_dir.record_attempt(
+        CONFIG, layout={"world_size": 1}, workload={"parameters": {"total": 5}}, wandb_id=wandb_id, command=command
+    )
 
 
 def names(path: Path) -> list[str]:
@@ -57,7 +59,8 @@ def test_configuration_and_information(tmp_path, monkeypatch):
     record(run_dir, command=("qwen3next-train", "--x", "0123456789secret", "--api-key=abc"))
     assert (tmp_path / "config.yaml").read_text() == to_yaml(CONFIG)
     info = run_dir.read_info()
-    assert set(info) == {"wandb_id", "versions", "git_revision", "layout", "attempts"}
+    assert set(info) == {"wandb_id", "versions", "git_revision", "layout", "parameters", "attempts"}
+    assert info["parameters"] == {"total": 5}
     assert info["wandb_id"] == "abcd1234"
     assert info["layout"] == {"world_size": 1}
     assert info["versions"] == software_versions()
@@ -367,7 +370,7 @@ for name in ("create", "write", "fsync", "rename", "fsync_dir", "unlink"):
 os.link, Path.unlink = dying(os.link), dying(Path.unlink)
 run_dir = RunDirectory(Path(sys.argv[1]), rank=0)
 run_dir.open()
-run_dir.record_attempt(Config(run=RunConfig(steps=8)), layout={}, wandb_id="later", command=[])
+run_dir.record_attempt(Config(run=RunConfig(steps=8)), layout={}, workload={}, wandb_id="later", command=[])
 run_dir.finish(ExitCode.STOPPED, "stopped")
 print(calls)
 """
