@@ -22,7 +22,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install own-venv train plan bench check format format-check lint types contracts \
+.PHONY: help install own-venv train plan baselines check format format-check lint types contracts \
         test test-fast test-gpu test-dist clean
 
 help:  ## list the targets
@@ -54,7 +54,7 @@ train: $(ENV)  ## train CONFIG (the tiny model, on any machine); more options in
 plan: $(ENV)  ## parameters, FLOPs, memory and days of PLAN_CONFIG; options in ARGS
 	$(VENV)/bin/qwen3next-train plan --config $(PLAN_CONFIG) $(ARGS)
 
-bench: $(ENV)  ## what a model of CONFIG has to beat: gzip and bigrams on its held-out text
+baselines: $(ENV)  ## what a model of CONFIG has to beat: gzip and bigrams on its held-out text
 	$(VENV)/bin/python scripts/benchmarks/held_out_baselines.py --config $(CONFIG) $(ARGS)
 
 check: format-check lint types contracts test-fast  ## everything quick: style, types, import contracts, fast tests

@@ -16,7 +16,7 @@ from typing import Literal
 from qwen3next_train.config.schema import ModelConfig
 
 Part = Literal["embedding", "gdn", "attention", "router", "experts", "shared_expert", "norm", "head", "mtp"]
-InitKind = Literal["normal", "uniform", "log_uniform", "constant"]
+InitKind = Literal["normal", "uniform", "log_uniform", "inverse_softplus_log_uniform", "constant"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Init:
     """How a parameter starts.
 
     Args:
-        kind: ``normal`` N(0, a), ``uniform`` U(a, b), ``log_uniform`` log of U(a, b), ``constant`` a.
+        kind: ``normal`` N(0, a), ``uniform`` U(a, b), ``log_uniform`` log of U(a, b), ``constant`` a,
+            ``inverse_softplus_log_uniform`` the value whose softplus is exp(U(log a, log b)).
     """
 
     kind: InitKind
@@ -60,6 +61,10 @@ class ParamSpec:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+_DT_BIAS_INIT = {"ones": Init("constant", 1.0), "log_uniform": Init("inverse_softplus_log_uniform", 1e-3, 1e-1)}
+"""By ``model.linear_dt_init``; the second is that of Mamba-2 and Gated DeltaNet (arXiv 2412.06464)."""
 
 
 def parameter_table(model: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -103,7 +108,7 @@ def _gdn(model: ModelConfig, layer: str) -> list[ParamSpec]:
     bound = 1 / math.sqrt(width)
     per_head = (value_heads,)
     return [
-        ParamSpec(prefix + "dt_bias", per_head, "gdn", Init("constant", 1.0), fp32=True, decay=False),
+        ParamSpec(prefix + "dt_bias", per_head, "gdn", _DT_BIAS_INIT[model.linear_dt_init], fp32=True, decay=False),
         ParamSpec(prefix + "A_log", per_head, "gdn", Init("log_uniform", 1.0, 16.0), fp32=True, decay=False),
         ParamSpec(prefix + "conv1d.weight", (2 * key_dim + value_dim, 1, width), "gdn", Init("uniform", -bound, bound)),
         ParamSpec(prefix + "in_proj_qkvz.weight", (2 * key_dim + 2 * value_dim, model.hidden_size), "gdn", normal),

@@ -64,6 +64,11 @@ class ModelConfig(Section):
     linear_value_head_dim: PositiveInt = Field(128, description="GDN value head dimension")
     linear_num_key_heads: PositiveInt = Field(16, description="GDN key and query heads")
     linear_num_value_heads: PositiveInt = Field(32, description="GDN value heads, a multiple of the key heads")
+    linear_dt_init: Literal["ones", "log_uniform"] = Field(
+        "ones",
+        description="initial dt_bias of GDN: ones as Megatron-LM and Hugging Face (state forgotten within a token at "
+        "first), or dt log-uniform in [0.001, 0.1] as the Gated DeltaNet paper (memory from the first step)",
+    )
     full_attention_interval: PositiveInt = Field(
         4, description="every N-th layer is softmax attention; read only when layer_types is not given"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,5 +77,8 @@ def _draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> tor
             return value.uniform_(init.a, init.b, generator=generator)
         case "log_uniform":
             return value.uniform_(init.a, init.b, generator=generator).log_()
+        case "inverse_softplus_log_uniform":
+            dt = value.uniform_(math.log(init.a), math.log(init.b), generator=generator).exp_()
+            return dt + torch.log(-torch.expm1(-dt))
         case "constant":
             return value.fill_(init.a)

@@ -206,6 +206,8 @@ def _build_engine(
         engine.load_state(reader.read, restored.state.optimizer_step)
         checkpoints.restore_rng(restored.found, reader)
         get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
+        if config.checkpoint.init_from:
+            get_logger().info("checkpoint.init_from is not read: run.dir has a checkpoint")
     elif restored.initial is not None:
         # New moments count as at update 0, so Adam's bias correction starts over.
         engine.load_state(restored.initial.read, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qwen3next_train.errors import TrainError
+
 
 @dataclass(frozen=True)
 class Check:
@@ -29,6 +31,8 @@ def attempt(name: str, measure: Callable[[], list[Check]]) -> list[Check]:
     """What ``measure`` finds; if it breaks off, one failed check of this name with the first line of the reason."""
     try:
         return measure()
+    except TrainError as error:
+        return [Check(name, False, " ".join(str(error).split()))]
     except Exception as error:  # noqa: BLE001 - whatever breaks on this machine is the finding, and the next check runs
         lines = str(error).strip().splitlines() or ["no message"]
         return [Check(name, False, f"{type(error).__name__}: {lines[0].strip()}")]

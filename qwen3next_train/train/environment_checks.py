@@ -22,7 +22,6 @@ from packaging.version import Version
 
 import qwen3next_train
 from qwen3next_train.accounting.hardware import find_device
-from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.store_cache import default_cache_dir
 from qwen3next_train.errors import ConfigError
@@ -100,7 +99,7 @@ def cache_check(config: Config) -> Check:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return Check("cache", False, f"{folder} cannot be written ({describe_os_error(error)}); {remedy}")
+        return Check("cache", False, f"{folder} cannot be written ({error.strerror}); {remedy}")
     free_gib = shutil.disk_usage(existing).free / _GIB
     return Check("cache", True, f"{folder} can be written, {free_gib:.1f} GiB free")
 

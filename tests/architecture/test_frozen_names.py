@@ -43,6 +43,7 @@ model.linear_key_head_dim
 model.linear_value_head_dim
 model.linear_num_key_heads
 model.linear_num_value_heads
+model.linear_dt_init
 model.full_attention_interval
 model.layer_types
 model.attention_output_gate

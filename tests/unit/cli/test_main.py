@@ -103,6 +103,14 @@ def test_checkpoint(fake, capsys):
     ]
 
 
+def test_doctor(fake, capsys):
+    calls = fake("train.doctor", "doctor_command", 70)
+    assert run(capsys, "doctor")[0] == 70
+    assert run(capsys, "doctor", *TINY, "--json", "--run.device", "cpu")[0] == 70
+    assert [kwargs for _, kwargs in calls] == [{"as_json": False}, {"as_json": True}]
+    assert [args[0].run.precision for args, _ in calls] == ["bf16", "fp32"]
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,26 +17,43 @@ from qwen3next_train.kernels.gated_delta_rule.reference import (
 )
 from tests.unit.kernels.packing import documents, relative_error, spans
 
-KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 8, 12
+
+class Shape(NamedTuple):
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+SHAPE = Shape(2, 4, 8, 12)
+KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = SHAPE
 NAMES = ("output", "final state", "q", "k", "v", "g", "beta", "initial state")
 Inputs = list[torch.Tensor]
 
 
-def make_inputs(num_tokens: int, num_documents: int, g: Callable[[torch.Size], torch.Tensor], seed: int = 0) -> Inputs:
+def make_inputs(
+    num_tokens: int,
+    num_documents: int,
+    g: Callable[[torch.Size], torch.Tensor],
+    seed: int = 0,
+    *,
+    shape: Shape = SHAPE,
+) -> Inputs:
     """q, k, v, g, beta, initial state in fp64."""
     generator = torch.Generator().manual_seed(seed)
+    key_heads, value_heads, key_dim, value_dim = shape
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
 
-    beta = torch.rand(num_tokens, VALUE_HEADS, dtype=torch.float64, generator=generator)
+    beta = torch.rand(num_tokens, value_heads, dtype=torch.float64, generator=generator)
     return [
-        normal(num_tokens, KEY_HEADS, KEY_DIM),
-        normal(num_tokens, KEY_HEADS, KEY_DIM),
-        normal(num_tokens, VALUE_HEADS, VALUE_DIM),
+        normal(num_tokens, key_heads, key_dim),
+        normal(num_tokens, key_heads, key_dim),
+        normal(num_tokens, value_heads, value_dim),
         g(beta.shape).double(),
         beta,
-        normal(num_documents, VALUE_HEADS, KEY_DIM, VALUE_DIM),
+        normal(num_documents, value_heads, key_dim, value_dim),
     ]
 
 
@@ -77,15 +96,58 @@ GATES = {
 }
 
 
+@pytest.mark.parametrize("lengths", [(33,), (130, 7), (1, 31, 65, 2)])
 @pytest.mark.parametrize("gate", list(GATES))
-def test_stays_accurate_in_fp32_at_extreme_gates(gate: str) -> None:
-    lengths = (130, 7)
+def test_stays_accurate_at_extreme_gates(gate: str, lengths: tuple[int, ...]) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), GATES[gate])
     expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
-    values = run(gated_delta_rule_reference, inputs, lengths, torch.float32)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        values = run(gated_delta_rule_reference, inputs, lengths, dtype)
+        for name, value, truth in zip(NAMES, values, expected, strict=True):
+            assert torch.isfinite(value).all(), (name, dtype)
+            assert relative_error(value, truth) < tolerance, (name, dtype)
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 1), (3, 3), (2, 8)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(5, 5), (16, 3), (1, 7)])
+def test_any_heads_and_dimensions(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> None:
+    lengths = (41, 1, 6)
+    shape = Shape(key_heads, value_heads, key_dim, value_dim)
+    inputs = make_inputs(sum(lengths), len(lengths), mild, shape=shape)
+    expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
+    values = run(gated_delta_rule_reference, inputs, lengths, torch.float64)
     for name, value, truth in zip(NAMES, values, expected, strict=True):
-        assert torch.isfinite(value).all(), name
-        assert relative_error(value, truth) < 1e-5, name
+        assert relative_error(value, truth) < 1e-11, name
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_recurrence_for_random_cuts_and_gates(seed: int) -> None:
+    """Document lengths of 1 to 99 and gates of -20 to 0, drawn together."""
+    rng = random.Random(seed)
+    lengths = (1, *(rng.randint(1, 99) for _ in range(rng.randint(1, 5))))
+
+    def gates(shape: torch.Size) -> torch.Tensor:
+        return -20 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) ** rng.choice((1, 4, 16))
+
+    inputs = make_inputs(sum(lengths), len(lengths), gates, seed)
+    expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
+    values = run(gated_delta_rule_reference, inputs, lengths, torch.float64)
+    for name, value, truth in zip(NAMES, values, expected, strict=True):
+        assert relative_error(value, truth) < 1e-11, name
+
+
+def test_gradients_equal_finite_differences() -> None:
+    """Of all six inputs, so that no derivative rests on autograd alone."""
+    lengths = (2, CHUNK_SIZE + 1)
+    inputs = make_inputs(sum(lengths), 2, mild, shape=Shape(1, 2, 2, 1))
+
+    def rule(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g, beta, state = tensors
+        return gated_delta_rule_reference(
+            q, k, v, g_TN=g, beta_TN=beta, sequences=documents(*lengths), initial_state_DNKV=state
+        )
+
+    assert torch.autograd.gradcheck(rule, [tensor.requires_grad_() for tensor in inputs], fast_mode=True)
 
 
 def test_full_write_strength_of_one_repeated_key_does_not_blow_up() -> None:

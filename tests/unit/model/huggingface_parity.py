@@ -1,30 +1,26 @@
 """Compare the model with transformers' Qwen3NextForCausalLM: logits, loss and every gradient.
 
-transformers must take its torch path, which it decides at import; so the comparison runs in a process of its
-own, where FLA and causal-conv1d cannot be imported. Use :func:`compare` from a test.
+Use :func:`compare` from a test; the comparison itself runs in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from tests.unit.model.parity_cases import ParityCase
 from tests.unit.model.small_models import batch_of, build, relative_error, scales_of, small_config
+from tests.unit.model.without_kernels import answer, ask
 from tests.unit.model.written_model import written_logits
 
-_ROOT = Path(__file__).parents[3]
-_ZERO = 1e-7
+_NOISE = 1e-7
 
 Values = dict[str, torch.Tensor]
 Errors = dict[str, float]
@@ -35,42 +31,50 @@ class ParityResult:
     """Relative errors by name: ``logits``, ``loss``, ``grad <parameter>``.
 
     Args:
-        between: ours against transformers', both fp32.
-        ours: ours in fp32 against the model written out in float64; empty unless asked for.
-        theirs: transformers' in fp32 against the same.
-        ours_fp64: ours in float64 against the same.
+        fp32: ours against transformers', both in fp32, decays slowed down (:func:`slow_down`).
+        float64: ours against transformers', both in float64 throughout, decays as initialised.
+        written: ours against the model written out, both in float64, decays as initialised.
+        our_rounding: ours in fp32 against the model written out in float64, decays as initialised.
+        their_rounding: transformers' in fp32 against the same.
     """
 
-    between: Errors
-    ours: Errors
-    theirs: Errors
-    ours_fp64: Errors
+    fp32: Errors
+    float64: Errors
+    written: Errors
+    our_rounding: Errors
+    their_rounding: Errors
 
 
-def compare(cases: Sequence[ParityCase], *, with_truth: bool = False) -> list[ParityResult]:
-    """Run the cases in one child process, where transformers finds no kernels of other packages.
+class _EverythingInFloat64(TorchFunctionMode):
+    """Make every request for fp32 one for float64, in anybody's code.
 
-    Args:
-        cases: what to compare.
-        with_truth: also measure both against the model written out in float64.
+    transformers computes its norms, softmaxes, angles and the delta rule in fp32 whatever the weights are.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.model.huggingface_parity"],
-        input=json.dumps({"cases": [asdict(case) for case in cases], "with_truth": with_truth}),
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [ParityResult(**result) for result in json.loads(done.stdout.splitlines()[-1])]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide_args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        wide_kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*wide_args, **wide_kwargs)
 
 
-def _measure(case: ParityCase, *, with_truth: bool) -> ParityResult:
+def compare(cases: Sequence[ParityCase]) -> list[ParityResult]:
+    """Run the cases in one child process, where transformers finds no kernels of other packages."""
+    results = ask("tests.unit.model.huggingface_parity", [asdict(case) for case in cases])
+    return [ParityResult(**result) for result in results]
+
+
+def largest(errors: Errors) -> tuple[str, float]:
+    """Name and size of the largest error."""
+    return max(errors.items(), key=lambda item: item[1])
+
+
+def _measure(case: ParityCase) -> ParityResult:
     config = small_config(**({"mtp_num_layers": 0, "router_aux_loss_coef": 0.0} | case.changes))
     model = build(config, seed=case.seed)
-    if case.slow_decay:
-        _slow_down(model)
     # A single token has no next one inside the row: there the label is given from outside.
     batch = batch_of(
         [[case.length]] * case.num_rows,
@@ -79,16 +83,18 @@ def _measure(case: ParityCase, *, with_truth: bool) -> ParityResult:
         mtp_depths=0,
         continues=case.length == 1,
     )
-    weights = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    ours, theirs = _ours(model, batch), _transformers(config, dict(model.state_dict()), batch)
-    assert ours.keys() == theirs.keys()
-    between = _errors(ours, theirs)
-    if not with_truth:
-        return ParityResult(between, {}, {}, {})
-    truth = _written(config, weights, batch)
-    assert ours.keys() == truth.keys()
+    ours, theirs = _ours(model, batch), _transformers(model, batch)
+    with _EverythingInFloat64():
+        model.double()
+        exact, their_exact, truth = _ours(model, batch), _transformers(model, batch), _written(model, batch)
+    model.float()
+    slow_down(model)
     return ParityResult(
-        between, _errors(ours, truth), _errors(theirs, truth), _errors(_ours(model.double(), batch), truth)
+        fp32=_errors(_ours(model, batch), _transformers(model, batch)),
+        float64=_errors(exact, their_exact),
+        written=_errors(exact, truth),
+        our_rounding=_errors(ours, truth),
+        their_rounding=_errors(theirs, truth),
     )
 
 
@@ -98,66 +104,75 @@ def _ours(model: Qwen3NextForCausalLM, batch: PackedBatch) -> Values:
     output.total.backward()
     loss = output.nll_lm_sum / batch.num_targets[0]
     assert torch.equal(loss, output.total.detach()), "without MTP and router losses the total is loss/lm"
-    logits = model.forward_logits(batch).detach()
-    return {"logits": logits, "loss": loss} | _gradients(model)
+    return _values(model, model.forward_logits(batch), loss)
 
 
-def _transformers(config: ModelConfig, weights: Values, batch: PackedBatch) -> Values:
+def _transformers(model: Qwen3NextForCausalLM, batch: PackedBatch) -> Values:
     """transformers' own forward pass with ``labels``: its shift and its mean."""
+    theirs = transformers_twin(model)
+    ids = batch.input_ids_T.view(batch.num_rows, -1)
+    outside = {"shift_labels": batch.labels_T.view_as(ids)} if ids.shape[1] == 1 else {}
+    output = theirs(input_ids=ids, labels=ids, **outside)
+    output.loss.backward()
+    return _values(theirs, output.logits.flatten(0, 1), output.loss)
+
+
+def transformers_twin(model: Qwen3NextForCausalLM) -> Any:
+    """transformers' model with the same configuration, weights and dtype; to be called in the child process."""
     from transformers.models.qwen3_next import Qwen3NextConfig
     from transformers.models.qwen3_next import Qwen3NextForCausalLM as HuggingFaceModel
 
-    fields = config.model_dump()
+    fields = model.config.model_dump()
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     rope["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
-    model = HuggingFaceModel(Qwen3NextConfig(**fields, rope_parameters=rope, use_cache=False))
-    model.set_attn_implementation("eager")
-    model.load_state_dict(weights, strict=True)
-    ids = batch.input_ids_T.view(batch.num_rows, -1)
-    outside = {"shift_labels": batch.labels_T.view_as(ids)} if ids.shape[1] == 1 else {}
-    output = model(input_ids=ids, labels=ids, **outside)
-    output.loss.backward()
-    return {"logits": output.logits.detach().flatten(0, 1), "loss": output.loss.detach()} | _gradients(model)
+    theirs = HuggingFaceModel(Qwen3NextConfig(**fields, rope_parameters=rope, use_cache=False))
+    theirs.set_attn_implementation("eager")
+    theirs.set_experts_implementation("eager")
+    theirs.to(next(model.parameters()).dtype)
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs
 
 
-def _written(config: ModelConfig, weights: Values, batch: PackedBatch) -> Values:
-    leaves = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
-    logits = torch.cat([written_logits(leaves, config, ids) for ids in batch.input_ids_T.view(batch.num_rows, -1)])
+def _written(model: Qwen3NextForCausalLM, batch: PackedBatch) -> Values:
+    weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
+    rows = batch.input_ids_T.view(batch.num_rows, -1)
+    logits = torch.cat([written_logits(weights, model.config, ids) for ids in rows])
     loss = torch.nn.functional.cross_entropy(logits, batch.labels_T)
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    named = {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    named = {f"grad {name}": gradient for name, gradient in zip(weights, gradients, strict=True)}
     return {"logits": logits.detach(), "loss": loss.detach()} | named
 
 
-def _gradients(model: torch.nn.Module) -> Values:
-    gradients = {}
+def _values(model: nn.Module, logits: torch.Tensor, loss: torch.Tensor) -> Values:
+    values = {"logits": logits.detach(), "loss": loss.detach()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        gradients[f"grad {name}"] = parameter.grad
-    return gradients
+        values[f"grad {name}"] = parameter.grad.detach().clone()
+    return values
 
 
 def _errors(values: Values, truth: Values) -> Errors:
-    """Norm of the difference over the norm of the truth; where that is 0 but for rounding, over the largest norm.
+    """Norm of the difference over the norm of the truth.
 
-    A row of one token is such a place: there is no earlier state to decay and no earlier key to look at, so the
-    gradients of A_log, dt_bias, the key projection and the q/k norms are 0.
+    Where a gradient is 0 but for rounding, over the largest gradient's norm. A row of one token is such a place: there
+    is no earlier state to decay and no earlier key to look at; and a single expert whose weight is normalised to 1.
     """
-    largest = max(tensor.double().norm() for name, tensor in truth.items() if name.startswith("grad "))
+    assert values.keys() == truth.keys()
+    scale = max(tensor.double().norm() for name, tensor in truth.items() if name.startswith("grad "))
     errors = {}
     for name, expected in truth.items():
-        if name.startswith("grad ") and expected.double().norm() < _ZERO * largest:
-            errors[name] = float((values[name].double() - expected.double()).norm() / largest)
+        if name.startswith("grad ") and expected.double().norm() < _NOISE * scale:
+            errors[name] = float((values[name].double() - expected.double()).norm() / scale)
         else:
             errors[name] = relative_error(values[name], expected)
     return errors
 
 
-def _slow_down(model: Qwen3NextForCausalLM) -> None:
-    """Let the delta rule remember.
+def slow_down(model: Qwen3NextForCausalLM) -> None:
+    """Decays of 0.02 to 0.3 per unit of dt instead of 1 to 16.
 
-    Strong decays leave A_log and dt_bias a gradient that is a small difference of large terms, of which fp32 keeps
-    three digits; nothing could be compared to 1e-5 there.
+    Strong decays leave A_log and dt_bias a gradient that is a small difference of large terms, of which transformers'
+    fp32 keeps three digits; nothing could be compared to 1e-5 there.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -165,14 +180,9 @@ def _slow_down(model: Qwen3NextForCausalLM) -> None:
                 parameter -= 4.0
 
 
-def _main() -> None:
-    for module in ("fla", "causal_conv1d"):
-        sys.modules[module] = None  # type: ignore[assignment]
-    torch.set_num_threads(1)
-    request = json.load(sys.stdin)
-    results = [_measure(ParityCase(**case), with_truth=request["with_truth"]) for case in request["cases"]]
-    print(json.dumps([asdict(result) for result in results]))
+def _measure_all(cases: list[dict[str, Any]]) -> list[dict[str, Errors]]:
+    return [asdict(_measure(ParityCase(**case))) for case in cases]
 
 
 if __name__ == "__main__":
-    _main()
+    answer(_measure_all)

@@ -1,4 +1,4 @@
-"""The whole model: parameter table, losses, packing isolation, precision."""
+"""The whole model: parameter table, losses, causality, precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
 from tests.unit.model.small_models import (
-    HYBRID,
     batch_of,
     build,
     cpu_kernels,
@@ -110,59 +109,11 @@ def test_micro_batches_add_up_to_the_whole_batch() -> None:
         assert relative_error(parameter.grad, expected[name]) < 1e-5, name
 
 
-def _slow_decay(model: Qwen3NextForCausalLM) -> None:
-    """Let the delta rule remember: A about 0.05, and little forgetting per token."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.fill_(-3.0)
-            if name.endswith("dt_bias"):
-                parameter.fill_(-2.0)
-
-
 def _run(model: Qwen3NextForCausalLM, batch: PackedBatch, scales: LossScales) -> tuple[ModelOutput, dict]:
     model.zero_grad()
     output = model(batch, scales)
     output.total.backward()
     return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def test_packed_documents_equal_separate_ones() -> None:
-    config = small_config(num_hidden_layers=4, layer_types=HYBRID * 2, mtp_num_layers=2, router_aux_loss_coef=0.0)
-    model = build(config)
-    _slow_decay(model)
-    lengths = [37, 1, 70, 2, 18]
-    packed = batch_of([lengths], mtp_depths=2)
-    scales = scales_of(packed)
-    output, gradients = _run(model, packed, scales)
-    logits = model.forward_logits(packed).detach()
-    total = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
-    nll_lm, nll_mtp, start = 0.0, torch.zeros(2), 0
-    for length in lengths:
-        span = slice(start, start + length)
-        tokens = np.append(packed.input_ids_T[span].numpy(), 0)
-        alone = PackedBatch.from_rows([PackedRow(tokens, np.array([0, length]), False)], mtp_depths=2)
-        assert relative_error(model.forward_logits(alone).detach(), logits[span]) < 1e-5
-        part, part_gradients = _run(model, alone, scales)
-        nll_lm += float(part.nll_lm_sum)
-        nll_mtp += part.nll_mtp_sums
-        for name, gradient in part_gradients.items():
-            total[name] += gradient
-        start += length
-    assert abs(nll_lm / float(output.nll_lm_sum) - 1) < 1e-5
-    torch.testing.assert_close(nll_mtp, output.nll_mtp_sums, rtol=1e-5, atol=0)
-    for name, gradient in gradients.items():
-        assert relative_error(total[name], gradient) < 1e-5, name
-
-
-def test_slow_decay_would_notice_a_leak() -> None:
-    model = build(small_config())
-    _slow_decay(model)
-    batch = batch_of([[20, 30]])
-    joined = replace(batch, cu_seqlens=torch.tensor([0, 50]).int(), cu_seqlens_cpu=torch.tensor([0, 50]).int())
-    difference = (model.forward_logits(batch) - model.forward_logits(joined)).abs()
-    assert difference[:20].max() < 1e-5
-    assert difference[20:].max() > 1e-2
 
 
 def test_tokens_after_do_not_change_tokens_before() -> None:
