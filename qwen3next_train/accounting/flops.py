@@ -14,6 +14,8 @@ from qwen3next_train.config.schema import ModelConfig
 FLOPS_PER_MULTIPLY_ADD = 2
 TRAINING_PASSES = 3
 """One forward product becomes three in training: forward, gradient of the input, gradient of the weight."""
+PARTS_OUTSIDE_LAYERS = frozenset({"head", "mtp_head", "mtp_fc"})
+"""What recomputing whole layers does not do again."""
 
 
 def forward_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths: int) -> dict[str, int]:

@@ -117,16 +117,17 @@ def _train(words: Words) -> int:
     loaded = load(words)
     if "--dry-run" in words.options:
         return _dry_run(loaded.config, world_size(words))
-    loaded.check_world(world_size(words))
+    check_world = partial(loaded.check_world, world_size(words))
     if "--nproc-per-node" in words.options:
-        from qwen3next_train.cli.launch import start_processes
+        from qwen3next_train.cli.launch import run_processes
 
-        start_processes(world_size(words))
-    # Threads that spin while they wait cost a shared machine up to ten times the run; it is read when OpenMP loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        return run_processes(world_size(words), Path(loaded.config.run.dir), check_world)
+    # Threads that spin for milliseconds while they wait make a run on shared cores up to ten times slower; read when
+    # OpenMP loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from qwen3next_train.train.run import run_training
 
-    return run_training(loaded.config)
+    return run_training(loaded.config, check_world)
 
 
 def _dry_run(config: Config, num_processes: int) -> int:

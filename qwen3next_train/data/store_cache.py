@@ -3,7 +3,7 @@
 ``CACHE/<key>/`` appears by one rename of a finished directory, so it is whole or absent. A process that finds it
 absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds; the others
 wait for the lock and find the directory. Staging directories that a killed process left are removed by the
-next holder of the lock.
+next holder of the lock, and after a day by whoever builds anything.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import DataError
 from qwen3next_train.log import get_logger
 
+# The cache may be a folder that holds other things as well.
+_STAGING_NAME = re.compile(r"\.(?P<key>[0-9a-f]{32})-[a-z0-9_]+")
+_ABANDONED_AFTER_S = 24 * 3600.0
 _REMEDY = "free space or set data.cache_dir to a folder that can be written"
 
 
@@ -69,6 +74,7 @@ def get_or_build(cache_dir: Path, key: str, label: str, build: Callable[[Path], 
                 return found
             if is_locked:
                 _remove_leftovers(cache_dir, key)
+                _remove_abandoned(cache_dir)
             build_s = _build_and_publish(cache_dir, key, build)
     return _open(cache_dir / key, build_s)
 
@@ -115,6 +121,30 @@ def _build_and_publish(cache_dir: Path, key: str, build: Callable[[Path], float]
 def _remove_leftovers(cache_dir: Path, key: str) -> None:
     for path in cache_dir.glob(f".{key}-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove old staging directories of any key that nobody is building."""
+    for path in cache_dir.glob(".*-*"):
+        match = _STAGING_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            is_old = time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
+            # Whoever made the directory has made the lock as well.
+            lock = os.open(cache_dir / f".{match['key']}.lock", os.O_RDWR | os.O_CLOEXEC) if is_old else None
+        except OSError:
+            continue
+        if lock is None:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            # Being built, or locks do not work here.
+            pass
+        finally:
+            os.close(lock)
 
 
 @contextmanager

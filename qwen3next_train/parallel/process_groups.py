@@ -78,8 +78,8 @@ def process_context(device_name: str) -> Iterator[ProcessContext]:
     launched = "RANK" in os.environ
     # DeepSpeed reads these even when torch.distributed is already initialised.
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for variable, value in defaults.items():
-        os.environ.setdefault(variable, value)
+    added = [variable for variable in defaults if variable not in os.environ]
+    os.environ.update({variable: defaults[variable] for variable in added})
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
     device = select_device(device_name, local_rank)
@@ -112,6 +112,9 @@ def process_context(device_name: str) -> Iterator[ProcessContext]:
         yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation)
     finally:
         dist.destroy_process_group()
+        # A later context of this process must not take our defaults for a launcher's.
+        for variable in added:
+            del os.environ[variable]
 
 
 def first_on_each_node(context: ProcessContext, prepare: Callable[[], T]) -> T:

@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass
 
 from qwen3next_train.accounting.hardware import Device, find_device
-from qwen3next_train.accounting.memory import ADAM_STATE_BYTES, Layout, memory_per_gpu, parameter_kinds
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import ADAM_STATE_BYTES, memory_per_gpu, parameter_kinds
 from qwen3next_train.accounting.workload import Workload, workload_of
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
-from qwen3next_train.planner.layouts import Traffic, layouts_that_fit, traffic_per_step, usable_bytes
+from qwen3next_train.planner.layouts import Traffic, fits_device, layouts_that_fit, traffic_per_step
+from qwen3next_train.planner.recompute import RecomputeView, recompute_views
 
 ASSUMED_MFU = 0.25
 """MFU when none is stated; the best published figures for this model family on Hopper are 0.1 to 0.3."""
@@ -37,6 +39,7 @@ class Plan:
         memory_by_part: bytes on one GPU.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
         fits: whether the memory fits the device.
+        recompute: what the same layout would take with recomputation, the mildest first.
         changes: layouts near this one that fit, best first; empty when this one fits or none does.
         traffic: communication per step.
     """
@@ -52,6 +55,7 @@ class Plan:
     memory_by_part: dict[str, int]
     checkpoint_bytes: int
     fits: bool | None
+    recompute: tuple[RecomputeView, ...]
     changes: tuple[Layout, ...]
     traffic: Traffic | None
 
@@ -100,7 +104,7 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)
-    fits = None if device is None else sum(memory.values()) <= usable_bytes(device)
+    fits = None if device is None else fits_device(memory, device)
     return Plan(
         config=config,
         layout=layout,
@@ -113,6 +117,7 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         memory_by_part=memory,
         checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,
         fits=fits,
+        recompute=recompute_views(config, layout, device, kinds, workload),
         changes=layouts_that_fit(config, layout, device, kinds) if device is not None and not fits else (),
         traffic=None if device is None else traffic_per_step(config, layout, device, kinds),
     )

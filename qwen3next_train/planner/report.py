@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from qwen3next_train.accounting.hardware import DEVICES, find_device
-from qwen3next_train.accounting.memory import Layout
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.plan import Plan, make_plan
+from qwen3next_train.planner.recompute import RecomputeView
 
 NO_GPU = "cpu"
 """The GPU name of a plan without fit and times."""
@@ -47,11 +48,20 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The documented JSON object. Bytes and FLOPs are integers; unknown fit and times are null."""
     return {
         **plan.workload.as_json(),
-        "memory_per_gpu": {"total_bytes": plan.memory_bytes, "by_part": plan.memory_by_part, "fits": plan.fits},
+        "memory_per_gpu": {
+            **_memory_as_json(plan.memory_by_part, fits=plan.fits),
+            "with_recompute": {
+                view.mode: _memory_as_json(view.memory_by_part, fits=view.fits) for view in plan.recompute
+            },
+        },
         "checkpoint_bytes": plan.checkpoint_bytes,
         "step_time_s": plan.step_time_s,
         "days": plan.days,
     }
+
+
+def _memory_as_json(by_part: dict[str, int], *, fits: bool | None) -> dict[str, Any]:
+    return {"total_bytes": sum(by_part.values()), "by_part": by_part, "fits": fits}
 
 
 def format_plan(plan: Plan) -> str:
@@ -65,6 +75,7 @@ def format_plan(plan: Plan) -> str:
         *_row("step", _step_line(plan)),
         *_row("memory/GPU", _memory_line(plan)),
         *_row("", _memory_parts(plan)),
+        *_row("recompute", _recompute_line(plan)),
         *_row("time", _time_line(plan)),
         *_row("traffic", _traffic_line(plan)),
         *_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"),
@@ -117,6 +128,24 @@ def _memory_parts(plan: Plan) -> str:
     return " · ".join(f"{_words(part)} {_bytes(size)}" for part, size in plan.memory_by_part.items() if size)
 
 
+def _recompute_line(plan: Plan) -> str:
+    now = _bytes(_activations(plan.memory_by_part))
+    return " · ".join((f"no setting for it yet; activations take {now}", *map(_would_be, plan.recompute)))
+
+
+def _would_be(view: RecomputeView) -> str:
+    what = "of norms, activations, convolution and gates" if view.mode == "selective" else "of whole layers"
+    verdict = {True: ", fits", False: ", does not fit", None: ""}[view.fits]
+    activations, total = _activations(view.memory_by_part), sum(view.memory_by_part.values())
+    work = f", {view.extra_work:.0%} more work" if view.extra_work >= 0.005 else ""
+    return f"{what} would leave {_bytes(activations)}, in all {_bytes(total)}{verdict}{work}"
+
+
+def _activations(memory_by_part: dict[str, int]) -> int:
+    """What layers keep of a micro-batch, and what of one layer would exist again."""
+    return sum(size for part, size in memory_by_part.items() if part.startswith(("activations_", "rebuilt_")))
+
+
 def _time_line(plan: Plan) -> str:
     if plan.step_time_s is None or plan.days is None:
         return "unknown without a known device"
@@ -140,18 +169,28 @@ def _traffic_line(plan: Plan) -> str:
         f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · "
         f"together {share:.0%} of the step if nothing overlaps"
     )
-    return text + (" · the stated MFU needs overlap or a layout with less traffic" if share > 1 - plan.mfu else "")
+    longest_s = max(traffic.all_to_all_s, traffic.state_s)
+    if longest_s > plan.step_time_s:
+        text += f" · even if all of it overlaps, at most {plan.mfu * plan.step_time_s / longest_s:.1%} MFU"
+        if longest_s == traffic.state_s:
+            key = "run.global_batch_size" if plan.layout.zero_stage == 1 else "run.micro_batch_size"
+            text += f": a larger {key} sends as much for more tokens"
+    elif share > 1 - plan.mfu:
+        text += " · the stated MFU needs overlap or a layout with less traffic"
+    return text
 
 
 def _change_lines(plan: Plan) -> list[str]:
     largest = max(plan.memory_by_part, key=lambda part: plan.memory_by_part[part])
     lines = _row("too large", f"most of all {_words(largest)}, {_bytes(plan.memory_by_part[largest])}")
-    if not plan.changes:
-        return lines + _row(
-            "change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU"
-        )
     for index, layout in enumerate(plan.changes):
         lines += _row("" if index else "change to", _changed_settings(plan.layout, layout))
+    if not plan.changes:
+        lines += _row("change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU")
+    whole_layers = plan.recompute[-1]
+    if whole_layers.changes:
+        nearest = _changed_settings(plan.layout, whole_layers.changes[0])
+        lines += _row("", f"with whole layers recomputed, once there is a setting for it: {nearest}")
     return lines
 
 

@@ -78,6 +78,7 @@ def train(run: Run) -> str | None:
         StorageError: checkpoints cannot be written any more.
     """
     run.saved_step = run.state.step
+    run.stop.defer()
     stopped_by = _agree_to_stop(run)
     while stopped_by is None and run.state.step < run.config.run.steps:
         started_at = time.monotonic()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
@@ -16,9 +20,53 @@ from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.train.rundir import RunDirectory
 from qwen3next_train.train.signals import StopRequest, die_with_parent
 
+if TYPE_CHECKING:
+    from qwen3next_train.train.loop import Run
 
-def run_training(config: Config) -> int:
+_SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
+_DEVELOPERS_ADVICE = re.compile(
+    r"\.? (?:This is typically caused by a remote worker.*?GLHF![^;]*|Exception raised from .*)"
+)
+
+
+@dataclass
+class _Attempt:
+    """One attempt; how far it came is known also when it fails."""
+
+    config: Config
+    run_dir: RunDirectory
+    stop: StopRequest
+    run: Run | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Last finished step; None while no state is restored."""
+        return None if self.run is None else self.run.state.step
+
+    def train(self, stack: ExitStack) -> tuple[ExitCode, str]:
+        """Build and train; return how it ended."""
+        from qwen3next_train.parallel.process_groups import process_context
+        from qwen3next_train.train.build import build_run
+        from qwen3next_train.train.loop import train
+
+        context = stack.enter_context(process_context(self.config.run.device))
+        self.run_dir.name_attempt(context.control)
+        self.run = build_run(self.config, context, self.run_dir, self.stop, stack)
+        first_step = self.run.state.step
+        stopped_by = train(self.run)
+        if stopped_by is None:
+            return ExitCode.FINISHED, f"finished at step {self.config.run.steps}"
+        return ExitCode.STOPPED, _stopped(stopped_by, None if self.step == first_step else self.step)
+
+
+def run_training(config: Config, check_world: Callable[[], None]) -> int:
     """Train in ``run.dir``, going on from its newest complete checkpoint.
+
+    The process is expected to exit with the returned code: SIGTERM and the like stay ignored from then on.
+
+    Args:
+        config: the resolved configuration.
+        check_world: raises a ``ConfigError`` when the configuration does not fit the number of processes.
 
     Returns:
         The exit code; it and its one-line reason also stand in ``RUN/exit.json``.
@@ -26,38 +74,43 @@ def run_training(config: Config) -> int:
     rank = int(os.environ.get("RANK", "0"))
     run_dir = RunDirectory(Path(config.run.dir), rank=rank)
     die_with_parent()
-    with StopRequest() as stop, ExitStack() as opened:
+
+    def record_early_stop(signal_name: str) -> None:
+        # torchrun sends SIGTERM also when another rank has failed. That rank has usually recorded its reason, and
+        # the first record stays; one that was killed has not, and this rank cannot tell it from a request to stop.
+        run_dir.finish(ExitCode.STOPPED, _stopped(signal_name, None))
+
+    with StopRequest(record_early_stop) as stop, ExitStack() as opened:
+        attempt = _Attempt(config, run_dir, stop)
         try:
             run_dir.open()
             opened.callback(run_dir.close)
             if rank == 0:
                 opened.callback(open_run_log(run_dir.log_path, Redactor(os.environ)).close)
+            # All ranks would be refused alike. When another one were first, torchrun would end rank 0, which
+            # holds the directory, before it has said why.
+            if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+                check_world()
             # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
-                stopped_by = _attempt(config, run_dir, stop, stack)
+                code, reason = attempt.train(stack)
         except TrainError as error:
             code, reason = error.exit_code, str(error)
         except Exception as error:  # noqa: BLE001 - the boundary: every failure must reach exit.json
             code, reason = _classify(error, rank)
-        else:
-            code, reason = ExitCode.FINISHED, f"finished at step {config.run.steps}"
-            if stopped_by is not None:
-                code, reason = ExitCode.STOPPED, f"stopped on {stopped_by}; run the same line to go on"
+        stop.conclude()
+        if code == ExitCode.PEER_LOST:
+            reason = _for_users(reason)
         # What all ranks fail of alike is said once.
-        if run_dir.finish(code, reason):
+        if run_dir.finish(code, reason, step=attempt.step):
             done = code in (ExitCode.FINISHED, ExitCode.STOPPED)
             get_logger().log(logging.INFO if done else logging.ERROR, "%s", reason)
     return int(code)
 
 
-def _attempt(config: Config, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack) -> str | None:
-    """Build and train; return the signal that stopped the run, if one did."""
-    from qwen3next_train.parallel.process_groups import process_context
-    from qwen3next_train.train.build import build_run
-    from qwen3next_train.train.loop import train
-
-    context = stack.enter_context(process_context(config.run.device))
-    return train(build_run(config, context, run_dir, stop, stack))
+def _stopped(signal_name: str, step: int | None) -> str:
+    when = "before the first step" if step is None else f"after step {step}"
+    return f"stopped on {signal_name} {when}; run the same line to go on"
 
 
 def _classify(error: Exception, rank: int) -> tuple[ExitCode, str]:
@@ -69,6 +122,11 @@ def _classify(error: Exception, rank: int) -> tuple[ExitCode, str]:
     if isinstance(error, OSError):
         return ExitCode.STORAGE, text
     return ExitCode.INTERNAL, f"{type(error).__name__}: {text}"
+
+
+def _for_users(text: str) -> str:
+    """The text of a communication library without places in its source and advice to its developers."""
+    return _DEVELOPERS_ADVICE.sub("", _SOURCE_PLACE.sub("", " ".join(text.split())))
 
 
 def _is_lost_peer(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import subprocess
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,19 +18,20 @@ from typing import Any
 
 import qwen3next_train
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
-from qwen3next_train.config.describe import to_yaml
-from qwen3next_train.config.load import load_config
+from qwen3next_train.config.describe import sections, to_yaml
 from qwen3next_train.config.schema import Config
-from qwen3next_train.errors import ConfigError, ExitCode, StorageError
+from qwen3next_train.config.strict_yaml import read_yaml
+from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.parallel.control import ControlGroup
 
 _DISTRIBUTIONS = ("torch", "deepspeed", "triton", "flash-linear-attention", "numpy")
 _GIT_TIMEOUT_S = 5.0
 _LOCK_MODE = 0o640
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-# What together differs between two attempts and is equal on all ranks of one.
+# Equal on all ranks of an attempt, and different between attempts unless the port was chosen by hand.
 _ATTEMPT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
@@ -48,6 +50,8 @@ class RunDirectory:
         self.path = path.absolute()
         self.rank = rank
         self._lock: int | None = None
+        self._is_owner = False
+        self._attempt = _launch_key()
 
     @property
     def metrics_path(self) -> Path:
@@ -84,6 +88,25 @@ class RunDirectory:
             raise StorageError(
                 f"run.dir: {self.path} cannot be created or written ({reason}); fix that or choose another directory"
             ) from error
+
+    def name_attempt(self, control: ControlGroup) -> None:
+        """Give the attempt a name of its own; to be called on all ranks, once they have found each other.
+
+        Until then its name is how it was launched, which a second start that is about to be refused can share.
+
+        Raises:
+            StorageError: the lock file cannot be written.
+        """
+        name = uuid.uuid4().hex
+        if self._lock is not None:
+            try:
+                self._write_holder(self._lock, name)
+            except OSError as error:
+                raise StorageError(
+                    f"run.dir: {self.path} cannot be written ({describe_os_error(error)}); "
+                    "free space or fix permissions"
+                ) from error
+        self._attempt = control.broadcast_json(name)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -143,15 +166,24 @@ class RunDirectory:
         return info if isinstance(info, dict) else {}
 
     def read_config(self) -> dict[str, Any] | None:
-        """The configuration of the attempt before, None when none has logged a step here.
+        """The configuration of the attempt before, None when none has logged a step here or the file is damaged.
 
-        Raises:
-            ConfigError: ``config.yaml`` is not a configuration.
+        Keys are not checked, an earlier version may have had others. A checkpoint has a copy of its own.
         """
         path = self.path / "config.yaml"
         if not path.is_file() or not self.metrics_path.is_file() or not self.metrics_path.stat().st_size:
             return None
-        return load_config([path], []).config.model_dump()
+        try:
+            tree = read_yaml(path)
+        except ConfigError as error:
+            get_logger().warning("%s; only the checkpoint's own copy is compared", error)
+            return None
+        assert isinstance(tree, dict)
+        lost = [name for name, _ in sections() if not isinstance(tree.get(name), dict)]
+        if lost:
+            get_logger().warning("%s: %s missing; only the checkpoint's own copy is compared", path, ", ".join(lost))
+            return None
+        return tree
 
     def finish(self, code: ExitCode, reason: str, *, step: int | None = None) -> bool:
         """Say in ``exit.json`` how this attempt ended. The first rank that fails is the one that is heard.
@@ -165,10 +197,13 @@ class RunDirectory:
             step: last finished step, if known.
 
         Returns:
-            Whether this rank should print the reason: it is news, or nothing could be written and this is rank 0.
+            Whether this rank should print the reason: it is news, or it is a failure that is recorded nowhere.
         """
-        if (code == ExitCode.FINISHED and self.rank != 0) or self._read_lock().get("attempt") != _attempt_key():
-            return self.rank == 0
+        if code == ExitCode.FINISHED and self.rank != 0:
+            return False
+        is_ours = self._is_owner if self.rank == 0 else self._read_lock().get("attempt") == self._attempt
+        if not is_ours:
+            return code != ExitCode.FINISHED
         line = " ".join(Redactor(os.environ).text(reason).split())
         outcome = {"code": int(code), "reason": line, "rank": self.rank, "step": step, "time": _now()}
         try:
@@ -176,7 +211,7 @@ class RunDirectory:
         except FileExistsError:
             return self._recorded_reason() != line
         except OSError as error:
-            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", describe_os_error(error))
+            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", error.strerror or error)
         return True
 
     def _recorded_reason(self) -> str | None:
@@ -201,9 +236,15 @@ class RunDirectory:
                 "run.dir: %s is on a filesystem without locks; a second run in it would not be noticed", self.path
             )
         os.register_at_fork(after_in_child=self.close)
-        holder = {"attempt": _attempt_key(), "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, _to_json(holder), 0)
+        self._write_holder(self._lock, self._attempt)
+        self._is_owner = True
+
+    def _write_holder(self, lock: int, attempt: str) -> None:
+        holder = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, _to_json(holder), 0)
+        # Other nodes see it only when the server has it.
+        os.fsync(lock)
 
     def _in_use(self) -> str:
         holder = self._read_lock()
@@ -267,6 +308,20 @@ class RunDirectory:
         LOCAL_FILESYSTEM.fsync_dir(self.path)
 
 
+def record_refusal(path: Path, error: TrainError) -> None:
+    """Say in ``exit.json`` of a run directory that an attempt was refused before any process of it was started.
+
+    A directory that is in use or cannot be written is left alone.
+    """
+    run_dir = RunDirectory(path, rank=0)
+    try:
+        run_dir.open()
+    except TrainError:
+        return
+    run_dir.finish(error.exit_code, str(error))
+    run_dir.close()
+
+
 def software_versions() -> dict[str, str | None]:
     """Versions of python, this package and what computes; None for what is not installed. Imports none of them."""
     versions: dict[str, str | None] = {
@@ -304,7 +359,7 @@ def git_revision() -> str | None:
     return described.stdout.decode().strip() or None
 
 
-def _attempt_key() -> str:
+def _launch_key() -> str:
     if "MASTER_PORT" not in os.environ:
         return f"{socket.gethostname()}:{os.getpid()}"
     return ":".join(os.environ.get(name, "") for name in _ATTEMPT_VARIABLES)

@@ -1,8 +1,8 @@
 """Stopping on request: signals become a flag that the loop reads at the end of a step.
 
 Python runs a signal's handler only between two bytecodes of the main thread, which may be waiting inside a
-collective for minutes. So a thread reads the signals as well (``signal.set_wakeup_fd``): it says what arrived
-and, when a second request finds the main thread stuck, ends the process.
+collective for minutes. So a thread reads the signals as well (``signal.set_wakeup_fd``): it says what arrived,
+ends the process while there is nothing to save yet, and later when a second request finds the main thread stuck.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum, auto
 from types import FrameType, TracebackType
 from typing import Any
 
+from qwen3next_train.errors import ExitCode
 from qwen3next_train.log import get_logger
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -28,16 +32,36 @@ _STUCK_AFTER_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
+class _Phase(Enum):
+    """What a signal means."""
+
+    PREPARING = auto()
+    TRAINING = auto()
+    CONCLUDED = auto()
+
+
 class StopRequest:
     """Context manager that turns SIGTERM, SIGUSR1, SIGINT and SIGHUP into a request to save and stop.
 
-    A second SIGTERM or SIGINT more than a second after the first ends the process at once, the way the signal does
-    by default. SIGINT and SIGHUP that the process was started to ignore (``nohup``, a shell's background job) stay
-    ignored. Forked children get the default behaviour back. To be entered by the main thread; leaving restores
-    what was there.
+    Until :meth:`defer` there is nothing to save: the first signal ends the process with code 75 from the watching
+    thread, wherever the main thread is (a rendezvous, the tokenizer). After it, a signal is a flag, and a second
+    SIGTERM or SIGINT more than a second after the first ends the process at once, the way the signal does by
+    default. After :meth:`conclude` signals are ignored.
+
+    SIGINT and SIGHUP that the process was started to ignore (``nohup``, a shell's background job) stay ignored.
+    Forked children get the default behaviour back. To be entered by the main thread; leaving restores what was
+    there, unless the attempt is concluded.
+
+    Args:
+        record_early_stop: told the signal's name before the process ends for want of anything to save; called in
+            the watching thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record_early_stop: Callable[[str], None]) -> None:
+        self._record_early_stop = record_early_stop
+        self._phase = _Phase.PREPARING
+        # Held while the process is being ended, so that the main thread cannot enter the next phase meanwhile.
+        self._phase_lock = threading.Lock()
         self._requested: signal.Signals | None = None
         self._main_escalation = _Escalation()
         self._previous: dict[signal.Signals, Any] = {}
@@ -52,6 +76,18 @@ class StopRequest:
     def requested(self) -> str | None:
         """Name of the first signal that asked to stop, such as ``SIGTERM``; None while none has."""
         return None if self._requested is None else self._requested.name
+
+    def defer(self) -> None:
+        """From now on there is something to save: signals wait for the end of a step."""
+        with self._phase_lock:
+            self._phase = _Phase.TRAINING
+
+    def conclude(self) -> None:
+        """The outcome is known: ignore the signals until the process has ended, so that its exit code stays."""
+        with self._phase_lock:
+            self._phase = _Phase.CONCLUDED
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
 
     def __enter__(self) -> StopRequest:
         self._reader, self._writer = socket.socketpair()
@@ -71,8 +107,9 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self._phase is not _Phase.CONCLUDED:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup)
         assert self._reader is not None
         assert self._writer is not None
@@ -91,6 +128,20 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self._requested = self._requested or number
 
+    def _stop_early(self, number: signal.Signals) -> None:
+        """In the watching thread: end the process if there is nothing to save."""
+        with self._phase_lock:
+            if self._phase is not _Phase.PREPARING:
+                return
+            get_logger().info("%s received: nothing to save yet, stopping", number.name)
+            self._record_early_stop(number.name)
+            for stream in (sys.stdout, *get_logger().handlers):
+                # What cannot be written any more must not keep the process alive.
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            # Neither an exception nor sys.exit reaches a main thread that waits inside C.
+            os._exit(ExitCode.STOPPED)
+
     def _watch(self, reader: socket.socket) -> None:
         """In the watching thread, until the writing end is closed."""
         escalation = _Escalation()
@@ -100,7 +151,10 @@ class StopRequest:
                 if value not in self._previous:
                     continue
                 number = signal.Signals(value)
+                self._stop_early(number)
                 self._requested = self._requested or number
+                if self._phase is _Phase.CONCLUDED:
+                    continue
                 if escalation.forces(number):
                     # The main thread ends the process the proper way, unless it is stuck.
                     time.sleep(_STUCK_AFTER_S)

@@ -27,7 +27,9 @@ CPU with the same random weights. Written by `scripts/goldens/parity_table.py` o
 
 * An error is the norm of the difference over the norm of the expected tensor. transformers computes the loss itself
   from `labels`. For rows of a single token the label is given from outside.
-* **fp32**: both in fp32, `A_log` shifted by -4, so that decays are 0.02 to 0.3 per unit of dt. Bound 1e-5.
+* **fp32**: both in fp32, `A_log` shifted by -4, so that decays are 0.02 to 0.3 per unit of dt. Bound 1e-5. Widths
+  are such that fp32 is well-conditioned. It stays a matter of rounding: of 150 configurations from ten seeds two
+  exceeded the bound, with 1.2e-5 and 1.6e-5, each in one gradient of `A_log` or `dt_bias`.
 * **float64**: both in float64 throughout, decays as initialised (1 to 16). transformers asks for fp32 in its norms,
   softmaxes, angles and delta rule; these requests are answered with float64. Bound 1e-8: what is left in the fp32
   columns is rounding.

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from qwen3next_train.accounting.memory import Layout, memory_per_gpu
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.parallel.process_groups import process_context
@@ -27,12 +28,14 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum(storages.values())
 
 
-def gradient_bytes(model: torch.nn.Module) -> int:
-    """What is accumulated on the parameters: DeepSpeed's fp32 ``grad_accum``, or ``grad`` itself."""
-    return held_bytes(
+def gradient_bytes(model: torch.nn.Module, zero: Any) -> int:
+    """What is accumulated: by stage 1 on the parameters (DeepSpeed's ``grad_accum``, or ``grad``), by stage 2 apart."""
+    on_parameters = [
         vars(parameter)["grad_accum"] if vars(parameter).get("grad_accum") is not None else parameter.grad
         for parameter in model.parameters()
-    )
+    ]
+    apart = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
+    return held_bytes([*on_parameters, *apart])
 
 
 def main(precision: Any, zero_stage: Any) -> None:
@@ -61,7 +64,7 @@ def main(precision: Any, zero_stage: Any) -> None:
         )
         model, zero = engine._model, engine._engine.optimizer
         gradients: list[int] = []
-        model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model)))
+        model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
         batches = rank_batches(config, topology, 0, packed=True)
         totals = StepTotals((100, 100), 128, 1000, 4)
         engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from qwen3next_train.accounting.activations import saved_tensors
 from qwen3next_train.accounting.hardware import Precision
-from qwen3next_train.accounting.memory import saved_tensors
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.model.gated_attention import GatedAttention
@@ -77,16 +77,20 @@ KERNELS: Any = SimpleNamespace(
 )
 
 
+def _model(kind: str) -> ModelConfig:
+    return MODEL.model_copy(update={"attention_output_gate": kind != "ungated attention"})
+
+
 def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor], torch.Tensor]]:
     if kind == "gdn":
         return GatedDeltaNet(MODEL, KERNELS), lambda layer, x: layer(x, None)
-    if kind == "attention":
+    if kind.endswith("attention"):
 
         def attend(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
             table = rotary_table(torch.arange(x.shape[0]), head_dim=128, fraction=0.25, theta=1e7)
             return layer(x, None, table)
 
-        return GatedAttention(MODEL, KERNELS), attend
+        return GatedAttention(_model(kind), KERNELS), attend
     return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x: layer(x, 1)[0]
 
 
@@ -114,11 +118,12 @@ def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int) -> int:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("kind", ["gdn", "attention", "moe"])
+@pytest.mark.parametrize("kind", ["gdn", "attention", "ungated attention", "moe"])
 def test_saved_bytes_per_token(kind: str, precision: Precision) -> None:
     """Within 3 %: reciprocal roots, rotary angles and other per-row scalars are not listed."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     few, many = (_bytes_kept(kind, dtype, tokens) for tokens in (64, 192))
     measured = (many - few) / 128
-    listed = sum(tensor.bytes_per_token for tensor in saved_tensors(MODEL, precision)[kind])  # type: ignore[index]
+    tensors = saved_tensors(_model(kind), precision)[kind.removeprefix("ungated ")]  # type: ignore[index]
+    listed = sum(tensor.bytes_per_token for tensor in tensors)
     assert listed == pytest.approx(measured, rel=0.03)

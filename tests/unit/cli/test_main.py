@@ -1,5 +1,6 @@
 """From words to exit code: what is called with what, what is printed, what is not imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,7 +125,6 @@ def test_doctor(fake, capsys):
         (["plan", "--dry-run"], "--dry-run: not an option of plan; it belongs to train"),
         (["--config", "none.yaml"], "none.yaml: no such file in "),
         ([*TINY, "--nproc-per-node", "two"], "--nproc-per-node: not a whole number > 0 (got 'two')"),
-        ([*TINY, "--nproc-per-node", "3"], "run.global_batch_size 16 is not a multiple of world size 3"),
         ([*TINY, "--run.stpes", "3"], "--run.stpes: unknown key (got 3); did you mean run.steps?"),
     ],
 )
@@ -152,18 +152,14 @@ def test_help_and_version_answer_even_on_a_wrong_line(capsys):
     assert "--optimizer.lr" not in run(capsys, "plan", "--help")[1]
 
 
-def test_launcher_is_started_after_the_configuration_is_checked(capsys, monkeypatch):
-    calls = []
-
-    def execvpe(*args):
-        calls.append(args)
-        raise KeyboardInterrupt  # stands for a process that is gone
-
-    monkeypatch.setattr(os, "execvpe", execvpe)
+def test_launcher_is_started_after_the_configuration_is_checked(fake, capsys, monkeypatch):
+    calls = fake("cli.launch", "run_processes", 75)
     assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.steps", "0")[0] == 2
     assert not calls
-    assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.micro_batch_size", "8")[0] == 130
-    assert calls
+    assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.micro_batch_size", "8")[0] == 75
+    (((count, run_dir, check_world), _),) = calls
+    assert (count, run_dir) == (2, Path("runs/qwen3next_tiny"))
+    check_world()
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, *TINY, "--nproc-per-node", "2")
     assert (code, err) == (
@@ -172,9 +168,22 @@ def test_launcher_is_started_after_the_configuration_is_checked(capsys, monkeypa
     )
 
 
-def test_world_size_of_a_launcher_is_checked(capsys, monkeypatch):
+def test_world_size_of_a_launcher_is_checked(fake, capsys, monkeypatch):
+    calls = fake("train.run", "run_training")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "world size 3" in run(capsys, *TINY)[2]
+    assert run(capsys, *TINY)[0] == 0
+    ((_, check_world), _) = calls[0]
+    with pytest.raises(ConfigError, match="world size 3"):
+        check_world()
+
+
+def test_wrong_number_of_processes_is_recorded(capsys, tmp_path):
+    record = tmp_path / "exit.json"
+    record.write_text('{"code": 0, "reason": "finished at step 6"}')
+    code, out, err = run(capsys, *TINY, "--nproc-per-node", "3", "--run.dir", str(tmp_path))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "world size 3" in err
+    assert (json.loads(record.read_text())["code"], json.loads(record.read_text())["reason"]) == (2, err.strip())
 
 
 @pytest.mark.parametrize(

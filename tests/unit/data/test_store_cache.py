@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import tempfile
@@ -105,6 +106,24 @@ def test_leftovers_of_killed_builders_are_removed_by_the_next_one(tmp_path: Path
     assert len(list(tmp_path.glob(".key-*"))) == 1
     get_or_build(tmp_path, "key", "label", build)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+def test_old_leftovers_of_other_keys_are_removed_unless_somebody_builds_there(tmp_path: Path) -> None:
+    a_day_ago = time.time() - 25 * 3600
+    keys = {name: digit * 32 for name, digit in (("abandoned", "a"), ("young", "b"), ("built", "c"), ("no lock", "d"))}
+    foreign = tmp_path / ".my-settings"
+    staged = {name: tmp_path / f".{key}-x1_y2z3w" for name, key in keys.items()}
+    for path in (*staged.values(), foreign):
+        (path / "fresh").mkdir(parents=True)
+        if path != staged["young"]:
+            os.utime(path, (a_day_ago, a_day_ago))
+    for name in ("abandoned", "young", "built"):
+        (tmp_path / f".{keys[name]}.lock").touch()
+    with (tmp_path / f".{keys['built']}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        get_or_build(tmp_path, "key", "label", build)
+    assert {name for name, path in staged.items() if path.exists()} == {"young", "built", "no lock"}
+    assert foreign.exists()
 
 
 def test_concurrent_processes_build_once(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from qwen3next_train.accounting.memory import Layout
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import USABLE_FRACTION
 from qwen3next_train.planner.plan import ASSUMED_MFU, make_plan
-from tests.unit.accounting.shapes import TINY
+from tests.unit.accounting.shapes import QWEN3_NEXT_80B, TINY
 from tests.unit.planner.configs import config_80b
 
 
@@ -112,9 +113,58 @@ def test_all_to_all_bytes_by_hand() -> None:
     assert plan.traffic is not None
     assert plan.traffic.all_to_all_bytes == 4 * 49 * 10 * 4096 * (4 * 4096) * 7 // 8
     assert plan.traffic.all_to_all_s == pytest.approx(plan.traffic.all_to_all_bytes / 450e9)
-    across = make_plan(config_80b(expert_parallel_size=16), gpus=64, gpu="h100", mfu=None, tokens=None)
+    across = make_plan(config_80b(expert_parallel_size=32), gpus=64, gpu="h100", mfu=None, tokens=None)
     assert across.traffic is not None
-    assert across.traffic.all_to_all_s == pytest.approx(across.traffic.all_to_all_bytes / 50e9)
+    to_one_rank = 4 * 49 * 10 * 4096 * (4 * 4096) // 32
+    assert across.traffic.all_to_all_bytes == 31 * to_one_rank
+    assert across.traffic.all_to_all_s == pytest.approx(24 * to_one_rank / 50e9), "three of four ranks are elsewhere"
+
+
+def test_state_bytes_and_seconds_by_hand() -> None:
+    """ZeRO-1 sends ten bytes an element a step; what all eight GPUs of a node share uses their eight network links."""
+    plan = make_plan(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert plan.traffic is not None
+    experts = sum(spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if spec.expert) // 8
+    dense = sum(spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if not spec.expert)
+    sent = 10 * experts * 7 / 8, 10 * dense * 63 / 64
+    assert plan.traffic.state_bytes == pytest.approx(sum(sent), rel=1e-6)
+    assert plan.traffic.state_s == pytest.approx(sent[0] / 50e9 + sent[1] / 400e9, rel=1e-6)
+    node = make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None)
+    assert node.traffic is not None
+    assert node.traffic.state_s == pytest.approx(node.traffic.state_bytes / 450e9)
+
+
+@pytest.mark.parametrize("gpus", [64, 256])
+def test_80b_on_h100_needs_recomputation_or_shorter_rows(gpus: int) -> None:
+    """The shipped layout keeps 49 GB of fp32 gradients; what is proposed keeps eight experts a rank."""
+    plan = make_plan(config_80b(), gpus=gpus, gpu="h100", mfu=None, tokens=None)
+    assert plan.fits is False
+    assert all(layout.sequence_length < 4096 for layout in plan.changes)
+    selective, full = plan.recompute
+    assert (selective.mode, full.mode) == ("selective", "full")
+    assert selective.fits is full.fits is False
+    nearest = full.changes[0]
+    assert (nearest.world_size, nearest.sequence_length, nearest.zero_stage) == (gpus, 4096, 1)
+    assert nearest.expert_parallel_size == {64: 16, 256: 64}[gpus]
+    assert all(512 // layout.expert_parallel_size >= 8 for layout in (*plan.changes, *full.changes))
+    assert all(layout.zero_stage != 3 for layout in (*plan.changes, *full.changes)), "one dtype only"
+
+
+def test_recomputation_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
+    """The same weights, gradients and logits; a third more work, but for the heads and MTP's projection."""
+    plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=None, tokens=None)
+    selective, full = plan.recompute
+    totals = [sum(parts.values()) for parts in (full.memory_by_part, selective.memory_by_part, plan.memory_by_part)]
+    assert totals == sorted(totals)
+    for view in plan.recompute:
+        for part in ("weights", "gradients", "optimizer", "zero_buffers", "logits", "all_to_all", "runtime"):
+            assert view.memory_by_part[part] == plan.memory_by_part[part]
+    flops = plan.workload.flops_by_part
+    outside = flops["head"] + flops["mtp_head"] + flops["mtp_fc"]
+    assert full.extra_work == pytest.approx((1 - outside / plan.workload.flops_per_step) / 3)
+    assert 0 < selective.extra_work < 1e-3
+    assert full.fits is True
+    assert full.changes == ()
 
 
 def test_one_gpu_sends_nothing() -> None:
@@ -148,7 +198,7 @@ def test_impossible_inputs_are_one_line(gpus: int, mfu: float | None, tokens: fl
 
 def test_needs_no_torch() -> None:
     """Accounting and planner run where torch is not installed."""
-    modules = ("flops", "megatron_flops", "memory", "hardware", "params")
+    modules = ("flops", "megatron_flops", "memory", "activations", "layout", "hardware", "params")
     imports = "".join(f"import qwen3next_train.accounting.{module};" for module in modules)
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['deepspeed'] = None;"

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import qwen3next_train
-from qwen3next_train.config.describe import to_yaml
+from qwen3next_train.config.describe import compare_configs, to_yaml
 from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
-from qwen3next_train.train.rundir import RunDirectory, git_revision, software_versions
+from qwen3next_train.parallel.control import SingleProcess
+from qwen3next_train.train.rundir import RunDirectory, git_revision, record_refusal, software_versions
 
 CONFIG = Config(run=RunConfig(steps=7))
 
@@ -204,12 +206,90 @@ def test_second_run_in_the_directory_is_refused_and_leaves_no_trace(tmp_path):
     assert message.startswith(f"run.dir: {tmp_path} is in use by process {holder.pid} on {socket.gethostname()} since ")
     assert message.endswith("; stop that run or choose another directory")
     assert caught.value.exit_code == 2
-    second.finish(ExitCode.USAGE, message)
-    RunDirectory(tmp_path, rank=1).finish(ExitCode.PEER_LOST, "lost rank 0")
+    assert second.finish(ExitCode.USAGE, message), "recorded nowhere, so it is printed"
+    assert RunDirectory(tmp_path, rank=1).finish(ExitCode.PEER_LOST, "lost rank 0")
+    assert not RunDirectory(tmp_path, rank=1).finish(ExitCode.FINISHED, "finished")
+    record_refusal(tmp_path, ConfigError("too many processes"))
     assert not (tmp_path / "exit.json").exists()
     holder.kill()
     holder.communicate()
     opened(tmp_path).close()
+
+
+def test_second_run_launched_with_the_same_variables_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    first = opened(tmp_path)
+    second = RunDirectory(tmp_path, rank=0)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        second.open()
+    assert second.finish(ExitCode.USAGE, "in use")
+    assert not (tmp_path / "exit.json").exists()
+    first.name_attempt(SingleProcess())
+    assert RunDirectory(tmp_path, rank=1).finish(ExitCode.STOPPED, "its second rank")
+    assert not (tmp_path / "exit.json").exists()
+    assert {"host", "pid", "since"} <= json.loads((tmp_path / ".lock").read_text()).keys()
+    first.finish(ExitCode.STOPPED, "stopped")
+    assert exit_of(tmp_path)["reason"] == "stopped"
+    first.close()
+
+
+def test_ranks_record_before_and_after_the_attempt_has_a_name(tmp_path, monkeypatch):
+    class Broadcast(SingleProcess):
+        names: ClassVar[list[str]] = []
+
+        def broadcast_json(self, value):
+            self.names.append(value)
+            return self.names[0]
+
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for is_named in (False, True):
+        ranks = [opened(tmp_path), RunDirectory(tmp_path, rank=1)]
+        if is_named:
+            for each in ranks:
+                each.name_attempt(Broadcast())
+        assert ranks[1].finish(ExitCode.DATA, "cut")
+        assert not ranks[0].finish(ExitCode.DATA, "cut"), "said once"
+        assert exit_of(tmp_path)["rank"] == 1
+        ranks[0].close()
+    assert len(set(Broadcast.names)) == 2
+
+
+def test_refusal_before_any_process_replaces_the_old_end(tmp_path):
+    run_dir = opened(tmp_path)
+    run_dir.finish(ExitCode.FINISHED, "finished")
+    run_dir.close()
+    record_refusal(tmp_path, ConfigError("too many processes"))
+    assert (exit_of(tmp_path)["code"], exit_of(tmp_path)["reason"]) == (2, "too many processes")
+    (tmp_path / "file").write_text("")
+    record_refusal(tmp_path / "file" / "run", ConfigError("too many processes"))
+    opened(tmp_path).close()
+
+
+def recorded_configuration(path: Path, text: str) -> dict | None:
+    (path / "config.yaml").write_text(text)
+    return RunDirectory(path, rank=0).read_config()
+
+
+def test_configuration_of_the_attempt_before(tmp_path, capsys):
+    assert recorded_configuration(tmp_path, to_yaml(CONFIG)) is None, "no step was logged"
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    recorded = recorded_configuration(tmp_path, to_yaml(CONFIG))
+    assert compare_configs(recorded, CONFIG).trajectory == compare_configs(recorded, CONFIG).shape == ()
+    other = recorded_configuration(tmp_path, to_yaml(Config(run=RunConfig(steps=7, seed=5))))
+    assert [change.key for change in compare_configs(other, CONFIG).trajectory] == ["run.seed"]
+    removed = recorded_configuration(tmp_path, to_yaml(CONFIG).replace("run:\n", "run:\n  removed_key: 3\n", 1))
+    assert [change.key for change in compare_configs(removed, CONFIG).harmless] == ["run.removed_key"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["", "\0", "run: [", "- a", "run:\n  seed: 5\n", to_yaml(CONFIG)[:200]])
+def test_damaged_configuration_does_not_stop_a_resume(tmp_path, capsys, text):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert recorded_configuration(tmp_path, text) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/config.yaml: ")
+    assert line.endswith("; only the checkpoint's own copy is compared")
 
 
 @pytest.mark.dist
@@ -253,9 +333,9 @@ def test_success_is_for_rank_0_to_say(tmp_path):
 
 
 def test_first_failing_rank_is_heard(tmp_path):
-    opened(tmp_path)
+    run_dir = opened(tmp_path)
     RunDirectory(tmp_path, rank=3).finish(ExitCode.DATA, "corpus.bin: cut\nshort")
-    RunDirectory(tmp_path, rank=0).finish(ExitCode.PEER_LOST, "lost rank 3")
+    run_dir.finish(ExitCode.PEER_LOST, "lost rank 3")
     outcome = exit_of(tmp_path)
     assert (outcome["code"], outcome["reason"], outcome["rank"], outcome["step"]) == (
         65,

@@ -12,7 +12,8 @@ LOOP = """
 import os, sys, threading, time
 from qwen3next_train.train.signals import StopRequest
 
-with StopRequest() as stop:
+with StopRequest(print) as stop:
+    stop.defer()
     print("ready", flush=True)
     while stop.requested is None:
         time.sleep(0.01)
@@ -39,6 +40,77 @@ def test_a_signal_is_a_request(name):
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (75, f"{name}\nleft\n")
     assert err == f"{name} received: saving at the end of this step and stopping; the same command continues the run\n"
+
+
+EARLY = """
+import ctypes, sys, time
+from qwen3next_train.train.signals import StopRequest
+
+def record(name):
+    # Left in the buffer.
+    print("recorded", name)
+    time.sleep(float(sys.argv[1]))
+
+with StopRequest(record) as stop:
+    mutex = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    if sys.argv[2] == "stuck":
+        libc.pthread_mutex_lock(mutex)
+    else:
+        while stop.requested is None:
+            time.sleep(0.01)
+        stop.defer()
+        stop.conclude()
+        sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_before_there_is_something_to_save_a_signal_ends_a_process_stuck_in_c(name):
+    child = start(EARLY, "0", "stuck")
+    time.sleep(0.1)
+    child.send_signal(signal.Signals[name])
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert out == f"recorded {name}\n"
+    assert err == f"{name} received: nothing to save yet, stopping\n"
+
+
+def test_a_process_that_is_being_ended_does_not_go_on():
+    child = start(EARLY, "0.5", "running")
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out.count("recorded")) == (75, 1)
+
+
+CONCLUDED = """
+import os, signal, sys, time
+from qwen3next_train.train.signals import StopRequest
+
+with StopRequest(print) as stop:
+    if sys.argv[1] == "trained":
+        stop.defer()
+    stop.conclude()
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("ready", flush=True)
+    time.sleep(1.2)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.2)
+sys.exit(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["trained", "refused"])
+def test_once_the_outcome_is_known_no_signal_changes_the_exit_code(before):
+    child = start(CONCLUDED, before)
+    for _ in range(16):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert child.communicate(timeout=60) == ("", "")
+    assert child.returncode == 75
 
 
 def test_only_rank_0_speaks():
@@ -84,7 +156,8 @@ STUCK = """
 import ctypes
 from qwen3next_train.train.signals import StopRequest
 
-with StopRequest():
+with StopRequest(print) as stop:
+    stop.defer()
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
@@ -120,7 +193,8 @@ import os, signal
 from qwen3next_train.train.signals import StopRequest
 
 for _ in range(200):
-    with StopRequest():
+    with StopRequest(print) as stop:
+        stop.defer()
         os.kill(os.getpid(), signal.SIGUSR1)
 """
 
@@ -132,7 +206,8 @@ def test_a_signal_at_the_last_moment_is_announced():
 
 def test_leaving_restores_what_was_there():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
-    with StopRequest() as stop:
+    with StopRequest(print) as stop:
+        stop.defer()
         assert stop.requested is None
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested == "SIGUSR1"
@@ -141,7 +216,7 @@ def test_leaving_restores_what_was_there():
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
     assert after == before
     assert signal.set_wakeup_fd(-1) == -1
-    with StopRequest() as again:
+    with StopRequest(print) as again:
         assert again.requested is None
 
 
@@ -152,7 +227,8 @@ import os, signal, sys, time
 os.register_at_fork(after_in_child=lambda: time.sleep(float(sys.argv[1])))
 from qwen3next_train.train.signals import StopRequest
 
-with StopRequest() as stop:
+with StopRequest(print) as stop:
+    stop.defer()
     child = os.fork()
     if child == 0:
         time.sleep(20)
@@ -176,7 +252,7 @@ def test_signals_of_a_forked_child_are_its_own(reset_after_s, signal_after_s):
 
 
 def test_a_fork_leaves_no_signal_blocked():
-    with StopRequest():
+    with StopRequest(print):
         child = os.fork()
         if child == 0:
             os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
@@ -197,7 +273,8 @@ WORKER = """
 import os, sys, time
 from qwen3next_train.train.signals import StopRequest, die_with_parent
 
-with StopRequest() as stop:
+with StopRequest(print) as stop:
+    stop.defer()
     die_with_parent()
     print("ready", flush=True)
     while stop.requested is None:

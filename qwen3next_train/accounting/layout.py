@@ -1,0 +1,47 @@
+"""How a run is spread over GPUs, as far as memory and traffic depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen3next_train.accounting.hardware import Precision
+
+FP32_BYTES = 4
+"""Of masters, moments, gradients and everything computed in fp32."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over GPUs.
+
+    Args:
+        world_size: GPUs, one process each.
+        expert_parallel_size: ranks that share one set of experts.
+        zero_stage: 1, 2 or 3.
+        precision: dtype of weights and activations.
+        micro_batch_size: rows per rank and forward pass.
+        sequence_length: tokens per row.
+    """
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: Literal[1, 2, 3]
+    precision: Precision
+    micro_batch_size: int
+    sequence_length: int
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return bytes_of(self.precision)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.micro_batch_size * self.sequence_length
+
+
+def bytes_of(precision: Precision) -> int:
+    """Bytes of one element."""
+    return 2 if precision == "bf16" else FP32_BYTES

@@ -1,0 +1,133 @@
+"""What an attempt records of its end, without training anything."""
+
+import json
+import sys
+import types
+from contextlib import contextmanager
+
+import pytest
+
+from qwen3next_train.config.schema import Config, RunConfig
+from qwen3next_train.errors import ConfigError, DataError, PeerLostError
+from qwen3next_train.parallel import process_groups
+from qwen3next_train.parallel.control import SingleProcess
+from qwen3next_train.train import run as run_module
+from qwen3next_train.train.run import run_training
+
+
+class Stop:
+    """Stands in for ``StopRequest``, which would leave this process deaf to signals."""
+
+    def __init__(self, record_early_stop):
+        self.record_early_stop = record_early_stop
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def conclude(self):
+        pass
+
+
+@pytest.fixture
+def attempt(monkeypatch, tmp_path):
+    """Run an attempt whose building and training is a function; return code and ``exit.json``."""
+
+    @contextmanager
+    def alone(device):
+        yield types.SimpleNamespace(control=SingleProcess())
+
+    monkeypatch.setattr(run_module, "StopRequest", Stop)
+    monkeypatch.setattr(process_groups, "process_context", alone)
+
+    def execute(*, first_step=0, train=lambda run: None, build=None, check_world=lambda: None):
+        state = types.SimpleNamespace(step=first_step)
+        run = types.SimpleNamespace(state=state)
+        for name, content in (
+            ("build", {"build_run": build or (lambda *args: run)}),
+            ("loop", {"train": train}),
+        ):
+            stand_in = types.ModuleType(name)
+            vars(stand_in).update(content)
+            monkeypatch.setitem(sys.modules, f"qwen3next_train.train.{name}", stand_in)
+        config = Config(run=RunConfig(dir=str(tmp_path), steps=9, device="cpu"))
+        code = run_training(config, check_world)
+        return code, json.loads((tmp_path / "exit.json").read_text())
+
+    return execute
+
+
+def stops_at(step):
+    def train(run):
+        run.state.step = step
+        return "SIGUSR1"
+
+    return train
+
+
+def fails_at(step, error):
+    def train(run):
+        run.state.step = step
+        raise error
+
+    return train
+
+
+LOST = "Connection closed by peer [127.0.0.1]:4"
+GLOO = (
+    f"[/a/b/pair.cc:5] {LOST}. This is typically caused by a remote worker crashing. "
+    "Check the logs of the remote worker before reporting an error. GLHF! x"
+)
+TO_GO_ON = "run the same line to go on"
+
+
+@pytest.mark.parametrize(
+    ("first_step", "train", "code", "reason", "step"),
+    [
+        (0, stops_at(4), 75, f"stopped on SIGUSR1 after step 4; {TO_GO_ON}", 4),
+        (4, stops_at(4), 75, f"stopped on SIGUSR1 before the first step; {TO_GO_ON}", 4),
+        (0, stops_at(0), 75, f"stopped on SIGUSR1 before the first step; {TO_GO_ON}", 0),
+        (9, lambda run: None, 0, "finished at step 9", 9),
+        (0, fails_at(3, DataError("cut")), 65, "cut", 3),
+        (0, fails_at(3, RuntimeError(GLOO)), 69, f"rank 0: lost another rank: {LOST}", 3),
+    ],
+)
+def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, reason, step):
+    returned, record = attempt(first_step=first_step, train=train)
+    assert (returned, record["code"], record["reason"], record["step"]) == (code, code, reason, step)
+
+
+def test_failure_before_there_is_a_state(attempt):
+    def build(*args):
+        raise PeerLostError(
+            "rank 0: the 2 processes did not find each other: Gloo connectFullMesh failed with [/x/tcp/pair.cc:152] "
+            "timed out connecting: SO_ERROR: Connection refused; check the master address"
+        )
+
+    code, record = attempt(build=build)
+    assert (code, record["step"]) == (69, None)
+    assert record["reason"] == (
+        "rank 0: the 2 processes did not find each other: Gloo connectFullMesh failed with "
+        "timed out connecting: SO_ERROR: Connection refused; check the master address"
+    )
+
+
+def test_wrong_world_is_recorded(attempt, tmp_path):
+    def refuse():
+        raise ConfigError("world size 3")
+
+    (tmp_path / "exit.json").write_text('{"code": 0, "reason": "finished"}')
+    code, record = attempt(check_world=refuse)
+    assert (code, record["code"], record["reason"]) == (2, 2, "world size 3")
+
+
+def test_early_stop_is_recorded(attempt):
+    def build(config, context, run_dir, stop, stack):
+        stop.record_early_stop("SIGTERM")
+        raise DataError("too late to be heard")
+
+    _, record = attempt(build=build)
+    assert record["code"] == 75
+    assert record["reason"] == "stopped on SIGTERM before the first step; run the same line to go on"
