@@ -19,7 +19,7 @@ from qwen3next_train.checkpoint.manager import CheckpointManager, Found
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import compare_configs
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, ParallelConfig
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import PreparedData, prepare_stores
@@ -83,6 +83,7 @@ def build_run(
         TrainError: one line for everything that speaks against the attempt.
     """
     validate_for_world(config, context.world_size)
+    _refuse_unsupported_layout(config.parallel)
     topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
@@ -124,6 +125,16 @@ def build_run(
         throughput=throughput,
         stop=stop,
     )
+
+
+def _refuse_unsupported_layout(parallel: ParallelConfig) -> None:
+    """Raise for layouts that ``plan`` counts with and training cannot run yet."""
+    if parallel.expert_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.expert_parallel_size: training with {parallel.expert_parallel_size} is not available yet; use 1"
+        )
+    if parallel.zero_stage == 3:
+        raise ConfigError("parallel.zero_stage: training with stage 3 is not available yet; use 1 or 2")
 
 
 def _restore_state(

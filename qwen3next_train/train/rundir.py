@@ -209,7 +209,8 @@ class RunDirectory:
         try:
             self._create("exit.json", _to_json(outcome))
         except FileExistsError:
-            return self._recorded_reason() != line
+            # Other ranks' loggers show failures only, so rank 0 says a stop whoever recorded it.
+            return (code == ExitCode.STOPPED and self.rank == 0) or self._recorded_reason() != line
         except OSError as error:
             get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", error.strerror or error)
         return True

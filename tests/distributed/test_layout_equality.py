@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, ParallelConfig
 from tests.distributed.layouts import Outcome, largest_relative_error, train_at
 
 pytestmark = pytest.mark.dist
@@ -69,6 +69,14 @@ def test_gradients_are_those_of_one_rank_with_four_micro_batches(
     expected, found = one_rank_four_micro_batches.metrics[0], outcome.metrics[0]
     for metric in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm"):
         assert found[metric] == pytest.approx(expected[metric], rel=1e-6), metric
+
+
+def test_zero_2_gives_the_gradients_of_zero_1(tmp_path: Path, one_rank_four_micro_batches: Outcome) -> None:
+    config = small_config()
+    config = config.model_copy(update={"parallel": ParallelConfig(zero_stage=2)})
+    outcome = train_at(config, tmp_path / "zero2", num_processes=2)
+    error, name = largest_relative_error(one_rank_four_micro_batches, outcome, "exp_avg")
+    assert error < 1e-6, name
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global"])

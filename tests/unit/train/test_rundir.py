@@ -345,6 +345,13 @@ def test_first_failing_rank_is_heard(tmp_path):
     )
 
 
+def test_a_stop_is_said_by_rank_0_whoever_records_it(tmp_path):
+    run_dir = opened(tmp_path)
+    RunDirectory(tmp_path, rank=1).finish(ExitCode.STOPPED, "stopped")
+    assert run_dir.finish(ExitCode.STOPPED, "stopped")
+    assert not RunDirectory(tmp_path, rank=2).finish(ExitCode.STOPPED, "stopped")
+
+
 def test_new_attempt_forgets_the_old_end(tmp_path):
     run_dir = opened(tmp_path)
     run_dir.finish(ExitCode.DIVERGED, "nan")

@@ -43,10 +43,13 @@ def test_a_signal_is_a_request(name):
 
 
 EARLY = """
-import ctypes, sys, time
+import ctypes, sys, threading, time
 from qwen3next_train.train.signals import StopRequest
 
+being_ended = threading.Event()
+
 def record(name):
+    being_ended.set()
     # Left in the buffer.
     print("recorded", name)
     time.sleep(float(sys.argv[1]))
@@ -59,8 +62,7 @@ with StopRequest(record) as stop:
     if sys.argv[2] == "stuck":
         libc.pthread_mutex_lock(mutex)
     else:
-        while stop.requested is None:
-            time.sleep(0.01)
+        being_ended.wait()
         stop.defer()
         stop.conclude()
         sys.exit(1)
