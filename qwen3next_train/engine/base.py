@@ -57,6 +57,16 @@ class StepTotals:
     sum_squared_lengths: int
     num_micro_batches: int
 
+    @classmethod
+    def over_ranks(
+        cls, batches: Sequence[PackedBatch], sum_over_ranks: Callable[[Sequence[int]], list[int]]
+    ) -> StepTotals:
+        """Count this rank's micro-batches and add up the ranks' counts (``ControlGroup.sum_ints``)."""
+        counts = [[*batch.num_targets, batch.num_tokens, batch.sum_squared_lengths, 1] for batch in batches]
+        sums = sum_over_ranks([sum(column) for column in zip(*counts, strict=True)])
+        *targets, tokens, squared, micro_batches = sums
+        return cls(tuple(targets), tokens, squared, micro_batches)
+
 
 class Report(Enum):
     """How much of a step's metrics to reduce and copy to the host."""

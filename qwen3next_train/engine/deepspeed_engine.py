@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.batch import PackedBatch
@@ -16,7 +17,7 @@ from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import ZeroState
-from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.selection import DTYPES, KernelSet
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.param_groups import parameter_groups
@@ -55,7 +56,7 @@ class DeepSpeedEngine:
             model = Qwen3NextForCausalLM(
                 config.model, kernels=kernels, moe_block=ZeroMoeBlock, local_experts=local_experts
             )
-        dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+        dtype = DTYPES[config.run.precision]
         initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
         mark_expert_parameters(model)
         model.reduce_counts = self._sum_over_ranks
@@ -135,8 +136,6 @@ def _wrap(
     num_micro_batches: int,
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
     # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = config.optimizer

@@ -23,7 +23,7 @@ class StepReport:
 
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
-        self._sums: list[torch.Tensor] = []
+        self._sums: torch.Tensor | None = None
         self._num_layers = model.num_hidden_layers + model.mtp_num_layers
 
     def add(self, output: ModelOutput) -> None:
@@ -38,10 +38,7 @@ class StepReport:
         ]
         # fp64: token sums and expert counts of a large global batch exceed fp32's exact integers.
         values = torch.cat([part.detach().to(torch.float64) for part in parts])
-        if self._sums:
-            self._sums[0] += values
-        else:
-            self._sums.append(values)
+        self._sums = values if self._sums is None else self._sums + values
 
     def reduce(
         self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], totals: StepTotals, *, with_layers: bool
@@ -56,10 +53,11 @@ class StepReport:
         Returns:
             Metrics by name; losses in nats per token, before any scaling.
         """
+        assert self._sums is not None, "no micro-batch was added"
         model, layers = self._model, self._num_layers
         depths = model.mtp_num_layers
         sizes = [1, depths, layers, layers, layers, layers * model.num_experts]
-        lm, mtp, aux_L, z_L, entropy_L, counts = sum_over_ranks(self._sums[0]).cpu().split(sizes)
+        lm, mtp, aux_L, z_L, entropy_L, counts = sum_over_ranks(self._sums).cpu().split(sizes)
         aux_L, z_L, entropy_L = (values / totals.num_micro_batches for values in (aux_L, z_L, entropy_L))
         metrics = {
             "loss/lm": float(lm) / max(totals.num_targets[0], 1),

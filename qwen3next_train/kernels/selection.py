@@ -60,6 +60,10 @@ class KernelSet:
     choices: tuple[KernelChoice, ...]
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of weights and activations by ``run.precision``."""
+
+
 def select_kernels(config: KernelsConfig, device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
     """Resolve every operation for ``device``.
 

@@ -26,7 +26,7 @@ from qwen3next_train.data.prepare import PreparedData, prepare_stores
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.errors import ConfigError, DataError
-from qwen3next_train.kernels.selection import format_choices, select_kernels
+from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
@@ -199,7 +199,7 @@ def _build_engine(
     restored: _Restored,
 ) -> Engine:
     """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.run.precision]
     kernels = select_kernels(config.kernels, context.device, dtype=dtype)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
     from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine

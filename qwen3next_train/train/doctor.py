@@ -12,11 +12,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 
-import torch
-
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
-from qwen3next_train.kernels.selection import KernelSet, select_kernels
+from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
 from qwen3next_train.train.checks import Check, attempt, merge_ranks
 from qwen3next_train.train.collective_self_test import all_reduce_check, all_to_all_check
@@ -107,7 +105,7 @@ def _steps(
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = select_device(device_name, local_rank)
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.run.precision]
 
     def kernels() -> KernelSet:
         return select_kernels(config.kernels, device, dtype=dtype)

@@ -8,7 +8,7 @@ from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
-from qwen3next_train.kernels.selection import format_choices, select_kernels
+from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
 
@@ -22,7 +22,7 @@ def dry_run(config: Config) -> int:
         TrainError: whatever a real run would refuse: device, kernels, data.
     """
     device = select_device(config.run.device, local_rank=0)
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.run.precision]
     kernels = select_kernels(config.kernels, device, dtype=dtype)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config.model, kernels=kernels)

@@ -35,12 +35,11 @@ from qwen3next_train.data.sources import FileSource, resolve
 from qwen3next_train.data.store_writer import StoreWriter, storage_errors
 from qwen3next_train.data.token_store import DocumentRange, token_dtype
 from qwen3next_train.errors import ConfigError, DataError, DivergedError, ExitCode
-from qwen3next_train.kernels.selection import select_kernels
+from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.log import get_logger
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BATCH_TOKENS = 8192
 _COPIED_ELEMENTS = 1 << 26
 _WINDOW_TOKENS = 1 << 22
@@ -104,7 +103,7 @@ def evaluate_command(
     if sequence_length is not None and sequence_length < 1:
         raise ConfigError(f"eval: {sequence_length} tokens a sequence; give at least 1")
     target = select_device(device, 0)
-    dtype = _DTYPES[precision or ("bf16" if target.type == "cuda" else "fp32")]
+    dtype = DTYPES[precision or ("bf16" if target.type == "cuda" else "fp32")]
     weights = weights_of_checkpoint(checkpoint) if checkpoint is not None else weights_of_hf(Path(hf or ""))
     config = _config(weights, sequence_length=sequence_length, tokenizer=tokenizer)
     with ExitStack() as stack:

@@ -84,7 +84,7 @@ def train(run: Run) -> str | None:
         started_at = time.monotonic()
         step = run.state.step + 1
         batches = next(run.steps)
-        totals = _global_totals(run.control, batches)
+        totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
         result = run.engine.train_step(batches, totals=totals, lr=learning_rate(run.config, step), report=report)
         speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
@@ -126,13 +126,6 @@ def save(run: Run, *, must_succeed: bool) -> None:
     else:
         run.failed_saves = 0
         run.saved_step = run.state.step
-
-
-def _global_totals(control: ControlGroup, batches: Sequence[PackedBatch]) -> StepTotals:
-    rows = [[*batch.num_targets, batch.num_tokens, batch.sum_squared_lengths, 1] for batch in batches]
-    sums = control.sum_ints([sum(column) for column in zip(*rows, strict=True)])
-    *targets, tokens, squared, micro_batches = sums
-    return StepTotals(tuple(targets), tokens, squared, micro_batches)
 
 
 def _report_due(config: Config, step: int) -> Report:

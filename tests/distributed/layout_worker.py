@@ -65,9 +65,7 @@ def main(config_path: Path, out: Path) -> None:
         metrics = []
         for step in range(config.run.steps):
             batches = rank_batches(config, topology, step, packed=options["packed"])
-            columns = [[*b.num_targets, b.num_tokens, b.sum_squared_lengths, 1] for b in batches]
-            *targets, tokens, squared, count = context.control.sum_ints([sum(c) for c in zip(*columns, strict=True)])
-            totals = StepTotals(tuple(targets), tokens, squared, count)
+            totals = StepTotals.over_ranks(batches, context.control.sum_ints)
             lr = learning_rate(config, step + 1)
             metrics.append(engine.train_step(batches, totals=totals, lr=lr, report=Report.SUMMARY).metrics)
         state = [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()]

@@ -38,9 +38,7 @@ def _engine(config: Config, context: ProcessContext):  # type: ignore[no-untyped
 
 def _batches(config: Config, step: int) -> tuple[list[PackedBatch], StepTotals]:
     batches = rank_batches(config, Topology(), step, packed=True)
-    rows = [[*b.num_targets, b.num_tokens, b.sum_squared_lengths, 1] for b in batches]
-    *targets, tokens, squared, count = [sum(column) for column in zip(*rows, strict=True)]
-    return batches, StepTotals(tuple(targets), tokens, squared, count)
+    return batches, StepTotals.over_ranks(batches, list)
 
 
 def _step(engine, config: Config, step: int):  # type: ignore[no-untyped-def]
