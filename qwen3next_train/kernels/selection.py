@@ -25,6 +25,8 @@ from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
+from qwen3next_train.kernels.token_permutation import TokenPermutation
+from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
 from qwen3next_train.kernels.varlen_attention import VarlenAttention
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 
@@ -55,6 +57,7 @@ class KernelSet:
     causal_conv1d: CausalConv1d
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
+    token_permutation: TokenPermutation
     gated_rms_norm: GatedRmsNorm
     linear_cross_entropy: LinearCrossEntropy
     choices: tuple[KernelChoice, ...]
@@ -83,12 +86,16 @@ def select_kernels(config: KernelsConfig, device: torch.device, *, dtype: torch.
         "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, "grouped_mm", place, _grouped_mm_fault),
     }
     vendor = {name for name, choice in operations.items() if choice.backend != "reference"}
-    only = tuple(KernelChoice(name, "reference", "only backend") for name in ("gated_rms_norm", "linear_cross_entropy"))
+    only = tuple(
+        KernelChoice(name, "reference", "only backend")
+        for name in ("token_permutation", "gated_rms_norm", "linear_cross_entropy")
+    )
     return KernelSet(
         gated_delta_rule=_load_fla_rule() if "gated_delta_rule" in vendor else gated_delta_rule_reference,
         causal_conv1d=_load_fla_conv() if "causal_conv1d" in vendor else causal_conv1d_reference,
         varlen_attention=_load_flash() if "varlen_attention" in vendor else varlen_attention_reference,
         grouped_matmul=_load_grouped_mm() if "grouped_matmul" in vendor else grouped_matmul_reference,
+        token_permutation=TokenPermutationReference(),
         gated_rms_norm=gated_rms_norm_reference,
         linear_cross_entropy=linear_cross_entropy_chunked,
         choices=(*operations.values(), *only),

@@ -112,16 +112,21 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = SharedExpert(config.hidden_size, shared) if shared else None
         has_gate = bool(shared) and config.shared_expert_gate
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if has_gate else None
-        self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts)
+        self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts, kernels.token_permutation)
 
     def forward(self, x_TD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, RouterStats]:
         """``[T, D]`` of ``num_rows`` rows to ``[T, D]`` and the router's statistics."""
         weights_TK, ids_TK, stats = self.gate(x_TD, num_rows)
-        rows_RD, counts_e, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        y_TD = self.dispatcher.combine(self.experts(rows_RD, counts_e), state)
-        if self.shared_expert is not None:
-            shared_TD = self.shared_expert(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
-            y_TD = y_TD + shared_TD
-        return y_TD, stats
+        sent = self.dispatcher.send(x_TD, ids_TK, weights_TK)
+        shared_TD = self._shared(x_TD)
+        received = self.dispatcher.receive(sent)
+        y_TD = self.dispatcher.combine(self.experts(received.rows_RD, received.counts_e), received)
+        return (y_TD if shared_TD is None else y_TD + shared_TD), stats
+
+    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        if self.shared_expert is None:
+            return None
+        shared_TD = self.shared_expert(x_TD)
+        if self.shared_expert_gate is not None:
+            shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+        return shared_TD

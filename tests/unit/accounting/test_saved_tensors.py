@@ -14,6 +14,7 @@ from qwen3next_train.accounting.activations import saved_tensors
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -71,6 +72,7 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, *, counts_e: torch.Tensor) -
 KERNELS: Any = SimpleNamespace(
     gated_delta_rule=_rule,
     causal_conv1d=lambda x, weight, *, sequences: _Kept.apply(x, x, weight),
+    token_permutation=TokenPermutationReference(),
     gated_rms_norm=gated_rms_norm_reference,
     varlen_attention=_attention,
     grouped_matmul=_grouped,

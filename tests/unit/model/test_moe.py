@@ -11,7 +11,8 @@ from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.model.dispatch import LocalDispatcher, permute, sort_by_expert, weighted_unpermute
+from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
+from qwen3next_train.model.dispatch import ExpertRows, LocalDispatcher
 from qwen3next_train.model.moe import RoutedExperts, SparseMoeBlock
 from tests.unit.model.small_models import cpu_kernels, small_config
 
@@ -112,45 +113,31 @@ def test_router_is_fp32_on_bf16_input() -> None:
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_sort_is_stable_and_invertible() -> None:
-    ids = torch.tensor([[2, 0], [0, 3], [2, 3]])
-    permutation = sort_by_expert(ids, 5)
-    assert permutation.token_R.tolist() == [0, 1, 0, 2, 1, 2]
-    assert permutation.row_TK.tolist() == [[2, 0], [1, 4], [3, 5]]
-    assert permutation.counts_E.tolist() == [2, 0, 2, 2, 0]
-
-
-def test_permute_and_unpermute_have_the_right_gradients() -> None:
-    torch.manual_seed(0)
-    permutation = sort_by_expert(torch.tensor([[2, 0], [0, 3], [2, 3]]), 5)
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, w: weighted_unpermute(permute(x, permutation).sin(), w, permutation), (x, weights)
-    )
-
-
 def test_another_dispatcher_can_take_the_seam() -> None:
     class Recorder:
         def __init__(self, inner: LocalDispatcher) -> None:
             self.inner, self.calls = inner, []  # type: ignore[var-annotated]
 
-        def dispatch(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
-            self.calls.append("dispatch")
-            return self.inner.dispatch(x_TD, expert_ids_TK, weights_TK)
+        def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+            self.calls.append("send")
+            return self.inner.send(x_TD, expert_ids_TK, weights_TK)
 
-        def combine(self, rows_RD: torch.Tensor, state: Any) -> torch.Tensor:
+        def receive(self, sent: Any) -> ExpertRows:
+            self.calls.append("receive")
+            return self.inner.receive(sent)
+
+        def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
             self.calls.append("combine")
-            return self.inner.combine(rows_RD, state)
+            return self.inner.combine(rows_RD, received)
 
     config = small_config()
     block = block_of(config)
     x = torch.randn(6, config.hidden_size)
     expected = block(x, 1)[0]
-    recorder = Recorder(LocalDispatcher(config.num_experts))
+    recorder = Recorder(LocalDispatcher(config.num_experts, TokenPermutationReference()))
     block.dispatcher = recorder
     assert torch.equal(block(x, 1)[0], expected)
-    assert recorder.calls == ["dispatch", "combine"]
+    assert recorder.calls == ["send", "receive", "combine"]
 
 
 def test_block_can_be_mixed_with_a_module_whose_constructor_must_not_run() -> None:
