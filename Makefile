@@ -22,7 +22,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install own-venv train plan baselines check format format-check lint types contracts \
+.PHONY: help install own-venv train plan baselines bench bench-ops check format format-check lint types contracts \
         test test-fast test-gpu test-dist clean
 
 help:  ## list the targets
@@ -56,6 +56,12 @@ plan: $(ENV)  ## parameters, FLOPs, memory and days of PLAN_CONFIG; options in A
 
 baselines: $(ENV)  ## what a model of CONFIG has to beat: gzip and bigrams on its held-out text
 	$(VENV)/bin/python scripts/benchmarks/held_out_baselines.py --config $(CONFIG) $(ARGS)
+
+bench: $(ENV)  ## a training step on one GPU: time, rate, memory; options in ARGS
+	$(VENV)/bin/python scripts/benchmarks/bench_step.py $(ARGS)
+
+bench-ops: $(ENV)  ## each kernel on one GPU: errors, time, share of what the device allows; options in ARGS
+	$(VENV)/bin/python scripts/benchmarks/bench_op.py $(ARGS)
 
 check: format-check lint types contracts test-fast  ## everything quick: style, types, import contracts, fast tests
 

@@ -1,30 +1,26 @@
-"""What a micro-batch keeps between forward and backward on one GPU, in bytes, with and without recomputation.
+"""What a micro-batch keeps between forward and backward on one GPU, in bytes, with and without recompute.
 
-:func:`saved_tensors` lists what autograd keeps of each kind of layer, and what could be rebuilt in the backward pass
-instead; :func:`activation_bytes` adds it up. With recomputation the tensors of one layer exist again while its backward
-pass runs: the part ``rebuilt_layer``.
+:func:`saved_tensors` lists what autograd keeps of each kind of layer, to what part of ``parallel.recompute`` it
+belongs and from what it is rebuilt; :func:`activation_bytes` adds it up. With recompute the tensors of one layer
+exist again while its backward pass runs: the part ``rebuilt_layer``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from qwen3next_train.accounting.flops import count_mixers, gdn_dims, query_dim
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
-from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.config.schema import ModelConfig, RecomputePart
 
 IMBALANCE_ALLOWANCE = 0.2
 """Rows above the mean that an expert-parallel rank is expected to receive, as a fraction."""
 
 LayerKind = Literal["gdn", "attention", "moe", "other"]
-CheapPart = Literal["norms", "activations", "conv_and_gates"]
-"""Work without large matrix products, whose results are cheaper to compute again than to keep."""
-Recompute = Literal["none", "selective", "full"]
-"""``selective`` rebuilds every :data:`CheapPart`, ``full`` keeps nothing of a layer but its input."""
-RECOMPUTE_MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 _GDN_CHUNK = 64
 _CHUNK_LOGITS = 2**30  # what the linear_cross_entropy kernel holds at once on CUDA
@@ -39,68 +35,80 @@ class SavedTensor:
         bytes_per_token: bytes per token that enters the layer.
         bytes_per_layer: bytes that do not depend on the number of tokens.
         routed: its rows are routed copies of tokens, so that it grows with expert imbalance.
-        part: the work that could be done again instead of keeping it; None where selective recomputation keeps it.
-        source_bytes: bytes per token of what it is rebuilt from, kept in its place.
+        part: the recompute that computes it again instead of keeping it; None where only ``layer`` does.
+        sources: names of the tensors of the same kind of layer that it is computed again from.
+        only_as_source: nobody keeps it but to compute others again.
     """
 
     name: str
     bytes_per_token: int
     bytes_per_layer: int = 0
     routed: bool = False
-    part: CheapPart | None = None
-    source_bytes: int = 0
+    part: RecomputePart | None = None
+    sources: tuple[str, ...] = ()
+    only_as_source: bool = False
 
     def size(self, num_tokens: int) -> int:
         """Bytes of one layer for a micro-batch of ``num_tokens``."""
         return self.bytes_per_layer + self.bytes_per_token * num_tokens
 
-    def kept(self, num_tokens: int, recompute: Recompute) -> int:
-        """Bytes of one layer that stay until the backward pass; of ``full``, the layer's input is counted apart."""
-        if recompute == "full":
-            return 0
-        if recompute == "selective" and self.part is not None:
-            return self.source_bytes * num_tokens
-        return self.size(num_tokens)
+
+def kept_tensors(tensors: Iterable[SavedTensor], recompute: Collection[RecomputePart]) -> tuple[SavedTensor, ...]:
+    """What of one layer stays until the backward pass when parts of it are recomputed, ``layer`` not considered.
+
+    Args:
+        tensors: all of one kind of layer.
+        recompute: parts; what they rebuild goes, what they rebuild it from stays.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+
+    def roots(tensor: SavedTensor) -> set[str]:
+        if tensor.part not in recompute:
+            return {tensor.name}
+        return {root for source in tensor.sources for root in roots(by_name[source])}
+
+    names = {root for tensor in by_name.values() if not tensor.only_as_source for root in roots(tensor)}
+    return tuple(tensor for tensor in by_name.values() if tensor.name in names)
 
 
-def activation_bytes(model: ModelConfig, layout: Layout, recompute: Recompute = "none") -> dict[str, int]:
+def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
     """Bytes of one micro-batch between forward and backward.
 
     Args:
         model: shape of the model.
-        layout: precision, micro-batch and expert parallelism.
-        recompute: what is computed again in the backward pass.
+        layout: precision, micro-batch, expert parallelism and recompute.
 
     Returns:
-        By part: ``activations_<kind>`` of all layers of a kind, ``logits``, ``all_to_all``, ``imbalance``, and with
-        recomputation ``rebuilt_layer``.
+        By part: ``activations_<kind>`` of all layers of a kind, ``rebuilt_layer`` (0 without recompute), ``logits``,
+        ``all_to_all``, ``imbalance``.
     """
     tokens, num_layers = layout.num_tokens, _num_layers(model)
-    saved = saved_tensors(model, layout.precision)
-    # The final norm and what joins the MTP depths are in no layer.
-    modes: dict[LayerKind, Recompute] = dict.fromkeys(saved, recompute)
-    modes["other"] = "none" if recompute == "full" else recompute
-    by_kind = {
-        kind: num_layers[kind] * sum(tensor.kept(tokens, modes[kind]) for tensor in tensors)
-        for kind, tensors in saved.items()
-    }
-    if recompute == "full":
+    saved = saved_tensors(model, layout.precision, expert_parallel_size=layout.expert_parallel_size)
+    whole_layers = "layer" in layout.recompute
+    parts = set(layout.recompute) - {"layer"}
+    kept = {kind: kept_tensors(tensors, parts) for kind, tensors in saved.items()}
+    by_kind = {kind: num_layers[kind] * _size(tensors, tokens) for kind, tensors in kept.items()}
+    if whole_layers:
+        # Of a decoder layer its input; the final norm and what joins the MTP depths are in no layer.
         for kind in ("gdn", "attention"):
             by_kind[kind] = num_layers[kind] * tokens * model.hidden_size * layout.element_bytes
-    rebuilt = _rebuilt_layer(saved, num_layers, tokens, recompute)
-    routed = [tensor for tensor in saved["moe"] if tensor.routed]
-    # Under ``full`` one layer's rows exist at a time, rebuilt; else those that every layer keeps.
-    layers_with_rows = 1 if recompute == "full" else num_layers["moe"]
-    row_mode: Recompute = "none" if recompute == "full" else recompute
+        by_kind["moe"] = 0
+    rows = kept_tensors(saved["moe"], ()) if whole_layers else kept["moe"]
+    # Of recomputed layers one layer's rows exist at a time, else those that every layer keeps.
+    layers_with_rows = 1 if whole_layers else num_layers["moe"]
     exchange = _all_to_all(model, layout)
-    uneven = layers_with_rows * sum(tensor.kept(tokens, row_mode) for tensor in routed) + exchange
+    uneven = layers_with_rows * _size((tensor for tensor in rows if tensor.routed), tokens) + exchange
     return {
         **{f"activations_{kind}": size for kind, size in by_kind.items()},
-        **({} if recompute == "none" else {"rebuilt_layer": rebuilt}),
+        "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, tokens, whole=whole_layers),
         "logits": _logits(model, layout),
         "all_to_all": exchange,
         "imbalance": int(IMBALANCE_ALLOWANCE * uneven) if layout.expert_parallel_size > 1 else 0,
     }
+
+
+def _size(tensors: Iterable[SavedTensor], tokens: int) -> int:
+    return sum(tensor.size(tokens) for tensor in tensors)
 
 
 def _num_layers(model: ModelConfig) -> dict[LayerKind, int]:
@@ -115,38 +123,44 @@ def _num_layers(model: ModelConfig) -> dict[LayerKind, int]:
 
 
 def _rebuilt_layer(
-    saved: dict[LayerKind, tuple[SavedTensor, ...]], num_layers: dict[LayerKind, int], tokens: int, recompute: Recompute
+    saved: dict[LayerKind, tuple[SavedTensor, ...]],
+    kept: dict[LayerKind, tuple[SavedTensor, ...]],
+    num_layers: dict[LayerKind, int],
+    tokens: int,
+    *,
+    whole: bool,
 ) -> int:
-    """Bytes that exist again while the largest layer's backward pass runs: mixer and experts under ``full``."""
+    """Bytes that exist again while the largest layer's backward pass runs: of whole layers mixer and experts."""
 
-    def rebuilt(tensors: Iterable[SavedTensor]) -> int:
-        return sum(tensor.size(tokens) - tensor.kept(tokens, recompute) for tensor in tensors)
+    def rebuilt(kind: LayerKind) -> int:
+        there = () if whole else kept[kind]
+        return _size((t for t in saved[kind] if t not in there and not t.only_as_source), tokens)
 
-    mixer = max(rebuilt(saved[kind]) for kind in ("gdn", "attention") if num_layers[kind])
-    experts = rebuilt(saved["moe"])
-    return mixer + experts if recompute == "full" else max(mixer, experts)
+    mixer = max(rebuilt(kind) for kind in ("gdn", "attention") if num_layers[kind])
+    return mixer + rebuilt("moe") if whole else max(mixer, rebuilt("moe"))
 
 
-def saved_tensors(model: ModelConfig, precision: Precision) -> dict[LayerKind, tuple[SavedTensor, ...]]:
-    """What autograd keeps of each kind of layer when nothing is recomputed.
+def saved_tensors(
+    model: ModelConfig, precision: Precision, *, expert_parallel_size: int = 1
+) -> dict[LayerKind, tuple[SavedTensor, ...]]:
+    """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be rebuilt from.
 
-    Kernels (delta rule, convolution, attention, grouped products) keep their inputs; norms compute in fp32 from
-    plain operations and keep their input and their normalised value.
+    Every operation keeps its inputs, as the CUDA kernels do; delta rule and attention keep some results of their own.
     """
     element_bytes = bytes_of(precision)
     return {
         "gdn": _saved_gdn(model, element_bytes),
         "attention": _saved_attention(model, element_bytes),
-        "moe": _saved_moe(model, element_bytes),
+        "moe": _saved_moe(model, element_bytes, expert_parallel_size),
         "other": _saved_other(model, element_bytes),
     }
 
 
 def _norm(name: str, width: int, element_bytes: int) -> tuple[SavedTensor, ...]:
-    source = element_bytes * width
+    source = f"{name} input"
     return (
-        SavedTensor(f"{name} input and normalised, fp32", 2 * FP32_BYTES * width, part="norms", source_bytes=source),
-        SavedTensor(f"{name} output", element_bytes * width, part="norms"),
+        SavedTensor(source, element_bytes * width),
+        SavedTensor(f"{name} output", element_bytes * width, part="norms", sources=(source,)),
     )
 
 
@@ -154,94 +168,83 @@ def _saved_gdn(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...
     key_dim, value_dim = gdn_dims(model)
     heads = model.linear_num_value_heads
     channels = 2 * key_dim + value_dim
-    projected = 2 * key_dim + 2 * value_dim + 2 * heads
+    large, small = "projected query, key, value, gate", "projected decay, write strength"
+    output = "output of the delta rule"
     return (
         *_norm("input_layernorm", model.hidden_size, element_bytes),
-        SavedTensor("regrouped projection weights", 0, bytes_per_layer=element_bytes * projected * model.hidden_size),
-        SavedTensor("convolution input", element_bytes * channels),
-        SavedTensor("query, key, value", element_bytes * channels, part="conv_and_gates"),
-        SavedTensor("normalised query, key", element_bytes * 2 * key_dim, part="conv_and_gates"),
-        SavedTensor(
-            "decay and write strength, fp32",
-            2 * FP32_BYTES * heads,
-            part="conv_and_gates",
-            source_bytes=element_bytes * 2 * heads,
-        ),
+        SavedTensor(large, element_bytes * (channels + value_dim)),
+        SavedTensor(small, element_bytes * 2 * heads),
+        SavedTensor("query, key, value", element_bytes * channels, part="conv_gates", sources=(large, small)),
+        SavedTensor("write strength", element_bytes * heads, part="conv_gates", sources=(large, small)),
+        SavedTensor("cumulated decay, fp32", FP32_BYTES * heads),
         SavedTensor("chunk matrix of the delta rule", element_bytes * heads * _GDN_CHUNK),
-        SavedTensor(
-            "gated norm: input, normalised, weighted, gate, silu, fp32",
-            5 * FP32_BYTES * value_dim,
-            part="norms",
-            source_bytes=element_bytes * 2 * value_dim,
-        ),
-        SavedTensor("output projection input", element_bytes * value_dim, part="norms"),
+        SavedTensor(output, element_bytes * value_dim),
+        SavedTensor("output projection input", element_bytes * value_dim, part="activations", sources=(output, large)),
     )
 
 
 def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...]:
     queries, keys = query_dim(model), model.num_key_value_heads * model.head_dim
-    # Without a cast the query norm keeps its input, a view that holds the gate's half of the projection too.
-    held = element_bytes * queries if element_bytes == FP32_BYTES else 0
-    source = element_bytes * queries
-    gate = (
-        SavedTensor("sigmoid of the gate", source, part="activations", source_bytes=source),
-        SavedTensor("gate", held, part="activations"),
-        SavedTensor("output projection input", source, part="activations"),
-    )
+    large, small, output = "projected query, gate", "projected key", "attention output"
+    # Query and gate are views of one tensor: whoever keeps one of them keeps both.
+    has_gate = model.attention_output_gate
+    gated = SavedTensor("gated output", element_bytes * queries, part="activations", sources=(output, large))
     return (
         *_norm("input_layernorm", model.hidden_size, element_bytes),
-        SavedTensor(
-            "q/k norm input and normalised, fp32",
-            2 * FP32_BYTES * (queries + keys),
-            part="norms",
-            source_bytes=element_bytes * (queries + keys),
-        ),
-        SavedTensor("query, key", element_bytes * (queries + keys), part="norms"),
+        SavedTensor(large, element_bytes * queries * (2 if has_gate else 1)),
+        SavedTensor(small, element_bytes * keys),
+        SavedTensor("query, key", element_bytes * (queries + keys), part="norms", sources=(large, small)),
         SavedTensor("value", element_bytes * keys),
-        SavedTensor("attention output", element_bytes * queries),
+        SavedTensor(output, element_bytes * queries),
         SavedTensor("log-sum-exp, fp32", FP32_BYTES * model.num_attention_heads),
-        *(gate if model.attention_output_gate else ()),
+        *((gated,) if has_gate else ()),
     )
 
 
-def _saved_moe(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...]:
+def _saved_moe(model: ModelConfig, element_bytes: int, expert_parallel_size: int) -> tuple[SavedTensor, ...]:
     hidden, ffn = model.hidden_size, model.moe_intermediate_size
     top_k, shared = model.num_experts_per_tok, model.shared_expert_intermediate_size
-    pair = element_bytes * 2
+    row = element_bytes * hidden
+    norm = _norm("post_attention_layernorm", hidden, element_bytes)
+    copied = norm[-1].name
+    between_ranks: tuple[SavedTensor, ...] = ()
+    if expert_parallel_size > 1:
+        copied, rows = "rows from other ranks", round(row * ranks_per_token(model, expert_parallel_size))
+        between_ranks = (SavedTensor(copied, rows, routed=True, only_as_source=True),)
     shared_tensors = (
-        SavedTensor("shared gate, up", pair * shared),
-        SavedTensor("shared silu and product", pair * shared, part="activations"),
-        SavedTensor("shared expert output", element_bytes * hidden),
+        SavedTensor("shared gate, up", element_bytes * 2 * shared),
+        SavedTensor("shared product", element_bytes * shared, part="activations", sources=("shared gate, up",)),
+        SavedTensor("joined weights of shared gate, up", 0, bytes_per_layer=2 * shared * row),
+        SavedTensor("shared expert output", row),
     )
-    # The router's fp32 input is a copy only where the activations are not fp32 already.
-    router_input = FP32_BYTES * hidden if element_bytes != FP32_BYTES else 0
-    router_outputs = 2 if model.router_z_loss_coef else 1
+    inner = element_bytes * ffn * top_k
     return (
-        *_norm("post_attention_layernorm", hidden, element_bytes),
-        SavedTensor("router input, fp32", router_input, part="norms"),
-        SavedTensor(
-            "router probabilities and, for the z-loss, logits, fp32", router_outputs * FP32_BYTES * model.num_experts
-        ),
+        *norm,
+        SavedTensor("router logits, fp32", FP32_BYTES * model.num_experts),
+        # Two int64 and fp32 for the token's side, int64 and fp32 for the row's.
         SavedTensor("chosen experts, their weights and rows", 32 * top_k),
-        SavedTensor("expert rows in and out", pair * hidden * top_k, routed=True),
-        SavedTensor("expert gate, up", pair * ffn * top_k, routed=True),
-        SavedTensor("expert silu and product", pair * ffn * top_k, routed=True, part="activations"),
+        *between_ranks,
+        SavedTensor("expert rows in", row * top_k, routed=True, part="activations", sources=(copied,)),
+        SavedTensor("expert gate, up", 2 * inner, routed=True),
+        SavedTensor("expert product", inner, routed=True, part="activations", sources=("expert gate, up",)),
         *(shared_tensors if shared else ()),
     )
 
 
+def ranks_per_token(model: ModelConfig, expert_parallel_size: int) -> float:
+    """Ranks that hold an expert of a token, on average, when every choice of experts is as likely."""
+    elsewhere = model.num_experts - model.num_experts // expert_parallel_size
+    none = math.comb(elsewhere, model.num_experts_per_tok) / math.comb(model.num_experts, model.num_experts_per_tok)
+    return expert_parallel_size * (1 - none)
+
+
 def _saved_other(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...]:
-    final = _norm("norm", model.hidden_size, element_bytes)
-    depth = (
-        SavedTensor(
-            "mtp norms, fp32",
-            6 * FP32_BYTES * model.hidden_size,
-            part="norms",
-            source_bytes=3 * element_bytes * model.hidden_size,
-        ),
-        SavedTensor("mtp fc input and norm output", 3 * element_bytes * model.hidden_size, part="norms"),
-    )
-    return final + depth * model.mtp_num_layers
+    """Of the final norm, and by depth of MTP's three norms and its projection."""
+    tensors = _norm("norm", model.hidden_size, element_bytes)
+    for depth in range(1, model.mtp_num_layers + 1):
+        for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            tensors += _norm(f"mtp {depth} {name}", model.hidden_size, element_bytes)
+    return tensors
 
 
 def _logits(model: ModelConfig, layout: Layout) -> int:
@@ -258,8 +261,8 @@ def _logits(model: ModelConfig, layout: Layout) -> int:
 
 
 def _all_to_all(model: ModelConfig, layout: Layout) -> int:
-    """Send and receive buffer of one layer's dispatch, one copy of a token per chosen expert."""
+    """Send and receive buffer of one layer's dispatch, one copy of a token per rank that it goes to."""
     if layout.expert_parallel_size == 1:
         return 0
     row = model.hidden_size * layout.element_bytes
-    return 2 * layout.num_tokens * model.num_experts_per_tok * row
+    return 2 * round(layout.num_tokens * row * ranks_per_token(model, layout.expert_parallel_size))

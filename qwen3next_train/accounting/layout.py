@@ -1,4 +1,4 @@
-"""How a run is spread over GPUs, as far as memory and traffic depend on it."""
+"""How a run is spread over GPUs and what it keeps there, as far as memory and traffic depend on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen3next_train.accounting.hardware import Precision
+from qwen3next_train.config.schema import Config, MomentsDtype, RecomputePart
 
 FP32_BYTES = 4
 """Of masters, moments, gradients and everything computed in fp32."""
@@ -13,7 +14,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over GPUs.
+    """How a run is spread over GPUs and what it keeps there.
 
     Args:
         world_size: GPUs, one process each.
@@ -22,6 +23,9 @@ class Layout:
         precision: dtype of weights and activations.
         micro_batch_size: rows per rank and forward pass.
         sequence_length: tokens per row.
+        recompute: what the backward pass computes again instead of keeping it.
+        moments_dtype: dtype of Adam's two moments.
+        offload_optimizer: master weights and moments live in host memory.
     """
 
     world_size: int
@@ -30,6 +34,24 @@ class Layout:
     precision: Precision
     micro_batch_size: int
     sequence_length: int
+    recompute: frozenset[RecomputePart] = frozenset()
+    moments_dtype: MomentsDtype = "fp32"
+    offload_optimizer: bool = False
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Layout:
+        """The layout of a configuration on ``world_size`` GPUs."""
+        return cls(
+            world_size=world_size,
+            expert_parallel_size=config.parallel.expert_parallel_size,
+            zero_stage=config.parallel.zero_stage,
+            precision=config.run.precision,
+            micro_batch_size=config.run.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            recompute=frozenset(config.parallel.recompute),
+            moments_dtype=config.optimizer.moments_dtype,
+            offload_optimizer=config.parallel.offload_optimizer == "cpu",
+        )
 
     @property
     def element_bytes(self) -> int:

@@ -5,7 +5,9 @@ by us, ``grad_accum_dtype: fp32``), measured on its tensors:
 
 * weights: the parameter's dtype, bf16 except fp32-flagged parameters in bf16 runs; whole under stages 1 and 2;
 * gradients: fp32 in every run; whole under stage 1, this rank's partition under stages 2 and 3;
-* optimizer: fp32 master, exp_avg and exp_avg_sq of this rank's partition. The master is a copy in fp32 runs too.
+* optimizer: fp32 master, exp_avg and exp_avg_sq (fp32 or bf16) of this rank's partition. The master is a copy in fp32
+  runs too. Offloaded, which stage 3 does not have, it is in host memory, with an fp32 gradient and a copy of the
+  weights in their dtype. The sums of micro-batches' gradients stay on the GPU, under stage 2 only in bf16 runs.
 
 Dense parameters are partitioned over all ranks, experts over the ranks that hold the same experts. Stages 1 and 2
 flatten an optimizer group and pad it to twice its number of ranks; stage 3 pads every parameter. Not counted:
@@ -21,8 +23,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qwen3next_train.accounting.activations import Recompute, activation_bytes
-from qwen3next_train.accounting.layout import FP32_BYTES, Layout
+from qwen3next_train.accounting.activations import activation_bytes
+from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.topology import Topology
@@ -32,10 +34,9 @@ REDUCE_BUCKET_NUMEL = 200_000_000
 RUNTIME_BYTES = 2 * 2**30
 """CUDA context, NCCL channels and cuBLAS workspaces of a process."""
 ADAM_STATE_BYTES = 12
-"""Master weight and two moments, fp32, per parameter."""
+"""Master weight and two moments, fp32, per parameter: what a checkpoint holds."""
 
-# DeepSpeed's defaults under stage 3: smaller parameters stay gathered, and at most so many are gathered at once.
-_STAGE3_PERSISTENCE_THRESHOLD = 100_000
+# DeepSpeed's default under stage 3: at most so many are gathered at once.
 _STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
 
 
@@ -74,6 +75,11 @@ class _Shard:
         return -(-self.numel // self.num_ranks)
 
 
+def persistent_numel(model: ModelConfig) -> int:
+    """Elements up to which stage 3 keeps a parameter whole on every rank: vectors and convolutions, no matrices."""
+    return 16 * model.hidden_size
+
+
 def parameter_kinds(model: ModelConfig) -> Counter[ParameterKind]:
     """The parameter table as a few kinds and how often each occurs: the 80B's 900 parameters are 20 kinds."""
     return Counter(
@@ -87,15 +93,13 @@ def memory_per_gpu(
     layout: Layout,
     *,
     kinds: Counter[ParameterKind] | None = None,
-    recompute: Recompute = "none",
 ) -> dict[str, int]:
     """Bytes on one GPU at the fullest moment of a step, by part; their sum is the total.
 
     Args:
         model: shape of the model.
-        layout: processes, experts, ZeRO stage, precision and micro-batch.
+        layout: processes, experts, ZeRO stage, precision, micro-batch and what is kept.
         kinds: :func:`parameter_kinds` of the model, for a caller that tries many layouts.
-        recompute: what of the activations is computed again in the backward pass.
 
     Returns:
         ``weights``, ``gradients``, ``optimizer``, ``zero_buffers`` (gradient bucket and, under stage 3, gathered
@@ -105,9 +109,9 @@ def memory_per_gpu(
     Raises:
         ConfigError: when the expert-parallel size divides neither the world size nor the experts.
     """
-    states = _model_states(parameter_kinds(model) if kinds is None else kinds, layout)
-    activations = activation_bytes(model, layout, recompute)
-    step_copy = states["optimizer"] * FP32_BYTES // ADAM_STATE_BYTES
+    states = _model_states(parameter_kinds(model) if kinds is None else kinds, layout, persistent_numel(model))
+    activations = activation_bytes(model, layout)
+    step_copy = _step_copy(parameter_kinds(model) if kinds is None else kinds, layout)
     return {
         **states,
         **activations,
@@ -116,42 +120,97 @@ def memory_per_gpu(
     }
 
 
-def _model_states(kinds: Counter[ParameterKind], layout: Layout) -> dict[str, int]:
+def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:
+    """Bytes of host memory of one process; 0 unless the optimizer is offloaded.
+
+    Args:
+        model: shape of the model.
+        layout: as of :func:`memory_per_gpu`.
+        kinds: as of :func:`memory_per_gpu`.
+    """
+    if not layout.offload_optimizer:
+        return 0
+    kinds = parameter_kinds(model) if kinds is None else kinds
+    states = adam_state_bytes(layout) + FP32_BYTES
+    shards = _flat_groups(kinds, layout)
+    return sum(shard.partition * (states + shard.element_bytes) for shard in shards) + _largest_gradient(kinds, layout)
+
+
+def adam_state_bytes(layout: Layout) -> int:
+    """Bytes of master weight and moments per parameter."""
+    return FP32_BYTES + 2 * bytes_of(layout.moments_dtype)
+
+
+def _model_states(kinds: Counter[ParameterKind], layout: Layout, persistent_numel: int) -> dict[str, int]:
     """Weights, gradients, optimizer and ZeRO's buffers."""
-    gradient_in_flight = max(_shard(kind, kind.numel, layout).numel for kind in kinds) * layout.element_bytes
+    gradient_in_flight = _largest_gradient(kinds, layout)
     if layout.zero_stage == 3:
-        return _stage3_states(kinds, gradient_in_flight, layout)
+        return _stage3_states(kinds, gradient_in_flight, layout, persistent_numel)
     shards = _flat_groups(kinds, layout)
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
+    summed = whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
     # The wire is fp32. Stage 1 fills its bucket from fp32 accumulators; stage 2 from each micro-batch's gradients in
     # the parameters' dtype, and copies the bucket to fp32 to send it.
     copied = layout.zero_stage == 2 and layout.precision == "bf16"
     bucket_bytes = FP32_BYTES + (layout.element_bytes if copied else 0)
     return {
         "weights": sum(shard.partition * shard.num_ranks * shard.element_bytes for shard in shards),
-        "gradients": FP32_BYTES * (whole if layout.zero_stage == 1 else partitions),
-        "optimizer": ADAM_STATE_BYTES * partitions,
-        "zero_buffers": REDUCE_BUCKET_NUMEL * bucket_bytes + gradient_in_flight,
+        "gradients": FP32_BYTES * summed,
+        "optimizer": 0 if layout.offload_optimizer else adam_state_bytes(layout) * partitions,
+        # An offloaded optimizer's gradients pass through a buffer of the largest of them.
+        "zero_buffers": REDUCE_BUCKET_NUMEL * bucket_bytes + gradient_in_flight * (1 + layout.offload_optimizer),
     }
 
 
-def _stage3_states(kinds: Counter[ParameterKind], gradient_in_flight: int, layout: Layout) -> dict[str, int]:
+def _sums_gradients_on_host(layout: Layout) -> bool:
+    return layout.offload_optimizer and layout.zero_stage == 2 and layout.precision == "fp32"
+
+
+def _largest_gradient(kinds: Counter[ParameterKind], layout: Layout) -> int:
+    """Bytes of the largest gradient before it is summed, in the weights' dtype."""
+    return max(_shard(kind, kind.numel, layout).numel for kind in kinds) * layout.element_bytes
+
+
+def _partition_numel(kinds: Counter[ParameterKind], layout: Layout) -> int:
+    """Elements whose optimizer state a rank holds."""
+    if layout.zero_stage == 3:
+        return sum(count * _shard(kind, kind.numel, layout).stage3_partition for kind, count in kinds.items())
+    return sum(shard.partition for shard in _flat_groups(kinds, layout))
+
+
+def _step_copy(kinds: Counter[ParameterKind], layout: Layout) -> int:
+    """Bytes of the flat fp32 gradient that the optimizer step adds on the GPU.
+
+    Under stage 2 in bf16 runs the sums are that gradient; of an offloaded optimizer in fp32 runs it is on the host.
+    """
+    if layout.zero_stage == 2 and layout.precision == "bf16":
+        return 0
+    if layout.offload_optimizer and layout.precision == "fp32":
+        return 0
+    return FP32_BYTES * _partition_numel(kinds, layout)
+
+
+def _stage3_states(
+    kinds: Counter[ParameterKind], gradient_in_flight: int, layout: Layout, persistent_numel: int
+) -> dict[str, int]:
     shards = [(_shard(kind, kind.numel, layout), count) for kind, count in kinds.items()]
     partitions = sum(count * shard.stage3_partition for shard, count in shards)
     weights = sum(count * shard.stage3_partition * shard.element_bytes for shard, count in shards)
+    # A rank that has its experts to itself has nothing to gather. The others' are gathered with their padding.
+    spread = [(shard, count) for shard, count in shards if shard.num_ranks > 1]
     persistent = sum(
-        count * shard.numel * shard.element_bytes
-        for shard, count in shards
-        if shard.numel <= _STAGE3_PERSISTENCE_THRESHOLD
+        count * shard.stage3_partition * shard.num_ranks * shard.element_bytes
+        for shard, count in spread
+        if shard.numel <= persistent_numel
     )
-    largest = max(shard.numel for shard, _ in shards)
-    whole = sum(count * shard.numel for shard, count in shards)
+    largest = max((shard.numel for shard, _ in spread), default=0)
+    whole = sum(count * shard.numel for shard, count in spread)
     gathered = min(whole, max(_STAGE3_MAX_LIVE_PARAMETERS, largest)) * layout.element_bytes
     return {
         "weights": weights + persistent,
         "gradients": FP32_BYTES * partitions,
-        "optimizer": ADAM_STATE_BYTES * partitions,
+        "optimizer": adam_state_bytes(layout) * partitions,
         "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradient_in_flight + gathered,
     }
 

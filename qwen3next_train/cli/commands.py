@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from qwen3next_train.cli.arguments import Option, Words
+from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
 from qwen3next_train.config.faults import raise_faults, show, show_name
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
@@ -98,19 +99,6 @@ def load(words: Words) -> LoadedConfig:
     return load_config(files, words.overrides)
 
 
-def world_size(words: Words) -> int:
-    """Processes the run will have: those asked for, or those a launcher started."""
-    given = words.last("--nproc-per-node")
-    if given is None:
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    count = plain_value(given)
-    if type(count) is not int or count < 1:
-        raise ConfigError(f"--nproc-per-node: not a whole number > 0 (got {show(given)}); give the number of processes")
-    if "WORLD_SIZE" in os.environ:
-        raise ConfigError("--nproc-per-node: already started by a launcher; leave the option out, or torchrun")
-    return count
-
-
 def _train(words: Words) -> int:
     if not words.options.get("--config") and not any(name == "model.preset" for name, _ in words.overrides):
         raise ConfigError("--config: missing; name a YAML file, such as the shipped qwen3next_tiny.yaml (see --help)")
@@ -118,10 +106,10 @@ def _train(words: Words) -> int:
     if "--dry-run" in words.options:
         return _dry_run(loaded.config, world_size(words))
     check_world = partial(loaded.check_world, world_size(words))
-    if "--nproc-per-node" in words.options:
+    if (processes := processes_to_start(words)) is not None:
         from qwen3next_train.cli.launch import run_processes
 
-        return run_processes(world_size(words), Path(loaded.config.run.dir), check_world)
+        return run_processes(processes, Path(loaded.config.run.dir), check_world)
     # Threads that spin for milliseconds while they wait make a run on shared cores up to ten times slower; read when
     # OpenMP loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -286,7 +274,7 @@ TRAIN = Command(
     "--config FILE [--section.key VALUE ...]",
     (
         Option("--dry-run", "", "build everything without allocating it, print plan and first batch, and exit"),
-        Option("--nproc-per-node", "N", "start N processes on this machine through torchrun"),
+        *LAUNCH_OPTIONS,
     ),
 )
 COMMANDS = {

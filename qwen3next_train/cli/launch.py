@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import site
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen3next_train.cli.arguments import without_option
-from qwen3next_train.errors import ConfigError, ExitCode
+from qwen3next_train.cli.forwarding import SignalForwarding
+from qwen3next_train.cli.processes import LAUNCH_OPTIONS, Processes
+from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError, StoppedBySignal, TrainError
+from qwen3next_train.log import get_logger
+from qwen3next_train.train.signals import stop_reason
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-"""Forwarded to the workers. torchrun's own list lacks SIGUSR1, which would then kill it and orphan the workers."""
-
-SHUTDOWN_TIMEOUT_S = 1800
-"""How long workers may take to save after a signal. torchrun's own 30 s would kill them in the middle of it."""
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
-def run_processes(count: int, run_dir: Path, check_world: Callable[[], None]) -> int:
-    """Run torchrun over ``count`` processes of the same command line, less the option.
+def run_processes(processes: Processes, run_dir: Path, check_world: Callable[[], None]) -> int:
+    """Run torchrun over processes of the same command line, less the options that start them.
 
-    torchrun runs in this process, so signals reach it as they are, and workers get SIGTERM when it is killed.
+    torchrun runs in this process, so it is this process that schedulers and people signal, and workers get SIGTERM
+    when it is killed.
 
     Args:
-        count: number of processes.
+        processes: how many, on which nodes.
         run_dir: ``run.dir``, where the workers say how the attempt ended.
-        check_world: raises a ``ConfigError`` when the configuration does not fit ``count``.
+        check_world: raises a ``ConfigError`` when the configuration does not fit the number of processes.
 
     Returns:
         The exit code of the attempt, which torchrun itself would turn into 1.
@@ -39,63 +44,130 @@ def run_processes(count: int, run_dir: Path, check_world: Callable[[], None]) ->
     try:
         check_world()
     except ConfigError as error:
-        from qwen3next_train.train.rundir import record_refusal
-
-        record_refusal(run_dir, error)
+        _record(run_dir, error)
         raise
     os.environ.update(launch_environment(dict(os.environ)))
+    earlier = _read(run_dir)
+    with SignalForwarding(lambda name: _conclude(run_dir, earlier, _stopped_by(name))) as forwarding:
+        failure = _torchrun(launch_arguments(processes, sys.argv[1:]))
+    if failure is None:
+        return ExitCode.FINISHED
+    if forwarding.requested is not None:
+        failure = _stopped_by(forwarding.requested)
+    return _conclude(run_dir, earlier, failure)
+
+
+@dataclass(frozen=True)
+class _WorkerFailed:
+    """A worker has ended with a code of its own, which it has explained.
+
+    Args:
+        exit_code: that code.
+    """
+
+    exit_code: int
+
+
+def _conclude(run_dir: Path, earlier: bytes, failure: TrainError | _WorkerFailed) -> int:
+    """The exit code of an attempt that has not finished: as a worker or another node recorded it, or ``failure``'s.
+
+    What nobody else can say is printed and recorded here.
+    """
+    recorded = recorded_code(_read(run_dir), earlier)
+    if recorded == ExitCode.STOPPED and failure.exit_code != recorded:
+        # Workers cannot tell a request to stop from the SIGTERM torchrun sends them when one of them is gone.
+        recorded = None
+    if recorded is not None:
+        return recorded
+    if isinstance(failure, TrainError):
+        get_logger().error("%s", failure)
+        _record(run_dir, failure)
+    return failure.exit_code
+
+
+def _stopped_by(signal_name: str) -> StoppedBySignal:
+    return StoppedBySignal(stop_reason(signal_name, None))
+
+
+def _torchrun(arguments: list[str]) -> TrainError | _WorkerFailed | None:
+    """Run torchrun to its end; return what went wrong."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    from torch.distributed.run import main
 
-    earlier = _read(run_dir)
+    # It says "failed" of a run that was asked to stop, too. The workers or this process say what there is to say.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_not_routine)
     try:
-        torchrun(launch_arguments(count, sys.argv[1:]))
+        main(arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        # A negative one is the signal that killed the worker.
-        otherwise = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        return _first_failure(error)
     except SignalException as error:
-        otherwise = 128 + error.sigval
-    else:
-        return ExitCode.FINISHED
-    # An impatient second signal must not replace the exit code that is known now.
-    for name in SIGNALS:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
-    return recorded_code(_read(run_dir), earlier, otherwise)
+        return _stopped_by(error.sigval.name)
+    except DistError as error:
+        return PeerLostError(
+            f"--rdzv-endpoint: the nodes did not find each other ({' '.join(str(error).split())}); "
+            "check host and port and that every node started"
+        )
+    return None
 
 
-def recorded_code(record: bytes, earlier: bytes, otherwise: int) -> int:
-    """The exit code in ``exit.json``.
+def _is_not_routine(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(("failed (exitcode", "Sending process"))
+
+
+def _first_failure(error: ChildFailedError) -> TrainError | _WorkerFailed:
+    # Times are whole seconds; a worker that a signal killed (negative) is the cause of what others ended with.
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
+    if failure.exitcode > 0:
+        return _WorkerFailed(failure.exitcode)
+    number = -failure.exitcode
+    cause = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
+    return PeerLostError(
+        f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(number).name}{cause}; "
+        "run the same line to go on from the newest checkpoint"
+    )
+
+
+def recorded_code(record: bytes, earlier: bytes) -> int | None:
+    """The exit code in ``exit.json``; None when the attempt has not recorded its end.
 
     Args:
         record: the file's content now, empty when there is none.
         earlier: its content before the attempt, which says nothing about it.
-        otherwise: the answer when the attempt has not recorded its end.
     """
     if record == earlier:
-        return otherwise
+        return None
     try:
         code = json.loads(record)["code"]
     except (ValueError, TypeError, KeyError):
-        return otherwise
-    # Torchrun has failed, so a run that says it is finished has not ended well.
-    return code if type(code) is int and 0 < code < 256 else otherwise
+        return None
+    # torchrun has failed, so a run that says it is finished has not ended well.
+    return code if type(code) is int and 0 < code < 256 else None
 
 
-def launch_arguments(count: int, argv: list[str]) -> list[str]:
+def launch_arguments(processes: Processes, argv: list[str]) -> list[str]:
     """What torchrun is told on this machine."""
+    if processes.num_nodes == 1:
+        meeting = ["--standalone"]
+    else:
+        # Static: ranks follow the order of the nodes, so rank 0 and its log are on the first one, attempt by attempt.
+        meeting = ["--nnodes", str(processes.num_nodes), "--node-rank", str(processes.node_rank)]
+        meeting += ["--rdzv-backend", "static", "--rdzv-endpoint", processes.endpoint]
+    for option in LAUNCH_OPTIONS:
+        argv = without_option(argv, option.name)
     return [
-        *("--standalone", "--nproc-per-node", str(count)),
-        *("--signals-to-handle", ",".join(SIGNALS)),
+        *meeting,
+        *("--nproc-per-node", str(processes.per_node)),
+        # The other signals are forwarded by this process; torchrun wants at least one.
+        *("--signals-to-handle", "SIGQUIT"),
         *("-m", "qwen3next_train"),
-        *without_option(argv, "--nproc-per-node"),
+        *argv,
     ]
 
 
 def launch_environment(environment: dict[str, str]) -> dict[str, str]:
     """The environment for torchrun and its workers."""
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     root = str(Path(__file__).resolve().parents[2])
     if root not in site.getsitepackages():
         # A checkout that is not installed is importable here because of where the start script lies; the
@@ -103,6 +175,12 @@ def launch_environment(environment: dict[str, str]) -> dict[str, str]:
         paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
+
+
+def _record(run_dir: Path, error: TrainError) -> None:
+    from qwen3next_train.train.rundir import record_end
+
+    record_end(run_dir, error)
 
 
 def _read(run_dir: Path) -> bytes:

@@ -21,8 +21,10 @@ from qwen3next_train.config.validate import expand_interval, wsd_decay_steps
 _HARMLESS_PREFIXES = ("logging.", "checkpoint.", "eval.", "kernels.", "parallel.")
 _HARMLESS_KEYS = frozenset(
     (
-        *("run.dir", "run.device", "run.micro_batch_size", "run.max_skipped_steps"),
+        *("run.dir", "run.device", "run.micro_batch_size", "run.max_skipped_steps", "run.peer_timeout_s"),
         *("data.cache_dir", "data.num_prefetch_steps"),
+        # How state is kept, as a layout is; a checkpoint holds fp32 and a switch is logged.
+        "optimizer.moments_dtype",
     )
 )
 _SHAPE_KEYS = frozenset(

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 LayerType = Literal["linear_attention", "full_attention"]
+RecomputePart = Literal["norms", "activations", "conv_gates", "layer"]
+MomentsDtype = Literal["fp32", "bf16"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -39,6 +41,11 @@ class RunConfig(Section):
     micro_batch_size: PositiveInt = Field(1, description="sequences per rank and forward pass; accumulation follows")
     max_skipped_steps: PositiveInt = Field(
         10, description="consecutive steps with non-finite gradients before the run stops with exit code 76"
+    )
+    peer_timeout_s: PositiveFloat = Field(
+        900.0,
+        description="seconds to wait for another rank before it counts as lost (exit code 69); more than ranks can "
+        "differ in a save or a first step",
     )
 
 
@@ -134,6 +141,9 @@ class OptimizerConfig(Section):
         True, description="decay the q/k norm weights although they are one-dimensional (Megatron's Qwen3-Next rule)"
     )
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm to clip to, 0 for no clipping")
+    moments_dtype: MomentsDtype = Field(
+        "fp32", description="dtype the two moments are kept in; bf16 takes 4 bytes a parameter less"
+    )
 
 
 class ScheduleConfig(Section):
@@ -154,15 +164,29 @@ class ParallelConfig(Section):
 
     expert_parallel_size: PositiveInt = Field(1, description="ranks that share one set of experts")
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    recompute: list[RecomputePart] = Field(
+        default_factory=list,
+        description="what the backward pass computes again instead of keeping it: norms, activations (SwiGLU products, "
+        "copies of tokens for their experts, output gates, gated norm), conv_gates (GDN convolution and gates), or "
+        "layer (whole layers)",
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="where master weights and moments live and are updated; cpu frees the GPU of them, slower"
+    )
 
 
 class KernelsConfig(Section):
     """Backend of each operation; auto takes the reference on CPU and the fastest present on CUDA."""
 
     gated_delta_rule: Literal["auto", "reference", "fla"] = Field("auto", description="gated delta rule")
-    causal_conv1d: Literal["auto", "reference", "fla"] = Field("auto", description="GDN short convolution")
+    causal_conv1d: Literal["auto", "reference", "fla"] = Field(
+        "auto", description="GDN short convolution; auto is a part of what kernels.fused chooses, where that is triton"
+    )
     varlen_attention: Literal["auto", "reference", "flash"] = Field("auto", description="softmax attention")
     grouped_matmul: Literal["auto", "reference", "grouped_mm"] = Field("auto", description="expert matrix products")
+    fused: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="norms, activations, routing and other work between the large matrix products"
+    )
 
 
 class CheckpointConfig(Section):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3next_train.config.schema import Config, LayerType, ModelConfig, ScheduleConfig
+from qwen3next_train.config.schema import Config, LayerType, ModelConfig, OptimizerConfig, ScheduleConfig
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
+MAX_BF16_BETA = 0.99
+"""Slowest decay of a moment that bf16 can follow: 1 % a step is more than the 0.4 % that rounding may swallow."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ def wsd_decay_steps(schedule: ScheduleConfig, run_steps: int) -> int:
 
 def validate(config: Config) -> list[Fault]:
     """All broken rules of a configuration whose ``layer_types`` are resolved, whatever the world size."""
-    return [*model_faults(config.model), *_run_faults(config), *_schedule_faults(config), *_data_faults(config)]
+    return [
+        *model_faults(config.model),
+        *_run_faults(config),
+        *_optimizer_faults(config.optimizer),
+        *_schedule_faults(config),
+        *_data_faults(config),
+    ]
 
 
 def world_faults(config: Config, world_size: int) -> list[Fault]:
@@ -145,8 +153,27 @@ def _run_faults(config: Config) -> Iterator[Fault]:
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
+    if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
+        # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
+        yield Fault(
+            ("parallel.offload_optimizer", "parallel.zero_stage"),
+            "parallel.offload_optimizer cpu clips by a wrong gradient norm with parallel.zero_stage 3; set "
+            "parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
+        )
     if not run.dir.strip() or "\0" in run.dir:
         yield Fault(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
+
+
+def _optimizer_faults(optimizer: OptimizerConfig) -> Iterator[Fault]:
+    if optimizer.moments_dtype != "bf16":
+        return
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if beta > MAX_BF16_BETA:
+            yield Fault(
+                (f"optimizer.{name}", "optimizer.moments_dtype"),
+                f"optimizer.{name} {beta} changes a moment by less than bf16 can hold; with "
+                f"optimizer.moments_dtype bf16 give at most {MAX_BF16_BETA}, or set optimizer.moments_dtype to fp32",
+            )
 
 
 def _schedule_faults(config: Config) -> Iterator[Fault]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL
+from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, persistent_numel
 from qwen3next_train.config.schema import Config
 
 
@@ -17,23 +17,30 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
 
     DeepSpeed's own ``bf16`` mode stays off because it would cast every parameter, the fp32 router, ``A_log``
     and ``dt_bias`` included (DeepSpeed issue 7747): the model arrives already cast. Gradients are then
-    accumulated and reduced in fp32. ``gradient_clipping`` is always written, since its absence means 1.0.
+    accumulated and reduced in fp32. ``gradient_clipping`` is always written, since its absence means 1.0. An offloaded
+    optimizer is ours like any other: DeepSpeed's CPU optimizer would be compiled at first use.
 
     Args:
         config: the resolved configuration.
         num_micro_batches: forward-backward passes per optimizer step on each rank.
     """
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
+        "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
+    }
+    if config.parallel.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = persistent_numel(config.model)
+    if config.parallel.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": config.run.micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
-            "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
-        },
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -8,18 +8,23 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import set_z3_leaf_modules
 
 from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
+from qwen3next_train.engine.group_timeouts import set_group_timeouts
+from qwen3next_train.engine.mixed_dtype_partitions import mixed_dtype_partitions
 from qwen3next_train.engine.step_report import StepReport
-from qwen3next_train.engine.zero_state import ZeroState
+from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
 from qwen3next_train.kernels.selection import DTYPES, KernelSet
 from qwen3next_train.model.init import initialize
+from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
+from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
 from qwen3next_train.topology import Topology
 
@@ -54,7 +59,12 @@ class DeepSpeedEngine:
         local_experts = topology.local_experts(config.model.num_experts)
         with torch.device("meta"):
             model = Qwen3NextForCausalLM(
-                config.model, kernels=kernels, moe_block=ZeroMoeBlock, local_experts=local_experts
+                config.model,
+                kernels=kernels,
+                moe_block=ZeroMoeBlock,
+                local_experts=local_experts,
+                recompute=config.parallel.recompute,
+                weights_stay=config.parallel.zero_stage < 3,
             )
         dtype = DTYPES[config.run.precision]
         initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
@@ -62,8 +72,12 @@ class DeepSpeedEngine:
         model.reduce_counts = self._sum_over_ranks
         self._model = model
         self._engine = _wrap(config, model, table, device=device, num_micro_batches=num_micro_batches)
-        self._state = ZeroState(
-            self._engine.optimizer, dict(model.named_parameters()), _expert_offsets(model, table, local_experts)
+        state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
+        self._state: ZeroState = state(
+            self._engine.optimizer,
+            dict(model.named_parameters()),
+            _expert_offsets(config.model, table, local_experts),
+            moments_dtype=DTYPES[config.optimizer.moments_dtype],
         )
 
     def train_step(
@@ -138,30 +152,24 @@ def _wrap(
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
     # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings = config.optimizer
-    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, settings))
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=device.type == "cuda",
-    )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, num_micro_batches=num_micro_batches),
-        dist_init_required=False if deepspeed.comm.is_initialized() else None,
-    )
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, config.optimizer))
+    # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
+    fused = device.type == "cuda" or config.parallel.offload_optimizer == "cpu"
+    optimizer = build_adamw([group for group in groups if group["params"]], config.optimizer, fused=fused)
+    # Under ZeRO-3 an expert's weights are gathered and reduced together, also on a rank that received no token.
+    set_z3_leaf_modules(model, [RoutedExperts])
+    with mixed_dtype_partitions():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, num_micro_batches=num_micro_batches),
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
+    set_group_timeouts(config.run.peer_timeout_s)
     return engine
 
 
-def _expert_offsets(model: Qwen3NextForCausalLM, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
+def _expert_offsets(model: ModelConfig, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
     """Flat offset of this rank's first expert in each logical expert tensor."""
-    parameters = dict(model.named_parameters())
-    return {
-        spec.name: parameters[spec.name].numel() // len(local_experts) * local_experts.start
-        for spec in table
-        if spec.expert
-    }
+    return {spec.name: spec.numel // model.num_experts * local_experts.start for spec in table if spec.expert}

@@ -8,6 +8,7 @@ products are ``SparseMoeBlock``'s.
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.moe import SparseMoeBlock
+from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher
 
 
 class ZeroMoeBlock(SparseMoeBlock, AutoEPMoELayer):
@@ -34,16 +36,21 @@ class ZeroMoeBlock(SparseMoeBlock, AutoEPMoELayer):
         self.ep_size = config.num_experts // len(local_experts)
         self.ep_rank = local_experts.start // len(local_experts)
         self.ep_group_name = f"ep_size_{self.ep_size}"
+        self._permutation = kernels.token_permutation
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: object | None = None
     ) -> None:
-        """Create the expert groups once; DeepSpeed calls this on every expert layer."""
+        """Create the expert groups once and dispatch tokens over them; DeepSpeed calls this on every expert layer."""
         del folding_group_handles
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
+        if self.ep_size > 1:
+            group = groups._get_expert_parallel_group(self.ep_group_name)
+            assert dist.get_rank(group) == self.ep_rank, "DeepSpeed's expert-parallel ranks are not consecutive"
+            self.dispatcher = AllToAllDispatcher(group, self.num_experts, self._permutation)
 
 
 def mark_expert_parameters(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 
@@ -17,16 +18,33 @@ from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d import CausalConv1d
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.delta_rule_inputs import DeltaRuleInputs
+from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
+from qwen3next_train.kernels.fan_out import FanOut
+from qwen3next_train.kernels.fan_out.reference import fan_out_reference
+from qwen3next_train.kernels.gated_add import GatedAdd
+from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule.tuned_configs import use_tuned_configs
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
+from qwen3next_train.kernels.norm_rotary import NormRotary
+from qwen3next_train.kernels.norm_rotary.reference import norm_rotary_reference
+from qwen3next_train.kernels.output_gate import OutputGate
+from qwen3next_train.kernels.output_gate.reference import output_gate_reference
+from qwen3next_train.kernels.rms_norm import RmsNorm
+from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
+from qwen3next_train.kernels.swiglu import SwiGlu
+from qwen3next_train.kernels.swiglu.reference import swiglu_reference
 from qwen3next_train.kernels.token_permutation import TokenPermutation
 from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
+from qwen3next_train.kernels.top_k_routing import TopKRouting
+from qwen3next_train.kernels.top_k_routing.reference import top_k_routing_reference
 from qwen3next_train.kernels.varlen_attention import VarlenAttention
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 
@@ -39,14 +57,16 @@ class KernelChoice:
     """One line of the start-up table.
 
     Args:
-        operation: field of :class:`KernelsConfig`, or an operation with one backend.
+        operation: field of :class:`KernelSet`.
         backend: the backend that runs.
         reason: why it was chosen.
+        key: field of :class:`KernelsConfig` that chooses it; empty for an operation with one backend.
     """
 
     operation: str
     backend: str
     reason: str
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,12 +74,19 @@ class KernelSet:
     """The operations the model is built from, and how each was chosen."""
 
     gated_delta_rule: GatedDeltaRule
-    causal_conv1d: CausalConv1d
+    delta_rule_inputs: DeltaRuleInputs
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
+    top_k_routing: TopKRouting
     token_permutation: TokenPermutation
+    swiglu: SwiGlu
+    gated_add: GatedAdd
+    fan_out: FanOut
     gated_rms_norm: GatedRmsNorm
     linear_cross_entropy: LinearCrossEntropy
+    rms_norm: RmsNorm
+    norm_rotary: NormRotary
+    output_gate: OutputGate
     choices: tuple[KernelChoice, ...]
 
 
@@ -81,24 +108,21 @@ def select_kernels(config: KernelsConfig, device: torch.device, *, dtype: torch.
     place = _Place(device, dtype)
     operations = {
         "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, "fla", place, _fla_rule_fault),
-        "causal_conv1d": _resolve("causal_conv1d", config.causal_conv1d, "fla", place, _fla_fault),
         "varlen_attention": _resolve("varlen_attention", config.varlen_attention, "flash", place, _flash_fault),
         "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, "grouped_mm", place, _grouped_mm_fault),
     }
     vendor = {name for name, choice in operations.items() if choice.backend != "reference"}
-    only = tuple(
-        KernelChoice(name, "reference", "only backend")
-        for name in ("token_permutation", "gated_rms_norm", "linear_cross_entropy")
-    )
+    fused_choice = _resolve("fused", config.fused, "triton", place, _triton_fault)
+    operations["delta_rule_inputs"] = _delta_rule_inputs_choice(config, place, fused_choice)
+    fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
+    fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
-        gated_delta_rule=_load_fla_rule() if "gated_delta_rule" in vendor else gated_delta_rule_reference,
-        causal_conv1d=_load_fla_conv() if "causal_conv1d" in vendor else causal_conv1d_reference,
+        gated_delta_rule=_load_fla_rule(place) if "gated_delta_rule" in vendor else gated_delta_rule_reference,
+        delta_rule_inputs=_load_delta_rule_inputs(operations["delta_rule_inputs"].backend),
         varlen_attention=_load_flash() if "varlen_attention" in vendor else varlen_attention_reference,
         grouped_matmul=_load_grouped_mm() if "grouped_matmul" in vendor else grouped_matmul_reference,
-        token_permutation=TokenPermutationReference(),
-        gated_rms_norm=gated_rms_norm_reference,
-        linear_cross_entropy=linear_cross_entropy_chunked,
-        choices=(*operations.values(), *only),
+        **fused,
+        choices=(*operations.values(), *fused_choices),
     )
 
 
@@ -131,16 +155,90 @@ def _resolve(
 ) -> KernelChoice:
     """Choose between the reference and the operation's one vendor backend."""
     if asked == "reference":
-        return KernelChoice(operation, "reference", "asked for by name")
+        return KernelChoice(operation, "reference", "asked for by name", operation)
     kind = place.device.type
     problem = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else fault(place)
     if asked == "auto":
         if problem is None:
-            return KernelChoice(operation, vendor, "auto: runs on this device")
-        return KernelChoice(operation, "reference", "auto: CPU" if kind == "cpu" else f"auto: {vendor} {problem}")
+            return KernelChoice(operation, vendor, "auto: runs on this device", operation)
+        reason = "auto: CPU" if kind == "cpu" else f"auto: {vendor} {problem}"
+        return KernelChoice(operation, "reference", reason, operation)
     if problem is not None:
         raise KernelUnavailable(f"kernels.{operation}: {vendor!r} {problem}; or choose 'auto' or 'reference'")
-    return KernelChoice(operation, vendor, "asked for by name")
+    return KernelChoice(operation, vendor, "asked for by name", operation)
+
+
+def _delta_rule_inputs_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
+    """The fused operation, or one after the other around the convolution that was asked for by name."""
+    if fused.backend == "triton" and config.causal_conv1d == "auto":
+        return replace(fused, operation="delta_rule_inputs")
+    choice = _resolve("causal_conv1d", config.causal_conv1d, "fla", place, _fla_fault)
+    return replace(choice, operation="delta_rule_inputs")
+
+
+class _Fused(TypedDict):
+    """The operations that ``kernels.fused`` chooses together."""
+
+    rms_norm: RmsNorm
+    gated_rms_norm: GatedRmsNorm
+    norm_rotary: NormRotary
+    output_gate: OutputGate
+    linear_cross_entropy: LinearCrossEntropy
+    top_k_routing: TopKRouting
+    token_permutation: TokenPermutation
+    swiglu: SwiGlu
+    gated_add: GatedAdd
+    fan_out: FanOut
+
+
+def _fused_reference() -> _Fused:
+    return {
+        "rms_norm": RmsNormReference(),
+        "gated_rms_norm": gated_rms_norm_reference,
+        "norm_rotary": norm_rotary_reference,
+        "output_gate": output_gate_reference,
+        "linear_cross_entropy": linear_cross_entropy_chunked,
+        "top_k_routing": top_k_routing_reference,
+        "token_permutation": TokenPermutationReference(),
+        "swiglu": swiglu_reference,
+        "gated_add": gated_add_reference,
+        "fan_out": fan_out_reference,
+    }
+
+
+def _fused_triton() -> _Fused:
+    from qwen3next_train.kernels.fan_out.triton_backend import fan_out_triton
+    from qwen3next_train.kernels.gated_add.triton_backend import gated_add_triton
+    from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
+    from qwen3next_train.kernels.linear_cross_entropy.triton_backend import linear_cross_entropy_triton
+    from qwen3next_train.kernels.norm_rotary.triton_backend import norm_rotary_triton
+    from qwen3next_train.kernels.output_gate.triton_backend import output_gate_triton
+    from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
+    from qwen3next_train.kernels.swiglu.triton_backend import swiglu_triton
+    from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
+    from qwen3next_train.kernels.top_k_routing.triton_backend import top_k_routing_triton
+
+    return {
+        "rms_norm": RmsNormTriton(),
+        "gated_rms_norm": gated_rms_norm_triton,
+        "norm_rotary": norm_rotary_triton,
+        "output_gate": output_gate_triton,
+        "linear_cross_entropy": linear_cross_entropy_triton,
+        "top_k_routing": top_k_routing_triton,
+        "token_permutation": TokenPermutationTriton(),
+        "swiglu": swiglu_triton,
+        "gated_add": gated_add_triton,
+        "fan_out": fan_out_triton,
+    }
+
+
+def _triton_fault(place: _Place) -> str | None:
+    """Why own Triton kernels cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed: pip install triton"
+    if place.dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bf16 or fp32 and the model is {place.dtype}"
+    return _ampere_fault(place)
 
 
 def _fla_fault(place: _Place) -> str | None:
@@ -195,10 +293,19 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def _load_fla_rule() -> GatedDeltaRule:
+def _load_fla_rule(place: _Place) -> GatedDeltaRule:
+    use_tuned_configs(place.capability)
     from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 
     return gated_delta_rule_fla
+
+
+def _load_delta_rule_inputs(backend: str) -> DeltaRuleInputs:
+    if backend == "triton":
+        from qwen3next_train.kernels.delta_rule_inputs.triton_backend import delta_rule_inputs_triton
+
+        return delta_rule_inputs_triton
+    return SeparateDeltaRuleInputs(_load_fla_conv() if backend == "fla" else causal_conv1d_reference)
 
 
 def _load_fla_conv() -> CausalConv1d:

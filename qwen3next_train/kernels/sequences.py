@@ -92,7 +92,12 @@ class Sequences:
     @property
     def max_length(self) -> int:
         """Tokens of the longest document."""
-        return int(self._lengths().max())
+        return self._cached(("longest", 0), lambda: int(self._lengths().max()))
+
+    @property
+    def common_length(self) -> int | None:
+        """Tokens of every document if all have the same number, else None."""
+        return self.max_length if self.max_length * self.num_documents == self.num_tokens else None
 
     def chunks(self, size: int) -> ChunkLayout:
         """Documents cut into chunks of ``size`` tokens."""
@@ -101,6 +106,14 @@ class Sequences:
     def spaced_slots(self, gap: int) -> torch.Tensor:
         """Int64 ``[T]``, slot of each token when ``gap`` empty slots stand before every document."""
         return self._cached(("spaced", gap), lambda: self._build_spaced(gap))
+
+    def starts(self) -> torch.Tensor:
+        """Int32 ``[T]``, index of the first token of each token's document."""
+        return self._cached(("starts", 0), self._build_starts)
+
+    def chunk_indices(self, size: int) -> torch.Tensor:
+        """Int32 ``[M, 2]``, document and index inside it of each chunk of ``size`` tokens, in order of the tokens."""
+        return self._cached(("chunk_indices", size), lambda: self._build_chunk_indices(size))
 
     def bins(self) -> BinLayout:
         """Documents packed into bins for batched attention."""
@@ -140,6 +153,21 @@ class Sequences:
     def _build_spaced(self, gap: int) -> torch.Tensor:
         slots_T = torch.arange(self.num_tokens) + gap * (self._document_cpu() + 1)
         return slots_T.to(self.cu_seqlens.device)
+
+    def _build_starts(self) -> torch.Tensor:
+        # On the device, as are the chunk indices: a copy from the host would wait for it.
+        tokens_T = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        document_T = torch.searchsorted(self.cu_seqlens, tokens_T, right=True) - 1
+        return self.cu_seqlens[document_T]
+
+    def _build_chunk_indices(self, size: int) -> torch.Tensor:
+        num_chunks = int(((self._lengths() + size - 1) // size).sum())
+        chunks_D = (self.cu_seqlens.diff() + size - 1) // size
+        ends_D = chunks_D.cumsum(0, dtype=torch.int32)
+        chunks_M = torch.arange(num_chunks, dtype=torch.int32, device=self.cu_seqlens.device)
+        document_M = torch.searchsorted(ends_D, chunks_M, right=True)
+        inside_M = chunks_M - (ends_D - chunks_D)[document_M]
+        return torch.stack((document_M.to(torch.int32), inside_M), dim=1)
 
     def _build_bins(self) -> BinLayout:
         length = self.max_length

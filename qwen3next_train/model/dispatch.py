@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
+from qwen3next_train.model.recompute import rebuilt
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +20,13 @@ class ExpertRows:
 
     Args:
         rows_RD: ``[R, D]`` sorted by local expert; R may be 0.
+        weights_R: fp32 ``[R]``, what each row's output is to be multiplied with.
         counts_e: int64 ``[e]``, rows of each expert.
         origin: where the rows came from, for the dispatcher that made them.
     """
 
     rows_RD: torch.Tensor
+    weights_R: torch.Tensor
     counts_e: torch.Tensor
     origin: Any
 
@@ -51,7 +54,7 @@ class TokenDispatcher(Protocol):
         """Rows for this rank's experts, from all ranks that share them."""
 
     def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
-        """Expert outputs, in the order of ``received``, to the weighted sum per token of this rank ``[T, D]``."""
+        """Weighted expert outputs, in the order of ``received``, to their sum per token of this rank ``[T, D]``."""
 
 
 class LocalDispatcher:
@@ -69,7 +72,9 @@ class LocalDispatcher:
     def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
         """See :class:`TokenDispatcher`."""
         order = self._permutation.sort(expert_ids_TK, self._num_experts, expert_ids_TK.numel())
-        return ExpertRows(self._permutation.permute(x_TD, order), order.counts_E, (order, weights_TK))
+        rows_RD = rebuilt("activations", lambda x_TD: self._permutation.permute(x_TD, order), x_TD)
+        weights_R = self._permutation.permute_weights(weights_TK, order)
+        return ExpertRows(rows_RD, weights_R, order.counts_E, order)
 
     def receive(self, sent: ExpertRows) -> ExpertRows:
         """See :class:`TokenDispatcher`."""
@@ -77,6 +82,5 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
         """See :class:`TokenDispatcher`."""
-        order: Permutation
-        order, weights_TK = received.origin
-        return self._permutation.unpermute(rows_RD, weights_TK, order)
+        order: Permutation = received.origin
+        return self._permutation.unpermute(rows_RD, order)

@@ -11,8 +11,9 @@ from torch import nn
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.sequences import Sequences
-from qwen3next_train.model.norms import ZeroCenteredRmsNorm
-from qwen3next_train.model.rope import RotaryTable, apply_rotary
+from qwen3next_train.model.norms import RotaryRmsNorm
+from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.rope import RotaryTable
 
 
 class GatedAttention(nn.Module):
@@ -32,12 +33,13 @@ class GatedAttention(nn.Module):
         query_dim = config.num_attention_heads * self.head_dim
         kv_dim = config.num_key_value_heads * self.head_dim
         self.attention = kernels.varlen_attention
+        self.output_gate = kernels.output_gate
         self.q_proj = nn.Linear(hidden, query_dim * (2 if self.has_gate else 1), bias=False)
         self.k_proj = nn.Linear(hidden, kv_dim, bias=False)
         self.v_proj = nn.Linear(hidden, kv_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, hidden, bias=False)
-        self.q_norm = ZeroCenteredRmsNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = ZeroCenteredRmsNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = RotaryRmsNorm(self.head_dim, config.rms_norm_eps, kernels.norm_rotary)
+        self.k_norm = RotaryRmsNorm(self.head_dim, config.rms_norm_eps, kernels.norm_rotary)
 
     def forward(self, x_TD: torch.Tensor, sequences: Sequences, rotary: RotaryTable) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``."""
@@ -45,12 +47,8 @@ class GatedAttention(nn.Module):
         q_TNH, gate_TNH = q_TNX.split(self.head_dim, dim=-1) if self.has_gate else (q_TNX, None)
         k_TGH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        out_TNH = self.attention(
-            apply_rotary(self.q_norm(q_TNH), rotary),
-            apply_rotary(self.k_norm(k_TGH), rotary),
-            v_TGH,
-            sequences=sequences,
-        )
+        q_TNH, k_TGH = self.q_norm(q_TNH, rotary), self.k_norm(k_TGH, rotary)
+        out_TNH = self.attention(q_TNH, k_TGH, v_TGH, sequences=sequences)
         if gate_TNH is not None:
-            out_TNH = out_TNH * gate_TNH.sigmoid()
+            out_TNH = rebuilt("activations", self.output_gate, out_TNH, gate_TNH)
         return self.o_proj(out_TNH.flatten(-2))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
 from qwen3next_train.accounting.params import Init, ParamSpec
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+
+_AHEAD = 2**30
+"""Elements that may be drawn before the parameter in front of them is in place: 4 GiB of host memory."""
 
 
 def initialize(
@@ -25,7 +30,7 @@ def initialize(
     """Give every parameter memory on ``device`` and its initial value.
 
     Values are drawn in fp32 on the CPU, each tensor (each expert of a stacked one) from its own generator,
-    then rounded to the parameter's dtype.
+    then rounded to the parameter's dtype. As many are drawn at a time as torch has threads: a generator uses one.
 
     Args:
         model: usually on the meta device.
@@ -35,15 +40,15 @@ def initialize(
         device: where the parameters will live.
         dtype: of the parameters, except those the table keeps in fp32.
     """
-    for spec in table:
-        module_name, _, attribute = spec.name.rpartition(".")
-        module = model.get_submodule(module_name)
-        old = module.get_parameter(attribute)
-        value = initial_value(spec, seed=seed, experts=local_experts if spec.expert else None)
-        assert value.shape == old.shape, f"{spec.name}: table {tuple(value.shape)}, model {tuple(old.shape)}"
-        new = nn.Parameter(value.to(device, torch.float32 if spec.fp32 else dtype), old.requires_grad)
-        new.__dict__.update(old.__dict__)
-        setattr(module, attribute, new)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for spec, value in _drawn_ahead(pool, table, seed=seed, local_experts=local_experts):
+            module_name, _, attribute = spec.name.rpartition(".")
+            module = model.get_submodule(module_name)
+            old = module.get_parameter(attribute)
+            assert value.shape == old.shape, f"{spec.name}: table {tuple(value.shape)}, model {tuple(old.shape)}"
+            new = nn.Parameter(value.to(device, torch.float32 if spec.fp32 else dtype), old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            setattr(module, attribute, new)
     model.tie_weights()
 
 
@@ -55,10 +60,49 @@ def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -
         seed: run seed.
         experts: for stacked expert tensors, the global ids of the slices wanted; None for the whole tensor.
     """
+    with ThreadPoolExecutor(1) as pool:
+        return _start(pool, spec, seed, experts)()
+
+
+def _drawn_ahead(
+    pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, local_experts: range
+) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
+    """Every parameter's value in the table's order, later ones under way while one is used."""
+    waiting = deque(table)
+    started: deque[tuple[ParamSpec, int, Callable[[], torch.Tensor]]] = deque()
+    ahead = 0
+    while waiting or started:
+        while waiting and (not started or ahead < _AHEAD):
+            spec = waiting.popleft()
+            experts = local_experts if spec.expert else None
+            numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
+            started.append((spec, numel, _start(pool, spec, seed, experts)))
+            ahead += numel
+        spec, numel, value = started.popleft()
+        yield spec, value()
+        ahead -= numel
+
+
+def _start(pool: ThreadPoolExecutor, spec: ParamSpec, seed: int, experts: range | None) -> Callable[[], torch.Tensor]:
+    """Begin to draw one parameter, each expert by itself; what comes back waits for it."""
     if not spec.expert:
-        return _draw(spec.init, spec.shape, _generator(seed, spec.name))
+        whole = pool.submit(_draw, spec.init, spec.shape, _generator(seed, spec.name))
+        return whole.result
     wanted = range(spec.shape[0]) if experts is None else experts
-    return torch.stack([_draw(spec.init, spec.shape[1:], _generator(seed, f"{spec.name}/{e}")) for e in wanted])
+    value = torch.empty(len(wanted), *spec.shape[1:], dtype=torch.float32, device="cpu")
+
+    def draw(index: int) -> None:
+        generator = _generator(seed, f"{spec.name}/{wanted[index]}")
+        value[index] = _draw(spec.init, spec.shape[1:], generator)
+
+    drawn = [pool.submit(draw, index) for index in range(len(wanted))]
+
+    def result() -> torch.Tensor:
+        for one in drawn:
+            one.result()
+        return value
+
+    return result
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
+from qwen3next_train.kernels.gated_add import GatedAdd
 from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.swiglu import SwiGlu
+from qwen3next_train.kernels.top_k_routing import TopKRouting
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
-from qwen3next_train.model.norms import at_least_fp32
-from qwen3next_train.model.router_losses import RouterStats, router_stats
+from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.router_losses import RouterStats
 
 
 class TopKRouter(nn.Module):
@@ -22,11 +24,13 @@ class TopKRouter(nn.Module):
 
     Args:
         config: model section.
+        kernel: selected routing.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: TopKRouting) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.kernel = kernel
         self.top_k = config.num_experts_per_tok
         self.renormalize = config.norm_topk_prob
         self.with_z_grad = config.router_z_loss_coef > 0
@@ -41,14 +45,15 @@ class TopKRouter(nn.Module):
         Returns:
             fp32 weights ``[T, K]``, int64 expert ids ``[T, K]``, statistics.
         """
-        wide_TD = at_least_fp32(x_TD)
-        logits_TE = F.linear(wide_TD, self.weight.to(wide_TD.dtype))
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
-        if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        stats = router_stats(logits_TE, probs_TE, ids_TK, num_rows=num_rows, with_z_grad=self.with_z_grad)
-        return weights_TK, ids_TK, stats
+        weights_TK, ids_TK, *stats = self.kernel(
+            x_TD,
+            self.weight,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            num_rows=num_rows,
+            with_z_grad=self.with_z_grad,
+        )
+        return weights_TK, ids_TK, RouterStats(*stats)
 
 
 class RoutedExperts(nn.Module):
@@ -56,21 +61,23 @@ class RoutedExperts(nn.Module):
 
     Args:
         config: model section.
-        kernel: selected grouped matrix product.
+        kernels: selected backends.
         num_local: e.
     """
 
-    def __init__(self, config: ModelConfig, kernel: GroupedMatmul, num_local: int) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelSet, num_local: int) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * ffn, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, ffn))
-        self.kernel = kernel
+        self.product = kernels.grouped_matmul
+        self.swiglu = kernels.swiglu
 
-    def forward(self, rows_RD: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
-        """Rows sorted by expert ``[R, D]`` to the experts' outputs ``[R, D]``; R may be 0."""
-        gate_RF, up_RF = self.kernel(rows_RD, self.gate_up_proj, counts_e=counts_e).chunk(2, dim=-1)
-        return self.kernel(F.silu(gate_RF) * up_RF, self.down_proj, counts_e=counts_e)
+    def forward(self, rows_RD: torch.Tensor, weights_R: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+        """Rows sorted by expert ``[R, D]`` to the experts' outputs ``[R, D]`` times ``weights_R``; R may be 0."""
+        gate_up = self.product(rows_RD, self.gate_up_proj, counts_e=counts_e)
+        inner = rebuilt("activations", self.swiglu, gate_up, weights_R)
+        return self.product(inner, self.down_proj, counts_e=counts_e)
 
 
 class SharedExpert(nn.Module):
@@ -79,17 +86,39 @@ class SharedExpert(nn.Module):
     Args:
         hidden: D.
         ffn: hidden width.
+        kernel: selected activation.
     """
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    def __init__(self, hidden: int, ffn: int, kernel: SwiGlu) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, ffn, bias=False)
         self.up_proj = nn.Linear(hidden, ffn, bias=False)
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
+        self.swiglu = kernel
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        # One product instead of two: the gradient of x is then one as well, and no sum of two.
+        weight = torch.cat((self.gate_proj.weight, self.up_proj.weight))
+        return self.down_proj(rebuilt("activations", self.swiglu, F.linear(x_TD, weight)))
+
+
+class SharedExpertGate(nn.Module):
+    """Adds the shared expert's output, each token's scaled by the sigmoid of a logit, to the routed experts' output.
+
+    Args:
+        hidden: D.
+        kernel: selected gated addition.
+    """
+
+    def __init__(self, hidden: int, kernel: GatedAdd) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden))
+        self.kernel = kernel
+
+    def forward(self, routed_TD: torch.Tensor, shared_TD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """``routed + shared * sigmoid(x @ weight^T)``, all ``[T, D]``."""
+        return self.kernel(routed_TD, shared_TD, x_TD, self.weight)
 
 
 class SparseMoeBlock(nn.Module):
@@ -107,26 +136,25 @@ class SparseMoeBlock(nn.Module):
         # Not super(): a subclass may have a second nn.Module base whose constructor must not run.
         nn.Module.__init__(self)
         shared = config.shared_expert_intermediate_size
-        self.gate = TopKRouter(config)
-        self.experts = RoutedExperts(config, kernels.grouped_matmul, len(local_experts))
-        self.shared_expert = SharedExpert(config.hidden_size, shared) if shared else None
+        self.gate = TopKRouter(config, kernels.top_k_routing)
+        self.experts = RoutedExperts(config, kernels, len(local_experts))
+        self.shared_expert = SharedExpert(config.hidden_size, shared, kernels.swiglu) if shared else None
         has_gate = bool(shared) and config.shared_expert_gate
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if has_gate else None
+        self.shared_expert_gate = SharedExpertGate(config.hidden_size, kernels.gated_add) if has_gate else None
+        self.fan_out = kernels.fan_out
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts, kernels.token_permutation)
 
     def forward(self, x_TD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, RouterStats]:
         """``[T, D]`` of ``num_rows`` rows to ``[T, D]`` and the router's statistics."""
-        weights_TK, ids_TK, stats = self.gate(x_TD, num_rows)
-        sent = self.dispatcher.send(x_TD, ids_TK, weights_TK)
-        shared_TD = self._shared(x_TD)
+        to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.fan_out(x_TD, 4)
+        weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
+        sent = self.dispatcher.send(to_experts_TD, ids_TK, weights_TK)
+        shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)
         received = self.dispatcher.receive(sent)
-        y_TD = self.dispatcher.combine(self.experts(received.rows_RD, received.counts_e), received)
-        return (y_TD if shared_TD is None else y_TD + shared_TD), stats
-
-    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor | None:
-        if self.shared_expert is None:
-            return None
-        shared_TD = self.shared_expert(x_TD)
-        if self.shared_expert_gate is not None:
-            shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
-        return shared_TD
+        rows_RD = self.experts(received.rows_RD, received.weights_R, received.counts_e)
+        y_TD = self.dispatcher.combine(rows_RD, received)
+        if shared_TD is None:
+            return y_TD, stats
+        if self.shared_expert_gate is None:
+            return y_TD + shared_TD, stats
+        return self.shared_expert_gate(y_TD, shared_TD, to_gate_TD), stats

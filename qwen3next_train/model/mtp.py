@@ -29,6 +29,7 @@ from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.recompute import rebuilt, rebuilt_layer
 from qwen3next_train.model.router_losses import RouterStats
 
 _NO_TOKEN = 0
@@ -63,15 +64,15 @@ class MultiTokenPredictor(nn.Module):
         self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
     ) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_fc_norm_embedding = ZeroCenteredRmsNorm(hidden, eps)
-        self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps)
+        hidden, eps, kernel = config.hidden_size, config.rms_norm_eps, kernels.rms_norm
+        self.pre_fc_norm_embedding = ZeroCenteredRmsNorm(hidden, eps, kernel)
+        self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps, kernel)
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, "full_attention", kernels, moe_block=moe_block, local_experts=local_experts)
             for _ in range(config.mtp_num_layers)
         )
-        self.norm = ZeroCenteredRmsNorm(hidden, eps)
+        self.norm = ZeroCenteredRmsNorm(hidden, eps, kernel)
 
     def forward(
         self, hidden_TD: torch.Tensor, embedding_TD: torch.Tensor, depth: int, context: BatchContext
@@ -84,6 +85,7 @@ class MultiTokenPredictor(nn.Module):
             depth: 1 to ``mtp_num_layers``.
             context: the micro-batch.
         """
-        joined = torch.cat((self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)), dim=-1)
-        out_TD, stats = self.layers[depth - 1](self.fc(joined), context)
+        normed = self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)
+        joined = rebuilt("norms", lambda *parts: torch.cat(parts, dim=-1), *normed)
+        out_TD, stats = rebuilt_layer(self.layers[depth - 1], self.fc(joined), context)
         return self.norm(out_TD), stats

@@ -1,11 +1,17 @@
-"""Zero-centred RMSNorm and the weight holder of GDN's gated norm."""
+"""The norms' weights, each in the module that uses it: zero-centred RMSNorms and GDN's gated norm."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import nn
 
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
+from qwen3next_train.kernels.norm_rotary import NormRotary
+from qwen3next_train.kernels.rms_norm import RmsNorm
+from qwen3next_train.model.recompute import rebuilds, rebuilt
+from qwen3next_train.model.rope import RotaryTable
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -21,18 +27,67 @@ class ZeroCenteredRmsNorm(nn.Module):
     Args:
         size: last dimension of the input.
         eps: added to the mean square.
+        kernel: selected backend.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, kernel: RmsNorm) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.kernel = kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., size]`` to the same shape and dtype."""
-        wide = at_least_fp32(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+        return rebuilt("norms", partial(self.kernel.normalize, eps=self.eps), x, self.weight)
+
+
+class ResidualRmsNorm(nn.Module):
+    """Residual sum and its :class:`ZeroCenteredRmsNorm` in one.
+
+    Args:
+        size: last dimension of the input.
+        eps: added to the mean square.
+        kernel: selected backend.
+    """
+
+    def __init__(self, size: int, eps: float, kernel: RmsNorm) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.kernel = kernel
+
+    def forward(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x + y`` and its norm, both ``[T, size]``."""
+        if not rebuilds("norms"):
+            return self.kernel.add_and_normalize(x_TD, y_TD, self.weight, eps=self.eps)
+        # The sum is the residual stream, which is kept; the norm is made from it again.
+        sum_TD = x_TD + y_TD
+        normalize = partial(self.kernel.normalize, eps=self.eps)
+        return sum_TD, rebuilt("norms", normalize, sum_TD, self.weight)
+
+
+class RotaryRmsNorm(nn.Module):
+    """:class:`ZeroCenteredRmsNorm` of queries or keys and their rotary embedding in one.
+
+    Args:
+        size: head dimension.
+        eps: added to the mean square.
+        kernel: selected backend.
+    """
+
+    def __init__(self, size: int, eps: float, kernel: NormRotary) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.kernel = kernel
+
+    def forward(self, x_TNH: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+        """``[T, N, size]``, heads may lie apart, to the same shape, contiguous."""
+
+        def compute(x_TNH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+            return self.kernel(x_TNH, weight_H, table.cos_T1r, table.sin_T1r, eps=self.eps)
+
+        return rebuilt("norms", compute, x_TNH, self.weight)
 
 
 class GatedNorm(nn.Module):
@@ -52,4 +107,4 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Both ``[..., size]``; returns the same shape in the gate's dtype."""
-        return self.kernel(x, gate, self.weight, eps=self.eps)
+        return rebuilt("activations", partial(self.kernel, eps=self.eps), x, gate, self.weight)

@@ -5,8 +5,9 @@ Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import nn
 
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.sequences import Sequences
@@ -22,6 +23,7 @@ from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids, next_targets
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.recompute import rebuilt_layer, recomputing
 from qwen3next_train.model.rope import rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats
 
@@ -39,8 +41,7 @@ class LossScales:
     num_micro_batches: float
 
 
-@dataclass(frozen=True)
-class ModelOutput:
+class ModelOutput(NamedTuple):
     """Losses of one micro-batch; all but ``total`` are detached.
 
     Args:
@@ -81,14 +82,14 @@ class Qwen3NextModel(nn.Module):
             DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
             for layer_type in config.layer_types
         )
-        self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
 
     def forward(self, input_ids_T: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, list[RouterStats]]:
         """Tokens ``[T]`` to hidden states after the final norm ``[T, D]`` and each router's statistics."""
         x_TD = self.embed_tokens(input_ids_T)
         stats = []
         for layer in self.layers:
-            x_TD, layer_stats = layer(x_TD, context)
+            x_TD, layer_stats = rebuilt_layer(layer, x_TD, context)
             stats.append(layer_stats)
         return self.norm(x_TD), stats
 
@@ -123,6 +124,8 @@ class Qwen3NextForCausalLM(nn.Module):
         kernels: selected backends.
         moe_block: class of the mixtures of experts, built as ``moe_block(config, kernels, local_experts)``.
         local_experts: global ids of the experts this rank holds; all when None.
+        recompute: what the backward pass computes again instead of keeping it.
+        weights_stay: see ``model.recompute.recomputing``.
     """
 
     reduce_counts: ReduceCounts
@@ -135,11 +138,15 @@ class Qwen3NextForCausalLM(nn.Module):
         kernels: KernelSet,
         moe_block: type[SparseMoeBlock] = SparseMoeBlock,
         local_experts: range | None = None,
+        recompute: Collection[RecomputePart] = (),
+        weights_stay: bool = True,
     ) -> None:
         super().__init__()
         assert len(config.layer_types) == config.num_hidden_layers, "layer_types are filled in when loading"
         experts = range(config.num_experts) if local_experts is None else local_experts
         self.config = config
+        self.recompute = recompute
+        self.weights_stay = weights_stay
         self.model = Qwen3NextModel(config, kernels, moe_block=moe_block, local_experts=experts)
         self.lm_head = LanguageModelHead(config, kernels.linear_cross_entropy)
         self.mtp = (
@@ -176,6 +183,10 @@ class Qwen3NextForCausalLM(nn.Module):
             batch: on the parameters' device.
             scales: divisors, counted over the whole step.
         """
+        with recomputing(self.recompute, weights_stay=self.weights_stay):
+            return self._losses(batch, scales)
+
+    def _losses(self, batch: PackedBatch, scales: LossScales) -> ModelOutput:
         context = self._context(batch)
         hidden_TD, stats = self.model(batch.input_ids_T, context)
         nll_lm = self.lm_head(hidden_TD, batch.labels_T)

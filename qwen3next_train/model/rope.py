@@ -37,13 +37,3 @@ def rotary_table(positions_T: torch.Tensor, *, head_dim: int, fraction: float, t
     angles = positions_T.to(torch.float32).unsqueeze(1) * theta**-exponents
     cos, sin = angles.cos(), angles.sin()
     return RotaryTable(torch.cat((cos, cos), dim=1).unsqueeze(1), torch.cat((-sin, sin), dim=1).unsqueeze(1))
-
-
-def apply_rotary(x_TNH: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """Rotate the first r dims of every head; fp32 inside, rounded once."""
-    rotated = table.cos_T1r.shape[-1]
-    turn, keep = x_TNH.split((rotated, x_TNH.shape[-1] - rotated), dim=-1)
-    first, second = turn.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
-    turned = turn * table.cos_T1r + swapped * table.sin_T1r
-    return torch.cat((turned.to(x_TNH.dtype), keep), dim=-1)

@@ -34,29 +34,6 @@ class RouterStats(NamedTuple):
     entropy: torch.Tensor
 
 
-def router_stats(
-    logits_TE: torch.Tensor, probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor, *, num_rows: int, with_z_grad: bool
-) -> RouterStats:
-    """Condense one router's decisions.
-
-    Args:
-        logits_TE: fp32 ``[T, E]``.
-        probs_TE: fp32 ``[T, E]``, softmax over all experts.
-        expert_ids_TK: int64 ``[T, K]``, chosen experts.
-        num_rows: r.
-        with_z_grad: let gradients flow through z.
-    """
-    num_experts = logits_TE.shape[1]
-    ids_rX = expert_ids_TK.reshape(num_rows, -1)
-    counts_rE = torch.zeros(num_rows, num_experts, dtype=torch.int64, device=ids_rX.device)
-    counts_rE.scatter_add_(1, ids_rX, torch.ones_like(ids_rX))
-    normalizer_T = torch.logsumexp(logits_TE if with_z_grad else logits_TE.detach(), dim=-1)
-    with torch.no_grad():
-        entropy = (normalizer_T - (probs_TE * logits_TE).sum(-1)).mean()
-    mean_prob_rE = probs_TE.view(num_rows, -1, num_experts).mean(1)
-    return RouterStats(mean_prob_rE, counts_rE, normalizer_T.square().mean(), entropy)
-
-
 def load_balancing_loss(mean_prob_LrE: torch.Tensor, counts_LrE: torch.Tensor) -> torch.Tensor:
     """``sum_e f_e P_e`` per layer, averaged over rows (Switch Transformer, arXiv 2101.03961, eq. 4, times E).
 

@@ -12,11 +12,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from qwen3next_train.config.schema import RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
+from qwen3next_train.parallel.roll_call import Declaration, Member, call_roll
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
-_CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class ProcessContext:
         device: where the model lives.
         control: host-side agreements between all ranks.
         preparation: the same, patient enough for one rank to tokenise a corpus.
+        members: where every rank lives.
     """
 
     rank: int
@@ -43,6 +45,7 @@ class ProcessContext:
     device: torch.device
     control: ControlGroup
     preparation: ControlGroup
+    members: tuple[Member, ...]
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
@@ -65,14 +68,21 @@ def select_device(name: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def process_context(device_name: str) -> Iterator[ProcessContext]:
+def process_context(
+    device_name: str,
+    *,
+    declaration: Declaration | None = None,
+    peer_timeout_s: float = RunConfig().peer_timeout_s,
+) -> Iterator[ProcessContext]:
     """Join the process group torchrun describes in the environment, or make one of a single process.
 
     Args:
         device_name: ``run.device``.
+        declaration: what has to be the same on all ranks; None for nothing but the kind of device.
+        peer_timeout_s: ``run.peer_timeout_s``.
 
     Raises:
-        ConfigError: unusable device.
+        ConfigError: unusable device, or the ranks do not fit together.
         PeerLostError: the other ranks did not join in time.
     """
     launched = "RANK" in os.environ
@@ -85,20 +95,26 @@ def process_context(device_name: str) -> Iterator[ProcessContext]:
     device = select_device(device_name, local_rank)
     # DeepSpeed chooses its accelerator when it is first imported and would take a GPU the user said no to.
     os.environ["DS_ACCELERATOR"] = device.type
-    store = None if launched else dist.HashStore()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend, device_id = "cpu:gloo,cuda:nccl", device
-    else:
-        backend, device_id = "gloo", None
+    timeout = datetime.timedelta(seconds=peer_timeout_s)
     try:
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=-1 if launched else rank,
-            world_size=-1 if launched else world_size,
+        store = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0] if launched else dist.HashStore()
+        members = call_roll(
+            store,
+            rank,
+            world_size,
+            device_type=device.type,
+            declaration=declaration or Declaration(),
             timeout=_JOIN_TIMEOUT,
-            device_id=device_id,
+        )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("process_group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, dist.DistError) as error:
         raise PeerLostError(
@@ -106,10 +122,12 @@ def process_context(device_name: str) -> Iterator[ProcessContext]:
             "check the master address and port and that every node started"
         ) from error
     try:
-        control = _control_group(world_size, _CONTROL_TIMEOUT)
+        control = _control_group(world_size, timeout)
         preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation)
+        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation, members)
+        # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
+        control.all_true(True)
     finally:
         dist.destroy_process_group()
         # A later context of this process must not take our defaults for a launcher's.

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
-from qwen3next_train.accounting.activations import Recompute
-from qwen3next_train.accounting.hardware import Device, Precision
+from qwen3next_train.accounting.activations import ranks_per_token
+from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout
-from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
-from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, memory_per_gpu
+from qwen3next_train.config.schema import Config, ModelConfig, MomentsDtype, OptimizerConfig, RecomputePart
+from qwen3next_train.config.validate import MAX_BF16_BETA
 
+CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
+"""Recompute without large matrix products: cheaper than keeping the results."""
 USABLE_FRACTION = 0.95
 """Share of the device memory a plan may fill; the allocator loses the rest to fragmentation."""
 INTER_NODE_BYTES_PER_S = 50 * 10**9
 """Network bandwidth per GPU between NVLink domains, one direction: 400 Gbit/s, the usual for these nodes."""
+HOST_BYTES_PER_S = 30 * 10**9
+"""Rate of one GPU's share of its host at copying to and from the GPU and updating weights: PCIe or memory."""
 
+_WHOLE_LAYERS: frozenset[RecomputePart] = frozenset(("layer",))
 _EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too small
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
-# DeepSpeed's stage 3 gathers tensors of one dtype only, and in bf16 the router, A_log and dt_bias are fp32.
-_ZERO_STAGES: dict[Precision, tuple[Literal[1, 2, 3], ...]] = {"bf16": (1, 2), "fp32": (1, 2, 3)}
+_ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -31,16 +37,23 @@ class Traffic:
     """What one GPU sends per optimizer step, in bytes, and the seconds that takes at full link speed.
 
     Args:
-        all_to_all_bytes: expert dispatch and combine, forward and backward, one copy per chosen expert.
+        all_to_all_bytes: expert dispatch and combine, forward, recompute and backward, one copy per token and rank.
         all_to_all_s: at the link's rate within a domain, at the network's beyond, both at a time.
         state_bytes: gradient reduction and weight gathering of ZeRO.
         state_s: at the link's rate when the run is one domain, else at the network's.
+        host_s: of an offloaded optimizer: gradients down, update in host memory, weights up.
     """
 
     all_to_all_bytes: int
     all_to_all_s: float
     state_bytes: int
     state_s: float
+    host_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds if nothing overlaps."""
+        return self.all_to_all_s + self.state_s + self.host_s
 
 
 def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
@@ -49,19 +62,19 @@ def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
 
 
 def layouts_that_fit(
-    config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind], *, recompute: Recompute = "none"
+    config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind], *, layers_again_s: float
 ) -> tuple[Layout, ...]:
-    """A few layouts that fit, fewest changed settings first, then the one that spends the least time sending.
+    """A few layouts that fit, best first (:func:`_rank`).
 
-    Layouts on the same GPUs are looked at first, then more GPUs, last shorter rows. Those that leave a rank only a
-    few experts come after the others.
+    Layouts on the same GPUs are looked at first, then more GPUs, last shorter rows. An offloaded optimizer is slow
+    enough for layouts on more GPUs to be named as well.
 
     Args:
         config: the configuration; its global batch must divide.
         layout: one that does not fit.
         device: what it should fit on.
         kinds: :func:`~qwen3next_train.accounting.memory.parameter_kinds` of the model.
-        recompute: what of the activations is computed again.
+        layers_again_s: seconds of a step on these GPUs that recomputing whole layers would add.
     """
     more_gpus = (replace(layout, world_size=layout.world_size * factor) for factor in (1, *_FACTORS))
     shorter = (
@@ -69,16 +82,39 @@ def layouts_that_fit(
         for factor in _FACTORS
         if layout.sequence_length >= factor
     )
+    found: list[Layout] = []
     for start in (*more_gpus, *shorter):
+        again_s = layers_again_s * layout.world_size / start.world_size
         fitting = [
-            candidate
-            for candidate in _neighbours(config, start)
-            if fits_device(memory_per_gpu(config.model, candidate, kinds=kinds, recompute=recompute), device)
+            (_rank(config, layout, candidate, device, kinds, again_s), index, candidate)
+            for index, candidate in enumerate(_neighbours(config, start))
+            if fits_device(memory_per_gpu(config.model, candidate, kinds=kinds), device)
         ]
-        if fitting:
-            ranked = sorted(fitting, key=lambda near: _rank(config, layout, near, device, kinds))
-            return tuple(ranked[:_MAX_LAYOUTS])
-    return ()
+        ranked = [candidate for _, _, candidate in sorted(fitting)]
+        if found:
+            # So far all are offloaded.
+            ranked = _distinct(layout, [candidate for candidate in ranked if not candidate.offload_optimizer])
+            return (found[0], *ranked[: _MAX_LAYOUTS - 1]) if ranked else tuple(found)
+        found = _distinct(layout, ranked)[:_MAX_LAYOUTS]
+        if found and (layout.offload_optimizer or not found[0].offload_optimizer):
+            return tuple(found)
+    return tuple(found)
+
+
+def _distinct(layout: Layout, ranked: Sequence[Layout]) -> list[Layout]:
+    """Those that do not merely change more than a better one does."""
+    chosen: list[Layout] = []
+    for candidate in ranked:
+        changes = changed_fields(layout, candidate)
+        if not any(changed_fields(layout, better) <= changes for better in chosen):
+            chosen.append(candidate)
+    return chosen
+
+
+def changed_fields(old: Layout, new: Layout) -> set[tuple[str, object]]:
+    """Fields of ``new`` that differ, with their values."""
+    before, after = vars(old), vars(new)
+    return {(name, value) for name, value in after.items() if value != before[name]}
 
 
 def traffic_per_step(config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind]) -> Traffic:
@@ -86,14 +122,17 @@ def traffic_per_step(config: Config, layout: Layout, device: Device, kinds: Coun
     num_micro_batches = config.run.global_batch_size // (layout.world_size * layout.micro_batch_size)
     all_to_all_bytes, all_to_all_s = _all_to_all(config.model, layout, device, num_micro_batches)
     state_bytes, state_s = _state(kinds, layout, device, num_micro_batches)
-    return Traffic(all_to_all_bytes, all_to_all_s, state_bytes, state_s)
+    # All that lies there is read and written once a step.
+    host_bytes = 2 * host_bytes_per_gpu(config.model, layout, kinds=kinds)
+    return Traffic(all_to_all_bytes, all_to_all_s, state_bytes, state_s, host_bytes / HOST_BYTES_PER_S)
 
 
 def _all_to_all(model: ModelConfig, layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
-    """Bytes of dispatch and combine in both passes; those for another domain go by the network, at the same time."""
+    """Bytes of dispatch and combine in all passes; those for another domain go by the network, at the same time."""
     size = layout.expert_parallel_size
-    crossings = 4 * (model.num_hidden_layers + model.mtp_num_layers) * model.num_experts_per_tok
-    rows = crossings * layout.num_tokens * num_micro_batches
+    passes = 3 if "layer" in layout.recompute else 2
+    crossings = 2 * passes * (model.num_hidden_layers + model.mtp_num_layers) * ranks_per_token(model, size)
+    rows = int(crossings * layout.num_tokens * num_micro_batches)
     sent = rows * model.hidden_size * layout.element_bytes // size
     near = min(size, device.domain_size) - 1
     far = size - 1 - near
@@ -128,32 +167,56 @@ def _network_rate(device: Device, num_links: int) -> int:
 
 
 def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
-    """Layouts on as many GPUs, of any expert-parallel size and stage that work, with no larger a micro-batch."""
+    """Layouts on as many GPUs, with any expert-parallel size and stage that work and no less done to save memory."""
     common = math.gcd(layout.world_size, config.model.num_experts)
-    for micro_batch_size in range(1, layout.micro_batch_size + 1):
-        if config.run.global_batch_size % (layout.world_size * micro_batch_size):
-            continue
-        for expert_parallel_size in (size for size in range(1, common + 1) if common % size == 0):
-            for zero_stage in _ZERO_STAGES[layout.precision]:
-                yield replace(
-                    layout,
-                    expert_parallel_size=expert_parallel_size,
-                    zero_stage=zero_stage,
-                    micro_batch_size=micro_batch_size,
-                )
+    rows = config.run.global_batch_size // layout.world_size
+    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
+    micro_batch_sizes = (
+        size for size in sorted(sizes) if rows * layout.world_size == config.run.global_batch_size and rows % size == 0
+    )
+    for micro_batch_size, expert_parallel_size, zero_stage, recompute, moments_dtype, offload in product(
+        micro_batch_sizes,
+        (size for size in range(1, common + 1) if common % size == 0),
+        _ZERO_STAGES,
+        sorted({layout.recompute, layout.recompute.union(CHEAP_PARTS), layout.recompute | _WHOLE_LAYERS}, key=len),
+        _moments_dtypes(config.optimizer, layout.moments_dtype),
+        sorted({layout.offload_optimizer, True}),
+    ):
+        if offload and zero_stage == 3:
+            continue  # a combination that config.validate refuses
+        yield replace(
+            layout,
+            expert_parallel_size=expert_parallel_size,
+            zero_stage=zero_stage,
+            micro_batch_size=micro_batch_size,
+            recompute=recompute,
+            moments_dtype=moments_dtype,
+            offload_optimizer=offload,
+        )
+
+
+def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[MomentsDtype]:
+    """The dtype that is asked for, and bf16 where it can follow the moments' decay."""
+    if current == "bf16" or max(optimizer.beta1, optimizer.beta2) > MAX_BF16_BETA:
+        return [current]
+    return [current, "bf16"]
 
 
 def _rank(
-    config: Config, layout: Layout, near: Layout, device: Device, kinds: Counter[ParameterKind]
-) -> tuple[bool, int, float]:
-    """Sort key: an even load first, then the number of changed settings, then seconds spent sending."""
-    changed = sum(
-        (
-            layout.expert_parallel_size != near.expert_parallel_size,
-            layout.zero_stage != near.zero_stage,
-            layout.micro_batch_size != near.micro_batch_size,
-        )
-    )
-    traffic = traffic_per_step(config, near, device, kinds)
+    config: Config,
+    layout: Layout,
+    near: Layout,
+    device: Device,
+    kinds: Counter[ParameterKind],
+    layers_again_s: float,
+) -> tuple[bool, bool, bool, float, int]:
+    """Sort key: an even load first; no offload; moments as precise as asked for; then seconds that are spent on
+    sending and on computing again, where a tenth more or less does not count; then the number of changed settings.
+    """
+    seconds = traffic_per_step(config, near, device, kinds).total_s
+    if "layer" in near.recompute:
+        seconds += layers_again_s
     uneven = config.model.num_experts // near.expert_parallel_size < _EVEN_EXPERTS
-    return uneven, changed, traffic.all_to_all_s + traffic.state_s
+    tenths = round(math.log(max(seconds, 1e-9), 1.1))
+    rougher = near.moments_dtype != layout.moments_dtype
+    return uneven, near.offload_optimizer, rougher, tenths, len(changed_fields(layout, near))

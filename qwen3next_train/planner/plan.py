@@ -10,16 +10,22 @@ from dataclasses import dataclass
 
 from qwen3next_train.accounting.hardware import Device, find_device
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import ADAM_STATE_BYTES, memory_per_gpu, parameter_kinds
+from qwen3next_train.accounting.memory import (
+    ADAM_STATE_BYTES,
+    host_bytes_per_gpu,
+    memory_per_gpu,
+    parameter_kinds,
+)
 from qwen3next_train.accounting.workload import Workload, workload_of
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import Traffic, fits_device, layouts_that_fit, traffic_per_step
-from qwen3next_train.planner.recompute import RecomputeView, recompute_views
+from qwen3next_train.planner.recompute import RecomputeView, extra_work, recompute_views
 
 ASSUMED_MFU = 0.25
-"""MFU when none is stated; the best published figures for this model family on Hopper are 0.1 to 0.3."""
+"""MFU when none is stated, without whole layers done again; the best published figures for this model family on Hopper
+are 0.1 to 0.3."""
 _SECONDS_PER_DAY = 86_400
 
 
@@ -37,9 +43,10 @@ class Plan:
         workload: size of the model and work of a step.
         num_steps: steps of the run.
         memory_by_part: bytes on one GPU.
+        host_bytes: bytes of host memory for one GPU's offloaded optimizer.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
         fits: whether the memory fits the device.
-        recompute: what the same layout would take with recomputation, the mildest first.
+        recompute: what the same layout would take with more recompute, the mildest first.
         changes: layouts near this one that fit, best first; empty when this one fits or none does.
         traffic: communication per step.
     """
@@ -53,6 +60,7 @@ class Plan:
     workload: Workload
     num_steps: int
     memory_by_part: dict[str, int]
+    host_bytes: int
     checkpoint_bytes: int
     fits: bool | None
     recompute: tuple[RecomputeView, ...]
@@ -92,33 +100,33 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         ConfigError: a number out of range, or a layout that training would refuse.
     """
     _check_inputs(config, gpus=gpus, mfu=mfu, tokens=tokens)
-    layout = Layout(
-        world_size=gpus,
-        expert_parallel_size=config.parallel.expert_parallel_size,
-        zero_stage=config.parallel.zero_stage,
-        precision=config.run.precision,
-        micro_batch_size=config.run.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-    )
+    layout = Layout.of(config, gpus)
     device = find_device(gpu)
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)
     fits = None if device is None else fits_device(memory, device)
+    changes: tuple[Layout, ...] = ()
+    if device is not None and not fits:
+        layers_again = extra_work(frozenset(("layer",)), workload) * workload.flops_per_step
+        rate = gpus * device.peak_flops(layout.precision) * (ASSUMED_MFU if mfu is None else mfu)
+        changes = layouts_that_fit(config, layout, device, kinds, layers_again_s=layers_again / rate)
     return Plan(
         config=config,
         layout=layout,
         gpu=gpu,
         device=device,
-        mfu=ASSUMED_MFU if mfu is None else mfu,
+        # Of model FLOPs: what is done again takes time and does not count.
+        mfu=ASSUMED_MFU / (1 + extra_work(layout.recompute, workload)) if mfu is None else mfu,
         mfu_is_assumed=mfu is None,
         workload=workload,
         num_steps=config.run.steps if tokens is None else math.ceil(tokens / workload.num_tokens),
         memory_by_part=memory,
+        host_bytes=host_bytes_per_gpu(config.model, layout, kinds=kinds),
         checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,
         fits=fits,
         recompute=recompute_views(config, layout, device, kinds, workload),
-        changes=layouts_that_fit(config, layout, device, kinds) if device is not None and not fits else (),
+        changes=changes,
         traffic=None if device is None else traffic_per_step(config, layout, device, kinds),
     )
 

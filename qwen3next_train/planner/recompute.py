@@ -1,69 +1,68 @@
-"""What recomputing activations would save and cost; training has no setting for it yet."""
+"""What recomputing activations saves and costs, part by part."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from qwen3next_train.accounting.activations import RECOMPUTE_MODES, Recompute
 from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
 from qwen3next_train.accounting.workload import Workload
-from qwen3next_train.config.schema import Config
-from qwen3next_train.planner.layouts import fits_device, layouts_that_fit
+from qwen3next_train.config.schema import Config, RecomputePart
+from qwen3next_train.planner.layouts import CHEAP_PARTS, fits_device
 
 
 @dataclass(frozen=True)
 class RecomputeView:
-    """One layout with recomputation.
+    """A layout with more recompute than it has.
 
     Args:
-        mode: ``selective`` or ``full``.
+        recompute: the value of ``parallel.recompute``.
         memory_by_part: bytes on one GPU.
-        extra_work: FLOPs that are done again, as a share of the model's; of ``selective`` the convolution's.
+        extra_work: FLOPs that are done again, as a share of the model's.
         fits: whether the memory fits the device; None without a known device.
-        changes: of ``full``, layouts near this one that would fit with it, best first; empty when this one would or
-            none does.
     """
 
-    mode: Recompute
+    recompute: tuple[RecomputePart, ...]
     memory_by_part: dict[str, int]
     extra_work: float
     fits: bool | None
-    changes: tuple[Layout, ...]
 
 
 def recompute_views(
     config: Config, layout: Layout, device: Device | None, kinds: Counter[ParameterKind], workload: Workload
 ) -> tuple[RecomputeView, ...]:
-    """The layout under every recomputation there could be, the one that computes least again first."""
-    return tuple(_view(mode, config, layout, device, kinds, workload) for mode in RECOMPUTE_MODES if mode != "none")
+    """The layout with each part that it does not recompute yet, with all cheap ones, and with whole layers."""
+    views = []
+    for parts in _more_than(layout.recompute):
+        memory = memory_per_gpu(config.model, replace(layout, recompute=frozenset(parts)), kinds=kinds)
+        fits = None if device is None else fits_device(memory, device)
+        views.append(RecomputeView(parts, memory, extra_work(frozenset(parts), workload), fits))
+    return tuple(views)
 
 
-def _view(
-    mode: Recompute,
-    config: Config,
-    layout: Layout,
-    device: Device | None,
-    kinds: Counter[ParameterKind],
-    workload: Workload,
-) -> RecomputeView:
-    memory = memory_per_gpu(config.model, layout, kinds=kinds, recompute=mode)
-    fits = None if device is None else fits_device(memory, device)
-    changes: tuple[Layout, ...] = ()
-    if mode == "full" and device is not None and not fits:
-        changes = layouts_that_fit(config, layout, device, kinds, recompute=mode)
-    again = sum(flops for part, flops in workload.flops_by_part.items() if _is_done_again(part, mode))
-    return RecomputeView(
-        mode=mode,
-        memory_by_part=memory,
-        extra_work=again / TRAINING_PASSES / workload.flops_per_step,
-        fits=fits,
-        changes=changes,
-    )
+def extra_work(recompute: frozenset[RecomputePart], workload: Workload) -> float:
+    """FLOPs that are done again, as a share of the model's; cheap parts count with the convolution's."""
+    if not recompute:
+        return 0.0
+    flops = workload.flops_by_part
+    if "layer" in recompute:
+        again = sum(count for part, count in flops.items() if part not in PARTS_OUTSIDE_LAYERS)
+    else:
+        again = flops["gdn_conv"] if "conv_gates" in recompute else 0
+    return again / TRAINING_PASSES / workload.flops_per_step
 
 
-def _is_done_again(part: str, mode: Recompute) -> bool:
-    return part == "gdn_conv" if mode == "selective" else part not in PARTS_OUTSIDE_LAYERS
+def _more_than(recompute: frozenset[RecomputePart]) -> Iterator[tuple[RecomputePart, ...]]:
+    """Values of ``parallel.recompute`` that recompute more, the mildest first."""
+    if "layer" in recompute:
+        return
+    missing = [part for part in CHEAP_PARTS if part not in recompute]
+    for part in missing:
+        yield tuple(each for each in CHEAP_PARTS if each in recompute or each == part)
+    if len(missing) > 1:
+        yield CHEAP_PARTS
+    yield ("layer",)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Collection
+from typing import Any, get_args
 
 from qwen3next_train.accounting.hardware import DEVICES, find_device
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.plan import Plan, make_plan
 from qwen3next_train.planner.recompute import RecomputeView
 
 NO_GPU = "cpu"
 """The GPU name of a plan without fit and times."""
+
+RECOMPUTE_PARTS: tuple[RecomputePart, ...] = get_args(RecomputePart)
 
 _LABEL_WIDTH = 13
 _LINE_WIDTH = 118
@@ -50,9 +53,11 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         **plan.workload.as_json(),
         "memory_per_gpu": {
             **_memory_as_json(plan.memory_by_part, fits=plan.fits),
-            "with_recompute": {
-                view.mode: _memory_as_json(view.memory_by_part, fits=view.fits) for view in plan.recompute
-            },
+            "host_bytes": plan.host_bytes,
+            "with_recompute": [
+                {"recompute": list(view.recompute), **_memory_as_json(view.memory_by_part, fits=view.fits)}
+                for view in plan.recompute
+            ],
         },
         "checkpoint_bytes": plan.checkpoint_bytes,
         "step_time_s": plan.step_time_s,
@@ -75,6 +80,7 @@ def format_plan(plan: Plan) -> str:
         *_row("step", _step_line(plan)),
         *_row("memory/GPU", _memory_line(plan)),
         *_row("", _memory_parts(plan)),
+        *(_row("host/GPU", _host_line(plan)) if plan.host_bytes else ()),
         *_row("recompute", _recompute_line(plan)),
         *_row("time", _time_line(plan)),
         *_row("traffic", _traffic_line(plan)),
@@ -128,17 +134,25 @@ def _memory_parts(plan: Plan) -> str:
     return " · ".join(f"{_words(part)} {_bytes(size)}" for part, size in plan.memory_by_part.items() if size)
 
 
+def _host_line(plan: Plan) -> str:
+    return f"{_bytes(plan.host_bytes)} of host memory for each GPU's optimizer"
+
+
 def _recompute_line(plan: Plan) -> str:
-    now = _bytes(_activations(plan.memory_by_part))
-    return " · ".join((f"no setting for it yet; activations take {now}", *map(_would_be, plan.recompute)))
+    now = f"{_parts_list(plan.layout.recompute)}; activations take {_bytes(_activations(plan.memory_by_part))}"
+    return " · ".join((now, *map(_would_be, plan.recompute)))
 
 
 def _would_be(view: RecomputeView) -> str:
-    what = "of norms, activations, convolution and gates" if view.mode == "selective" else "of whole layers"
     verdict = {True: ", fits", False: ", does not fit", None: ""}[view.fits]
     activations, total = _activations(view.memory_by_part), sum(view.memory_by_part.values())
     work = f", {view.extra_work:.0%} more work" if view.extra_work >= 0.005 else ""
-    return f"{what} would leave {_bytes(activations)}, in all {_bytes(total)}{verdict}{work}"
+    return f"{_parts_list(view.recompute)} would leave {_bytes(activations)}, in all {_bytes(total)}{verdict}{work}"
+
+
+def _parts_list(recompute: Collection[RecomputePart]) -> str:
+    """The value of ``parallel.recompute`` as it is written."""
+    return f"[{', '.join(part for part in RECOMPUTE_PARTS if part in recompute)}]"
 
 
 def _activations(memory_by_part: dict[str, int]) -> int:
@@ -163,10 +177,11 @@ def _traffic_line(plan: Plan) -> str:
         return "unknown without a known device"
     across = plan.layout.expert_parallel_size > plan.device.domain_size
     where = f" across domains of {plan.device.domain_size}" if across else ""
-    share = (traffic.all_to_all_s + traffic.state_s) / plan.step_time_s
+    share = traffic.total_s / plan.step_time_s
+    host = f"optimizer in host memory {traffic.host_s:.3g} s · " if traffic.host_s else ""
     text = (
         f"expert all-to-all {_bytes(traffic.all_to_all_bytes)}{where} {traffic.all_to_all_s:.3g} s · "
-        f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · "
+        f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · {host}"
         f"together {share:.0%} of the step if nothing overlaps"
     )
     longest_s = max(traffic.all_to_all_s, traffic.state_s)
@@ -187,10 +202,6 @@ def _change_lines(plan: Plan) -> list[str]:
         lines += _row("" if index else "change to", _changed_settings(plan.layout, layout))
     if not plan.changes:
         lines += _row("change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU")
-    whole_layers = plan.recompute[-1]
-    if whole_layers.changes:
-        nearest = _changed_settings(plan.layout, whole_layers.changes[0])
-        lines += _row("", f"with whole layers recomputed, once there is a setting for it: {nearest}")
     return lines
 
 
@@ -201,6 +212,9 @@ def _changed_settings(old: Layout, new: Layout) -> str:
         ("parallel.zero_stage", old.zero_stage, new.zero_stage),
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),
+        ("parallel.recompute", _parts_list(old.recompute), _parts_list(new.recompute)),
+        ("optimizer.moments_dtype", old.moments_dtype, new.moments_dtype),
+        ("parallel.offload_optimizer", "none", "cpu" if new.offload_optimizer != old.offload_optimizer else "none"),
     )
     return ", ".join(f"{name} {after}" for name, before, after in settings if before != after)
 

@@ -19,7 +19,7 @@ from qwen3next_train.checkpoint.manager import CheckpointManager, Found
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import compare_configs
-from qwen3next_train.config.schema import Config, ParallelConfig
+from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import PreparedData, prepare_stores
@@ -34,6 +34,7 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.topology import Topology
+from qwen3next_train.train.gated_delta_net_check import refuse_wrong_gated_delta_net
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.rundir import RunDirectory, software_versions
@@ -83,7 +84,6 @@ def build_run(
         TrainError: one line for everything that speaks against the attempt.
     """
     validate_for_world(config, context.world_size)
-    _refuse_unsupported_layout(config.parallel)
     topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
@@ -125,16 +125,6 @@ def build_run(
         throughput=throughput,
         stop=stop,
     )
-
-
-def _refuse_unsupported_layout(parallel: ParallelConfig) -> None:
-    """Raise for layouts that ``plan`` counts with and training cannot run yet."""
-    if parallel.expert_parallel_size > 1:
-        raise ConfigError(
-            f"parallel.expert_parallel_size: training with {parallel.expert_parallel_size} is not available yet; use 1"
-        )
-    if parallel.zero_stage == 3:
-        raise ConfigError("parallel.zero_stage: training with stage 3 is not available yet; use 1 or 2")
 
 
 def _restore_state(
@@ -201,6 +191,7 @@ def _build_engine(
     """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
     dtype = DTYPES[config.run.precision]
     kernels = select_kernels(config.kernels, context.device, dtype=dtype)
+    refuse_wrong_gated_delta_net(kernels, config.model, context.device, dtype, context.control)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
     from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
 
@@ -217,6 +208,7 @@ def _build_engine(
         engine.load_state(reader.read, restored.state.optimizer_step)
         checkpoints.restore_rng(restored.found, reader)
         get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
+        _log_other_moments(restored.found.manifest.config, config)
         if config.checkpoint.init_from:
             get_logger().info("checkpoint.init_from is not read: run.dir has a checkpoint")
     elif restored.initial is not None:
@@ -225,6 +217,13 @@ def _build_engine(
         get_logger().info("new run with the weights of %s", restored.initial.path)
     get_logger().info("%s", format_choices(kernels.choices))
     return engine
+
+
+def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
+    """Say that the moments are kept in another dtype than before the resume: the curve goes on, not bit for bit."""
+    for change in compare_configs(recorded, config).harmless:
+        if change.key == "optimizer.moments_dtype":
+            get_logger().info("%s was %s, now %s: the moments go on in it", change.key, change.old, change.new)
 
 
 def _open_sinks(

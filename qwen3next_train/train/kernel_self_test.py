@@ -9,49 +9,24 @@ Letters: those of the operations' packages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
 from qwen3next_train.kernels.linear_cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
-from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.train.checks import Check, attempt
+from qwen3next_train.train.kernel_trial import EPS, NUM_TOKENS, Outputs, Random, Trial, capped
+from qwen3next_train.train.mixer_trials import MIXER_TRIALS
+from qwen3next_train.train.moe_trials import MOE_TRIALS
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative error (norm of the difference over the norm of the truth) of an output or a gradient."""
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-_LENGTHS = (65, 1, 64, 62)
-_NUM_TOKENS = sum(_LENGTHS)
-_EPS = 1e-6
-
-Outputs = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One operation on one set of inputs.
-
-    Args:
-        inputs: fp64, on the device; each gets a gradient.
-        kernel: the backend, called with the inputs by name.
-        truth: the definition, called likewise.
-        wide: inputs that the model keeps in fp32 when activations are narrower.
-    """
-
-    inputs: Mapping[str, torch.Tensor]
-    kernel: Callable[..., Outputs]
-    truth: Callable[..., Outputs]
-    wide: frozenset[str] = frozenset()
 
 
 def kernel_checks(kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Check]:
@@ -87,8 +62,8 @@ def kernel_errors(
     """
     worst: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
-    for trial in _TRIALS[operation](kernels, model, _Random(generator, device)):
-        for name, error in _errors(trial, dtype).items():
+    for trial in _TRIALS[operation](kernels, model, Random(generator, device)):
+        for name, error in trial_errors(trial, dtype).items():
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
 
@@ -114,14 +89,15 @@ def _kernel_check(
         parts.append(f"{DTYPE_NAMES[precision]} {error:.1e} ({name}), allowed {BOUNDS[precision]:.0e}")
     detail = f"{choice.backend} ({choice.reason}); largest error: {'; '.join(parts)}"
     if not ok:
-        remedy = f"set kernels.{choice.operation} to reference"
+        remedy = f"set kernels.{choice.key} to reference"
         if choice.backend == "reference":
             remedy = "do not train with this build of torch on this machine, and report it"
         detail = f"{detail}: wrong results; {remedy}"
     return Check(f"kernel {choice.operation}", ok, detail)
 
 
-def _errors(trial: Trial, dtype: torch.dtype) -> dict[str, float]:
+def trial_errors(trial: Trial, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of every output and gradient of one trial, named as :func:`kernel_errors` names them."""
     narrow, exact = {}, {}
     for name, value in trial.inputs.items():
         rounded = value.to(torch.promote_types(dtype, torch.float32) if name in trial.wide else dtype)
@@ -159,111 +135,30 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-@dataclass(frozen=True)
-class _Random:
-    """fp64 values drawn on the host, so that every device gets the same."""
-
-    generator: torch.Generator
-    device: torch.device
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.device)
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        return torch.rand(shape, dtype=torch.float64, generator=self.generator).to(self.device)
-
-    def packings(self) -> Iterator[Sequences]:
-        """Documents of odd lengths, then one document."""
-        for lengths in (_LENGTHS, (_NUM_TOKENS,)):
-            yield Sequences.from_lengths(lengths, self.device)
-
-
-def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
-    key_dim, value_dim, key_heads = model.linear_key_head_dim, model.linear_value_head_dim, 2
-    value_heads = key_heads * min(8, model.linear_num_value_heads // model.linear_num_key_heads)
-    # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
-    rate_N = torch.logspace(0, -3, value_heads, dtype=torch.float64, device=random.device)
-    wide = frozenset({"g_TN", "initial_state_DNKV"})
-    for sequences in random.packings():
-        inputs = {
-            "q_THK": random.normal(_NUM_TOKENS, key_heads, key_dim),
-            "k_THK": random.normal(_NUM_TOKENS, key_heads, key_dim),
-            "v_TNV": random.normal(_NUM_TOKENS, value_heads, value_dim),
-            "g_TN": -rate_N * random.uniform(_NUM_TOKENS, value_heads),
-            "beta_TN": random.uniform(_NUM_TOKENS, value_heads),
-        }
-        kernel = partial(kernels.gated_delta_rule, sequences=sequences)
-        truth = partial(recurrent_gated_delta_rule, sequences=sequences)
-        if sequences.num_documents > 1:
-            # As in training: documents begin empty, and nobody reads the final state.
-            yield Trial(inputs, partial(_first, kernel), partial(_first, truth), wide)
-        else:
-            inputs["initial_state_DNKV"] = 0.1 * random.normal(1, value_heads, key_dim, value_dim)
-            yield Trial(inputs, kernel, truth, wide)
-
-
-def _first(rule: Callable[..., Outputs], **inputs: torch.Tensor) -> Outputs:
-    return rule(**inputs)[:1]
-
-
-def _causal_conv1d(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
-    channels = 96
-    for sequences in random.packings():
-        inputs = {
-            "x_TC": random.normal(_NUM_TOKENS, channels),
-            "weight_CW": random.normal(channels, model.linear_conv_kernel_dim),
-        }
-        yield Trial(inputs, _single(kernels.causal_conv1d, sequences), _single(_plain_conv, sequences))
-
-
-def _varlen_attention(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
-    kv_heads = min(2, model.num_key_value_heads)
-    # A gradient of k or v is a sum over its query heads; many more of them would add up to more than the bound.
-    heads = kv_heads * min(8, model.num_attention_heads // model.num_key_value_heads)
-    for sequences in random.packings():
-        inputs = {
-            "q_TNH": random.normal(_NUM_TOKENS, heads, model.head_dim),
-            "k_TGH": random.normal(_NUM_TOKENS, kv_heads, model.head_dim),
-            "v_TGH": random.normal(_NUM_TOKENS, kv_heads, model.head_dim),
-        }
-        yield Trial(inputs, _single(kernels.varlen_attention, sequences), _single(_plain_attention, sequences))
-
-
-def _grouped_matmul(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
-    hidden, expert_hidden = _capped(model.hidden_size), _capped(model.moe_intermediate_size)
-    for counts in ((5, 0, 41, 1), (16, 16, 16, 16)):
-        counts_e = torch.tensor(counts, device=random.device)
-        inputs = {
-            "x_RI": random.normal(sum(counts), hidden),
-            "weight_eOI": random.normal(len(counts), expert_hidden, hidden) * hidden**-0.5,
-        }
-
-        def kernel(counts_e: torch.Tensor = counts_e, **inputs: torch.Tensor) -> Outputs:
-            return (kernels.grouped_matmul(**inputs, counts_e=counts_e),)
-
-        yield Trial(inputs, kernel, partial(_plain_grouped_matmul, counts=counts))
-
-
-def _capped(size: int) -> int:
-    """A size of matrices that is quick to multiply and as aligned as ``size``."""
-    return size if size <= 1024 else 1024 + size % 128
-
-
-def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
-    size = model.linear_value_head_dim
+def _rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    size = capped(model.hidden_size)
     inputs = {
-        "x": random.normal(_NUM_TOKENS, 3, size),
-        "gate": random.normal(_NUM_TOKENS, 3, size),
-        "weight": 1 + random.normal(size) / 4,
+        "x_TD": random.normal(NUM_TOKENS, size),
+        "y_TD": random.normal(NUM_TOKENS, size),
+        "weight_D": random.normal(size) / 4,
     }
-    yield Trial(inputs, lambda **inputs: (kernels.gated_rms_norm(**inputs, eps=_EPS),), _plain_gated_rms_norm)
+
+    def kernel(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
+        alone_TD = kernels.rms_norm.normalize(x_TD, weight_D, eps=EPS)
+        return alone_TD, *kernels.rms_norm.add_and_normalize(x_TD, y_TD, weight_D, eps=EPS)
+
+    def truth(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
+        alone_TD, normed_TD = (z / (z.square().mean(1, keepdim=True) + EPS).sqrt() for z in (x_TD, x_TD + y_TD))
+        return alone_TD * (1 + weight_D), x_TD + y_TD, normed_TD * (1 + weight_D)
+
+    yield Trial(inputs, kernel, truth)
 
 
-def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: _Random) -> Iterator[Trial]:
+def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     # Large enough for the reference to need several chunks on CPU.
     hidden, vocabulary = 16, 32768
-    inputs = {"hidden_TD": random.normal(_NUM_TOKENS, hidden), "weight_VD": random.normal(vocabulary, hidden)}
-    labels_T = (random.uniform(_NUM_TOKENS) * vocabulary).long()
+    inputs = {"hidden_TD": random.normal(NUM_TOKENS, hidden), "weight_VD": random.normal(vocabulary, hidden)}
+    labels_T = (random.uniform(NUM_TOKENS) * vocabulary).long()
     labels_T[::5] = IGNORE_INDEX
 
     def kernel(**inputs: torch.Tensor) -> Outputs:
@@ -275,55 +170,9 @@ def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: _Rando
     yield Trial(inputs, kernel, truth)
 
 
-_TRIALS: dict[str, Callable[[KernelSet, ModelConfig, _Random], Iterator[Trial]]] = {
-    "gated_delta_rule": _gated_delta_rule,
-    "causal_conv1d": _causal_conv1d,
-    "varlen_attention": _varlen_attention,
-    "grouped_matmul": _grouped_matmul,
-    "gated_rms_norm": _gated_rms_norm,
+_TRIALS: dict[str, Callable[[KernelSet, ModelConfig, Random], Iterator[Trial]]] = {
+    **MIXER_TRIALS,
+    **MOE_TRIALS,
+    "rms_norm": _rms_norm,
     "linear_cross_entropy": _linear_cross_entropy,
 }
-
-
-def _single(operation: Callable[..., torch.Tensor], sequences: Sequences) -> Callable[..., Outputs]:
-    return lambda **inputs: (operation(**inputs, sequences=sequences),)
-
-
-def _spans(sequences: Sequences) -> list[tuple[int, int]]:
-    return list(pairwise(sequences.cu_seqlens_cpu.tolist()))
-
-
-def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
-    rows, columns = x_TC.unbind(0), weight_CW.unbind(1)
-    outputs = []
-    for start, end in _spans(sequences):
-        for t in range(start, end):
-            seen = rows[max(start, t + 1 - len(columns)) : t + 1]
-            terms = [row * column for row, column in zip(reversed(seen), reversed(columns), strict=False)]
-            outputs.append(F.silu(torch.stack(terms).sum(0)))
-    return torch.stack(outputs)
-
-
-def _plain_attention(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
-) -> torch.Tensor:
-    group = q_TNH.shape[1] // k_TGH.shape[1]
-    outputs = []
-    for start, end in _spans(sequences):
-        q_NTH = q_TNH[start:end].transpose(0, 1)
-        k_NTH, v_NTH = (x[start:end].transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TGH, v_TGH))
-        scores_NTT = q_NTH @ k_NTH.mT * q_TNH.shape[-1] ** -0.5
-        future_TT = torch.ones(end - start, end - start, dtype=torch.bool, device=q_TNH.device).triu(1)
-        weights_NTT = scores_NTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-        outputs.append((weights_NTT @ v_NTH).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _plain_grouped_matmul(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts: tuple[int, ...]) -> Outputs:
-    experts = torch.repeat_interleave(torch.tensor(counts)).tolist()
-    weights = weight_eOI.unbind(0)
-    return (torch.stack([weights[expert] @ row for expert, row in zip(experts, x_RI.unbind(0), strict=True)]),)
-
-
-def _plain_gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Outputs:
-    return (x / (x.square().mean(-1, keepdim=True) + _EPS).sqrt() * weight * gate * gate.sigmoid(),)

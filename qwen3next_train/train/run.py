@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.parallel.roll_call import Member, describe_lost
+from qwen3next_train.train.declaration import declare
 from qwen3next_train.train.rundir import RunDirectory
-from qwen3next_train.train.signals import StopRequest, die_with_parent
+from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
 if TYPE_CHECKING:
     from qwen3next_train.train.loop import Run
@@ -37,6 +39,7 @@ class _Attempt:
     run_dir: RunDirectory
     stop: StopRequest
     run: Run | None = None
+    members: Sequence[Member] = ()
 
     @property
     def step(self) -> int | None:
@@ -49,14 +52,19 @@ class _Attempt:
         from qwen3next_train.train.build import build_run
         from qwen3next_train.train.loop import train
 
-        context = stack.enter_context(process_context(self.config.run.device))
+        settings = self.config.run
+        joined = process_context(
+            settings.device, declaration=declare(self.config), peer_timeout_s=settings.peer_timeout_s
+        )
+        context = stack.enter_context(joined)
+        self.members = context.members
         self.run_dir.name_attempt(context.control)
         self.run = build_run(self.config, context, self.run_dir, self.stop, stack)
         first_step = self.run.state.step
         stopped_by = train(self.run)
         if stopped_by is None:
-            return ExitCode.FINISHED, f"finished at step {self.config.run.steps}"
-        return ExitCode.STOPPED, _stopped(stopped_by, None if self.step == first_step else self.step)
+            return ExitCode.FINISHED, f"finished at step {settings.steps}"
+        return ExitCode.STOPPED, stop_reason(stopped_by, None if self.step == first_step else self.step)
 
 
 def run_training(config: Config, check_world: Callable[[], None]) -> int:
@@ -78,7 +86,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
     def record_early_stop(signal_name: str) -> None:
         # torchrun sends SIGTERM also when another rank has failed. That rank has usually recorded its reason, and
         # the first record stays; one that was killed has not, and this rank cannot tell it from a request to stop.
-        run_dir.finish(ExitCode.STOPPED, _stopped(signal_name, None))
+        run_dir.finish(ExitCode.STOPPED, stop_reason(signal_name, None))
 
     with StopRequest(record_early_stop) as stop, ExitStack() as opened:
         attempt = _Attempt(config, run_dir, stop)
@@ -97,7 +105,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
         except TrainError as error:
             code, reason = error.exit_code, str(error)
         except Exception as error:  # noqa: BLE001 - the boundary: every failure must reach exit.json
-            code, reason = _classify(error, rank)
+            code, reason = _classify(error, rank, attempt.members)
         stop.conclude()
         if code == ExitCode.PEER_LOST:
             reason = _for_users(reason)
@@ -108,16 +116,12 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
     return int(code)
 
 
-def _stopped(signal_name: str, step: int | None) -> str:
-    when = "before the first step" if step is None else f"after step {step}"
-    return f"stopped on {signal_name} {when}; run the same line to go on"
-
-
-def _classify(error: Exception, rank: int) -> tuple[ExitCode, str]:
-    """Exit code and reason of an exception that is not ours; prints it."""
+def _classify(error: Exception, rank: int, members: Sequence[Member]) -> tuple[ExitCode, str]:
+    """Exit code and reason of an exception that is not ours; prints it, unless a lost rank explains it."""
     text = " ".join(str(error).split())
     if _is_lost_peer(error):
-        return PeerLostError.exit_code, f"rank {rank}: lost another rank: {text}"
+        lost = describe_lost(members, rank) or "lost another rank"
+        return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
     traceback.print_exception(error)
     if isinstance(error, OSError):
         return ExitCode.STORAGE, text

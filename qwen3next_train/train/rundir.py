@@ -309,10 +309,10 @@ class RunDirectory:
         LOCAL_FILESYSTEM.fsync_dir(self.path)
 
 
-def record_refusal(path: Path, error: TrainError) -> None:
-    """Say in ``exit.json`` of a run directory that an attempt was refused before any process of it was started.
+def record_end(path: Path, error: TrainError) -> None:
+    """Say in ``exit.json`` of a run directory how an attempt ended of which no process is left to say it.
 
-    A directory that is in use or cannot be written is left alone.
+    What stands there is replaced. A directory that is in use or cannot be written is left alone.
     """
     run_dir = RunDirectory(path, rank=0)
     try:

@@ -23,7 +23,8 @@ from typing import Any
 from qwen3next_train.errors import ExitCode
 from qwen3next_train.log import get_logger
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Those that ask a run to save and stop."""
 _FORCING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _REPEAT_WINDOW_S = 1.0
 """Within it, a repeated signal is an echo: torchrun and schedulers pass on what the process group got already."""
@@ -95,7 +96,7 @@ class StopRequest:
         self._thread = threading.Thread(target=self._watch, args=(self._reader,), name="signals", daemon=True)
         self._thread.start()
         self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             is_ignored = signal.getsignal(number) is signal.SIG_IGN
             if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -200,6 +201,17 @@ class _Escalation:
         if self._first_at is None:
             self._first_at = now
         return now - self._first_at > _REPEAT_WINDOW_S
+
+
+def stop_reason(signal_name: str, step: int | None) -> str:
+    """The line that ends an attempt that was asked to stop.
+
+    Args:
+        signal_name: what asked.
+        step: last finished step, None when the attempt has not made one.
+    """
+    when = "before the first step" if step is None else f"after step {step}"
+    return f"stopped on {signal_name} {when}; run the same line to go on"
 
 
 def die_with_parent() -> None:

@@ -25,6 +25,7 @@ run.precision
 run.global_batch_size
 run.micro_batch_size
 run.max_skipped_steps
+run.peer_timeout_s
 
 model.vocab_size
 model.hidden_size
@@ -75,6 +76,7 @@ optimizer.eps
 optimizer.weight_decay
 optimizer.apply_wd_to_qk_layernorm
 optimizer.clip_grad
+optimizer.moments_dtype
 
 schedule.kind
 schedule.warmup_steps
@@ -83,11 +85,14 @@ schedule.min_lr
 
 parallel.expert_parallel_size
 parallel.zero_stage
+parallel.recompute
+parallel.offload_optimizer
 
 kernels.gated_delta_rule
 kernels.causal_conv1d
 kernels.varlen_attention
 kernels.grouped_matmul
+kernels.fused
 
 checkpoint.interval
 checkpoint.keep
@@ -201,7 +206,7 @@ MEGATRON_ARGUMENTS = """
 """
 
 COMMAND_OPTIONS = {
-    "train": ["--dry-run", "--nproc-per-node"],
+    "train": ["--dry-run", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
     "eval": [

@@ -1,7 +1,9 @@
 """Train a few steps at the layout torchrun gives, and write losses and the full training state.
 
-Run as ``torchrun --nproc-per-node N -m tests.distributed.layout_worker CONFIG.json OUT``; ``OUT`` receives
-``metrics.json`` and one ``rank_<r>.pt`` of plain tensors per rank.
+Run as ``torchrun --nproc-per-node N -m tests.distributed.layout_worker JOBS.json``: a list of ``{config, packed,
+load, save, out, first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
+directories or empty; training starts at the step of the checkpoint. Each folder ``out`` receives ``metrics.json`` of
+the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors, and ``loaded_<r>.pt`` of those right after loading.
 """
 
 from __future__ import annotations
@@ -9,16 +11,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
+from qwen3next_train.checkpoint.fragments import FragmentReader
+from qwen3next_train.checkpoint.manager import CheckpointManager
+from qwen3next_train.checkpoint.manifest import Header, WorldLayout
+from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.schema import Config
-from qwen3next_train.engine.base import Report, StepTotals
+from qwen3next_train.engine.base import Engine, Report, StepTotals
+from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.optim.schedule import learning_rate
-from qwen3next_train.parallel.process_groups import process_context
+from qwen3next_train.parallel.process_groups import ProcessContext, process_context
 from qwen3next_train.topology import Topology
+
+MARGIN = "margin"
+"""Name under which the narrowest routing decision of a step on this rank is written, in logits."""
 
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
@@ -31,11 +45,13 @@ def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> Pack
     return PackedRow(tokens, boundaries, bool(generator.random() < 0.5))
 
 
-def rank_batches(config: Config, topology: Topology, step: int, *, packed: bool) -> list[PackedBatch]:
+def rank_batches(
+    config: Config, topology: Topology, step: int, *, packed: bool, first_sample: int = 0
+) -> list[PackedBatch]:
     """This rank's micro-batches of a step."""
     micro, per_step = config.run.micro_batch_size, config.run.global_batch_size
     per_rank = per_step // topology.world_size
-    first = step * per_step + topology.rank * per_rank
+    first = first_sample + step * per_step + topology.rank * per_rank
     make = [
         make_row(sample, length=config.data.sequence_length, vocab_size=config.model.vocab_size, packed=packed)
         for sample in range(first, first + per_rank)
@@ -44,35 +60,107 @@ def rank_batches(config: Config, topology: Topology, step: int, *, packed: bool)
     return [PackedBatch.from_rows(make[i : i + micro], mtp_depths=depths) for i in range(0, per_rank, micro)]
 
 
-def main(config_path: Path, out: Path) -> None:
-    """Train ``run.steps`` steps and write what came of it."""
-    options = json.loads(config_path.read_text())
-    config = Config.model_validate(options["config"])
+def watch_margins(model: nn.Module) -> list[float]:
+    """A list that receives, at every pass through a router, the narrowest decision between chosen and not chosen.
+
+    In logits, which differ between layouts by rounding: what hangs on less than that may be decided either way.
+    """
+    margins: list[float] = []
+
+    def note(router: nn.Module, inputs: tuple[torch.Tensor, int], outputs: object) -> None:
+        assert isinstance(router, TopKRouter)
+        logits_TE = F.linear(inputs[0].detach().float(), router.weight.detach())
+        best = logits_TE.topk(router.top_k + 1, dim=-1).values
+        margins.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(note)
+    return margins
+
+
+def train(config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
+    """Train up to step ``run.steps`` and write what came of it."""
+    from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+    from qwen3next_train.kernels.selection import select_kernels
+
+    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+    accumulation = config.run.global_batch_size // config.run.micro_batch_size // context.world_size
+    engine = DeepSpeedEngine(
+        config,
+        topology=topology,
+        kernels=select_kernels(config.kernels, context.device),
+        device=context.device,
+        num_micro_batches=accumulation,
+    )
+    out = Path(job["out"])
+    first = 0
+    if job["load"]:
+        first = _load(engine, job["load"], context)
+        _write_state(engine, out / f"loaded_{context.rank}.pt")
+    margins = watch_margins(engine._model)
+    metrics = []
+    for step in range(first, config.run.steps):
+        batches = rank_batches(config, topology, step, packed=job["packed"], first_sample=job["first_sample"])
+        totals = StepTotals.over_ranks(batches, context.control.sum_ints)
+        lr = learning_rate(config, step + 1)
+        result = engine.train_step(batches, totals=totals, lr=lr, report=Report.SUMMARY)
+        metrics.append({**result.metrics, MARGIN: min(margins)})
+        margins.clear()
+    if job["save"]:
+        _save(engine, job["save"], config, context)
+    _write_state(engine, out / f"rank_{context.rank}.pt")
+    if context.rank == 0:
+        (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def _write_state(engine: Engine, path: Path) -> None:
+    torch.save(
+        [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()], path
+    )
+
+
+def _load(engine: Engine, directory: str, context: ProcessContext) -> int:
+    """Take the newest checkpoint; its step."""
+    found = CheckpointManager(Path(directory), control=context.control, keep=1).find_latest()
+    assert found is not None
+    reader = FragmentReader(found.path, found.manifest)
+    engine.load_state(reader.read, found.manifest.train_state.optimizer_step)
+    return found.step
+
+
+def _save(engine: Engine, directory: str, config: Config, context: ProcessContext) -> None:
+    steps = config.run.steps
+    parallel = config.parallel
+    layout = WorldLayout(
+        world_size=context.world_size,
+        expert_parallel_size=parallel.expert_parallel_size,
+        zero_stage=parallel.zero_stage,
+    )
+    CheckpointManager(Path(directory), control=context.control, keep=1).save(
+        step=steps,
+        fragments=engine.fragments(),
+        train_state=TrainState(
+            step=steps,
+            consumed_samples=0,
+            consumed_tokens=0,
+            flops_total=0,
+            skipped_steps=0,
+            optimizer_step=steps,
+            data_fingerprint="",
+        ),
+        rank_tensors={},
+        header=Header(parameter_table(config.model), config.model_dump(mode="json"), layout, {}),
+    )
+
+
+def main(jobs_path: Path) -> None:
+    """Do one job after the other."""
     torch.set_num_threads(1)
     with process_context("cpu") as context:
-        from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
-        from qwen3next_train.kernels.selection import select_kernels
-
-        topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
-        accumulation = config.run.global_batch_size // config.run.micro_batch_size // context.world_size
-        engine = DeepSpeedEngine(
-            config,
-            topology=topology,
-            kernels=select_kernels(config.kernels, context.device),
-            device=context.device,
-            num_micro_batches=accumulation,
-        )
-        metrics = []
-        for step in range(config.run.steps):
-            batches = rank_batches(config, topology, step, packed=options["packed"])
-            totals = StepTotals.over_ranks(batches, context.control.sum_ints)
-            lr = learning_rate(config, step + 1)
-            metrics.append(engine.train_step(batches, totals=totals, lr=lr, report=Report.SUMMARY).metrics)
-        state = [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()]
-        torch.save(state, out / f"rank_{context.rank}.pt")
-        if context.rank == 0:
-            (out / "metrics.json").write_text(json.dumps(metrics))
+        for job in json.loads(jobs_path.read_text()):
+            train(Config.model_validate(job["config"]), context, job)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,40 +18,80 @@ from tests.integration.launching import REPOSITORY, environment
 
 @dataclass(frozen=True)
 class Outcome:
-    """Metrics by step and the full training state by ``(parameter name, kind)``."""
+    """Metrics by step and the full training state by ``(parameter name, kind)``: at the end, and when loaded."""
 
     metrics: list[dict[str, float]]
     state: dict[tuple[str, str], torch.Tensor]
+    loaded: dict[tuple[str, str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training up to step ``run.steps``, on packed or dense rows, from and to a directory of checkpoints.
+
+    ``first_sample`` chooses the rows.
+    """
+
+    config: Config
+    packed: bool = True
+    load: Path | None = None
+    save: Path | None = None
+    first_sample: int = 0
 
 
 def train_at(config: Config, folder: Path, *, num_processes: int, packed: bool = True) -> Outcome:
-    """Train ``config`` with ``num_processes`` ranks; every element of the state must be owned exactly once."""
+    """Train ``config`` with ``num_processes`` ranks."""
+    (outcome,) = train_all([Job(config, packed)], folder, num_processes=num_processes)
+    return outcome
+
+
+def train_all(jobs: Sequence[Job], folder: Path, *, num_processes: int, timeout: float = 280) -> list[Outcome]:
+    """Do all jobs in the same processes; every element of the state must be owned exactly once."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"config": config.model_dump(), "packed": packed}))
+    outs = [folder / str(index) for index in range(len(jobs))]
+    listed = []
+    for job, out in zip(jobs, outs, strict=True):
+        out.mkdir()
+        folders = {"load": str(job.load or ""), "save": str(job.save or ""), "out": str(out)}
+        rows = {"packed": job.packed, "first_sample": job.first_sample}
+        listed.append({"config": job.config.model_dump(), **rows, **folders})
+    (folder / "jobs.json").write_text(json.dumps(listed))
     worker = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     done = subprocess.run(
-        [*worker, "-m", "tests.distributed.layout_worker", str(folder / "config.json"), str(folder)],
+        [*worker, "-m", "tests.distributed.layout_worker", str(folder / "jobs.json")],
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return [_read(job, out, num_processes) for job, out in zip(jobs, outs, strict=True)]
+
+
+def _read(job: Job, out: Path, num_processes: int) -> Outcome:
+    return Outcome(
+        json.loads((out / "metrics.json").read_text()),
+        _assembled(job.config, out, "rank", num_processes),
+        _assembled(job.config, out, "loaded", num_processes) if job.load else {},
+    )
+
+
+def _assembled(config: Config, out: Path, prefix: str, num_processes: int) -> dict[tuple[str, str], torch.Tensor]:
     sizes = {spec.name: spec.numel for spec in parameter_table(config.model)}
     kinds = ("master", "exp_avg", "exp_avg_sq")
     state = {(name, kind): torch.full((size,), torch.nan) for name, size in sizes.items() for kind in kinds}
     owned = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
     for rank in range(num_processes):
-        for name, start, tensors in torch.load(folder / f"rank_{rank}.pt", weights_only=True):
+        for name, start, tensors in torch.load(out / f"{prefix}_{rank}.pt", weights_only=True):
             piece = slice(start, start + tensors["master"].numel())
             owned[name][piece] += 1
             for kind, tensor in tensors.items():
                 state[name, kind][piece] = tensor
     for name, counts in owned.items():
         assert bool((counts == 1).all()), f"{name}: fragments do not tile the parameter"
-    return Outcome(json.loads((folder / "metrics.json").read_text()), state)
+    return state
 
 
 def largest_relative_error(first: Outcome, second: Outcome, kind: str) -> tuple[float, str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ SMALL_MODEL = {
     "eval.interval": "0",
 }
 """Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, four micro-batches."""
+
+TWO_RANKS = {"run__steps": 30, "run__global_batch_size": 8}
+"""Overrides of runs that are compared with the fixture ``two_ranks``."""
 
 TIMING = ("perf/tflops_per_gpu", "perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "mem/peak_gib")
 """Metrics that depend on the clock or the allocator."""
@@ -99,6 +105,71 @@ def start(args: list[str], *, form: str = "console", num_processes: int = 1) -> 
         text=True,
         start_new_session=True,
     )
+
+
+def start_ranks(args_of_rank: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """Start one process per argument list by hand, as the ranks of one run on this machine."""
+    count, port = len(args_of_rank), free_port()
+    return [
+        subprocess.Popen(
+            command("console", args),
+            cwd=REPOSITORY,
+            env=environment()
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, args in enumerate(args_of_rank)
+    ]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 150.0, poll_s: float = 0.02) -> None:
+    """Wait, or fail and say for what."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still waiting for {what}"
+        time.sleep(poll_s)
+
+
+def num_steps(run_dir: Path) -> int:
+    """Rows of ``metrics.jsonl``; none before it exists."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def workers_of(run_dir: Path) -> dict[int, int]:
+    """Process numbers of the ranks that train in a directory, by rank."""
+    workers = {}
+    for pid in processes_of(run_dir):
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        workers |= {int(each.removeprefix("RANK=")): pid for each in variables if each.startswith("RANK=")}
+    return workers
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Live processes with a run directory on their command line: launchers and ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if str(run_dir) in words and state not in "ZX":
+            found.append(int(path.name))
+    return found
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

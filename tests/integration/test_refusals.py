@@ -31,7 +31,16 @@ def _refusal(args: list[str]) -> tuple[int, list[str]]:
             2,
             "model.linear_num_value_heads 3",
         ),
-        ({"parallel__zero_stage": "3"}, 2, "parallel.zero_stage: training with stage 3 is not available"),
+        (
+            {"parallel__expert_parallel_size": "2"},
+            2,
+            "parallel.expert_parallel_size: 2 does not divide the world size 1",
+        ),
+        (
+            {"parallel__zero_stage": "3", "parallel__offload_optimizer": "cpu"},
+            2,
+            "parallel.offload_optimizer cpu clips by a wrong gradient norm with parallel.zero_stage 3",
+        ),
         ({"data__sources": "missing/corpus.txt"}, 65, "missing/corpus.txt: no such file"),
         ({"run__dir": "README.md/run"}, 74, "README.md/run cannot be created or written"),
     ],

@@ -25,22 +25,24 @@ class GatedDeltaRule(Protocol):
         beta_TN: torch.Tensor,
         sequences: Sequences,
         initial_state_DNKV: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the rule over each document from ``initial_state_DNKV`` (zero when None).
 
-        Value head n uses key head ``n // (N / H)``. q and k are l2-normalised inside (eps 1e-6 on the sum of
-        squares) and q is scaled by ``K ** -0.5``. Computed in fp32 (fp64 for fp64 input).
+        Value head n uses key head ``n // (N / H)``. q is scaled by ``K ** -0.5`` inside. Computed in fp32 (fp64
+        for fp64 input).
 
         Args:
-            q_THK: queries ``[T, H, K]``.
-            k_THK: keys ``[T, H, K]``.
+            q_THK: l2-normalised queries ``[T, H, K]``.
+            k_THK: l2-normalised keys ``[T, H, K]``.
             v_TNV: values ``[T, N, V]``.
             g_TN: log decay ``[T, N]``, at most 0.
             beta_TN: write strength ``[T, N]`` in [0, 1].
             sequences: document boundaries.
             initial_state_DNKV: state before each document's first token ``[D, N, K, V]``.
+            output_final_state: training reads none; a backend that writes none is spared reading its gradient.
 
         Returns:
-            outputs ``[T, N, V]`` in the dtype of ``v_TNV``, and the state after each document's last token
-            ``[D, N, K, V]`` in the compute dtype.
+            outputs ``[T, N, V]`` in the dtype of ``v_TNV``, and, if asked for, the state after each document's last
+            token ``[D, N, K, V]`` in the compute dtype.
         """

@@ -7,6 +7,9 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
 from qwen3next_train.kernels.sequences import Sequences
 
+CHUNK_SIZE = 64
+"""Tokens per chunk: the size for which FLA fuses the triangular solve."""
+
 
 def gated_delta_rule_fla(
     q_THK: torch.Tensor,
@@ -17,8 +20,12 @@ def gated_delta_rule_fla(
     beta_TN: torch.Tensor,
     sequences: Sequences,
     initial_state_DNKV: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the package for the contract. Value heads stay grouped; FLA's kernels take them as they are."""
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See the package for the contract. Value heads stay grouped; FLA's kernels take them as they are.
+
+    Inputs that are not contiguous are copied by FLA.
+    """
     out, final_state = chunk_gated_delta_rule(
         q_THK.unsqueeze(0),
         k_THK.unsqueeze(0),
@@ -26,9 +33,9 @@ def gated_delta_rule_fla(
         g_TN.unsqueeze(0),
         beta_TN.unsqueeze(0),
         initial_state=initial_state_DNKV,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=True,
+        output_final_state=output_final_state,
         cu_seqlens=sequences.cu_seqlens,
-        cu_seqlens_cpu=sequences.cu_seqlens_cpu,
+        chunk_indices=sequences.chunk_indices(CHUNK_SIZE),
+        chunk_size=CHUNK_SIZE,
     )
     return out.squeeze(0), final_state

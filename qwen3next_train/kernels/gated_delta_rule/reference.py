@@ -1,6 +1,6 @@
 """The gated delta rule in plain torch: the recurrence as written, and its chunked form.
 
-Per value head, with ``a_t = exp(g_t)`` and the l2-normalised q, k (Gated DeltaNet, arXiv 2412.06464, eq. 10;
+Per value head, with ``a_t = exp(g_t)`` and l2-normalised q, k (Gated DeltaNet, arXiv 2412.06464, eq. 10;
 state kept as ``[K, V]``, the transpose of the paper's)::
 
     S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T        o_t = S_t^T q_t / sqrt(K)
@@ -20,9 +20,6 @@ import torch
 
 from qwen3next_train.kernels.sequences import ChunkLayout, Sequences, gather_rows, scatter_rows
 
-L2_NORM_EPS = 1e-6
-"""Added to the sum of squares of q and k, as FLA and transformers do."""
-
 CHUNK_SIZE = 32
 """Tokens per chunk: on CPU faster than 64 at head dim 32 and equal at 128."""
 
@@ -36,12 +33,13 @@ def recurrent_gated_delta_rule(
     beta_TN: torch.Tensor,
     sequences: Sequences,
     initial_state_DNKV: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The recurrence token by token, for comparison; see the package for the contract."""
     dtype = _compute_dtype(v_TNV)
     group = v_TNV.shape[1] // k_THK.shape[1]
-    q_TNK = _l2_norm(q_THK.to(dtype)).repeat_interleave(group, dim=1) * q_THK.shape[-1] ** -0.5
-    k_TNK = _l2_norm(k_THK.to(dtype)).repeat_interleave(group, dim=1)
+    q_TNK = q_THK.to(dtype).repeat_interleave(group, dim=1) * q_THK.shape[-1] ** -0.5
+    k_TNK = k_THK.to(dtype).repeat_interleave(group, dim=1)
     v_TNV, decay_TN, beta_TN = v_TNV.to(dtype), g_TN.to(dtype).exp(), beta_TN.to(dtype)
     outputs, finals = [], []
     for document, (start, end) in enumerate(_spans(sequences)):
@@ -52,7 +50,7 @@ def recurrent_gated_delta_rule(
             state_NKV = state_NKV + torch.einsum("n,nk,nv->nkv", beta_TN[t], k_TNK[t], error_NV)
             outputs.append(torch.einsum("nkv,nk->nv", state_NKV, q_TNK[t]))
         finals.append(state_NKV)
-    return torch.stack(outputs), torch.stack(finals)
+    return torch.stack(outputs), torch.stack(finals) if output_final_state else None
 
 
 def _spans(sequences: Sequences) -> list[tuple[int, int]]:
@@ -76,7 +74,8 @@ def gated_delta_rule_reference(
     beta_TN: torch.Tensor,
     sequences: Sequences,
     initial_state_DNKV: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The chunked form; see the package for the contract."""
     dtype = _compute_dtype(v_TNV)
     num_tokens, num_value_heads, value_dim = v_TNV.shape
@@ -85,8 +84,8 @@ def gated_delta_rule_reference(
     layout = sequences.chunks(CHUNK_SIZE)
     shape = (layout.num_chunks, num_key_heads, group, layout.size)
 
-    q_MH1CK = _to_chunks(_l2_norm(q_THK.to(dtype)) * key_dim**-0.5, layout).unsqueeze(2)
-    k_MH1CK = _to_chunks(_l2_norm(k_THK.to(dtype)), layout).unsqueeze(2)
+    q_MH1CK = _to_chunks(q_THK.to(dtype) * key_dim**-0.5, layout).unsqueeze(2)
+    k_MH1CK = _to_chunks(k_THK.to(dtype), layout).unsqueeze(2)
     v_MHRCV = _to_chunks(v_TNV.to(dtype), layout).view(*shape, value_dim)
     gates_MNC2 = _to_chunks(torch.stack((g_TN.to(dtype), beta_TN.to(dtype)), dim=-1), layout)
     log_decay_MHRC, decay_MHRCC = _decays(gates_MNC2[..., 0].reshape(shape))
@@ -99,7 +98,7 @@ def gated_delta_rule_reference(
     u_MHRCV, w_MHRCK = (_UnitLowerInverse.apply(system_MHRCC) @ right_side).split((value_dim, key_dim), dim=-1)
 
     to_end_MHRC1 = decay_MHRCC[..., -1, :].unsqueeze(-1)
-    writes_MNCV, reads_MNCV, final_DNKV = _scan(
+    writes_MNCV, reads_MNCV, final_sorted = _scan(
         readers=torch.cat((w_MHRCK, q_MH1CK * from_start_MHRC1), dim=-2).flatten(1, 2),
         writes=u_MHRCV.flatten(1, 2),
         keys=(k_MH1CK * to_end_MHRC1).mT.flatten(1, 2),
@@ -110,6 +109,7 @@ def gated_delta_rule_reference(
     scores_MNCC = ((q_MH1CK @ k_MH1CK.mT) * decay_MHRCC).flatten(1, 2)
     out_MNCV = reads_MNCV + scores_MNCC @ writes_MNCV
     out_TNV = gather_rows(out_MNCV.transpose(1, 2).reshape(-1, num_value_heads * value_dim), layout.slots_T)
+    final_DNKV = gather_rows(final_sorted, torch.argsort(layout.document_order)) if output_final_state else None
     return out_TNV.view(num_tokens, num_value_heads, value_dim).to(v_TNV.dtype), final_DNKV
 
 
@@ -172,7 +172,7 @@ def _scan(
 
     Returns:
         true writes ``[M, N, C, V]``, what the queries read from earlier chunks ``[M, N, C, V]``, and the
-        documents' final states ``[D, N, K, V]``.
+        documents' final states ``[D, N, K, V]`` in the layout's order of documents.
     """
     per_step, size = layout.chunks_per_step, layout.size
     if initial_state_DNKV is None:
@@ -194,14 +194,8 @@ def _scan(
         state = state * chunk_decay + key @ write
         all_writes.append(write)
         all_reads.append(read)
-    final_sorted = torch.cat([state, *reversed(finals)])
-    final_DNKV = gather_rows(final_sorted, torch.argsort(layout.document_order))
-    return torch.cat(all_writes), torch.cat(all_reads), final_DNKV
+    return torch.cat(all_writes), torch.cat(all_reads), torch.cat([state, *reversed(finals)])
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _l2_norm(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)

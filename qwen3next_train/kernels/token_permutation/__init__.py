@@ -43,14 +43,15 @@ class TokenPermutation(Protocol):
     def permute(self, x_TD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
         """Copy each token to its sorted rows: ``[T, D]`` to ``[R, D]``; differentiable."""
 
-    def unpermute(self, rows_RD: torch.Tensor, weights_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-        """Sum over k of ``weights[t, k] * rows[row[t, k]]``, accumulated in at least fp32.
+    def permute_weights(self, weights_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+        """Weight of each sorted row: ``[T, K]`` to ``[R]``; differentiable.
 
-        Args:
-            rows_RD: ``[R, D]``.
-            weights_TK: fp32 ``[T, K]``; those of pairs without a row are not read and get gradient 0.
-            permutation: of ``sort``.
+        Weights of pairs without a row are not read and get gradient 0.
+        """
 
-        Returns:
-            ``[T, D]`` in the dtype of ``rows_RD``; differentiable by rows and weights.
+    def unpermute(self, rows_RD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+        """Sum over k of ``rows[row[t, k]]``, accumulated in at least fp32: ``[R, D]`` to ``[T, D]``; differentiable.
+
+        The transpose of ``permute``. Rows are weighed where they are made (``kernels.swiglu``): neither they nor
+        their weights are then needed here in the backward pass.
         """

@@ -27,9 +27,13 @@ class TokenPermutationReference:
         """See the package for the contract."""
         return _Permute.apply(x_TD, permutation.token_R, permutation.row_TK)
 
-    def unpermute(self, rows_RD: torch.Tensor, weights_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    def permute_weights(self, weights_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
         """See the package for the contract."""
-        return _Unpermute.apply(rows_RD, weights_TK, permutation.token_R, permutation.row_TK)
+        return _PermuteWeights.apply(weights_TK, permutation.token_R.shape[0], permutation.row_TK)
+
+    def unpermute(self, rows_RD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+        """See the package for the contract."""
+        return _Unpermute.apply(rows_RD, permutation.token_R, permutation.row_TK)
 
 
 class _Permute(torch.autograd.Function):
@@ -41,33 +45,43 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RD):  # type: ignore[no-untyped-def]
         (row_TK,) = ctx.saved_tensors
-        total_TD = grad_RD.new_zeros(row_TK.shape[0], grad_RD.shape[1], dtype=_wide(grad_RD))
-        for row_T in row_TK.unbind(1):
-            total_TD += _rows(grad_RD, row_T)
-        return total_TD.to(grad_RD.dtype), None, None
+        return _sum_rows(grad_RD, row_TK), None, None
+
+
+class _PermuteWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights_TK, num_routed, row_TK):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_TK)
+        # Pairs without a row write to an element behind the last.
+        weights_R = weights_TK.new_zeros(num_routed + 1)
+        weights_R[row_TK] = weights_TK
+        return weights_R[:-1].clone()
+
+    @staticmethod
+    def backward(ctx, grad_R):  # type: ignore[no-untyped-def]
+        (row_TK,) = ctx.saved_tensors
+        grad_P = _rows(grad_R.unsqueeze(1), row_TK.flatten())
+        return grad_P.view_as(row_TK), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, weights_TK, token_R, row_TK):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows_RD, weights_TK, token_R, row_TK)
-        total_TD = rows_RD.new_zeros(row_TK.shape[0], rows_RD.shape[1], dtype=_wide(rows_RD))
-        for k, row_T in enumerate(row_TK.unbind(1)):
-            total_TD += _rows(rows_RD, row_T) * weights_TK[:, k : k + 1]
-        return total_TD.to(rows_RD.dtype)
+    def forward(ctx, rows_RD, token_R, row_TK):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(token_R)
+        return _sum_rows(rows_RD, row_TK)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        rows_RD, weights_TK, token_R, row_TK = ctx.saved_tensors
-        wide_TD = grad_TD.to(_wide(grad_TD))
-        grad_weights_TK = torch.empty_like(weights_TK)
-        weights_R = weights_TK.new_zeros(rows_RD.shape[0] + 1)
-        for k, row_T in enumerate(row_TK.unbind(1)):
-            grad_weights_TK[:, k] = (wide_TD * _rows(rows_RD, row_T)).sum(-1)
-            # Pairs without a row write to the last element, which is not used.
-            weights_R[row_T] = weights_TK[:, k]
-        grad_RD = wide_TD.index_select(0, token_R) * weights_R[:-1].unsqueeze(1)
-        return grad_RD.to(rows_RD.dtype), grad_weights_TK, None, None
+        (token_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_R), None, None
+
+
+def _sum_rows(rows_RD: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
+    """Sum of each token's rows ``[T, D]``, in the order of k."""
+    total_TD = rows_RD.new_zeros(row_TK.shape[0], rows_RD.shape[1], dtype=_wide(rows_RD))
+    for row_T in row_TK.unbind(1):
+        total_TD += _rows(rows_RD, row_T)
+    return total_TD.to(rows_RD.dtype)
 
 
 def _rows(rows_RD: torch.Tensor, row_T: torch.Tensor) -> torch.Tensor:

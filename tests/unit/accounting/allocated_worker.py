@@ -1,6 +1,7 @@
 """Train one step of a small run and print what DeepSpeed holds, in bytes, beside what accounting says.
 
-Run as ``torchrun --nproc-per-node N -m tests.unit.accounting.allocated_worker PRECISION ZERO_STAGE``.
+Run as ``torchrun --nproc-per-node N -m tests.unit.accounting.allocated_worker PRECISION ZERO_STAGE MOMENTS OFFLOAD
+EXPERT_PARALLEL_SIZE``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import memory_per_gpu
+from qwen3next_train.accounting.memory import host_bytes_per_gpu, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.parallel.process_groups import process_context
@@ -29,23 +30,53 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def gradient_bytes(model: torch.nn.Module, zero: Any) -> int:
-    """What is accumulated: by stage 1 on the parameters (DeepSpeed's ``grad_accum``, or ``grad``), by stage 2 apart."""
+    """What is accumulated: by stage 1 on the parameters (``grad_accum`` or ``grad``), by the others apart."""
     on_parameters = [
         vars(parameter)["grad_accum"] if vars(parameter).get("grad_accum") is not None else parameter.grad
         for parameter in model.parameters()
     ]
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        return held_bytes([zero.grad_partitions_flat_buffer])
     apart = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
     return held_bytes([*on_parameters, *apart])
 
 
-def main(precision: Any, zero_stage: Any) -> None:
+def partitions_of(zero: Any) -> list[torch.Tensor]:
+    """Flat fp32 master weights of this rank."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return zero.fp32_partitioned_groups_flat
+    return zero.single_partition_of_fp32_groups
+
+
+def weight_bytes(model: torch.nn.Module, zero: Any) -> int:
+    """Of the dtype the model computes with; under stage 3 partitions, and whole parameters that stay gathered."""
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        return held_bytes(model.parameters())
+    pieces = [vars(parameter)["ds_tensor"] for parameter in model.parameters()]
+    return held_bytes([*pieces, *zero.persistent_parameters])
+
+
+def host_bytes(zero: Any) -> int:
+    """What an offloaded optimizer adds to host memory besides master and moments: gradient, weights, a buffer."""
+    gradients = [partition.grad for partition in zero.single_partition_of_fp32_groups]
+    return held_bytes(
+        [*gradients, *zero.param_buffer_of_bit16_for_cpu_offload_groups, zero.temp_grad_buffer_for_cpu_offload]
+    )
+
+
+def main(precision: Any, zero_stage: Any, moments_dtype: Any, offload: Any, expert_parallel_size: Any) -> None:
     """One step of four rows, two at a time and rank."""
     config = Config.model_validate(
         {
             "model": TINY.model_dump(),
             "run": {"precision": precision, "global_batch_size": 8, "micro_batch_size": 2},
             "data": {"sequence_length": 16},
-            "parallel": {"zero_stage": zero_stage},
+            "parallel": {
+                "zero_stage": zero_stage,
+                "offload_optimizer": offload,
+                "expert_parallel_size": expert_parallel_size,
+            },
+            "optimizer": {"moments_dtype": moments_dtype},
         }
     )
     torch.set_num_threads(1)
@@ -53,7 +84,7 @@ def main(precision: Any, zero_stage: Any) -> None:
         from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
         from qwen3next_train.kernels.selection import select_kernels
 
-        topology = Topology(context.world_size, context.rank)
+        topology = Topology(context.world_size, context.rank, expert_parallel_size)
         accumulation = 4 // context.world_size
         engine = DeepSpeedEngine(
             config,
@@ -68,18 +99,22 @@ def main(precision: Any, zero_stage: Any) -> None:
         batches = rank_batches(config, topology, 0, packed=True)
         totals = StepTotals((100, 100), 128, 1000, 4)
         engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
-        partitions = zero.single_partition_of_fp32_groups
+        partitions = partitions_of(zero)
         moments = [zero.optimizer.state[p][kind] for p in partitions for kind in ("exp_avg", "exp_avg_sq")]
         allocated = {
-            "weights": held_bytes(model.parameters()),
+            "weights": weight_bytes(model, zero),
             "gradients": gradients[-1],
             "optimizer": held_bytes([*partitions, *moments]),
         }
-        layout = Layout(context.world_size, 1, zero_stage, precision, 2, 16)
-        counted = memory_per_gpu(config.model, layout)
+        layout = Layout.of(config, context.world_size)
+        memory = memory_per_gpu(config.model, layout)
+        counted = {part: memory[part] for part in allocated}
+        if layout.offload_optimizer:
+            allocated |= {"optimizer": 0, "host": allocated["optimizer"] + host_bytes(zero)}
+            counted["host"] = host_bytes_per_gpu(config.model, layout)
         if context.rank == 0:
-            print(json.dumps({"allocated": allocated, "counted": {part: counted[part] for part in allocated}}))
+            print(json.dumps({"allocated": allocated, "counted": counted}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5]))

@@ -1,4 +1,4 @@
-"""Activations by part, with and without recomputation: by hand on the tiny shape."""
+"""Activations by part, with and without recompute: by hand on the tiny shape."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3next_train.accounting.activations import Recompute, activation_bytes, saved_tensors
+from qwen3next_train.accounting.activations import activation_bytes, kept_tensors, ranks_per_token, saved_tensors
+from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.config.schema import RecomputePart
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, TINY
 
 ONE = Layout(1, 1, 1, "fp32", 1, 16)
 BF16 = replace(ONE, precision="bf16")
 
 
+def _with(*recompute: RecomputePart, layout: Layout = BF16) -> dict[str, int]:
+    return activation_bytes(TINY, replace(layout, recompute=frozenset(recompute)))
+
+
 def test_activations_scale_with_tokens() -> None:
-    """Twice the rows, twice what depends on tokens; the regrouped GDN weights do not."""
+    """Twice the rows, twice what depends on tokens; the joined weights of the shared experts do not."""
     one = activation_bytes(TINY, ONE)
     two = activation_bytes(TINY, replace(ONE, micro_batch_size=2))
-    fixed = 4 * (2 * 3 + 2 * 10 + 2 * 2) * 8
-    assert two["activations_gdn"] - fixed == 2 * (one["activations_gdn"] - fixed)
-    for kind in ("attention", "moe", "other"):
+    fixed = 3 * 4 * 2 * 7 * 8
+    assert two["activations_moe"] - fixed == 2 * (one["activations_moe"] - fixed)
+    for kind in ("gdn", "attention", "other"):
         assert two[f"activations_{kind}"] == 2 * one[f"activations_{kind}"]
 
 
 def test_dispatch_exists_only_with_expert_parallelism() -> None:
-    """Send and receive of 16 tokens x 2 experts x 8 fp32 values, and a fifth for imbalance."""
+    """16 tokens, each to 2 x (1 - 1/6) ranks, there and back; nothing of it is kept; a fifth for imbalance."""
     alone = activation_bytes(TINY, ONE)
     apart = activation_bytes(TINY, replace(ONE, world_size=2, expert_parallel_size=2))
     assert alone["all_to_all"] == alone["imbalance"] == 0
-    assert apart["all_to_all"] == 2 * 16 * 2 * 8 * 4
-    routed = 3 * 16 * 2 * 4 * (2 * 8 + 4 * 6)
+    row = 8 * 4
+    assert ranks_per_token(TINY, 2) == pytest.approx(5 / 3)
+    assert apart["all_to_all"] == 2 * round(16 * row * 5 / 3)
+    assert apart["activations_moe"] == alone["activations_moe"]
+    routed = 3 * 16 * 2 * 4 * (8 + 3 * 6)
     assert apart["imbalance"] == (routed + apart["all_to_all"]) // 5
+
+
+def test_a_token_goes_to_fewer_ranks_than_experts() -> None:
+    """10 of 512 experts over 8 ranks are 5.92 ranks; over 512 ranks they are 10."""
+    assert ranks_per_token(QWEN3_NEXT_80B, 8) == pytest.approx(5.92, abs=0.005)
+    assert ranks_per_token(QWEN3_NEXT_80B, 512) == pytest.approx(10)
 
 
 def test_long_rows_do_not_grow_the_logits_chunk() -> None:
@@ -41,16 +56,30 @@ def test_long_rows_do_not_grow_the_logits_chunk() -> None:
     assert long - short == 16384 * 2048 * 2
 
 
-def test_names_of_saved_tensors_are_unique() -> None:
-    """A recompute policy selects by name."""
-    for tensors in saved_tensors(QWEN3_NEXT_80B.model_copy(update={"mtp_num_layers": 0}), "bf16").values():
+def test_sources_exist_and_are_kept() -> None:
+    """What is rebuilt has sources of its own kind of layer; rebuilding everything keeps only what has no part."""
+    for tensors in saved_tensors(QWEN3_NEXT_80B, "bf16").values():
         names = [tensor.name for tensor in tensors]
         assert len(set(names)) == len(names)
+        assert all(set(tensor.sources) <= set(names) for tensor in tensors)
+        assert kept_tensors(tensors, ()) == tensors
+        everything = kept_tensors(tensors, ("norms", "activations", "conv_gates"))
+        assert everything == tuple(tensor for tensor in tensors if tensor.part is None)
+
+
+def test_copies_for_experts_are_made_again_from_what_other_ranks_sent() -> None:
+    """What arrives is kept in place of ten copies; with one rank, the norm's output or what that is made from."""
+    for expert_parallel_size, source in ((1, "post_attention_layernorm input"), (8, "rows from other ranks")):
+        tensors = saved_tensors(QWEN3_NEXT_80B, "bf16", expert_parallel_size=expert_parallel_size)["moe"]
+        kept = {tensor.name for tensor in kept_tensors(tensors, ("norms", "activations"))}
+        assert source in kept
+        assert "expert rows in" not in kept
+        assert "rows from other ranks" not in {tensor.name for tensor in kept_tensors(tensors, ("norms",))}
 
 
 def test_whole_layers_keep_their_input() -> None:
     """16 tokens x 8 values x 2 bytes a layer; the largest layer exists once more; what is in no layer stays."""
-    none, full = activation_bytes(TINY, BF16), activation_bytes(TINY, BF16, "full")
+    none, full = _with(), _with("layer")
     assert full["activations_gdn"] == 16 * 8 * 2
     assert full["activations_attention"] == 2 * 16 * 8 * 2, "one decoder layer and the MTP layer"
     assert full["activations_moe"] == 0
@@ -60,46 +89,63 @@ def test_whole_layers_keep_their_input() -> None:
     assert full["logits"] == none["logits"]
 
 
-def test_selective_keeps_what_it_rebuilds_from() -> None:
-    """A Gated DeltaNet layer in bf16: width 8, 6 key and 10 value channels, 2 heads."""
-    selective = activation_bytes(TINY, BF16, "selective")
-    norm_input, conv_input, gates = 2 * 8, 2 * 16, 2 * 2 * 2
-    chunk_matrix, rule_output_and_gate = 2 * 2 * 64, 2 * 2 * 10
-    weights = 2 * (2 * 3 + 2 * 10 + 2 * 2) * 8
-    kept = norm_input + conv_input + gates + chunk_matrix + rule_output_and_gate
-    assert selective["activations_gdn"] == 16 * kept + weights
-    # Experts, three blocks: norm input, four probabilities in fp32, two choices; two rows in and out, their gate and
-    # up; shared gate and up, its output.
-    experts = 2 * 8 + 4 * 4 + 2 * 32 + 2 * 2 * 2 * 8 + 2 * 2 * 2 * 6 + 2 * 2 * 7 + 2 * 8
-    assert selective["activations_moe"] == 3 * 16 * experts
+def test_parts_besides_whole_layers_count_outside_of_layers() -> None:
+    """The final norm's output and those of MTP's three norms."""
+    whole, both = _with("layer"), _with("layer", "norms")
+    assert whole["activations_other"] - both["activations_other"] == 4 * 16 * 8 * 2
+    assert {key: value for key, value in whole.items() if key != "activations_other"} == {
+        key: value for key, value in both.items() if key != "activations_other"
+    }
+
+
+def test_each_part_saves_what_it_rebuilds() -> None:
+    """TINY in bf16 by hand: width 8, 6 key and 10 value channels, 2 heads, 4 query columns, 4 key columns."""
+    none = _with()
+    norms, activations, gates = _with("norms"), _with("activations"), _with("conv_gates")
+    for kind, saved in (
+        ("gdn", 16 * 2 * 8),
+        ("attention", 2 * 16 * 2 * (8 + 8 + 4)),
+        ("moe", 3 * 16 * 2 * 8),
+        ("other", 4 * 16 * 2 * 8),
+    ):
+        assert none[f"activations_{kind}"] - norms[f"activations_{kind}"] == saved, kind
+    for kind, saved in (("gdn", 16 * 2 * 10), ("attention", 2 * 16 * 2 * 8), ("moe", 3 * 16 * 2 * (2 * 6 + 7 + 2 * 8))):
+        assert none[f"activations_{kind}"] - activations[f"activations_{kind}"] == saved, kind
+    assert none["activations_gdn"] - gates["activations_gdn"] == 16 * 2 * (16 + 2)
 
 
 def test_rebuilt_tensors_of_one_layer_exist_again() -> None:
     """Of the kind of layer that rebuilds most."""
-    none, selective = activation_bytes(TINY, BF16), activation_bytes(TINY, BF16, "selective")
-    gdn = none["activations_gdn"] - selective["activations_gdn"]
-    attention = (none["activations_attention"] - selective["activations_attention"]) // 2
-    moe = (none["activations_moe"] - selective["activations_moe"]) // 3
-    assert selective["rebuilt_layer"] == max(gdn, attention, moe)
-    assert "rebuilt_layer" not in none
+    none, cheap = _with(), _with("norms", "activations", "conv_gates")
+    gdn = none["activations_gdn"] - cheap["activations_gdn"]
+    attention = (none["activations_attention"] - cheap["activations_attention"]) // 2
+    moe = (none["activations_moe"] - cheap["activations_moe"]) // 3
+    assert cheap["rebuilt_layer"] == max(gdn, attention, moe)
+    assert none["rebuilt_layer"] == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_rebuilding_never_keeps_more(precision: str) -> None:
-    """What something is rebuilt from is no larger than itself and all that shares its source."""
-    layout = replace(Layout(64, 8, 1, "bf16", 1, 4096), precision=precision)  # type: ignore[arg-type]
-    totals = {}
-    modes: tuple[Recompute, ...] = ("full", "selective", "none")
-    for mode in modes:
-        totals[mode] = sum(activation_bytes(QWEN3_NEXT_80B, layout, mode).values())
-    assert list(totals.values()) == sorted(totals.values())
+def test_rebuilding_never_keeps_more(precision: Precision) -> None:
+    """More parts, fewer bytes."""
+    layout = Layout(64, 8, 1, precision, 1, 4096)
+    ladder: tuple[tuple[RecomputePart, ...], ...] = (
+        *((), ("norms",), ("norms", "activations"), ("norms", "activations", "conv_gates"), ("layer",)),
+        ("layer", "norms"),
+    )
+    totals = [
+        sum(activation_bytes(QWEN3_NEXT_80B, replace(layout, recompute=frozenset(parts))).values()) for parts in ladder
+    ]
+    assert totals == sorted(totals, reverse=True)
 
 
 def test_imbalance_counts_the_rows_that_exist() -> None:
-    """Under full recomputation those of one layer, else those that every layer keeps."""
+    """Of whole layers those of one layer, else those that every layer keeps."""
     apart = replace(BF16, world_size=2, expert_parallel_size=2)
-    exchange = 2 * 16 * 2 * 8 * 2
-    rows, inner = 16 * 2 * 2 * 2 * 8, 16 * 2 * 2 * 2 * 6
-    expected = {"none": 3 * (rows + 2 * inner), "selective": 3 * (rows + inner), "full": rows + 2 * inner}
-    for mode, routed in expected.items():
-        assert activation_bytes(TINY, apart, mode)["imbalance"] == (routed + exchange) // 5  # type: ignore[arg-type]
+    exchange = 2 * round(16 * 8 * 2 * 5 / 3)
+    rows, inner = 16 * 2 * 2 * 8, 16 * 2 * 2 * 6
+    for recompute, routed in (
+        ((), 3 * (rows + 3 * inner)),
+        (("activations",), 3 * (16 * round(8 * 2 * 5 / 3) + 2 * inner)),
+        (("layer",), rows + 3 * inner),
+    ):
+        assert _with(*recompute, layout=apart)["imbalance"] == (routed + exchange) // 5

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.model.init import initialize
@@ -49,10 +50,7 @@ def counted_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token and head: read the key's value, erase it, write, read the query's."""
     ratio = v_TNV.shape[1] // k_THK.shape[1]
-    q, k = (
-        (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).repeat_interleave(ratio, dim=1)
-        for x in (q_THK, k_THK)
-    )
+    q, k = (x.repeat_interleave(ratio, dim=1) for x in (q_THK, k_THK))
     q = q * q.shape[-1] ** -0.5
     decay, strength = gates["g_TN"].exp(), gates["beta_TN"]
     outputs, finals = [], []
@@ -96,7 +94,7 @@ def build(config: ModelConfig, kernels: KernelSet) -> Qwen3NextForCausalLM:
 def counted_kernels() -> KernelSet:
     return replace(
         cpu_kernels(),
-        causal_conv1d=counted_convolution,
+        delta_rule_inputs=SeparateDeltaRuleInputs(counted_convolution),
         gated_delta_rule=counted_delta_rule,
         varlen_attention=counted_attention,
         linear_cross_entropy=counted_head,

@@ -8,8 +8,15 @@ from typing import Literal
 import pytest
 
 from qwen3next_train.accounting.activations import activation_bytes
+from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, RUNTIME_BYTES, memory_per_gpu
+from qwen3next_train.accounting.memory import (
+    REDUCE_BUCKET_NUMEL,
+    RUNTIME_BYTES,
+    host_bytes_per_gpu,
+    memory_per_gpu,
+    persistent_numel,
+)
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.errors import ConfigError
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, QWEN3_NEXT_80B_WITHOUT_MTP, TINY
@@ -58,6 +65,30 @@ def test_bf16_keeps_flagged_parameters_in_fp32() -> None:
     assert memory["gradients"] == 4 * (DENSE + EXPERTS)
 
 
+def test_bf16_moments_take_eight_bytes_with_the_master() -> None:
+    """4 + 2 + 2 a parameter instead of 4 + 4 + 4; nothing else changes, the step's fp32 gradient included."""
+    layout = Layout(64, 8, 1, "bf16", 1, 1)
+    wide, narrow = (memory_per_gpu(QWEN3_NEXT_80B, replace(layout, moments_dtype=dtype)) for dtype in ("fp32", "bf16"))
+    assert narrow["optimizer"] * 12 == wide["optimizer"] * 8
+    assert {part for part in wide if wide[part] != narrow[part]} == {"optimizer"}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (2, "fp32")])
+def test_an_offloaded_optimizer_is_in_host_memory(stage: Stage, precision: Precision) -> None:
+    """Master, gradient and moments of a partition, its weights and the largest gradient; fp32 sums under stage 2."""
+    layout = replace(ONE, world_size=8, zero_stage=stage, precision=precision)
+    here, there = memory_per_gpu(TINY, layout), memory_per_gpu(TINY, replace(layout, offload_optimizer=True))
+    assert there["optimizer"] == 0
+    assert there["weights"] == here["weights"]
+    largest = 4 * 12 * 8 * layout.element_bytes
+    assert there["zero_buffers"] == here["zero_buffers"] + largest
+    assert there["gradients"] == (0 if precision == "fp32" else here["gradients"])
+    partitions = here["optimizer"] // 12
+    host = host_bytes_per_gpu(TINY, replace(layout, offload_optimizer=True))
+    assert host == 16 * partitions + here["weights"] // 8 + largest
+    assert host_bytes_per_gpu(TINY, layout) == 0
+
+
 @pytest.mark.parametrize(("stage", "gradient_ranks"), [(1, (1, 1)), (2, (8, 4))])
 def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[int, int]) -> None:
     """8 ranks, EP 2: dense over 8, a rank's two experts over the 4 ranks that hold them."""
@@ -80,7 +111,8 @@ def test_stage3_partitions_every_parameter() -> None:
     for spec in parameter_table(TINY):
         local, ranks = (spec.numel // 2, 4) if spec.expert else (spec.numel, 8)
         pieces += -(-local // ranks)
-        whole += local
+        whole += -(-local // ranks) * ranks if local <= persistent_numel(TINY) else 0
+    assert 0 < whole < sum(spec.numel for spec in parameter_table(TINY))
     assert memory["weights"] == 4 * (pieces + whole)
     assert memory["gradients"] == 4 * pieces
     assert memory["optimizer"] == 12 * pieces
@@ -125,6 +157,8 @@ def test_step_copy_counts_only_beyond_activations() -> None:
     assert small["optimizer_step"] == max(0, small["optimizer"] // 3 - activations)
     assert small["optimizer_step"] > 0
     assert large["optimizer_step"] == 0
+    sharded = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 2, "bf16", 1, 1))
+    assert sharded["optimizer_step"] == 0, "under ZeRO-2 the sums are flat already"
 
 
 @pytest.mark.parametrize(("world", "expert_parallel"), [(8, 3), (12, 3)])

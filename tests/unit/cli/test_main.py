@@ -10,6 +10,7 @@ import pytest
 
 from qwen3next_train import __version__
 from qwen3next_train.cli.main import main
+from qwen3next_train.cli.processes import Processes
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.errors import ConfigError, DataError
@@ -157,8 +158,8 @@ def test_launcher_is_started_after_the_configuration_is_checked(fake, capsys, mo
     assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.steps", "0")[0] == 2
     assert not calls
     assert run(capsys, *TINY, "--nproc-per-node", "2", "--run.micro_batch_size", "8")[0] == 75
-    (((count, run_dir, check_world), _),) = calls
-    assert (count, run_dir) == (2, Path("runs/qwen3next_tiny"))
+    (((processes, run_dir, check_world), _),) = calls
+    assert (processes, run_dir) == (Processes(2), Path("runs/qwen3next_tiny"))
     check_world()
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, *TINY, "--nproc-per-node", "2")

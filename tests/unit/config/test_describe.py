@@ -98,6 +98,7 @@ HARMLESS = [
     ),
     *(("data.cache_dir", "x"), ("data.num_prefetch_steps", "0"), ("run.micro_batch_size", "4")),
     *(("run.max_skipped_steps", "3"), ("checkpoint.max_failures", "1"), ("parallel.expert_parallel_size", "2")),
+    *(("parallel.recompute", "[layer]"), ("parallel.offload_optimizer", "cpu"), ("optimizer.moments_dtype", "bf16")),
 ]
 TRAJECTORY = [
     *(("optimizer.lr", "1e-3"), ("run.seed", "1"), ("run.precision", "bf16"), ("run.global_batch_size", "32")),

@@ -20,8 +20,9 @@ def num_parameters(config):
     return sum(parameter.numel for parameter in parameter_table(config.model))
 
 
-def test_every_shipped_file_is_a_preset_and_loads():
-    assert [f"qwen3next_{name}.yaml" for name in sorted(PRESETS)] == SHIPPED
+def test_every_shipped_file_is_a_preset_or_a_shape_to_measure_and_loads():
+    models = [f"qwen3next_{name}.yaml" for name in sorted(PRESETS)]
+    assert ["bench_ep8_proxy.yaml", "bench_slice4_e512.yaml", *models] == SHIPPED
     for name in SHIPPED:
         load(name)
 
@@ -34,7 +35,7 @@ def test_80b_is_qwen3_next():
     optimizer, schedule = config.optimizer, config.schedule
     assert (optimizer.beta1, optimizer.beta2, optimizer.lr, optimizer.clip_grad) == (0.9, 0.95, 3e-4, 1.0)
     assert (schedule.kind, schedule.warmup_steps, schedule.min_lr) == ("cosine", 500, 3e-5)
-    assert (config.data.sequence_length, config.run.global_batch_size, config.run.steps) == (4096, 256, 300_000)
+    assert (config.data.sequence_length, config.run.global_batch_size, config.run.steps) == (4096, 1024, 75_000)
     assert optimizer.weight_decay == 0.1
     assert optimizer.apply_wd_to_qk_layernorm
 

@@ -29,6 +29,16 @@ def faults_of(**overrides: str) -> list[str]:
 
 RULES = [
     (
+        {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": "3"},
+        "--parallel.offload_optimizer: parallel.offload_optimizer cpu clips by a wrong gradient norm with "
+        "parallel.zero_stage 3; set parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
+    ),
+    (
+        {"optimizer__moments_dtype": "bf16", "optimizer__beta2": "0.999"},
+        "--optimizer.beta2: optimizer.beta2 0.999 changes a moment by less than bf16 can hold; with "
+        "optimizer.moments_dtype bf16 give at most 0.99, or set optimizer.moments_dtype to fp32",
+    ),
+    (
         {"model__num_key_value_heads": "3"},
         "--model.num_key_value_heads: model.num_attention_heads 4 is not a multiple of model.num_key_value_heads 3; "
         "change one of them",

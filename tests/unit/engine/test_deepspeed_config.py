@@ -15,6 +15,7 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": 1,
             "overlap_comm": False,
@@ -23,3 +24,9 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         },
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def test_an_offloaded_optimizer_lives_in_pinned_host_memory() -> None:
+    config = Config(parallel=ParallelConfig(offload_optimizer="cpu"))
+    found = deepspeed_config(config, num_micro_batches=1)["zero_optimization"]
+    assert found["offload_optimizer"] == {"device": "cpu", "pin_memory": True}

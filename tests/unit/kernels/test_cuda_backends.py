@@ -10,6 +10,7 @@ import torch
 from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
@@ -71,6 +72,24 @@ def test_flash_attention() -> None:
         )
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_of_documents_of_one_length(deterministic: bool) -> None:
+    torch.manual_seed(0)
+    kernel = kernels_with(varlen_attention="flash").varlen_attention
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for length in (1, 77, 256):
+            sequences = Sequences.from_lengths([length] * 3, torch.device("cuda"))
+            projected = normal(3 * length, 8, 512)
+            compare(
+                lambda q, k, v, s=sequences: kernel(q[..., :256], k, v, sequences=s),
+                lambda q, k, v, s=sequences: varlen_attention_reference(q[..., :256], k, v, sequences=s),
+                [projected, *(normal(3 * length, 2, 256) for _ in range(2))],
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("counts", [[100, 0, 7, 93], [0, 0, 200, 0], [0, 0, 0, 0]])
 def test_grouped_mm(counts: list[int]) -> None:
     torch.manual_seed(0)
@@ -93,9 +112,10 @@ def test_grouped_mm(counts: list[int]) -> None:
 
 def test_fla_convolution() -> None:
     torch.manual_seed(0)
-    kernel, sequences = kernels_with(causal_conv1d="fla").causal_conv1d, documents()
+    kernel, sequences = kernels_with(causal_conv1d="fla").delta_rule_inputs, documents()
+    assert isinstance(kernel, SeparateDeltaRuleInputs)
     compare(
-        lambda x, w: kernel(x, w, sequences=sequences),
+        lambda x, w: kernel.convolution(x, w, sequences=sequences),
         lambda x, w: causal_conv1d_reference(x, w, sequences=sequences),
         [normal(TOKENS, 96), normal(96, 4)],
     )
@@ -107,7 +127,8 @@ def test_fla_gated_delta_rule() -> None:
     key_heads, value_heads, head_dim = 2, 4, 64
     g = -torch.rand(TOKENS, value_heads, device="cuda")
     beta = torch.rand(TOKENS, value_heads, device="cuda")
-    inputs = [normal(TOKENS, heads, head_dim) for heads in (key_heads, key_heads, value_heads)]
+    q, k = (torch.nn.functional.normalize(normal(TOKENS, key_heads, head_dim), dim=-1) for _ in "qk")
+    inputs = [q, k, normal(TOKENS, value_heads, head_dim)]
     compare(
         lambda q, k, v, g, beta: kernel(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
         lambda q, k, v, g, beta: gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
@@ -117,7 +138,8 @@ def test_fla_gated_delta_rule() -> None:
 
 def test_references_run_on_cuda_as_on_cpu() -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(TOKENS, 2, 8), torch.randn(TOKENS, 2, 8), torch.randn(TOKENS, 4, 12)
+    q, k = (torch.nn.functional.normalize(torch.randn(TOKENS, 2, 8), dim=-1) for _ in "qk")
+    v = torch.randn(TOKENS, 4, 12)
     g, beta = -torch.rand(TOKENS, 4), torch.rand(TOKENS, 4)
     host = Sequences.from_lengths(LENGTHS, torch.device("cpu"))
     expected, _ = gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=host)

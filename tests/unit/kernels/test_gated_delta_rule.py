@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from qwen3next_train.kernels.gated_delta_rule.reference import (
     CHUNK_SIZE,
@@ -39,7 +40,7 @@ def make_inputs(
     *,
     shape: Shape = SHAPE,
 ) -> Inputs:
-    """q, k, v, g, beta, initial state in fp64."""
+    """Unit q and k, v, g, beta, initial state in fp64."""
     generator = torch.Generator().manual_seed(seed)
     key_heads, value_heads, key_dim, value_dim = shape
 
@@ -48,8 +49,8 @@ def make_inputs(
 
     beta = torch.rand(num_tokens, value_heads, dtype=torch.float64, generator=generator)
     return [
-        normal(num_tokens, key_heads, key_dim),
-        normal(num_tokens, key_heads, key_dim),
+        normalize(normal(num_tokens, key_heads, key_dim), dim=-1),
+        normalize(normal(num_tokens, key_heads, key_dim), dim=-1),
         normal(num_tokens, value_heads, value_dim),
         g(beta.shape).double(),
         beta,
@@ -61,7 +62,14 @@ def run(rule: Callable[..., tuple], inputs: Inputs, lengths: tuple[int, ...], dt
     """Output, final state, and the gradients of a random functional of both."""
     leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in inputs]
     q, k, v, g, beta, state = leaves
-    out, final = rule(q, k, v, g_TN=g, beta_TN=beta, sequences=documents(*lengths), initial_state_DNKV=state)
+    out, final = rule(
+        *(q, k, v),
+        g_TN=g,
+        beta_TN=beta,
+        sequences=documents(*lengths),
+        initial_state_DNKV=state,
+        output_final_state=True,
+    )
     generator = torch.Generator().manual_seed(99)
     weights = [torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.dtype) for t in (out, final)]
     ((out * weights[0]).sum() + (final * weights[1]).sum()).backward()
@@ -144,7 +152,12 @@ def test_gradients_equal_finite_differences() -> None:
     def rule(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, g, beta, state = tensors
         return gated_delta_rule_reference(
-            q, k, v, g_TN=g, beta_TN=beta, sequences=documents(*lengths), initial_state_DNKV=state
+            *(q, k, v),
+            g_TN=g,
+            beta_TN=beta,
+            sequences=documents(*lengths),
+            initial_state_DNKV=state,
+            output_final_state=True,
         )
 
     assert torch.autograd.gradcheck(rule, [tensor.requires_grad_() for tensor in inputs], fast_mode=True)
@@ -162,14 +175,13 @@ def test_full_write_strength_of_one_repeated_key_does_not_blow_up() -> None:
 def test_recurrence_equals_a_loop_over_scalars() -> None:
     q, k, v, g, beta, state = make_inputs(5, 1, mild)
     out, final = recurrent_gated_delta_rule(
-        q, k, v, g_TN=g, beta_TN=beta, sequences=documents(5), initial_state_DNKV=state
+        q, k, v, g_TN=g, beta_TN=beta, sequences=documents(5), initial_state_DNKV=state, output_final_state=True
     )
     for head in range(VALUE_HEADS):
         group = head // (VALUE_HEADS // KEY_HEADS)
         s = state[0, head].clone()
         for t in range(5):
-            qt = q[t, group] / (q[t, group].square().sum() + 1e-6).sqrt() / KEY_DIM**0.5
-            kt = k[t, group] / (k[t, group].square().sum() + 1e-6).sqrt()
+            qt, kt = q[t, group] / KEY_DIM**0.5, k[t, group]
             s = g[t, head].exp() * s
             s = s + beta[t, head] * torch.outer(kt, v[t, head] - s.T @ kt)
             torch.testing.assert_close(out[t, head], s.T @ qt, rtol=1e-12, atol=1e-14)
@@ -179,7 +191,14 @@ def test_recurrence_equals_a_loop_over_scalars() -> None:
 def test_no_initial_state_is_a_zero_state() -> None:
     lengths = (40, 3)
     q, k, v, g, beta, state = make_inputs(43, 2, mild)
-    rule = partial(gated_delta_rule_reference, q, k, v, g_TN=g, beta_TN=beta, sequences=documents(*lengths))
+    rule = partial(
+        gated_delta_rule_reference,
+        *(q, k, v),
+        g_TN=g,
+        beta_TN=beta,
+        sequences=documents(*lengths),
+        output_final_state=True,
+    )
     without = rule()
     zero = rule(initial_state_DNKV=torch.zeros_like(state))
     for value, expected in zip(without, zero, strict=True):
@@ -189,7 +208,7 @@ def test_no_initial_state_is_a_zero_state() -> None:
 def test_final_state_continues_a_document() -> None:
     q, k, v, g, beta, state = make_inputs(100, 1, mild)
     whole, end = gated_delta_rule_reference(
-        q, k, v, g_TN=g, beta_TN=beta, sequences=documents(100), initial_state_DNKV=state
+        q, k, v, g_TN=g, beta_TN=beta, sequences=documents(100), initial_state_DNKV=state, output_final_state=True
     )
     for part in (slice(0, 37), slice(37, 100)):
         out, state = gated_delta_rule_reference(
@@ -200,6 +219,7 @@ def test_final_state_continues_a_document() -> None:
             beta_TN=beta[part],
             sequences=documents(part.stop - part.start),
             initial_state_DNKV=state,
+            output_final_state=True,
         )
         torch.testing.assert_close(out, whole[part], rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(state, end, rtol=1e-11, atol=1e-13)
@@ -228,7 +248,12 @@ def test_bf16_input_is_computed_in_fp32() -> None:
     inputs = [tensor.bfloat16() for tensor in make_inputs(70, 1, mild)]
     q, k, v, g, beta, state = inputs
     out, final = gated_delta_rule_reference(
-        q, k, v, g_TN=g, beta_TN=beta, sequences=documents(*lengths), initial_state_DNKV=state
+        *(q, k, v),
+        g_TN=g,
+        beta_TN=beta,
+        sequences=documents(*lengths),
+        initial_state_DNKV=state,
+        output_final_state=True,
     )
     expected, expected_final = recurrent_gated_delta_rule(
         *(t.double() for t in (q, k, v)),
@@ -236,7 +261,14 @@ def test_bf16_input_is_computed_in_fp32() -> None:
         beta_TN=beta.double(),
         sequences=documents(*lengths),
         initial_state_DNKV=state.double(),
+        output_final_state=True,
     )
     assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
     assert relative_error(final, expected_final) < 3e-6
     assert relative_error(out, expected) < 2**-8
+
+
+def test_no_final_state_is_written_unasked() -> None:
+    q, k, v, g, beta, _ = make_inputs(40, 1, mild)
+    for rule in (gated_delta_rule_reference, recurrent_gated_delta_rule):
+        assert rule(q, k, v, g_TN=g, beta_TN=beta, sequences=documents(40))[1] is None

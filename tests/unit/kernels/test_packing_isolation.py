@@ -27,6 +27,7 @@ def convolution(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor],
 def delta_rule(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: Sequences) -> torch.Tensor:
     """Gates as a layer makes them, so that A_log is a weight whose gradient can be compared."""
     q, k, v, a, b = tokens
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     g = -weights[0].exp() * torch.nn.functional.softplus(a)
     return gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=b.sigmoid(), sequences=cuts)[0]
 

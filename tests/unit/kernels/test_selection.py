@@ -20,6 +20,19 @@ VENDORS = {
     "causal_conv1d": "fla",
     "varlen_attention": "flash",
     "grouped_matmul": "grouped_mm",
+    "fused": "triton",
+}
+FUSED = {
+    "rms_norm",
+    "norm_rotary",
+    "output_gate",
+    "linear_cross_entropy",
+    "top_k_routing",
+    "token_permutation",
+    "swiglu",
+    "gated_add",
+    "fan_out",
+    "gated_rms_norm",
 }
 
 
@@ -27,7 +40,8 @@ def test_auto_on_cpu_is_always_the_reference() -> None:
     kernels = select_kernels(KernelsConfig(), CPU)
     assert kernels.gated_delta_rule is gated_delta_rule_reference
     assert {choice.backend for choice in kernels.choices} == {"reference"}
-    assert {choice.operation for choice in kernels.choices} >= set(VENDORS)
+    assert {choice.key for choice in kernels.choices} - {""} == set(VENDORS)
+    assert {choice.operation for choice in kernels.choices if choice.key == "fused"} == FUSED
 
 
 @pytest.mark.parametrize(("operation", "vendor"), list(VENDORS.items()))
@@ -75,7 +89,9 @@ def test_flas_rule_is_refused_on_hopper_with_a_wrong_triton(hopper: types.Module
 
 
 def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference", grouped_matmul="reference")
+    config = KernelsConfig(
+        gated_delta_rule="reference", causal_conv1d="reference", grouped_matmul="reference", fused="reference"
+    )
     with pytest.raises(KernelUnavailable, match=r"kernels.varlen_attention: 'flash' takes bf16 .* run\.precision"):
         select_kernels(config.model_copy(update={"varlen_attention": "flash"}), CUDA, dtype=torch.float32)
     kernels = select_kernels(config, CUDA, dtype=torch.float32)
@@ -83,13 +99,38 @@ def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleTy
 
 
 def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference")
+    config = KernelsConfig(
+        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
+    )
     table = format_choices(select_kernels(config, CUDA).choices)
     assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
 
 
 def test_torchs_own_backends_are_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference")
+    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference", fused="reference")
     chosen = {choice.operation: choice.backend for choice in select_kernels(config, CUDA).choices}
     assert (chosen["varlen_attention"], chosen["grouped_matmul"]) == ("flash", "grouped_mm")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "reason"),
+    [
+        (torch.float32, "triton", "auto: runs on this device"),
+        (torch.bfloat16, "triton", "auto: runs on this device"),
+        (torch.float64, "reference", "auto: triton takes bf16 or fp32 and the model is torch.float64"),
+    ],
+)
+def test_one_key_chooses_all_fused_operations(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = KernelsConfig(
+        gated_delta_rule="reference",
+        causal_conv1d="reference",
+        varlen_attention="reference",
+        grouped_matmul="reference",
+    )
+    chosen = [choice for choice in select_kernels(config, CUDA, dtype=dtype).choices if choice.key == "fused"]
+    assert {choice.operation for choice in chosen} == FUSED
+    assert {(choice.backend, choice.reason) for choice in chosen} == {(backend, reason)}

@@ -29,8 +29,22 @@ def test_equal_documents_need_no_mask() -> None:
     assert documents(4, 4).bins().visible_BLL is None
 
 
+def test_common_length_is_that_of_all_documents() -> None:
+    assert documents(4, 4).common_length == 4
+    assert documents(7).common_length == 7
+    assert documents(4, 3, 4).common_length is None
+    assert documents(1, 4, 7).common_length is None
+
+
 def test_spaced_slots_leave_a_gap_before_every_document() -> None:
     assert documents(2, 1, 3).spaced_slots(2).tolist() == [2, 3, 6, 9, 10, 11]
+
+
+def test_starts_and_chunk_indices_in_order_of_the_tokens() -> None:
+    sequences = documents(3, 1, 4)
+    assert sequences.starts().tolist() == [0, 0, 0, 3, 4, 4, 4, 4]
+    assert sequences.chunk_indices(2).tolist() == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1]]
+    assert {sequences.starts().dtype, sequences.chunk_indices(2).dtype} == {torch.int32}
 
 
 def test_layouts_are_computed_once() -> None:

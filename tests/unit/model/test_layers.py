@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the grouped projection against their definitions."""
+"""Norms and rotary embedding against their definitions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.model.gated_delta_net import GroupedProjection
+from qwen3next_train.kernels.norm_rotary.reference import rotate
+from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
-from qwen3next_train.model.rope import apply_rotary, rotary_table
+from qwen3next_train.model.rope import rotary_table
 
 
 def test_norm_with_zero_weight_has_unit_mean_square() -> None:
-    norm = ZeroCenteredRmsNorm(16, 1e-6)
+    norm = ZeroCenteredRmsNorm(16, 1e-6, RmsNormReference())
     torch.nn.init.zeros_(norm.weight)
     y = norm(5 * torch.randn(7, 16))
     torch.testing.assert_close(y.square().mean(-1), torch.ones(7), rtol=1e-5, atol=0)
@@ -22,7 +23,7 @@ def test_norm_with_zero_weight_has_unit_mean_square() -> None:
 
 
 def test_norm_computes_bf16_in_fp32() -> None:
-    norm = ZeroCenteredRmsNorm(64, 1e-6).bfloat16()
+    norm = ZeroCenteredRmsNorm(64, 1e-6, RmsNormReference()).bfloat16()
     torch.nn.init.constant_(norm.weight, 0.25)
     x = (100 * torch.randn(50, 64)).bfloat16()
     exact = 1.25 * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -35,7 +36,8 @@ def test_rotary_turns_pairs_by_position_times_frequency(fraction: float, rotated
     torch.manual_seed(0)
     positions = torch.tensor([0, 1, 7, 3000])
     x = torch.randn(4, 2, 16)
-    y = apply_rotary(x, rotary_table(positions, head_dim=16, fraction=fraction, theta=100.0))
+    table = rotary_table(positions, head_dim=16, fraction=fraction, theta=100.0)
+    y = rotate(x, table.cos_T1r, table.sin_T1r)
     half = rotated // 2
     for t, position in enumerate(positions.tolist()):
         for pair in range(half):
@@ -46,16 +48,3 @@ def test_rotary_turns_pairs_by_position_times_frequency(fraction: float, rotated
             torch.testing.assert_close(y[t, :, pair + half], expected, atol=2e-4, rtol=0)
     assert torch.equal(y[..., rotated:], x[..., rotated:])
     assert torch.equal(y[0], x[0])
-
-
-def test_grouped_projection_undoes_the_interleaving() -> None:
-    torch.manual_seed(0)
-    projection = GroupedProjection(5, num_groups=3, sizes=(2, 2, 4, 4))
-    torch.nn.init.normal_(projection.weight)
-    x = torch.randn(7, 5)
-    interleaved = (x @ projection.weight.T).view(7, 3, 12)
-    q, k, v, z = interleaved.split((2, 2, 4, 4), dim=-1)
-    qkv, gate = projection(x, joined=3)
-    expected = torch.cat([part.reshape(7, -1) for part in (q, k, v)], dim=-1)
-    torch.testing.assert_close(qkv, expected)
-    torch.testing.assert_close(gate, z.reshape(7, -1))

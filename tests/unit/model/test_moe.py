@@ -42,7 +42,7 @@ def token_by_token(block: SparseMoeBlock, config: ModelConfig, x_TD: torch.Tenso
         if block.shared_expert is not None:
             shared = block.shared_expert(x)
             if block.shared_expert_gate is not None:
-                shared = shared * block.shared_expert_gate(x).sigmoid()
+                shared = shared * (block.shared_expert_gate.weight @ x).sigmoid()
             y = y + shared
         rows.append(y)
     return torch.stack(rows)
@@ -88,14 +88,16 @@ def test_experts_without_tokens_get_a_zero_gradient() -> None:
 
 def test_a_rank_without_any_row_still_gives_its_weights_a_gradient() -> None:
     config = small_config()
-    experts = RoutedExperts(config, cpu_kernels().grouped_matmul, 3)
+    experts = RoutedExperts(config, cpu_kernels(), 3)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.fill_(1)
     rows = torch.zeros(0, config.hidden_size, requires_grad=True)
-    out = experts(rows, torch.zeros(3, dtype=torch.int64))
+    weights = torch.zeros(0, requires_grad=True)
+    out = experts(rows, weights, torch.zeros(3, dtype=torch.int64))
     assert out.shape == (0, config.hidden_size)
     out.sum().backward()
+    assert weights.grad is not None
     for parameter in experts.parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qwen3next_train.kernels.norm_rotary.reference import rotate
+from qwen3next_train.kernels.top_k_routing.reference import top_k_routing_reference
 from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
-from qwen3next_train.model.rope import apply_rotary, rotary_table
+from qwen3next_train.model.rope import rotary_table
 from tests.unit.model.huggingface_parity import slow_down, transformers_twin
 from tests.unit.model.small_models import batch_of, build, relative_error, scales_of, small_config
 from tests.unit.model.without_kernels import answer, ask
@@ -86,7 +88,8 @@ def _rotary() -> tuple[float, float]:
     cos, sin = Qwen3NextRotaryEmbedding(transformers_twin(model).config)(x, positions[None])
     theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
     table = rotary_table(positions, head_dim=64, fraction=1.0, theta=model.config.rope_theta)
-    return relative_error(apply_rotary(x, table), exact), relative_error(theirs[0].transpose(0, 1), exact)
+    ours = rotate(x, table.cos_T1r, table.sin_T1r)
+    return relative_error(ours, exact), relative_error(theirs[0].transpose(0, 1), exact)
 
 
 def _router() -> tuple[float, float]:
@@ -94,7 +97,10 @@ def _router() -> tuple[float, float]:
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextTopKRouter
 
     model = _plain(hidden_size=64, num_experts=64, num_experts_per_tok=8)
-    ours, theirs = TopKRouter(model.config), Qwen3NextTopKRouter(transformers_twin(model).config).bfloat16()
+    ours, theirs = (
+        TopKRouter(model.config, top_k_routing_reference),
+        Qwen3NextTopKRouter(transformers_twin(model).config).bfloat16(),
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         weight = ours.weight.normal_(std=0.1, generator=generator)

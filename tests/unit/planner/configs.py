@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
-from qwen3next_train.config.schema import Config, DataConfig, ParallelConfig, RunConfig
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.config.schema import Config, DataConfig, OptimizerConfig, ParallelConfig, RecomputePart, RunConfig
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B
 
 
@@ -16,11 +18,29 @@ def config_80b(
     global_batch_size: int = 256,
     sequence_length: int = 4096,
     steps: int = 1000,
+    recompute: Iterable[RecomputePart] = (),
 ) -> Config:
     """The 80B under one layout."""
     return Config(
         model=QWEN3_NEXT_80B,
         run=RunConfig(steps=steps, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
         data=DataConfig(sequence_length=sequence_length),
-        parallel=ParallelConfig(expert_parallel_size=expert_parallel_size, zero_stage=zero_stage),
+        parallel=ParallelConfig(
+            expert_parallel_size=expert_parallel_size, zero_stage=zero_stage, recompute=list(recompute)
+        ),
+    )
+
+
+def config_of(layout: Layout) -> Config:
+    """The 80B as ``layout`` has it."""
+    config = config_80b(
+        expert_parallel_size=layout.expert_parallel_size,
+        zero_stage=layout.zero_stage,
+        micro_batch_size=layout.micro_batch_size,
+        sequence_length=layout.sequence_length,
+        recompute=layout.recompute,
+    )
+    offload = config.parallel.model_copy(update={"offload_optimizer": "cpu" if layout.offload_optimizer else "none"})
+    return config.model_copy(
+        update={"parallel": offload, "optimizer": OptimizerConfig(moments_dtype=layout.moments_dtype)}
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from qwen3next_train.accounting.activations import ranks_per_token
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.params import parameter_table
-from qwen3next_train.config.schema import Config, RunConfig
+from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig
 from qwen3next_train.errors import ConfigError
-from qwen3next_train.planner.layouts import USABLE_FRACTION
+from qwen3next_train.planner.layouts import HOST_BYTES_PER_S, USABLE_FRACTION, changed_fields
 from qwen3next_train.planner.plan import ASSUMED_MFU, make_plan
+from qwen3next_train.planner.report import format_plan
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, TINY
-from tests.unit.planner.configs import config_80b
+from tests.unit.planner.configs import config_80b, config_of
 
 
 def test_step_and_time() -> None:
@@ -56,15 +59,6 @@ def test_unknown_device_is_not_judged() -> None:
     assert plan.memory_bytes > 0
 
 
-def _with_layout(layout: Layout) -> Config:
-    return config_80b(
-        expert_parallel_size=layout.expert_parallel_size,
-        zero_stage=layout.zero_stage,
-        micro_batch_size=layout.micro_batch_size,
-        sequence_length=layout.sequence_length,
-    )
-
-
 @pytest.mark.parametrize(
     ("gpus", "gpu", "sequence_length", "micro_batch_size"),
     [(8, "h200", 4096, 1), (64, "h100", 1024, 4), (64, "h100", 4096, 1), (16, "b200", 4096, 2), (8, "a100-80", 64, 1)],
@@ -77,18 +71,32 @@ def test_proposed_changes_fit(gpus: int, gpu: str, sequence_length: int, micro_b
     assert plan.changes
     assert plan.layout not in plan.changes
     for layout in plan.changes:
-        proposed = make_plan(_with_layout(layout), gpus=layout.world_size, gpu=gpu, mfu=None, tokens=None)
+        proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu=gpu, mfu=None, tokens=None)
         assert proposed.fits
 
 
-def test_fewest_changes_come_first() -> None:
-    """When one setting is enough, no proposal in front of it changes two."""
-    plan = make_plan(config_80b(sequence_length=1024), gpus=64, gpu="h100", mfu=None, tokens=None)
-    counts = [
-        (new.expert_parallel_size != 8) + (new.zero_stage != 1) + (new.micro_batch_size != 1) for new in plan.changes
-    ]
-    assert counts[0] == 1
-    assert counts == sorted(counts)
+def test_what_costs_least_comes_first() -> None:
+    """Offload after everything else, then bf16 moments; and none that changes more than a better one for nothing."""
+    config = config_80b(sequence_length=1024)
+    for gpus in (16, 32, 64):
+        plan = make_plan(config, gpus=gpus, gpu="h100", mfu=None, tokens=None)
+        # The same number of GPUs first.
+        assert plan.changes[0].world_size == gpus
+        same = [layout for layout in plan.changes if layout.world_size == gpus]
+        keys = [(layout.offload_optimizer, layout.moments_dtype == "bf16") for layout in same]
+        assert keys == sorted(keys)
+        settings = [changed_fields(plan.layout, layout) for layout in plan.changes]
+        for worse, changes in enumerate(settings):
+            assert not any(better <= changes for better in settings[:worse])
+
+
+def test_more_gpus_are_named_beside_an_offloaded_optimizer() -> None:
+    """8 H200 hold the 80B only with its optimizer in host memory; 16 hold it without."""
+    plan = make_plan(config_80b(), gpus=8, gpu="h200", mfu=None, tokens=None)
+    offloaded, *others = plan.changes
+    assert (offloaded.world_size, offloaded.offload_optimizer) == (8, True)
+    assert others
+    assert all(layout.world_size == 16 and not layout.offload_optimizer for layout in others)
 
 
 def test_hopeless_layouts_have_no_changes() -> None:
@@ -108,15 +116,16 @@ def test_fit_leaves_a_margin() -> None:
 
 
 def test_all_to_all_bytes_by_hand() -> None:
-    """4 crossings x 49 blocks x 10 copies x 4 KiB x a rank's tokens, 7 of 8 to other ranks."""
+    """4 crossings x 49 blocks x 4 KiB x a rank's tokens to 5.9 ranks each, 7 of 8 to other ranks."""
     plan = make_plan(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=None)
     assert plan.traffic is not None
-    assert plan.traffic.all_to_all_bytes == 4 * 49 * 10 * 4096 * (4 * 4096) * 7 // 8
+    sent = 4 * 49 * ranks_per_token(QWEN3_NEXT_80B, 8) * 4096 * (4 * 4096) * 7 / 8
+    assert plan.traffic.all_to_all_bytes == pytest.approx(sent, rel=1e-6)
     assert plan.traffic.all_to_all_s == pytest.approx(plan.traffic.all_to_all_bytes / 450e9)
     across = make_plan(config_80b(expert_parallel_size=32), gpus=64, gpu="h100", mfu=None, tokens=None)
     assert across.traffic is not None
-    to_one_rank = 4 * 49 * 10 * 4096 * (4 * 4096) // 32
-    assert across.traffic.all_to_all_bytes == 31 * to_one_rank
+    to_one_rank = 4 * 49 * ranks_per_token(QWEN3_NEXT_80B, 32) * 4096 * (4 * 4096) / 32
+    assert across.traffic.all_to_all_bytes == pytest.approx(31 * to_one_rank, rel=1e-6)
     assert across.traffic.all_to_all_s == pytest.approx(24 * to_one_rank / 50e9), "three of four ranks are elsewhere"
 
 
@@ -134,27 +143,32 @@ def test_state_bytes_and_seconds_by_hand() -> None:
     assert node.traffic.state_s == pytest.approx(node.traffic.state_bytes / 450e9)
 
 
-@pytest.mark.parametrize("gpus", [64, 256])
-def test_80b_on_h100_needs_recomputation_or_shorter_rows(gpus: int) -> None:
-    """The shipped layout keeps 49 GB of fp32 gradients; what is proposed keeps eight experts a rank."""
+@pytest.mark.parametrize("gpus", [32, 64, 256])
+def test_80b_on_h100_needs_recompute(gpus: int) -> None:
+    """EP 8 under ZeRO-1 keeps 49 GB of fp32 gradients; what is proposed keeps eight experts a rank and its rows."""
     plan = make_plan(config_80b(), gpus=gpus, gpu="h100", mfu=None, tokens=None)
     assert plan.fits is False
-    assert all(layout.sequence_length < 4096 for layout in plan.changes)
-    selective, full = plan.recompute
-    assert (selective.mode, full.mode) == ("selective", "full")
-    assert selective.fits is full.fits is False
-    nearest = full.changes[0]
-    assert (nearest.world_size, nearest.sequence_length, nearest.zero_stage) == (gpus, 4096, 1)
-    assert nearest.expert_parallel_size == {64: 16, 256: 64}[gpus]
-    assert all(512 // layout.expert_parallel_size >= 8 for layout in (*plan.changes, *full.changes))
-    assert all(layout.zero_stage != 3 for layout in (*plan.changes, *full.changes)), "one dtype only"
+    assert not any(view.fits for view in plan.recompute)
+    assert len(plan.changes) == 3
+    for layout in plan.changes:
+        assert (layout.world_size, layout.sequence_length) == (gpus, 4096)
+        assert not layout.offload_optimizer
+        assert layout.moments_dtype == "fp32"
+        assert 512 // layout.expert_parallel_size >= 8
 
 
-def test_recomputation_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
+def test_recompute_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
     """The same weights, gradients and logits; a third more work, but for the heads and MTP's projection."""
     plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=None, tokens=None)
-    selective, full = plan.recompute
-    totals = [sum(parts.values()) for parts in (full.memory_by_part, selective.memory_by_part, plan.memory_by_part)]
+    assert [view.recompute for view in plan.recompute] == [
+        ("norms",),
+        ("activations",),
+        ("conv_gates",),
+        ("norms", "activations", "conv_gates"),
+        ("layer",),
+    ]
+    *_, cheap, full = plan.recompute
+    totals = [sum(parts.values()) for parts in (full.memory_by_part, cheap.memory_by_part, plan.memory_by_part)]
     assert totals == sorted(totals)
     for view in plan.recompute:
         for part in ("weights", "gradients", "optimizer", "zero_buffers", "logits", "all_to_all", "runtime"):
@@ -162,9 +176,49 @@ def test_recomputation_takes_less_memory_and_a_forward_pass_of_the_layers() -> N
     flops = plan.workload.flops_by_part
     outside = flops["head"] + flops["mtp_head"] + flops["mtp_fc"]
     assert full.extra_work == pytest.approx((1 - outside / plan.workload.flops_per_step) / 3)
-    assert 0 < selective.extra_work < 1e-3
+    assert 0 < cheap.extra_work < 1e-3
     assert full.fits is True
-    assert full.changes == ()
+
+
+def test_recompute_that_is_set_is_planned_with() -> None:
+    """Memory, the time of doing it again and a third pass of the all-to-all; nothing is left to propose."""
+    without = make_plan(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=None)
+    plan = make_plan(config_80b(recompute=["layer"]), gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert plan.memory_by_part == without.recompute[-1].memory_by_part
+    assert plan.recompute == ()
+    assert plan.step_time_s == pytest.approx((without.step_time_s or 0) * (1 + without.recompute[-1].extra_work))
+    assert plan.traffic is not None
+    assert without.traffic is not None
+    assert plan.traffic.all_to_all_bytes == pytest.approx(without.traffic.all_to_all_bytes * 1.5)
+    some = make_plan(config_80b(recompute=["norms"]), gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert [view.recompute for view in some.recompute] == [
+        ("norms", "activations"),
+        ("norms", "conv_gates"),
+        ("norms", "activations", "conv_gates"),
+        ("layer",),
+    ]
+    stated = make_plan(config_80b(recompute=["layer"]), gpus=64, gpu="h100", mfu=0.2, tokens=None)
+    assert stated.mfu == 0.2
+
+
+def test_bf16_moments_are_not_proposed_where_they_are_refused() -> None:
+    """A second moment of beta2 0.999 would stand still."""
+    for beta2, proposed in ((0.95, True), (0.999, False)):
+        config = config_80b(zero_stage=2, recompute=["layer"], micro_batch_size=4)
+        config = config.model_copy(update={"optimizer": OptimizerConfig(beta2=beta2)})
+        plan = make_plan(config, gpus=8, gpu="b200", mfu=None, tokens=None)
+        assert any(layout.moments_dtype == "bf16" for layout in plan.changes) is proposed
+
+
+def test_an_offloaded_optimizer_costs_time_and_host_memory() -> None:
+    """Of 8 GPUs each holds 10 B elements' state: 18 bytes of it, read and written."""
+    config = config_of(replace(Layout.of(config_80b(), 8), offload_optimizer=True))
+    plan = make_plan(config, gpus=8, gpu="h200", mfu=None, tokens=None)
+    assert plan.memory_by_part["optimizer"] == 0
+    assert plan.host_bytes == pytest.approx(18 * 81.3e9 / 8, rel=0.02)
+    assert plan.traffic is not None
+    assert plan.traffic.host_s == pytest.approx(2 * plan.host_bytes / HOST_BYTES_PER_S)
+    assert "of host memory for each GPU's optimizer" in format_plan(plan)
 
 
 def test_one_gpu_sends_nothing() -> None:

@@ -20,7 +20,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "parameters": {"total", "active", "by_part"},
         "flops": {"per_token", "per_step", "by_part"},
         "flops_megatron": {"per_step"},
-        "memory_per_gpu": {"total_bytes", "by_part", "fits", "with_recompute"},
+        "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "with_recompute"},
         "checkpoint_bytes": None,
         "step_time_s": None,
         "days": None,
@@ -32,9 +32,9 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
     assert report["memory_per_gpu"]["total_bytes"] == sum(report["memory_per_gpu"]["by_part"].values())
     assert report["memory_per_gpu"]["fits"] is False
     recompute = report["memory_per_gpu"]["with_recompute"]
-    assert list(recompute) == ["selective", "full"]
-    for view in recompute.values():
-        assert view.keys() == {"total_bytes", "by_part", "fits"}
+    assert [view["recompute"] for view in recompute][-2:] == [["norms", "activations", "conv_gates"], ["layer"]]
+    for view in recompute:
+        assert view.keys() == {"recompute", "total_bytes", "by_part", "fits"}
         assert sum(view["by_part"].values()) == view["total_bytes"] < report["memory_per_gpu"]["total_bytes"]
         assert view["fits"] is False
     assert report["checkpoint_bytes"] == 975_898_352_640
@@ -45,7 +45,7 @@ def test_json_without_a_device_has_nulls(capsys: pytest.CaptureFixture[str]) -> 
     assert plan_command(config_80b(), gpus=64, gpu="cpu", mfu=None, tokens=None, as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["memory_per_gpu"]["fits"] is None
-    assert report["memory_per_gpu"]["with_recompute"]["full"]["fits"] is None
+    assert all(view["fits"] is None for view in report["memory_per_gpu"]["with_recompute"])
     assert report["step_time_s"] is None
     assert report["days"] is None
 
@@ -70,18 +70,31 @@ def test_table_of_a_layout_that_does_not_fit() -> None:
     assert any(line.endswith("of 85.52 GB on h100: DOES NOT FIT") for line in lines)
     assert any(line.startswith("too large    most of all gradients, 49.08 GB") for line in lines)
     assert any(line.startswith("change to    parallel.") for line in lines)
-    assert any("once there is a setting for it: parallel.expert_parallel_size" in line for line in lines)
 
 
-def test_recomputation_is_said_to_be_a_would_be() -> None:
-    """What activations take now, what would be left and how it would fit; no setting that does not exist."""
+def test_recompute_is_said_as_it_is_written() -> None:
+    """What activations take now, and for each further value of the setting what would be left and whether it fits."""
     lines = format_plan(make_plan(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=0.3, tokens=None)).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("recompute"))
-    assert lines[start].endswith("no setting for it yet; activations take 62.59 GB")
-    assert "norms, activations, convolution and gates would leave 33.14 GB" in lines[start + 1]
-    assert lines[start + 1].endswith("does not fit")
-    assert "whole layers would leave 2.51 GB" in lines[start + 2]
-    assert lines[start + 2].endswith("fits, 28% more work")
+    assert lines[start].startswith("recompute    []; activations take 31.")
+    assert lines[start + 2].endswith("does not fit")
+    assert "[norms, activations, conv_gates] would leave " in lines[start + 3]
+    assert lines[start + 3].endswith(" GB, fits")
+    assert "[layer] would leave 1.61 GB" in lines[start + 4]
+    assert lines[start + 4].endswith("fits, 28% more work")
+
+
+def test_advice_is_settings_as_they_are_written() -> None:
+    """Each proposal can be pasted: key and value, the list in brackets."""
+    plan = make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None)
+    lines = [line[13:] for line in format_plan(plan).splitlines() if "parallel." in line and "would" not in line]
+    assert "parallel.recompute [" in lines[0]
+    assert lines[0].endswith("parallel.offload_optimizer cpu")
+    config = config_80b(recompute=["layer"])
+    assert any(
+        "[layer]; activations" in line
+        for line in format_plan(make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)).splitlines()
+    )
 
 
 def test_traffic_longer_than_the_step_bounds_the_mfu() -> None:

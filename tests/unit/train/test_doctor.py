@@ -13,15 +13,9 @@ from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
 from qwen3next_train.train import doctor
 from qwen3next_train.train.doctor import doctor_command
 from tests.integration.launching import run
+from tests.unit.model.small_models import cpu_kernels
 
-OPERATIONS = (
-    "gated_delta_rule",
-    "causal_conv1d",
-    "varlen_attention",
-    "grouped_matmul",
-    "gated_rms_norm",
-    "linear_cross_entropy",
-)
+OPERATIONS = [choice.operation for choice in cpu_kernels().choices]
 NAMES = [
     *("versions", "triton", "cpu", "gpu", "device", "cache", "wandb"),
     *(f"kernel {operation}" for operation in OPERATIONS),

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import KernelsConfig
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
@@ -36,6 +35,9 @@ class _Scaled(torch.autograd.Function):
         return 1.03 * grad
 
 
+_right_inputs = cpu_kernels().delta_rule_inputs
+
+
 def _one_document(sequences: Sequences) -> Sequences:
     return Sequences.from_lengths([sequences.num_tokens], CPU)
 
@@ -50,12 +52,16 @@ WRONG: dict[str, tuple[str, Callable]] = {
         lambda sequences, **rest: gated_delta_rule_reference(sequences=_one_document(sequences), **rest),
     ),
     "convolution across documents": (
-        "causal_conv1d",
-        lambda sequences, **rest: causal_conv1d_reference(sequences=_one_document(sequences), **rest),
+        "delta_rule_inputs",
+        lambda *inputs, sequences, **rest: _right_inputs(*inputs, sequences=_one_document(sequences), **rest),
     ),
     "filter reversed": (
-        "causal_conv1d",
-        lambda weight_CW, **rest: causal_conv1d_reference(weight_CW=weight_CW.flip(1), **rest),
+        "delta_rule_inputs",
+        lambda weight_CW, **rest: _right_inputs(weight_CW=weight_CW.flip(1), **rest),
+    ),
+    "decay and write strength exchanged": (
+        "delta_rule_inputs",
+        lambda ba_TM, **rest: _right_inputs(ba_TM=ba_TM.flip(1), **rest),
     ),
     "attention across documents": (
         "varlen_attention",
@@ -118,7 +124,7 @@ def test_a_wrong_and_a_crashing_kernel_fail_alone_and_say_what_to_do() -> None:
     def crash(**inputs):
         raise RuntimeError("no kernel image\nmore")
 
-    kernels = replace(with_wrong("rows to the wrong expert")[1], causal_conv1d=crash)
+    kernels = replace(with_wrong("rows to the wrong expert")[1], delta_rule_inputs=crash)
     choices = tuple(
         replace(choice, backend="grouped_mm") if choice.operation == "grouped_matmul" else choice
         for choice in kernels.choices
@@ -127,8 +133,11 @@ def test_a_wrong_and_a_crashing_kernel_fail_alone_and_say_what_to_do() -> None:
         check.check: check for check in kernel_checks(replace(kernels, choices=choices), MODEL, CPU, torch.float32)
     }
     assert list(checks) == [f"kernel {operation}" for operation in OPERATIONS]
-    assert {name for name, check in checks.items() if not check.ok} == {"kernel grouped_matmul", "kernel causal_conv1d"}
-    assert checks["kernel causal_conv1d"].detail == "RuntimeError: no kernel image"
+    assert {name for name, check in checks.items() if not check.ok} == {
+        "kernel grouped_matmul",
+        "kernel delta_rule_inputs",
+    }
+    assert checks["kernel delta_rule_inputs"].detail == "RuntimeError: no kernel image"
     assert checks["kernel grouped_matmul"].detail.endswith("wrong results; set kernels.grouped_matmul to reference")
     right = checks["kernel gated_delta_rule"].detail
     assert right.startswith("reference (auto: CPU); largest error: fp32 ")
@@ -145,8 +154,8 @@ def test_a_kernel_that_returns_nan_is_infinitely_wrong() -> None:
 
 def test_repeats_are_equal_and_leave_generators_and_threads_alone() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    first = kernel_errors("causal_conv1d", cpu_kernels(), MODEL, CPU, torch.float32)
-    assert kernel_errors("causal_conv1d", cpu_kernels(), MODEL, CPU, torch.float32) == first
+    first = kernel_errors("delta_rule_inputs", cpu_kernels(), MODEL, CPU, torch.float32)
+    assert kernel_errors("delta_rule_inputs", cpu_kernels(), MODEL, CPU, torch.float32) == first
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 

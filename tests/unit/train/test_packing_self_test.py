@@ -10,6 +10,7 @@ import torch
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.kernels.delta_rule_inputs import RuleInputs
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.train.packing_self_test import (
@@ -21,7 +22,7 @@ from qwen3next_train.train.packing_self_test import (
 )
 from tests.unit.model.small_models import CPU, cpu_kernels
 
-MIXERS = ("gated_delta_rule", "causal_conv1d", "varlen_attention")
+MIXERS = ("gated_delta_rule", "delta_rule_inputs", "varlen_attention")
 
 
 def leaking(operation: str, kernels: KernelSet) -> KernelSet:
@@ -36,15 +37,16 @@ def leaking(operation: str, kernels: KernelSet) -> KernelSet:
 
 
 class _LeakingBackward(torch.autograd.Function):
-    """The right value of one function with the gradient of another."""
+    """The right values of one function with the gradients of another."""
 
     @staticmethod
-    def forward(ctx, right, wrong):
-        return right.clone()
+    def forward(ctx, *outputs):
+        right = tuple(output.clone() for output in outputs[: len(outputs) // 2])
+        return right if len(right) > 1 else right[0]
 
     @staticmethod
-    def backward(ctx, grad):
-        return None, grad
+    def backward(ctx, *grads):
+        return *(None for _ in grads), *grads
 
 
 def largest(kernels: KernelSet, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> float:
@@ -93,6 +95,8 @@ def test_a_leak_of_the_backward_alone_is_found(operation: str) -> None:
         outputs = [getattr(kernels, operation)(*args, **rest) for kernels in (right, wrong)]
         if operation == "gated_delta_rule":
             return _LeakingBackward.apply(outputs[0][0], outputs[1][0]), outputs[0][1]
+        if operation == "delta_rule_inputs":
+            return RuleInputs(*_LeakingBackward.apply(*outputs[0], *outputs[1]))
         return _LeakingBackward.apply(*outputs)
 
     model = slowly_forgetting_model(replace(right, **{operation: half}), CPU, torch.float32)
@@ -160,7 +164,7 @@ def test_the_check_takes_fp32_for_references_and_says_what_leaks() -> None:
     good = packing_check(cpu_kernels(), CPU, torch.bfloat16)
     assert good.ok
     assert " in fp32, allowed 1e-05" in good.detail
-    bad = packing_check(leaking("causal_conv1d", cpu_kernels()), CPU, torch.bfloat16)
+    bad = packing_check(leaking("delta_rule_inputs", cpu_kernels()), CPU, torch.bfloat16)
     assert not bad.ok
     assert bad.detail.endswith(
         "documents see each other; find the operation with kernels.OPERATION reference, one by one"

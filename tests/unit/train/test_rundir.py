@@ -15,7 +15,7 @@ from qwen3next_train.config.describe import compare_configs, to_yaml
 from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 from qwen3next_train.parallel.control import SingleProcess
-from qwen3next_train.train.rundir import RunDirectory, git_revision, record_refusal, software_versions
+from qwen3next_train.train.rundir import RunDirectory, git_revision, record_end, software_versions
 
 CONFIG = Config(run=RunConfig(steps=7))
 
@@ -209,7 +209,7 @@ def test_second_run_in_the_directory_is_refused_and_leaves_no_trace(tmp_path):
     assert second.finish(ExitCode.USAGE, message), "recorded nowhere, so it is printed"
     assert RunDirectory(tmp_path, rank=1).finish(ExitCode.PEER_LOST, "lost rank 0")
     assert not RunDirectory(tmp_path, rank=1).finish(ExitCode.FINISHED, "finished")
-    record_refusal(tmp_path, ConfigError("too many processes"))
+    record_end(tmp_path, ConfigError("too many processes"))
     assert not (tmp_path / "exit.json").exists()
     holder.kill()
     holder.communicate()
@@ -259,10 +259,10 @@ def test_refusal_before_any_process_replaces_the_old_end(tmp_path):
     run_dir = opened(tmp_path)
     run_dir.finish(ExitCode.FINISHED, "finished")
     run_dir.close()
-    record_refusal(tmp_path, ConfigError("too many processes"))
+    record_end(tmp_path, ConfigError("too many processes"))
     assert (exit_of(tmp_path)["code"], exit_of(tmp_path)["reason"]) == (2, "too many processes")
     (tmp_path / "file").write_text("")
-    record_refusal(tmp_path / "file" / "run", ConfigError("too many processes"))
+    record_end(tmp_path / "file" / "run", ConfigError("too many processes"))
     opened(tmp_path).close()
 
 

@@ -1,0 +1,10 @@
+"""Autograd's own sum, which adds one gradient after the other and rounds each time."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fan_out_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """See the package for the contract."""
+    return (x,) * count

@@ -1,0 +1,41 @@
+"""Zero-centred RMSNorm, alone and behind a residual sum: contract of its backends.
+
+Letters: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class RmsNorm(Protocol):
+    """What every backend computes."""
+
+    def normalize(self, x: torch.Tensor, weight_D: torch.Tensor, *, eps: float) -> torch.Tensor:
+        """``x / rms(x) * (1 + weight)`` over the last dimension, in at least fp32 and rounded once.
+
+        Args:
+            x: ``[..., D]``.
+            weight_D: ``[D]``, centred on 0.
+            eps: added to the mean square.
+
+        Returns:
+            the shape and dtype of ``x``.
+        """
+
+    def add_and_normalize(
+        self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x + y``, rounded, and that sum normalised.
+
+        Args:
+            x_TD: ``[T, D]``.
+            y_TD: ``[T, D]``, of the same dtype.
+            weight_D: ``[D]``, centred on 0.
+            eps: added to the mean square.
+
+        Returns:
+            the sum and its norm, both ``[T, D]``.
+        """

@@ -1,0 +1,37 @@
+"""How the Triton kernels that work on rows are laid out over a device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_PROGRAMS_PER_PROCESSOR = 4
+_ELEMENTS_PER_THREAD = 16
+_THREADS_PER_WARP = 32
+
+
+def row_warps(elements: int) -> int:
+    """Warps of a program that holds this many elements (a power of two) at once."""
+    return min(16, max(1, elements // (_ELEMENTS_PER_THREAD * _THREADS_PER_WARP)))
+
+
+def num_row_programs(num_blocks: int, device: torch.device) -> int:
+    """Programs of a kernel that sums over rows: a few on every multiprocessor, each with every n-th block.
+
+    The same number on every device of a kind, so that repeated sums are equal bit for bit.
+    """
+    return max(1, min(num_blocks, _PROGRAMS_PER_PROCESSOR * _num_processors(device)))
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a matrix of rows over its last dimension, each dense; copied only where there is no such view."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,165 @@
+"""Gated DeltaNet's operations at the start of training on a GPU: each once against plain torch.
+
+Compilers have given the delta rule wrong gradients without a word (:mod:`qwen3next_train.train.kernel_self_test`), and
+the next one may; a run should not find out by its loss. The heads are the model's own, all of them, so that what is
+compiled here is what training runs, and Triton's cache is warm when the first step comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.errors import KernelUnavailable
+from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.delta_rule_inputs import HeadShape
+from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
+from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
+from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qwen3next_train.kernels.selection import KernelChoice, KernelSet
+from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.parallel.control import ControlGroup
+from qwen3next_train.train.checks import Check, attempt, merge_ranks
+from qwen3next_train.train.kernel_self_test import trial_errors
+from qwen3next_train.train.kernel_trial import Outputs, Random, Trial
+
+BOUND = 1e-2
+"""Largest relative error (norm of the difference over the norm of the truth) of an output or a gradient."""
+
+_LENGTHS = (65, 1, 64, 61)
+_NUM_TOKENS = sum(_LENGTHS)
+
+
+def refuse_wrong_gated_delta_net(
+    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype, control: ControlGroup
+) -> None:
+    """Let no rank train when an operation of Gated DeltaNet is wrong on any of them.
+
+    Args:
+        kernels: selected backends; references are taken to be right.
+        model: whose heads are used.
+        device: where the model will live.
+        dtype: of weights and activations.
+        control: the ranks.
+
+    Raises:
+        KernelUnavailable: the same on every rank.
+    """
+    found = gated_delta_net_checks(kernels, model, device, dtype)
+    by_rank = control.gather_json([asdict(check) for check in found])
+    for check in merge_ranks([[Check(**one) for one in of_rank] for of_rank in by_rank]):
+        if not check.ok:
+            raise KernelUnavailable(f"{check.check}: {check.detail}")
+
+
+def gated_delta_net_checks(
+    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> list[Check]:
+    """One check for each operation that has another backend than its reference.
+
+    Args:
+        kernels: selected backends.
+        model: whose heads are used.
+        device: where the model will live.
+        dtype: of weights and activations.
+    """
+    found = []
+    for choice in kernels.choices:
+        if choice.operation in _TRIALS and choice.backend != "reference":
+            measure = partial(_check, choice, kernels, model, device, dtype)
+            found += attempt(f"kernels.{choice.key}", measure)
+    return found
+
+
+def _check(
+    choice: KernelChoice, kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> list[Check]:
+    random = Random(torch.Generator().manual_seed(0), device)
+    trials = _TRIALS[choice.operation](kernels, model, random)
+    error, name = max((error, name) for trial in trials for name, error in trial_errors(trial, dtype).items())
+    detail = f"{choice.operation} by {choice.backend} is off plain torch by {error:.1e} ({name}), allowed {BOUND:.0e}"
+    if error > BOUND:
+        detail = f"{detail}: it computes wrong results on this machine; set kernels.{choice.key} to reference"
+    return [Check(f"kernels.{choice.key}", error <= BOUND, detail)]
+
+
+def _heads(model: ModelConfig) -> HeadShape:
+    return HeadShape(
+        key_heads=model.linear_num_key_heads,
+        value_heads=model.linear_num_value_heads,
+        key_dim=model.linear_key_head_dim,
+        value_dim=model.linear_value_head_dim,
+    )
+
+
+def _packings(device: torch.device) -> Iterator[Sequences]:
+    for lengths in (_LENGTHS, (_NUM_TOKENS,)):
+        yield Sequences.from_lengths(lengths, device)
+
+
+def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    heads = _heads(model)
+    reference = SeparateDeltaRuleInputs(causal_conv1d_reference)
+    inputs = {
+        "qkvz_TP": random.normal(_NUM_TOKENS, heads.key_heads * sum(heads.group_sizes)),
+        "ba_TM": random.normal(_NUM_TOKENS, 2 * heads.value_heads),
+        "weight_CW": random.normal(heads.channels, model.linear_conv_kernel_dim),
+        "A_log_N": random.normal(heads.value_heads),
+        "dt_bias_N": random.normal(heads.value_heads),
+    }
+    for sequences in _packings(random.device):
+        kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
+        truth = partial(reference, heads=heads, sequences=sequences)
+        yield Trial(inputs, kernel, truth, frozenset({"A_log_N", "dt_bias_N"}))
+
+
+def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    """As in training: documents begin empty, and nobody reads their final states."""
+    heads = _heads(model)
+    # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
+    rate_N = torch.logspace(0, -3, heads.value_heads, dtype=torch.float64, device=random.device)
+    inputs = {
+        "q_THK": F.normalize(random.normal(_NUM_TOKENS, heads.key_heads, heads.key_dim), dim=-1),
+        "k_THK": F.normalize(random.normal(_NUM_TOKENS, heads.key_heads, heads.key_dim), dim=-1),
+        "v_TNV": random.normal(_NUM_TOKENS, heads.value_heads, heads.value_dim),
+        "g_TN": -rate_N * random.uniform(_NUM_TOKENS, heads.value_heads),
+        "beta_TN": random.uniform(_NUM_TOKENS, heads.value_heads),
+    }
+    for sequences in _packings(random.device):
+        kernel = partial(kernels.gated_delta_rule, sequences=sequences)
+        truth = partial(gated_delta_rule_reference, sequences=sequences)
+        yield Trial(inputs, partial(_first, kernel), partial(_first, truth), frozenset({"g_TN"}))
+
+
+def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
+    return (rule(**inputs)[0],)
+
+
+def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    """The gate where the layer's projection has it, beside other columns."""
+    heads = _heads(model)
+    shape = (_NUM_TOKENS, heads.key_heads, heads.group, heads.value_dim)
+    inputs = {
+        "x": random.normal(*shape),
+        "projection": random.normal(_NUM_TOKENS, heads.key_heads, sum(heads.group_sizes)),
+        "weight": 1 + random.normal(heads.value_dim) / 4,
+    }
+
+    def outputs(norm: GatedRmsNorm, x: torch.Tensor, projection: torch.Tensor, weight: torch.Tensor) -> Outputs:
+        gate = projection[..., -heads.group_sizes[-1] :].unflatten(-1, shape[2:])
+        return (norm(x, gate, weight, eps=model.rms_norm_eps),)
+
+    yield Trial(inputs, partial(outputs, kernels.gated_rms_norm), partial(outputs, gated_rms_norm_reference))
+
+
+_TRIALS: dict[str, Callable[[KernelSet, ModelConfig, Random], Iterator[Trial]]] = {
+    "delta_rule_inputs": _delta_rule_inputs,
+    "gated_delta_rule": _gated_delta_rule,
+    "gated_rms_norm": _gated_rms_norm,
+}

@@ -1,0 +1,59 @@
+"""What the kernels' self-test tries each operation on: inputs, the backend and the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qwen3next_train.kernels.sequences import Sequences
+
+LENGTHS = (65, 1, 64, 62)
+NUM_TOKENS = sum(LENGTHS)
+EPS = 1e-6
+
+Outputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One operation on one set of inputs.
+
+    Args:
+        inputs: fp64, on the device; each gets a gradient.
+        kernel: the backend, called with the inputs by name.
+        truth: the definition, called likewise.
+        wide: inputs that the model keeps in fp32 when activations are narrower.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    kernel: Callable[..., Outputs]
+    truth: Callable[..., Outputs]
+    wide: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Random:
+    """fp64 values drawn on the host, so that every device gets the same."""
+
+    generator: torch.Generator
+    device: torch.device
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal."""
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Between 0 and 1."""
+        return torch.rand(shape, dtype=torch.float64, generator=self.generator).to(self.device)
+
+    def packings(self) -> Iterator[Sequences]:
+        """Documents of odd lengths, then one document."""
+        for lengths in (LENGTHS, (NUM_TOKENS,)):
+            yield Sequences.from_lengths(lengths, self.device)
+
+
+def capped(size: int) -> int:
+    """A size of matrices that is quick to multiply and as aligned as ``size``."""
+    return size if size <= 1024 else 1024 + size % 128

@@ -1,0 +1,206 @@
+"""Trials of the mixers' operations, their definitions written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.delta_rule_inputs import HeadShape
+from qwen3next_train.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
+from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.train.kernel_trial import EPS, NUM_TOKENS, Outputs, Random, Trial
+
+
+def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    key_dim, value_dim, key_heads = model.linear_key_head_dim, model.linear_value_head_dim, 2
+    value_heads = key_heads * min(8, model.linear_num_value_heads // model.linear_num_key_heads)
+    # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
+    rate_N = torch.logspace(0, -3, value_heads, dtype=torch.float64, device=random.device)
+    wide = frozenset({"g_TN", "initial_state_DNKV"})
+    for sequences in random.packings():
+        inputs = {
+            "q_THK": F.normalize(random.normal(NUM_TOKENS, key_heads, key_dim), dim=-1),
+            "k_THK": F.normalize(random.normal(NUM_TOKENS, key_heads, key_dim), dim=-1),
+            "v_TNV": random.normal(NUM_TOKENS, value_heads, value_dim),
+            "g_TN": -rate_N * random.uniform(NUM_TOKENS, value_heads),
+            "beta_TN": random.uniform(NUM_TOKENS, value_heads),
+        }
+        kernel = partial(kernels.gated_delta_rule, sequences=sequences)
+        truth = partial(recurrent_gated_delta_rule, sequences=sequences)
+        if sequences.num_documents > 1:
+            # As in training: documents begin empty, and nobody reads the final state.
+            yield Trial(inputs, partial(_first, kernel), partial(_first, truth), wide)
+        else:
+            inputs["initial_state_DNKV"] = 0.1 * random.normal(1, value_heads, key_dim, value_dim)
+            yield Trial(inputs, partial(_with_state, kernel), partial(_with_state, truth), wide)
+
+
+def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
+    return (rule(**inputs)[0],)
+
+
+def _with_state(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
+    out, final = rule(**inputs, output_final_state=True)
+    assert final is not None
+    return out, final
+
+
+def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    key_heads = 2
+    group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
+    heads = HeadShape(key_heads, key_heads * group, model.linear_key_head_dim, model.linear_value_head_dim)
+    for sequences in random.packings():
+        inputs = {
+            "qkvz_TP": random.normal(NUM_TOKENS, key_heads * sum(heads.group_sizes)),
+            "ba_TM": random.normal(NUM_TOKENS, 2 * heads.value_heads),
+            "weight_CW": random.normal(heads.channels, model.linear_conv_kernel_dim),
+            "A_log_N": random.normal(heads.value_heads),
+            "dt_bias_N": random.normal(heads.value_heads),
+        }
+        kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
+        truth = partial(_plain_delta_rule_inputs, heads=heads, sequences=sequences)
+        yield Trial(inputs, kernel, truth, frozenset({"A_log_N", "dt_bias_N"}))
+
+
+def _varlen_attention(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    kv_heads = min(2, model.num_key_value_heads)
+    # A gradient of k or v is a sum over its query heads; many more of them would add up to more than the bound.
+    heads = kv_heads * min(8, model.num_attention_heads // model.num_key_value_heads)
+    for sequences in random.packings():
+        inputs = {
+            "q_TNH": random.normal(NUM_TOKENS, heads, model.head_dim),
+            "k_TGH": random.normal(NUM_TOKENS, kv_heads, model.head_dim),
+            "v_TGH": random.normal(NUM_TOKENS, kv_heads, model.head_dim),
+        }
+        yield Trial(inputs, _single(kernels.varlen_attention, sequences), _single(_plain_attention, sequences))
+
+
+def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    size = model.linear_value_head_dim
+    inputs = {
+        "x": random.normal(NUM_TOKENS, 3, size),
+        "gate": random.normal(NUM_TOKENS, 3, size),
+        "weight": 1 + random.normal(size) / 4,
+    }
+    yield Trial(inputs, lambda **inputs: (kernels.gated_rms_norm(**inputs, eps=EPS),), _plain_gated_rms_norm)
+
+
+def _norm_rotary(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    rotated = int(model.head_dim * model.partial_rotary_factor)
+    angle = (random.uniform(NUM_TOKENS, 1, rotated // 2) * 7).float()
+    cos, sin = angle.cos(), angle.sin()
+    cos_T1r, sin_T1r = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    # As in the model: the heads are the first halves of a wider projection.
+    inputs = {"x_T": random.normal(NUM_TOKENS, 3 * 2 * model.head_dim), "weight_H": random.normal(model.head_dim) / 4}
+
+    def heads(x_T: torch.Tensor) -> torch.Tensor:
+        return x_T.unflatten(1, (3, -1))[..., : model.head_dim]
+
+    def kernel(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
+        return (kernels.norm_rotary(heads(x_T), weight_H, cos_T1r, sin_T1r, eps=EPS),)
+
+    def truth(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
+        return (_plain_norm_rotary(heads(x_T), weight_H, torch.complex(cos.double(), sin.double())),)
+
+    yield Trial(inputs, kernel, truth)
+
+
+def _output_gate(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    shape = (NUM_TOKENS, 3, model.head_dim)
+    inputs = {"x_TNH": random.normal(*shape), "gate_TNH": 3 * random.normal(*shape)}
+
+    def truth(x_TNH: torch.Tensor, gate_TNH: torch.Tensor) -> Outputs:
+        return (x_TNH / (1 + (-gate_TNH).exp()),)
+
+    yield Trial(inputs, lambda **inputs: (kernels.output_gate(**inputs),), truth)
+
+
+MIXER_TRIALS: dict[str, Callable[[KernelSet, ModelConfig, Random], Iterator[Trial]]] = {
+    "gated_delta_rule": _gated_delta_rule,
+    "delta_rule_inputs": _delta_rule_inputs,
+    "gated_rms_norm": _gated_rms_norm,
+    "varlen_attention": _varlen_attention,
+    "norm_rotary": _norm_rotary,
+    "output_gate": _output_gate,
+}
+"""By field of ``KernelSet``."""
+
+
+def _single(operation: Callable[..., torch.Tensor], sequences: Sequences) -> Callable[..., Outputs]:
+    return lambda **inputs: (operation(**inputs, sequences=sequences),)
+
+
+def _spans(sequences: Sequences) -> list[tuple[int, int]]:
+    return list(pairwise(sequences.cu_seqlens_cpu.tolist()))
+
+
+def _plain_delta_rule_inputs(
+    qkvz_TP: torch.Tensor,
+    ba_TM: torch.Tensor,
+    weight_CW: torch.Tensor,
+    A_log_N: torch.Tensor,
+    dt_bias_N: torch.Tensor,
+    *,
+    heads: HeadShape,
+    sequences: Sequences,
+) -> Outputs:
+    key_dim, values = heads.key_dim, heads.group * heads.value_dim
+    groups = [columns.split((key_dim, key_dim, values, values), -1) for columns in qkvz_TP.chunk(heads.key_heads, -1)]
+    q_TC, k_TC, v_TC, _ = (torch.cat(part, -1) for part in zip(*groups, strict=True))
+    y_TC = _plain_conv(torch.cat((q_TC, k_TC, v_TC), -1), weight_CW, sequences=sequences)
+    q_THK, k_THK = (
+        part.unflatten(-1, (heads.key_heads, key_dim)) for part in y_TC[:, : 2 * q_TC.shape[1]].chunk(2, dim=-1)
+    )
+    small = [columns.chunk(2, -1) for columns in ba_TM.chunk(heads.key_heads, -1)]
+    b_TN, a_TN = (torch.cat(part, -1) for part in zip(*small, strict=True))
+    return (
+        q_THK / (q_THK.square().sum(-1, keepdim=True) + EPS).sqrt(),
+        k_THK / (k_THK.square().sum(-1, keepdim=True) + EPS).sqrt(),
+        y_TC[:, 2 * q_TC.shape[1] :].unflatten(-1, (heads.value_heads, heads.value_dim)),
+        torch.stack([group[3] for group in groups], 1).unflatten(-1, (heads.group, heads.value_dim)),
+        -A_log_N.exp() * (a_TN + dt_bias_N).exp().log1p(),
+        1 / (1 + (-b_TN).exp()),
+    )
+
+
+def _plain_attention(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+) -> torch.Tensor:
+    group = q_TNH.shape[1] // k_TGH.shape[1]
+    outputs = []
+    for start, end in _spans(sequences):
+        q_NTH = q_TNH[start:end].transpose(0, 1)
+        k_NTH, v_NTH = (x[start:end].transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TGH, v_TGH))
+        scores_NTT = q_NTH @ k_NTH.mT * q_TNH.shape[-1] ** -0.5
+        future_TT = torch.ones(end - start, end - start, dtype=torch.bool, device=q_TNH.device).triu(1)
+        weights_NTT = scores_NTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+        outputs.append((weights_NTT @ v_NTH).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _plain_gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Outputs:
+    return (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight * gate * gate.sigmoid(),)
+
+
+def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+    rows, columns = x_TC.unbind(0), weight_CW.unbind(1)
+    outputs = []
+    for start, end in _spans(sequences):
+        for t in range(start, end):
+            seen = rows[max(start, t + 1 - len(columns)) : t + 1]
+            terms = [row * column for row, column in zip(reversed(seen), reversed(columns), strict=False)]
+            outputs.append(F.silu(torch.stack(terms).sum(0)))
+    return torch.stack(outputs)
+
+
+def _plain_norm_rotary(x_TNH: torch.Tensor, weight_H: torch.Tensor, turn_T1X: torch.Tensor) -> torch.Tensor:
+    normed = x_TNH / (x_TNH.square().mean(-1, keepdim=True) + EPS).sqrt() * (1 + weight_H)
+    half = turn_T1X.shape[-1]
+    turned = torch.complex(normed[..., :half], normed[..., half : 2 * half]) * turn_T1X
+    return torch.cat((turned.real, turned.imag, normed[..., 2 * half :]), dim=-1)

@@ -1,0 +1,134 @@
+"""The tiny model at every layout of a world of 1, 2 or 4 ranks: which runs there are, and how far apart two are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.schema import Config
+from tests.distributed.layouts import Job, Outcome
+from tests.integration.launching import REPOSITORY
+
+GOLDEN_LOSSES = Path(__file__).with_name("golden_losses.json")
+GOLDEN_METRICS = ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm")
+STEPS = 20
+GLOBAL_BATCH_SIZE = 16
+FIRST_SAMPLE = {True: 180_000, False: 50_000}
+"""Where the packed and the dense rows begin: where no routing decision is narrower than :data:`NARROWEST`.
+
+The best experts of a token jump where two of them are level. Ten thousand decisions come as close as 1e-6 somewhere,
+which is what layouts differ by, and a single one taken the other way shows as 1e-3 in an expert's weights.
+"""
+NARROWEST = 5e-6
+"""Smallest difference of logits between a chosen expert and the best one that was not, over all steps of one rank."""
+BOUND = 1e-5
+"""Largest relative difference of a metric at any step, or of a parameter (norms) after the last."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the same global batch is spread, and whether its rows are packed from several documents."""
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: int
+    accumulation: int
+    packed: bool
+
+    @property
+    def job(self) -> Job:
+        """The tiny configuration as shipped, save for short rows, a z-loss and a third of its learning rate.
+
+        At the full rate twenty steps multiply differences in rounding by up to ten.
+        """
+        overrides = {
+            "run.steps": STEPS,
+            "run.global_batch_size": GLOBAL_BATCH_SIZE,
+            "run.micro_batch_size": GLOBAL_BATCH_SIZE // self.world_size // self.accumulation,
+            "data.sequence_length": 24,
+            "model.router_z_loss_coef": 1e-3,
+            "optimizer.lr": 1e-3,
+            "schedule.kind": "constant",
+            "parallel.expert_parallel_size": self.expert_parallel_size,
+            "parallel.zero_stage": self.zero_stage,
+        }
+        return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
+
+
+def _tiny(overrides: dict[str, Any]) -> Config:
+    path = REPOSITORY / "configs" / "qwen3next_tiny.yaml"
+    return load_config([path], [(key, str(value)) for key, value in overrides.items()]).config
+
+
+def references() -> list[Layout]:
+    """One rank, four micro-batches: what the others are compared with."""
+    return [Layout(1, 1, 1, 4, packed) for packed in (True, False)]
+
+
+def all_layouts(world_size: int) -> list[Layout]:
+    """Every expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    return [
+        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed)
+        for expert_parallel_size in (1, 2, 4)
+        if world_size % expert_parallel_size == 0
+        for zero_stage in (1, 2, 3)
+        for accumulation in (1, 4)
+        for packed in (True, False)
+    ]
+
+
+def covering_layouts(world_size: int) -> list[Layout]:
+    """A third of :func:`all_layouts` in which every pair of two settings occurs."""
+    return [
+        layout
+        for layout in all_layouts(world_size)
+        if (layout.expert_parallel_size.bit_length() + layout.zero_stage + layout.accumulation // 4 + layout.packed) % 3
+        == 0
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences, and where."""
+
+    metric: float
+    metric_name: str
+    parameter: float
+    parameter_name: str
+
+
+def difference(expected: Outcome, found: Outcome) -> Difference:
+    """Metrics of all steps, parameters after the last one."""
+    return Difference(*max(_metric_errors(expected.metrics, found.metrics)), *max(_parameter_errors(expected, found)))
+
+
+def _metric_errors(
+    expected: Iterable[dict[str, float]], found: Iterable[dict[str, float]]
+) -> Iterator[tuple[float, str]]:
+    for left, right in zip(expected, found, strict=True):
+        for name in GOLDEN_METRICS:
+            yield abs(right[name] - left[name]) / abs(left[name]), name
+
+
+def _parameter_errors(expected: Outcome, found: Outcome) -> Iterator[tuple[float, str]]:
+    for (name, kind), tensor in expected.state.items():
+        if kind == "master":
+            error = torch.linalg.vector_norm(tensor - found.state[name, kind]) / torch.linalg.vector_norm(tensor)
+            yield float(error), name
+
+
+def golden_losses() -> dict[str, list[dict[str, float]]]:
+    """Recorded metrics of the one-rank runs by kind of row (``packed``, ``dense``)."""
+    golden: dict[str, list[dict[str, float]]] = json.loads(GOLDEN_LOSSES.read_text())
+    return golden
+
+
+def kind_of_row(layout: Layout) -> str:
+    """Key of the golden table."""
+    return "packed" if layout.packed else "dense"

@@ -1,0 +1,73 @@
+"""The tiny model follows one rank's curve at every expert-parallel size and ZeRO stage (docs/layouts.md)."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.layout_matrix import (
+    BOUND,
+    GOLDEN_METRICS,
+    NARROWEST,
+    Layout,
+    all_layouts,
+    covering_layouts,
+    difference,
+    golden_losses,
+    kind_of_row,
+    references,
+)
+from tests.distributed.layout_worker import MARGIN
+from tests.distributed.layouts import Outcome, train_all
+
+
+def _pairs(layout: Layout) -> set[tuple[tuple[str, object], ...]]:
+    settings = sorted(vars(layout).items())
+    return set(combinations(settings, 2))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_runs_below_cover_every_pair_of_settings(world_size: int) -> None:
+    wanted = set().union(*map(_pairs, all_layouts(world_size)))
+    assert set().union(*map(_pairs, covering_layouts(world_size))) == wanted
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    layouts = references()
+    outcomes = train_all([r.job for r in layouts], tmp_path_factory.mktemp("one") / "runs", num_processes=1)
+    return {kind_of_row(layout): outcome for layout, outcome in zip(layouts, outcomes, strict=True)}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_no_routing_decision_hangs_on_rounding(one_rank: dict[str, Outcome]) -> None:
+    for kind, outcome in one_rank.items():
+        assert min(step[MARGIN] for step in outcome.metrics) > NARROWEST, kind
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_one_rank_has_the_golden_losses(one_rank: dict[str, Outcome]) -> None:
+    golden = golden_losses()
+    assert golden.keys() == one_rank.keys()
+    for kind, outcome in one_rank.items():
+        for expected, found in zip(golden[kind], outcome.metrics, strict=True):
+            for name in GOLDEN_METRICS:
+                assert found[name] == pytest.approx(expected[name], rel=BOUND), (kind, name)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_layout_has_one_ranks_curve_and_parameters(
+    tmp_path: Path, one_rank: dict[str, Outcome], world_size: int
+) -> None:
+    layouts = covering_layouts(world_size)
+    outcomes = train_all([r.job for r in layouts], tmp_path / "runs", num_processes=world_size)
+    for layout, outcome in zip(layouts, outcomes, strict=True):
+        far = difference(one_rank[kind_of_row(layout)], outcome)
+        assert far.metric < BOUND, (layout, far)
+        assert far.parameter < BOUND, (layout, far)

@@ -1,0 +1,110 @@
+"""A checkpoint of any layout goes on at any other, state bit for bit and curve as if never interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3next_train.accounting.params import parameter_table
+from tests.distributed.layout_matrix import Layout
+from tests.distributed.layouts import Job, Outcome, train_all
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+SAVED_AT = 3
+STEPS = 6
+LAYOUTS = [
+    Layout(world_size, expert_parallel_size, zero_stage, 1, packed=True)
+    for world_size, expert_parallel_size, zero_stage in (
+        (1, 1, 1),
+        (2, 1, 3),
+        (2, 2, 1),
+        (4, 1, 2),
+        (4, 2, 3),
+        (4, 4, 2),
+    )
+]
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """Runs that saved, by layout, and runs that went on, by ``(from, to)``."""
+
+    saved: dict[Layout, Outcome]
+    continued: dict[tuple[Layout, Layout], Outcome]
+
+
+def _job(layout: Layout, steps: int, *, load: Path | None = None, save: Path | None = None) -> Job:
+    config = layout.job.config
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
+    return replace(layout.job, config=config, load=load, save=save)
+
+
+@pytest.fixture(scope="module")
+def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
+    """Save at every layout, then load and go on from each at every layout."""
+    folder = tmp_path_factory.mktemp("reshape")
+    checkpoints = {layout: folder / f"checkpoints_{index}" for index, layout in enumerate(LAYOUTS)}
+    result = Reshaped({}, {})
+    by_world = {size: [layout for layout in LAYOUTS if layout.world_size == size] for size in (1, 2, 4)}
+    for size, layouts in by_world.items():
+        saving = [_job(layout, SAVED_AT, save=checkpoints[layout]) for layout in layouts]
+        result.saved.update(zip(layouts, train_all(saving, folder / f"save_{size}", num_processes=size), strict=True))
+    for size, layouts in by_world.items():
+        pairs = [(origin, layout) for origin in LAYOUTS for layout in layouts]
+        loading = [_job(layout, STEPS, load=checkpoints[origin]) for origin, layout in pairs]
+        result.continued.update(
+            zip(pairs, train_all(loading, folder / f"load_{size}", num_processes=size), strict=True)
+        )
+    return result
+
+
+def _expert_hashes(state: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, int], str]:
+    """Digest of each expert's master weights and moments, by layer tensor and expert."""
+    hashes = {}
+    for spec in parameter_table(LAYOUTS[0].job.config.model):
+        if spec.expert:
+            for expert in range(spec.shape[0]):
+                digest = hashlib.sha256()
+                for kind in ("master", "exp_avg", "exp_avg_sq"):
+                    rows = state[spec.name, kind].view(spec.shape[0], -1)
+                    digest.update(rows[expert].numpy().tobytes())
+                hashes[spec.name, expert] = digest.hexdigest()
+    return hashes
+
+
+def test_every_expert_keeps_its_weights_and_moments(reshaped: Reshaped) -> None:
+    for (origin, layout), outcome in reshaped.continued.items():
+        written = _expert_hashes(reshaped.saved[origin].state)
+        assert len(set(written.values())) == len(written)
+        assert _expert_hashes(outcome.loaded) == written, (origin, layout)
+
+
+def test_the_whole_state_arrives_bit_for_bit(reshaped: Reshaped) -> None:
+    for (origin, layout), outcome in reshaped.continued.items():
+        for key, tensor in reshaped.saved[origin].state.items():
+            assert tensor.equal(outcome.loaded[key]), (origin, layout, key)
+
+
+def test_the_curve_goes_on_as_if_never_interrupted(reshaped: Reshaped, tmp_path: Path) -> None:
+    (whole,) = train_all([_job(LAYOUTS[0], STEPS)], tmp_path / "whole", num_processes=1)
+    assert len(reshaped.continued) == len(LAYOUTS) ** 2
+    for (origin, layout), outcome in reshaped.continued.items():
+        for expected, found in zip(whole.metrics[SAVED_AT:], outcome.metrics, strict=True):
+            for name in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-6), (origin, layout, name)
+
+
+def test_the_same_layout_goes_on_bit_for_bit(reshaped: Reshaped, tmp_path: Path) -> None:
+    layouts = [layout for layout in LAYOUTS if layout.world_size == 2]
+    whole = train_all([_job(layout, STEPS) for layout in layouts], tmp_path / "whole", num_processes=2)
+    for layout, outcome in zip(layouts, whole, strict=True):
+        continued = reshaped.continued[layout, layout]
+        assert continued.metrics == outcome.metrics[SAVED_AT:]
+        for key, tensor in outcome.state.items():
+            assert tensor.equal(continued.state[key]), (layout, key)

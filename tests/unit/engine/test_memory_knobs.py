@@ -1,0 +1,118 @@
+"""What saves memory changes nothing else: recompute, offloaded optimizer, bf16 moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3next_train.config.schema import Config
+from qwen3next_train.engine.base import FragmentKind, ReadFragment
+from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from tests.distributed.test_layout_equality import small_config
+from tests.unit.engine.test_deepspeed_engine import _engine, _state, _step
+
+pytestmark = pytest.mark.slow
+
+State = dict[tuple[str, FragmentKind], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[ProcessContext]:
+    with process_context("cpu") as found:
+        yield found
+
+
+def _config(*, precision: str = "fp32", moments_dtype: str = "fp32", **parallel: Any) -> Config:
+    """Four micro-batches a step, clipped."""
+    values = small_config(micro_batch_size=1, clip_grad=0.5).model_dump()
+    values["run"]["precision"] = precision
+    values["optimizer"]["moments_dtype"] = moments_dtype
+    values["parallel"] |= parallel
+    return Config.model_validate(values)
+
+
+def _train(config: Config, context: ProcessContext, num_steps: int = 2) -> tuple[Any, list[dict[str, float]]]:
+    engine = _engine(config, context)
+    return engine, [_step(engine, config, step).metrics for step in range(num_steps)]
+
+
+def _reader(state: State) -> ReadFragment:
+    return lambda name, kind, start, stop: state[name, kind][start:stop]
+
+
+@pytest.mark.parametrize("recompute", [["norms", "activations", "conv_gates"], ["layer"]])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_recompute_trains_bit_for_bit_the_same(context: ProcessContext, zero_stage: int, recompute: list[str]) -> None:
+    """Micro-batches are accumulated; under stage 3 weights are gathered for the recomputation too."""
+    expected, expected_metrics = _train(_config(zero_stage=zero_stage), context)
+    found, metrics = _train(_config(zero_stage=zero_stage, recompute=recompute), context)
+    assert metrics == expected_metrics
+    states = _state(expected), _state(found)
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_an_offloaded_optimizer_takes_the_same_steps(context: ProcessContext, zero_stage: int, precision: str) -> None:
+    """Up to the rounding of another implementation of AdamW; three steps of four micro-batches."""
+    here, here_metrics = _train(_config(zero_stage=zero_stage, precision=precision), context, 3)
+    there, there_metrics = _train(
+        _config(zero_stage=zero_stage, precision=precision, offload_optimizer="cpu"), context, 3
+    )
+    tolerance = 1e-5 if precision == "fp32" else 1e-3
+    for expected, found in zip(here_metrics, there_metrics, strict=True):
+        for metric, value in expected.items():
+            assert found[metric] == pytest.approx(value, rel=tolerance, abs=1e-7), metric
+    state = _state(there)
+    # Of a moment of 1e-8 in bf16 runs, a weight rounded the other way is a large part.
+    kinds = ("master", "exp_avg", "exp_avg_sq") if precision == "fp32" else ("master",)
+    for key, tensor in _state(here).items():
+        if key[1] not in kinds:
+            continue
+        assert float((state[key] - tensor).norm()) <= tolerance * float(tensor.norm()) + 1e-12, key
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "moments_dtype", "offload"),
+    [(2, "fp32", "cpu"), (2, "bf16", "none"), (1, "bf16", "cpu"), (3, "bf16", "none")],
+)
+def test_a_resume_goes_on_bit_for_bit(
+    context: ProcessContext, zero_stage: int, moments_dtype: str, offload: str
+) -> None:
+    """Fragments are fp32 whatever the moments are kept in."""
+    config = _config(zero_stage=zero_stage, moments_dtype=moments_dtype, offload_optimizer=offload)
+    engine, _ = _train(config, context)
+    saved = _state(engine)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    in_bf16 = all(torch.equal(t, t.bfloat16().float()) for (_, kind), t in saved.items() if kind != "master")
+    assert in_bf16 == (moments_dtype == "bf16")
+    expected = [_step(engine, config, step).metrics for step in (2, 3)]
+    other = _engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
+    other.load_state(_reader(saved), 2)
+    assert [_step(other, config, step).metrics for step in (2, 3)] == expected
+
+
+def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None:
+    """Widened exactly, or rounded once; master weights are untouched."""
+    narrow, _ = _train(_config(moments_dtype="bf16"), context)
+    wide, _ = _train(_config(), context)
+    for source, moments_dtype in ((narrow, "fp32"), (wide, "bf16")):
+        saved = _state(source)
+        engine = _engine(_config(moments_dtype=moments_dtype), context)
+        engine.load_state(_reader(saved), 2)
+        for (name, kind), tensor in _state(engine).items():
+            before = saved[name, kind]
+            rounded = before if kind == "master" or moments_dtype == "fp32" else before.bfloat16().float()
+            assert torch.equal(tensor, rounded), (name, kind)
+        assert not _step(engine, _config(moments_dtype=moments_dtype), 2).skipped
+
+
+def test_bf16_moments_follow_the_curve_of_fp32_ones(context: ProcessContext) -> None:
+    _, wide = _train(_config(), context, 4)
+    _, narrow = _train(_config(moments_dtype="bf16"), context, 4)
+    assert wide[0] == narrow[0]
+    assert wide[-1] != narrow[-1]
+    for expected, found in zip(wide, narrow, strict=True):
+        assert found["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-4)

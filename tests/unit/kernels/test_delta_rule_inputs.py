@@ -1,0 +1,155 @@
+"""The delta rule's inputs: plain torch against the definition, Triton against plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qwen3next_train.errors import KernelUnavailable
+from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.delta_rule_inputs import HeadShape, RuleInputs
+from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
+from qwen3next_train.kernels.sequences import Sequences
+from tests.unit.kernels.comparison import BOUNDS, errors
+from tests.unit.kernels.interpreted import DEVICE
+
+REFERENCE = SeparateDeltaRuleInputs(causal_conv1d_reference)
+MODEL_HEADS = HeadShape(16, 32, 128, 128)
+
+
+def make_inputs(heads: HeadShape, tokens: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Projections, filters, log rates and biases, the last two in fp32 as in the model."""
+    torch.manual_seed(0)
+    columns = heads.key_heads * sum(heads.group_sizes)
+    return [
+        torch.randn(tokens, columns, device=DEVICE).to(dtype),
+        torch.randn(tokens, 2 * heads.value_heads, device=DEVICE).to(dtype),
+        torch.randn(heads.channels, width, device=DEVICE).to(dtype),
+        torch.randn(heads.value_heads, device=DEVICE),
+        torch.randn(heads.value_heads, device=DEVICE),
+    ]
+
+
+def triton(*inputs: torch.Tensor, heads: HeadShape, sequences: Sequences) -> RuleInputs:
+    # Not at the top: Triton is imported where its kernels are used.
+    from qwen3next_train.kernels.delta_rule_inputs.triton_backend import delta_rule_inputs_triton
+
+    return delta_rule_inputs_triton(*inputs, heads=heads, sequences=sequences)
+
+
+def check(heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
+    sequences = Sequences.from_lengths(lengths, DEVICE)
+    found = errors(
+        lambda *inputs: triton(*inputs, heads=heads, sequences=sequences),
+        lambda *inputs: REFERENCE(*inputs, heads=heads, sequences=sequences),
+        make_inputs(heads, sum(lengths), width, dtype),
+    )
+    assert max(found) < BOUNDS[dtype], found
+
+
+def test_reference_is_its_definition_head_by_head() -> None:
+    heads, lengths = HeadShape(2, 6, 3, 5), (4, 1, 3)
+    inputs = [x.double() for x in make_inputs(heads, 8, 4, torch.float32)]
+    qkvz, ba, weight, A_log, dt_bias = inputs
+    out = REFERENCE(*inputs, heads=heads, sequences=Sequences.from_lengths(lengths, DEVICE))
+    starts = [0, 0, 0, 0, 4, 5, 5, 5]
+
+    def convolved(t: int, column: int, channel: int) -> float:
+        seen = range(max(starts[t], t - 3), t + 1)
+        x = sum(float(weight[channel, 3 - (t - s)] * qkvz[s, column]) for s in seen)
+        return x / (1 + math.exp(-x))
+
+    for t in range(8):
+        for head in range(2):
+            first = head * 36
+            q = torch.tensor([convolved(t, first + c, head * 3 + c) for c in range(3)])
+            k = torch.tensor([convolved(t, first + 3 + c, 6 + head * 3 + c) for c in range(3)])
+            for value, row in ((q, out.q_THK), (k, out.k_THK)):
+                expected = value.double() / float((value.double().square().sum() + 1e-6).sqrt())
+                torch.testing.assert_close(row[t, head].cpu(), expected, rtol=1e-6, atol=1e-7)
+            for r in range(3):
+                n = head * 3 + r
+                v = [convolved(t, first + 6 + r * 5 + c, 12 + n * 5 + c) for c in range(5)]
+                torch.testing.assert_close(out.v_TNV[t, n].cpu(), torch.tensor(v).double(), rtol=1e-6, atol=1e-7)
+                assert torch.equal(out.z_THRV[t, head, r], qkvz[t, first + 21 + r * 5 : first + 26 + r * 5])
+                a, b = float(ba[t, head * 6 + 3 + r]), float(ba[t, head * 6 + r])
+                g = -math.exp(float(A_log[n])) * math.log1p(math.exp(a + float(dt_bias[n])))
+                assert float(out.g_TN[t, n]) == pytest.approx(g, rel=1e-12)
+                assert float(out.beta_TN[t, n]) == pytest.approx(1 / (1 + math.exp(-b)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths", "width", "dtype"),
+    [
+        (HeadShape(1, 2, 8, 8), (5, 1, 11, 1, 2), 4, torch.float32),
+        (HeadShape(2, 2, 4, 6), (6,), 3, torch.bfloat16),
+        (HeadShape(1, 1, 5, 3), (1,), 2, torch.float32),
+    ],
+)
+def test_triton_equals_the_reference(
+    heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype
+) -> None:
+    """Documents shorter than the filter, cuts on both sides of a block's border, sizes that fill no vector."""
+    check(heads, lengths, width, dtype)
+
+
+def test_no_tokens() -> None:
+    heads = HeadShape(1, 2, 4, 4)
+    inputs = [x.requires_grad_() for x in make_inputs(heads, 0, 4, torch.float32)]
+    sequences = Sequences(*(torch.zeros(1, dtype=torch.int32, device=device) for device in (DEVICE, "cpu")))
+    out = triton(*inputs, heads=heads, sequences=sequences)
+    assert out.q_THK.shape == (0, 1, 4)
+    sum(x.sum() for x in out).backward()
+    assert all(x.grad is not None and not x.grad.any() for x in inputs)
+
+
+def test_small_decays_keep_their_digits() -> None:
+    """``softplus`` of -30 is 9e-14, far below the rounding error of 1."""
+    heads = HeadShape(1, 1, 4, 4)
+    inputs = make_inputs(heads, 3, 4, torch.float32)
+    inputs[1] = torch.tensor([[0.0, -30.0], [0.0, -10.0], [0.0, 50.0]], device=DEVICE)
+    inputs[3:] = [torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE)]
+    g = triton(*inputs, heads=heads, sequences=Sequences.from_lengths((3,), DEVICE)).g_TN.flatten().tolist()
+    expected = [-math.log1p(math.exp(a)) for a in (-30.0, -10.0, 50.0)]
+    assert g == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_beside_a_document_does_not_reach_it() -> None:
+    """Not even an infinity."""
+    heads = HeadShape(1, 1, 4, 4)
+    inputs = make_inputs(heads, 12, 4, torch.float32)
+    inputs[0][:5] = float("inf")
+    inputs[0].requires_grad_()
+    out = triton(*inputs, heads=heads, sequences=Sequences.from_lengths((5, 7), DEVICE))
+    for x in (out.q_THK, out.k_THK, out.v_TNV):
+        assert x[5:].isfinite().all()
+    (gradient,) = torch.autograd.grad(out.v_TNV[5:].sum(), inputs[0])
+    assert gradient[5:].isfinite().all()
+
+
+def test_a_wide_filter_is_refused_in_a_sentence() -> None:
+    heads = HeadShape(1, 1, 4, 4)
+    with pytest.raises(KernelUnavailable, match=r"up to 4 wide and model\.linear_conv_kernel_dim is 5; choose 'fla'"):
+        triton(*make_inputs(heads, 3, 5, torch.float32), heads=heads, sequences=Sequences.from_lengths((3,), DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(1001,), (4096, 1, 2, 3, 4090, 17, 63, 64, 65, 3000)])
+def test_at_the_model_s_size(lengths: tuple[int, ...]) -> None:
+    check(MODEL_HEADS, lengths, 4, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_repeated_gradients_are_equal_bit_for_bit() -> None:
+    sequences = Sequences.from_lengths((2500, 2501), DEVICE)
+    inputs = [x.requires_grad_() for x in make_inputs(MODEL_HEADS, 5001, 4, torch.bfloat16)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = triton(*inputs, heads=MODEL_HEADS, sequences=sequences)
+        return torch.autograd.grad(sum(x.float().square().sum() for x in out), inputs)
+
+    first = gradients()
+    for _ in range(2):
+        assert all(torch.equal(x, y) for x, y in zip(first, gradients(), strict=True))

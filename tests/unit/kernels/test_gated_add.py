@@ -1,0 +1,53 @@
+"""Triton gated addition against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3next_train.kernels.gated_add.reference import gated_add_reference
+from qwen3next_train.kernels.gated_add.triton_backend import gated_add_triton
+from tests.unit.kernels.comparison import BOUNDS, errors
+from tests.unit.kernels.interpreted import DEVICE
+
+
+def check(*rows: torch.Tensor) -> None:
+    """With a gate whose logits have about unit variance."""
+    size = rows[0].shape[1]
+    weight = 2 * size**-0.5 * torch.randn(1, size, device=DEVICE)
+    found = errors(gated_add_triton, gated_add_reference, [*rows, weight.to(rows[0].dtype)])
+    assert max(found) < BOUNDS[rows[0].dtype], found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 32), (1, 1), (33, 24), (4, 1100)])
+def test_output_and_gradients(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    check(*(torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(3)))
+
+
+def test_views() -> None:
+    torch.manual_seed(0)
+    check(*(torch.randn(7, 3, 16, device=DEVICE)[:, index] for index in (0, 2, 1)))
+
+
+def test_no_rows() -> None:
+    base, branch, x = (torch.empty(0, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    weight = torch.ones(1, 8, device=DEVICE, requires_grad=True)
+    gated_add_triton(base, branch, x, weight).sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("logit", [-1e4, 1e4])
+def test_closed_and_open_gates(logit: float) -> None:
+    base, branch, x = (torch.full((2, 4), value, device=DEVICE) for value in (1.0, 2.0, logit))
+    out = gated_add_triton(base, branch, x, torch.ones(1, 4, device=DEVICE))
+    assert torch.equal(out, torch.full_like(out, 1.0 if logit < 0 else 3.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1001, 16384])
+def test_at_the_model_s_size(tokens: int) -> None:
+    torch.manual_seed(0)
+    check(*(torch.randn(tokens, 2048, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)))
