@@ -104,20 +104,22 @@ def memory_per_gpu(
     Returns:
         ``weights``, ``gradients``, ``optimizer``, ``zero_buffers`` (gradient bucket and, under stage 3, gathered
         weights), the parts of :func:`~qwen3next_train.accounting.activations.activation_bytes`, ``optimizer_step``
-        (the step's flat gradient copy, as far as it exceeds the activations, which are gone by then) and ``runtime``.
+        (the step's flat gradient copy, as far as it exceeds the activations, which are gone by then), ``building``
+        (under stage 3 a rank's weights are whole until they are partitioned: as far as that exceeds all parts but the
+        runtime, none of which exists by then) and ``runtime``.
 
     Raises:
         ConfigError: when the expert-parallel size divides neither the world size nor the experts.
     """
-    states = _model_states(parameter_kinds(model) if kinds is None else kinds, layout, persistent_numel(model))
+    kinds = parameter_kinds(model) if kinds is None else kinds
     activations = activation_bytes(model, layout)
-    step_copy = _step_copy(parameter_kinds(model) if kinds is None else kinds, layout)
-    return {
-        **states,
+    parts = {
+        **_model_states(kinds, layout, persistent_numel(model)),
         **activations,
-        "optimizer_step": max(0, step_copy - sum(activations.values())),
-        "runtime": RUNTIME_BYTES,
+        "optimizer_step": max(0, _step_copy(kinds, layout) - sum(activations.values())),
     }
+    building = max(0, _whole_weights(kinds, layout) - sum(parts.values())) if layout.zero_stage == 3 else 0
+    return {**parts, "building": building, "runtime": RUNTIME_BYTES}
 
 
 def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:
@@ -213,6 +215,12 @@ def _stage3_states(
         "optimizer": adam_state_bytes(layout) * partitions,
         "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradient_in_flight + gathered,
     }
+
+
+def _whole_weights(kinds: Counter[ParameterKind], layout: Layout) -> int:
+    """Bytes of a rank's weights before ZeRO partitions them."""
+    shards = [(_shard(kind, kind.numel, layout), count) for kind, count in kinds.items()]
+    return sum(count * shard.numel * shard.element_bytes for shard, count in shards)
 
 
 def _shard(kind: ParameterKind, numel: int, layout: Layout) -> _Shard:

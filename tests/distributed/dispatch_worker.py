@@ -1,7 +1,8 @@
 """Routed experts over an all-to-all against all experts on one rank, for routings of every kind of imbalance.
 
-Run as ``torchrun --nproc-per-node P -m tests.distributed.dispatch_worker OUT``; rank 0 writes the largest error of
-output and gradients over all ranks by name of routing, and how many rows each rank sent.
+Run as ``torchrun --nproc-per-node P -m tests.distributed.dispatch_worker OUT DEVICE``; rank 0 writes the largest error
+of output and gradients over all ranks by name of routing. On ``cpu`` in fp64; on ``cuda`` in fp32, with the Triton
+permutation, all ranks on one GPU and gloo between them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
+from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
 from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher
 from qwen3next_train.parallel.process_groups import process_context
@@ -68,41 +70,43 @@ def run(dispatcher: TokenDispatcher, weight: torch.Tensor, inputs: list[torch.Te
     received = dispatcher.receive(sent)
     rows = grouped_matmul_reference(received.rows_RD, weight, counts_e=received.counts_e).sin()
     y = dispatcher.combine(rows * received.weights_R.unsqueeze(1), received) + beside
-    grads = torch.autograd.grad((y * torch.arange(1, HIDDEN + 1)).sum(), (x, routing, weight))
+    factors = torch.arange(1, HIDDEN + 1, device=y.device)
+    grads = torch.autograd.grad((y * factors).sum(), (x, routing, weight))
     return [y.detach(), *grads]
 
 
-def largest_error(routed: Routed, num_tokens: int) -> float:
+def largest_error(routed: Routed, num_tokens: int, device: torch.device) -> float:
     """Over output and gradients of this rank; expert gradients are summed over the ranks' tokens first."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
     inputs = [
-        torch.randn(num_tokens, HIDDEN, dtype=torch.float64, generator=generator),
-        torch.rand(num_tokens, TOP_K, dtype=torch.float64, generator=generator),
+        torch.randn(num_tokens, HIDDEN, generator=generator).to(device, dtype),
+        torch.rand(num_tokens, TOP_K, generator=generator).to(device, dtype),
     ]
-    ids = routed(num_tokens, generator)
-    weight = torch.randn(EXPERTS, HIDDEN, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    permutation = TokenPermutationReference()
+    ids = routed(num_tokens, generator).to(device)
+    weight = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(9)).to(device, dtype)
     own = slice(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
     group = dist.group.WORLD
     assert group is not None
+    permutation = TokenPermutationReference() if device.type == "cpu" else TokenPermutationTriton()
     found = run(AllToAllDispatcher(group, EXPERTS, permutation), weight[own], inputs, ids)
-    expected = run(LocalDispatcher(EXPERTS, permutation), weight, inputs, ids)
+    expected = run(LocalDispatcher(EXPERTS, TokenPermutationReference()), weight, inputs, ids)
     dist.all_reduce(expected[3])
     expected[3] = expected[3][own]
     return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
 
 
-def main(out: Path) -> None:
+def main(out: Path, device: torch.device) -> None:
     """Try every routing with various numbers of tokens, differing between ranks."""
     with process_context("cpu") as context:
         worst = {}
         for name, routed in ROUTINGS.items():
-            errors = [largest_error(routed, tokens + context.rank) for tokens in (1, 16, 33)]
+            errors = [largest_error(routed, tokens + context.rank, device) for tokens in (1, 16, 33)]
             worst[name] = max(context.control.gather_json(max(errors)))
         if context.rank == 0:
             out.write_text(json.dumps(worst))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), torch.device(sys.argv[2]))

@@ -19,12 +19,10 @@ def test_a_token_goes_once_to_each_rank() -> None:
     assert _without_repeats(ranks).tolist() == [[3, 0, -1, -1], [1, -1, -1, -1], [0, 1, 2, 3]]
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_experts_on_other_ranks_compute_the_same(tmp_path: Path, world_size: int) -> None:
+def _errors(out: Path, world_size: int, device: str) -> dict[str, float]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     done = subprocess.run(
-        [*torchrun, "-m", "tests.distributed.dispatch_worker", str(tmp_path / "errors.json")],
+        [*torchrun, "-m", "tests.distributed.dispatch_worker", str(out), device],
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
@@ -33,7 +31,19 @@ def test_experts_on_other_ranks_compute_the_same(tmp_path: Path, world_size: int
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    errors = json.loads((tmp_path / "errors.json").read_text())
+    errors: dict[str, float] = json.loads(out.read_text())
     assert len(errors) == 5
-    for routing, error in errors.items():
+    return errors
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_experts_on_other_ranks_compute_the_same(tmp_path: Path, world_size: int) -> None:
+    for routing, error in _errors(tmp_path / "errors.json", world_size, "cpu").items():
         assert error < 1e-12, routing
+
+
+@pytest.mark.gpu
+def test_two_ranks_on_one_gpu_compute_the_same(tmp_path: Path) -> None:
+    for routing, error in _errors(tmp_path / "errors.json", 2, "cuda").items():
+        assert error < 1e-4, routing

@@ -26,7 +26,7 @@ ON_CUDA = {
 
 
 def _losses(corpus: Path, run_dir: Path, **overrides: object) -> list[float]:
-    done = run("console", arguments(corpus, run_dir, **ON_CUDA, **overrides))
+    done = run("module", arguments(corpus, run_dir, **ON_CUDA, **overrides))
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["loss/lm"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

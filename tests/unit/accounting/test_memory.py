@@ -166,3 +166,12 @@ def test_impossible_expert_parallel_size(world: int, expert_parallel: int) -> No
     """3 divides neither 8 ranks nor 4 experts."""
     with pytest.raises(ConfigError, match="expert_parallel_size: 3"):
         memory_per_gpu(TINY, replace(ONE, world_size=world, expert_parallel_size=expert_parallel))
+
+
+def test_weights_have_to_fit_before_stage_3_partitions_them() -> None:
+    """Without expert parallelism that is the whole model, however many ranks share it later."""
+    alone = memory_per_gpu(QWEN3_NEXT_80B, replace(ONE, world_size=256, zero_stage=3, precision="bf16"))
+    total = sum(spec.numel * (4 if spec.fp32 else 2) for spec in parameter_table(QWEN3_NEXT_80B))
+    assert sum(alone.values()) == total + RUNTIME_BYTES
+    shared = memory_per_gpu(QWEN3_NEXT_80B, replace(ONE, world_size=256, expert_parallel_size=64, zero_stage=3))
+    assert shared["building"] == 0

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
-from qwen3next_train.model.recompute import rebuilt, recomputing
+from qwen3next_train.model.recompute import rebuilt, rebuilt_layer, recomputing
 from tests.unit.model.live_storages import LiveStorages
 from tests.unit.model.small_models import batch_of, build, cpu_kernels, scales_of, small_config
 
@@ -133,6 +133,25 @@ def test_every_part_saves_bytes_and_none_is_left_over() -> None:
     saved_apart = sum(none - by_part[part] for part in PARTS[:3])
     assert none - cheap >= saved_apart, "what one part keeps as a source, another rebuilds"
     assert max(left_after_cheap, left_after_everything) < 1000, "the expert loads of the step and the batch"
+
+
+def test_a_layer_runs_again_before_anything_of_it_runs_backward() -> None:
+    """Weights that are gathered for a module's backward must not be released by a forward in the middle of it."""
+    events = []
+
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        events.append("forward")
+        y = x.exp() * x
+        y.register_hook(lambda _: events.append("backward"))
+        return y, None
+
+    x = torch.ones(3, requires_grad=True)
+    with recomputing(["layer"]):
+        y, _ = rebuilt_layer(layer, x)
+    y.sum().backward()
+    assert events == ["forward", "forward", "backward"]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full((3,), 2 * torch.e))
 
 
 def test_evaluation_recomputes_nothing() -> None:
