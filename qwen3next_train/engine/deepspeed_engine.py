@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import deepspeed
@@ -152,6 +153,8 @@ def _wrap(
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
     # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, config.optimizer))
     # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
     fused = device.type == "cuda" or config.parallel.offload_optimizer == "cpu"

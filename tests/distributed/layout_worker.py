@@ -2,8 +2,9 @@
 
 Run as ``torchrun --nproc-per-node N -m tests.distributed.layout_worker JOBS.json``: a list of ``{config, packed,
 load, save, out, first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
-directories or empty; training starts at the step of the checkpoint. Each folder ``out`` receives ``metrics.json`` of
-the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors, and ``loaded_<r>.pt`` of those right after loading.
+directories or empty; training starts at the step of the checkpoint. Each folder ``out`` receives ``metrics.json`` and
+``margins.json`` of the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors and ``loaded_<r>.pt`` of those
+right after loading.
 """
 
 from __future__ import annotations
@@ -30,9 +31,6 @@ from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context
 from qwen3next_train.topology import Topology
-
-MARGIN = "margin"
-"""Name under which the narrowest routing decision of a step on this rank is written, in logits."""
 
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
@@ -98,20 +96,23 @@ def train(config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
     if job["load"]:
         first = _load(engine, job["load"], context)
         _write_state(engine, out / f"loaded_{context.rank}.pt")
-    margins = watch_margins(engine._model)
+    decisions = watch_margins(engine._model)
+    margins: list[float] = []
     metrics = []
     for step in range(first, config.run.steps):
         batches = rank_batches(config, topology, step, packed=job["packed"], first_sample=job["first_sample"])
         totals = StepTotals.over_ranks(batches, context.control.sum_ints)
         lr = learning_rate(config, step + 1)
         result = engine.train_step(batches, totals=totals, lr=lr, report=Report.SUMMARY)
-        metrics.append({**result.metrics, MARGIN: min(margins)})
-        margins.clear()
+        metrics.append(result.metrics)
+        margins.append(min(decisions))
+        decisions.clear()
     if job["save"]:
         _save(engine, job["save"], config, context)
     _write_state(engine, out / f"rank_{context.rank}.pt")
     if context.rank == 0:
         (out / "metrics.json").write_text(json.dumps(metrics))
+        (out / "margins.json").write_text(json.dumps(margins))
 
 
 def _write_state(engine: Engine, path: Path) -> None:

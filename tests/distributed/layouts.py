@@ -18,9 +18,17 @@ from tests.integration.launching import REPOSITORY, environment
 
 @dataclass(frozen=True)
 class Outcome:
-    """Metrics by step and the full training state by ``(parameter name, kind)``: at the end, and when loaded."""
+    """What came of a training.
+
+    Args:
+        metrics: by step.
+        margins: by step, the narrowest routing decision of rank 0 in logits.
+        state: by ``(parameter name, kind)``, all ranks' together, after the last step.
+        loaded: the same right after loading; empty for a training that began anew.
+    """
 
     metrics: list[dict[str, float]]
+    margins: list[float]
     state: dict[tuple[str, str], torch.Tensor]
     loaded: dict[tuple[str, str], torch.Tensor]
 
@@ -73,6 +81,7 @@ def train_all(jobs: Sequence[Job], folder: Path, *, num_processes: int, timeout:
 def _read(job: Job, out: Path, num_processes: int) -> Outcome:
     return Outcome(
         json.loads((out / "metrics.json").read_text()),
+        json.loads((out / "margins.json").read_text()),
         _assembled(job.config, out, "rank", num_processes),
         _assembled(job.config, out, "loaded", num_processes) if job.load else {},
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.config.schema import Config, ParallelConfig
-from tests.distributed.layouts import Outcome, largest_relative_error, train_at
+from tests.distributed.layouts import Job, largest_relative_error, train_all
 
 pytestmark = pytest.mark.dist
 
@@ -50,45 +50,33 @@ def small_config(
     )
 
 
-@pytest.fixture(scope="module")
-def one_rank_four_micro_batches(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return train_at(small_config(), tmp_path_factory.mktemp("layouts") / "1x4", num_processes=1)
+def test_gradients_are_those_of_one_rank_with_four_micro_batches(tmp_path: Path) -> None:
+    whole = small_config(micro_batch_size=4)
+    split = small_config(micro_batch_size=1)
+    zero_2 = split.model_copy(update={"parallel": ParallelConfig(zero_stage=2)})
+    reference, one = train_all([Job(split), Job(whole)], tmp_path / "1", num_processes=1)
+    jobs = [Job(split), Job(small_config(micro_batch_size=2)), Job(zero_2)]
+    for outcome in (one, *train_all(jobs, tmp_path / "2", num_processes=2)):
+        # After one step from zero, exp_avg is (1 - beta1) times the gradient.
+        error, name = largest_relative_error(reference, outcome, "exp_avg")
+        assert error < 1e-6, name
+        expected, found = reference.metrics[0], outcome.metrics[0]
+        for metric in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm"):
+            assert found[metric] == pytest.approx(expected[metric], rel=1e-6), metric
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "micro_batch_size"), [(2, 1), (1, 4), (2, 2)], ids=["2x2", "1x1-of-4", "2x1-of-2"]
-)
-def test_gradients_are_those_of_one_rank_with_four_micro_batches(
-    tmp_path: Path, one_rank_four_micro_batches: Outcome, num_processes: int, micro_batch_size: int
-) -> None:
-    config = small_config(micro_batch_size=micro_batch_size)
-    outcome = train_at(config, tmp_path / "layout", num_processes=num_processes)
-    # After one step from zero, exp_avg is (1 - beta1) times the gradient.
-    error, name = largest_relative_error(one_rank_four_micro_batches, outcome, "exp_avg")
-    assert error < 1e-6, name
-    expected, found = one_rank_four_micro_batches.metrics[0], outcome.metrics[0]
-    for metric in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm"):
-        assert found[metric] == pytest.approx(expected[metric], rel=1e-6), metric
+def test_one_micro_batch_per_rank_gives_the_curve_of_one_rank(tmp_path: Path) -> None:
+    """Also where the load-balancing loss counts over more than a row."""
 
+    def jobs(micro_batch_size: int) -> list[Job]:
+        scopes = ("sequence", "micro_batch", "global")
+        settings = {"micro_batch_size": micro_batch_size, "steps": 4, "clip_grad": 0.5}
+        return [Job(small_config(**settings, scope=scope)) for scope in scopes]
 
-def test_zero_2_gives_the_gradients_of_zero_1(tmp_path: Path, one_rank_four_micro_batches: Outcome) -> None:
-    config = small_config()
-    config = config.model_copy(update={"parallel": ParallelConfig(zero_stage=2)})
-    outcome = train_at(config, tmp_path / "zero2", num_processes=2)
-    error, name = largest_relative_error(one_rank_four_micro_batches, outcome, "exp_avg")
-    assert error < 1e-6, name
-
-
-@pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global"])
-def test_one_micro_batch_per_rank_gives_the_curve_of_one_rank(tmp_path: Path, scope: str) -> None:
-    one = train_at(
-        small_config(micro_batch_size=4, steps=4, clip_grad=0.5, scope=scope), tmp_path / "1", num_processes=1
-    )
-    two = train_at(
-        small_config(micro_batch_size=2, steps=4, clip_grad=0.5, scope=scope), tmp_path / "2", num_processes=2
-    )
-    for expected, found in zip(one.metrics, two.metrics, strict=True):
-        for metric, value in expected.items():
-            assert found[metric] == pytest.approx(value, rel=1e-5), metric
-    error, name = largest_relative_error(one, two, "master")
-    assert error < 1e-5, name
+    outcomes = [train_all(jobs(4 // ranks), tmp_path / str(ranks), num_processes=ranks) for ranks in (1, 2)]
+    for one, two in zip(*outcomes, strict=True):
+        for expected, found in zip(one.metrics, two.metrics, strict=True):
+            for metric, value in expected.items():
+                assert found[metric] == pytest.approx(value, rel=1e-5), metric
+        error, name = largest_relative_error(one, two, "master")
+        assert error < 1e-5, name

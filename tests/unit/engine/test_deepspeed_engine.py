@@ -1,7 +1,5 @@
 """The engine on one process: dtypes, clipping, skipping, and the state in and out of ZeRO."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -9,18 +7,12 @@ from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, Report, StepTotals
-from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.topology import Topology
 from tests.distributed.layout_worker import rank_batches
 from tests.distributed.test_layout_equality import small_config
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ProcessContext]:
-    with process_context("cpu") as found:
-        yield found
 
 
 def _engine(config: Config, context: ProcessContext):  # type: ignore[no-untyped-def]
