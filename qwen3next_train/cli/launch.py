@@ -77,6 +77,8 @@ def _conclude(run_dir: Path, earlier: bytes, failure: TrainError | _WorkerFailed
     if recorded == ExitCode.STOPPED and failure.exit_code != recorded:
         # Workers cannot tell a request to stop from the SIGTERM torchrun sends them when one of them is gone.
         recorded = None
+        if failure.exit_code == ExitCode.PEER_LOST and isinstance(failure, _WorkerFailed):
+            failure = PeerLostError("another process was lost; run the same line to go on from the newest checkpoint")
     if recorded is not None:
         return recorded
     if isinstance(failure, TrainError):
@@ -122,6 +124,11 @@ def _first_failure(error: ChildFailedError) -> TrainError | _WorkerFailed:
     if failure.exitcode > 0:
         return _WorkerFailed(failure.exitcode)
     number = -failure.exitcode
+    if number == signal.SIGABRT:
+        return PeerLostError(
+            f"rank {rank} (process {failure.pid}) was killed by SIGABRT, as NCCL does when another rank has not "
+            "answered for run.peer_timeout_s (the log says); run the same line to go on from the newest checkpoint"
+        )
     cause = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
     return PeerLostError(
         f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(number).name}{cause}; "

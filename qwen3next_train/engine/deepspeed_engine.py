@@ -108,6 +108,8 @@ class DeepSpeedEngine:
             self._engine.backward(output.total * self._world_size, scale_wrt_gas=False)
             if report is not Report.NONE:
                 collected.add(output)
+            # Or the graph of this micro-batch would live through the forward pass of the next.
+            del output
             self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
         if report is Report.NONE:

@@ -4,7 +4,8 @@ A plain checkpoint around a norm saves nothing, because the linear layer behind 
 function's outputs are replaced wherever anyone saves them for the backward pass, whoever that is: by a promise to
 compute them again from the function's inputs, once, when the first of them is asked for
 (``torch.autograd.graph.saved_tensors_hooks``). The same holds for what is saved inside the function. The autograd
-graph is the one that there is without recompute, so gradients are the same bit for bit.
+graph is the one that there is without recompute, so gradients are the same bit for bit; but norms that are rebuilt are
+not fused with the sum before them, which in bf16 rounds that sum's gradient once more.
 
 A part of a layer is marked where it is computed: ``rebuilt("norms", function, *inputs)``. Marks do nothing outside of
 :func:`recomputing`, under ``no_grad`` and inside another function that is being rebuilt. Do not mark what makes the

@@ -186,7 +186,8 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _tokens, _weights, _ids):  # type: ignore[no-untyped-def]
-        returning = ctx.exchange.returning
+        # Taken out, because a node's attributes live as long as the graph.
+        returning, ctx.exchange.returning = ctx.exchange.returning, None
         returning.exchange.wait()
         return returning.tokens_MD, returning.weights_MK, None, None
 

@@ -92,7 +92,12 @@ def process_context(
     os.environ.update({variable: defaults[variable] for variable in added})
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = select_device(device_name, local_rank)
+    refusal = None
+    try:
+        device = select_device(device_name, local_rank)
+    except ConfigError as error:
+        # Raised when all ranks know: the others would wait for this one.
+        device, refusal = torch.device("cpu"), str(error)
     # DeepSpeed chooses its accelerator when it is first imported and would take a GPU the user said no to.
     os.environ["DS_ACCELERATOR"] = device.type
     timeout = datetime.timedelta(seconds=peer_timeout_s)
@@ -105,6 +110,7 @@ def process_context(
             device_type=device.type,
             declaration=declaration or Declaration(),
             timeout=_JOIN_TIMEOUT,
+            refusal=refusal,
         )
         if device.type == "cuda":
             torch.cuda.set_device(device)

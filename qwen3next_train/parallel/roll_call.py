@@ -67,7 +67,14 @@ class Member:
 
 
 def call_roll(
-    store: dist.Store, rank: int, world_size: int, *, device_type: str, declaration: Declaration, timeout: timedelta
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    *,
+    device_type: str,
+    declaration: Declaration,
+    timeout: timedelta,
+    refusal: str | None = None,
 ) -> tuple[Member, ...]:
     """Wait for every rank and hear whether all fit together; rank 0 compares.
 
@@ -78,23 +85,33 @@ def call_roll(
         device_type: of the device this rank has, ``cpu`` or ``cuda``.
         declaration: what this rank runs.
         timeout: how long to wait for the others.
+        refusal: why this rank cannot take part, None if it can.
 
     Returns:
         All ranks, in their order.
 
     Raises:
-        ConfigError: on every rank, with the same line, when something is not the same on all of them.
+        ConfigError: on every rank, with the same line, when a rank cannot take part or something is not the same
+            on all of them.
         PeerLostError: some rank did not arrive.
     """
     own = Member.this_process()
     if world_size == 1:
+        if refusal is not None:
+            raise ConfigError(refusal)
         return (own,)
-    card = {"member": asdict(own), "device": {"run.device": device_type}, **asdict(declaration)}
+    card = {
+        "member": asdict(own),
+        "refusal": refusal,
+        "device": {"run.device": device_type},
+        **asdict(declaration),
+    }
     store.set(_card_key(rank), json.dumps(card))
     if rank == 0:
         cards = _collect(store, world_size, timeout)
         members = tuple(Member(**card["member"]) for card in cards)
-        roll = {"fault": _disagreement(cards, members), "members": [asdict(member) for member in members]}
+        fault = _refused(cards, members) or _disagreement(cards, members)
+        roll = {"fault": fault, "members": [asdict(member) for member in members]}
         store.set(_VERDICT, json.dumps(roll))
     try:
         store.wait([_VERDICT], timeout)
@@ -172,6 +189,15 @@ def _collect(store: dist.Store, world_size: int, timeout: timedelta) -> list[Jso
             "check that every node has started and reaches the first one"
         ) from error
     return [json.loads(store.get(key)) for key in keys]
+
+
+def _refused(cards: Sequence[Json], members: Sequence[Member]) -> str | None:
+    """Why some rank cannot take part, and which if not all say the same; None when all can."""
+    for card, member, rank in zip(cards, members, range(len(cards)), strict=True):
+        if card["refusal"] is not None:
+            same = all(other["refusal"] == card["refusal"] for other in cards)
+            return str(card["refusal"]) if same else f"{card['refusal']} (rank {rank} on {member.host})"
+    return None
 
 
 def _disagreement(cards: Sequence[Json], members: Sequence[Member]) -> str | None:

@@ -94,7 +94,9 @@ def layouts_that_fit(
         if found:
             # So far all are offloaded.
             ranked = _distinct(layout, [candidate for candidate in ranked if not candidate.offload_optimizer])
-            return (found[0], *ranked[: _MAX_LAYOUTS - 1]) if ranked else tuple(found)
+            if ranked or start.sequence_length != layout.sequence_length:
+                return (found[0], *ranked[: _MAX_LAYOUTS - 1])
+            continue
         found = _distinct(layout, ranked)[:_MAX_LAYOUTS]
         if found and (layout.offload_optimizer or not found[0].offload_optimizer):
             return tuple(found)

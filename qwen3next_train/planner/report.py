@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from qwen3next_train.accounting.hardware import DEVICES, find_device
 from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.plan import Plan, make_plan
@@ -199,7 +200,10 @@ def _change_lines(plan: Plan) -> list[str]:
     largest = max(plan.memory_by_part, key=lambda part: plan.memory_by_part[part])
     lines = _row("too large", f"most of all {_words(largest)}, {_bytes(plan.memory_by_part[largest])}")
     for index, layout in enumerate(plan.changes):
-        lines += _row("" if index else "change to", _changed_settings(plan.layout, layout))
+        text = _changed_settings(plan.layout, layout)
+        if layout.offload_optimizer and not plan.layout.offload_optimizer:
+            text += f" (takes {_bytes(host_bytes_per_gpu(plan.config.model, layout))} of host memory for each GPU)"
+        lines += _row("" if index else "change to", text)
     if not plan.changes:
         lines += _row("change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU")
     return lines

@@ -122,6 +122,7 @@ def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -
 def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     """As in training: documents begin empty, and nobody reads their final states."""
     heads = _heads(model)
+    decay = frozenset({"g_TN"})
     # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
     rate_N = torch.logspace(0, -3, heads.value_heads, dtype=torch.float64, device=random.device)
     inputs = {
@@ -134,7 +135,7 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
     for sequences in _packings(random.device):
         kernel = partial(kernels.gated_delta_rule, sequences=sequences)
         truth = partial(gated_delta_rule_reference, sequences=sequences)
-        yield Trial(inputs, partial(_first, kernel), partial(_first, truth), frozenset({"g_TN"}))
+        yield Trial(inputs, partial(_first, kernel), partial(_first, truth), decay, decay)
 
 
 def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:

@@ -19,7 +19,7 @@ from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.linear_cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
 from qwen3next_train.train.checks import Check, attempt
-from qwen3next_train.train.kernel_trial import EPS, NUM_TOKENS, Outputs, Random, Trial, capped
+from qwen3next_train.train.kernel_trial import CANCELLATION, EPS, NUM_TOKENS, Outputs, Random, Trial, capped
 from qwen3next_train.train.mixer_trials import MIXER_TRIALS
 from qwen3next_train.train.moe_trials import MOE_TRIALS
 
@@ -97,7 +97,10 @@ def _kernel_check(
 
 
 def trial_errors(trial: Trial, dtype: torch.dtype) -> dict[str, float]:
-    """Relative error of every output and gradient of one trial, named as :func:`kernel_errors` names them."""
+    """Relative error of every output and gradient of one trial, named as :func:`kernel_errors` names them.
+
+    In bf16 those of cancelling gradients are divided by :data:`CANCELLATION`.
+    """
     narrow, exact = {}, {}
     for name, value in trial.inputs.items():
         rounded = value.to(torch.promote_types(dtype, torch.float32) if name in trial.wide else dtype)
@@ -120,7 +123,8 @@ def trial_errors(trial: Trial, dtype: torch.dtype) -> dict[str, float]:
         gradient, true_gradient = leaf.grad, exact[name].grad
         assert gradient is not None, name
         assert true_gradient is not None, name
-        errors[f"grad {name}"] = relative_error(gradient, true_gradient)
+        cancels = name in trial.cancelling and dtype == torch.bfloat16
+        errors[f"grad {name}"] = relative_error(gradient, true_gradient) / (CANCELLATION if cancels else 1)
     return errors
 
 

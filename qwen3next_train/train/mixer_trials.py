@@ -22,7 +22,8 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
     value_heads = key_heads * min(8, model.linear_num_value_heads // model.linear_num_key_heads)
     # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
     rate_N = torch.logspace(0, -3, value_heads, dtype=torch.float64, device=random.device)
-    wide = frozenset({"g_TN", "initial_state_DNKV"})
+    decay = frozenset({"g_TN"})
+    wide = decay | {"initial_state_DNKV"}
     for sequences in random.packings():
         inputs = {
             "q_THK": F.normalize(random.normal(NUM_TOKENS, key_heads, key_dim), dim=-1),
@@ -35,10 +36,10 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
         truth = partial(recurrent_gated_delta_rule, sequences=sequences)
         if sequences.num_documents > 1:
             # As in training: documents begin empty, and nobody reads the final state.
-            yield Trial(inputs, partial(_first, kernel), partial(_first, truth), wide)
+            yield Trial(inputs, partial(_first, kernel), partial(_first, truth), wide, decay)
         else:
             inputs["initial_state_DNKV"] = 0.1 * random.normal(1, value_heads, key_dim, value_dim)
-            yield Trial(inputs, partial(_with_state, kernel), partial(_with_state, truth), wide)
+            yield Trial(inputs, partial(_with_state, kernel), partial(_with_state, truth), wide, decay)
 
 
 def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
