@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from qwen3next_train.config.schema import Config
-from tests.distributed.layouts import Outcome, largest_relative_error, train_at
+from tests.distributed.layouts import Job, Outcome, largest_relative_error, train_all
 from tests.distributed.test_layout_equality import small_config
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -22,30 +21,35 @@ def _config(zero_stage: int, **parallel: Any) -> Config:
     return Config.model_validate(values)
 
 
+PARTS: list[list[str]] = [["norms", "activations", "conv_gates"], ["layer"]]
+
+
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
-    folder = tmp_path_factory.mktemp("memory")
-    return {stage: train_at(_config(stage), folder / str(stage), num_processes=2) for stage in (2, 3)}
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every run, by stage and what it saves."""
+    configs = {f"{stage}": _config(stage) for stage in (2, 3)}
+    configs |= {f"{stage} {'+'.join(parts)}": _config(stage, recompute=parts) for stage in (2, 3) for parts in PARTS}
+    configs["2 offload"] = _config(2, offload_optimizer="cpu")
+    jobs = [Job(config) for config in configs.values()]
+    found = train_all(jobs, tmp_path_factory.mktemp("memory") / "runs", num_processes=2)
+    return dict(zip(configs, found, strict=True))
 
 
-@pytest.mark.parametrize("recompute", [["norms", "activations", "conv_gates"], ["layer"]], ids="+".join)
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_recompute_is_bit_equal(
-    tmp_path: Path, without: dict[int, Outcome], zero_stage: int, recompute: list[str]
-) -> None:
+def test_recompute_is_bit_equal(outcomes: dict[str, Outcome], zero_stage: int, parts: list[str]) -> None:
     """Whole layers exchange their tokens again, in the same order on both ranks."""
-    found = train_at(_config(zero_stage, recompute=recompute), tmp_path / "run", num_processes=2)
-    assert found.metrics == without[zero_stage].metrics
-    for key, tensor in without[zero_stage].state.items():
+    expected, found = outcomes[str(zero_stage)], outcomes[f"{zero_stage} {'+'.join(parts)}"]
+    assert found.metrics == expected.metrics
+    for key, tensor in expected.state.items():
         assert torch.equal(found.state[key], tensor), key
 
 
-def test_an_offloaded_optimizer_takes_the_same_steps(tmp_path: Path, without: dict[int, Outcome]) -> None:
+def test_an_offloaded_optimizer_takes_the_same_steps(outcomes: dict[str, Outcome]) -> None:
     """Up to rounding: expert norms are counted once there as well."""
-    found = train_at(_config(2, offload_optimizer="cpu"), tmp_path / "run", num_processes=2)
-    for expected, metrics in zip(without[2].metrics, found.metrics, strict=True):
+    for expected, metrics in zip(outcomes["2"].metrics, outcomes["2 offload"].metrics, strict=True):
         for metric, value in expected.items():
             assert metrics[metric] == pytest.approx(value, rel=1e-6), metric
     for kind in ("master", "exp_avg"):
-        error, name = largest_relative_error(without[2], found, kind)
+        error, name = largest_relative_error(outcomes["2"], outcomes["2 offload"], kind)
         assert error < 1e-5, name
