@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,13 +14,25 @@ from qwen3next_train.kernels.rms_norm import RmsNorm
 from qwen3next_train.model.recompute import rebuilds, rebuilt
 from qwen3next_train.model.rope import RotaryTable
 
+Kernel = TypeVar("Kernel")
+
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """``x`` in fp32 if its dtype is narrower, else ``x`` itself."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class ZeroCenteredRmsNorm(nn.Module):
+class _Norm(nn.Module, Generic[Kernel]):
+    """Owner of a norm's weight, and the operation that reads it."""
+
+    def __init__(self, size: int, eps: float, kernel: Kernel) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.kernel = kernel
+
+
+class ZeroCenteredRmsNorm(_Norm[RmsNorm]):
     """``x / rms(x) * (1 + weight)`` over the last dimension, computed in fp32 and rounded once.
 
     Weight decay therefore pulls the scale to 1 (Qwen3-Next's reason for decaying the q/k norms).
@@ -30,18 +43,12 @@ class ZeroCenteredRmsNorm(nn.Module):
         kernel: selected backend.
     """
 
-    def __init__(self, size: int, eps: float, kernel: RmsNorm) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.kernel = kernel
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., size]`` to the same shape and dtype."""
         return rebuilt("norms", partial(self.kernel.normalize, eps=self.eps), x, self.weight)
 
 
-class ResidualRmsNorm(nn.Module):
+class ResidualRmsNorm(_Norm[RmsNorm]):
     """Residual sum and its :class:`ZeroCenteredRmsNorm` in one.
 
     Args:
@@ -49,12 +56,6 @@ class ResidualRmsNorm(nn.Module):
         eps: added to the mean square.
         kernel: selected backend.
     """
-
-    def __init__(self, size: int, eps: float, kernel: RmsNorm) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.kernel = kernel
 
     def forward(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x + y`` and its norm, both ``[T, size]``."""
@@ -66,7 +67,7 @@ class ResidualRmsNorm(nn.Module):
         return sum_TD, rebuilt("norms", normalize, sum_TD, self.weight)
 
 
-class RotaryRmsNorm(nn.Module):
+class RotaryRmsNorm(_Norm[NormRotary]):
     """:class:`ZeroCenteredRmsNorm` of queries or keys and their rotary embedding in one.
 
     Args:
@@ -74,12 +75,6 @@ class RotaryRmsNorm(nn.Module):
         eps: added to the mean square.
         kernel: selected backend.
     """
-
-    def __init__(self, size: int, eps: float, kernel: NormRotary) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.kernel = kernel
 
     def forward(self, x_TNH: torch.Tensor, table: RotaryTable) -> torch.Tensor:
         """``[T, N, size]``, heads may lie apart, to the same shape, contiguous."""
@@ -90,7 +85,7 @@ class RotaryRmsNorm(nn.Module):
         return rebuilt("norms", compute, x_TNH, self.weight)
 
 
-class GatedNorm(nn.Module):
+class GatedNorm(_Norm[GatedRmsNorm]):
     """RMSNorm centred on 1, times SiLU of a gate: the output norm of Gated DeltaNet.
 
     Args:
@@ -98,12 +93,6 @@ class GatedNorm(nn.Module):
         eps: added to the mean square.
         kernel: selected backend.
     """
-
-    def __init__(self, size: int, eps: float, kernel: GatedRmsNorm) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.kernel = kernel
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Both ``[..., size]``; returns the same shape in the gate's dtype."""

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
@@ -28,6 +27,7 @@ from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.checks import Check, attempt, merge_ranks
 from qwen3next_train.train.kernel_self_test import trial_errors
 from qwen3next_train.train.kernel_trial import Outputs, Random, Trial
+from qwen3next_train.train.mixer_trials import delta_rule_tensors, first_output, projection_tensors
 
 BOUND = 1e-2
 """Largest relative error (norm of the difference over the norm of the truth) of an output or a gradient."""
@@ -106,13 +106,7 @@ def _packings(device: torch.device) -> Iterator[Sequences]:
 def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     heads = _heads(model)
     reference = SeparateDeltaRuleInputs(causal_conv1d_reference)
-    inputs = {
-        "qkvz_TP": random.normal(_NUM_TOKENS, heads.key_heads * sum(heads.group_sizes)),
-        "ba_TM": random.normal(_NUM_TOKENS, 2 * heads.value_heads),
-        "weight_CW": random.normal(heads.channels, model.linear_conv_kernel_dim),
-        "A_log_N": random.normal(heads.value_heads),
-        "dt_bias_N": random.normal(heads.value_heads),
-    }
+    inputs = projection_tensors(random, heads, _NUM_TOKENS, model.linear_conv_kernel_dim)
     for sequences in _packings(random.device):
         kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
         truth = partial(reference, heads=heads, sequences=sequences)
@@ -123,23 +117,11 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
     """As in training: documents begin empty, and nobody reads their final states."""
     heads = _heads(model)
     decay = frozenset({"g_TN"})
-    # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
-    rate_N = torch.logspace(0, -3, heads.value_heads, dtype=torch.float64, device=random.device)
-    inputs = {
-        "q_THK": F.normalize(random.normal(_NUM_TOKENS, heads.key_heads, heads.key_dim), dim=-1),
-        "k_THK": F.normalize(random.normal(_NUM_TOKENS, heads.key_heads, heads.key_dim), dim=-1),
-        "v_TNV": random.normal(_NUM_TOKENS, heads.value_heads, heads.value_dim),
-        "g_TN": -rate_N * random.uniform(_NUM_TOKENS, heads.value_heads),
-        "beta_TN": random.uniform(_NUM_TOKENS, heads.value_heads),
-    }
+    inputs = delta_rule_tensors(random, heads, _NUM_TOKENS)
     for sequences in _packings(random.device):
         kernel = partial(kernels.gated_delta_rule, sequences=sequences)
         truth = partial(gated_delta_rule_reference, sequences=sequences)
-        yield Trial(inputs, partial(_first, kernel), partial(_first, truth), decay, decay)
-
-
-def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
-    return (rule(**inputs)[0],)
+        yield Trial(inputs, partial(first_output, kernel), partial(first_output, truth), decay, decay)
 
 
 def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:

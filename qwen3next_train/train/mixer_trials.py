@@ -17,33 +17,55 @@ from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.train.kernel_trial import EPS, NUM_TOKENS, Outputs, Random, Trial
 
 
-def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    key_dim, value_dim, key_heads = model.linear_key_head_dim, model.linear_value_head_dim, 2
-    value_heads = key_heads * min(8, model.linear_num_value_heads // model.linear_num_key_heads)
+def delta_rule_tensors(random: Random, heads: HeadShape, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Arguments of the gated delta rule for documents that begin empty."""
     # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
-    rate_N = torch.logspace(0, -3, value_heads, dtype=torch.float64, device=random.device)
+    rate_N = torch.logspace(0, -3, heads.value_heads, dtype=torch.float64, device=random.device)
+    return {
+        "q_THK": F.normalize(random.normal(num_tokens, heads.key_heads, heads.key_dim), dim=-1),
+        "k_THK": F.normalize(random.normal(num_tokens, heads.key_heads, heads.key_dim), dim=-1),
+        "v_TNV": random.normal(num_tokens, heads.value_heads, heads.value_dim),
+        "g_TN": -rate_N * random.uniform(num_tokens, heads.value_heads),
+        "beta_TN": random.uniform(num_tokens, heads.value_heads),
+    }
+
+
+def projection_tensors(random: Random, heads: HeadShape, num_tokens: int, width: int) -> dict[str, torch.Tensor]:
+    """Arguments of the operation that makes the rule's; ``width`` is the convolution's."""
+    return {
+        "qkvz_TP": random.normal(num_tokens, heads.key_heads * sum(heads.group_sizes)),
+        "ba_TM": random.normal(num_tokens, 2 * heads.value_heads),
+        "weight_CW": random.normal(heads.channels, width),
+        "A_log_N": random.normal(heads.value_heads),
+        "dt_bias_N": random.normal(heads.value_heads),
+    }
+
+
+def first_output(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
+    """The rule's output without its final state, which training does not read."""
+    return (rule(**inputs)[0],)
+
+
+def _few_heads(model: ModelConfig) -> HeadShape:
+    """Two key heads of the model's sizes, and at most eight value heads to each."""
+    group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
+    return HeadShape(2, 2 * group, model.linear_key_head_dim, model.linear_value_head_dim)
+
+
+def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
+    heads = _few_heads(model)
     decay = frozenset({"g_TN"})
     wide = decay | {"initial_state_DNKV"}
     for sequences in random.packings():
-        inputs = {
-            "q_THK": F.normalize(random.normal(NUM_TOKENS, key_heads, key_dim), dim=-1),
-            "k_THK": F.normalize(random.normal(NUM_TOKENS, key_heads, key_dim), dim=-1),
-            "v_TNV": random.normal(NUM_TOKENS, value_heads, value_dim),
-            "g_TN": -rate_N * random.uniform(NUM_TOKENS, value_heads),
-            "beta_TN": random.uniform(NUM_TOKENS, value_heads),
-        }
+        inputs = delta_rule_tensors(random, heads, NUM_TOKENS)
         kernel = partial(kernels.gated_delta_rule, sequences=sequences)
         truth = partial(recurrent_gated_delta_rule, sequences=sequences)
         if sequences.num_documents > 1:
             # As in training: documents begin empty, and nobody reads the final state.
-            yield Trial(inputs, partial(_first, kernel), partial(_first, truth), wide, decay)
+            yield Trial(inputs, partial(first_output, kernel), partial(first_output, truth), wide, decay)
         else:
-            inputs["initial_state_DNKV"] = 0.1 * random.normal(1, value_heads, key_dim, value_dim)
+            inputs["initial_state_DNKV"] = 0.1 * random.normal(1, heads.value_heads, heads.key_dim, heads.value_dim)
             yield Trial(inputs, partial(_with_state, kernel), partial(_with_state, truth), wide, decay)
-
-
-def _first(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
-    return (rule(**inputs)[0],)
 
 
 def _with_state(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
@@ -53,17 +75,9 @@ def _with_state(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], *
 
 
 def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    key_heads = 2
-    group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
-    heads = HeadShape(key_heads, key_heads * group, model.linear_key_head_dim, model.linear_value_head_dim)
+    heads = _few_heads(model)
     for sequences in random.packings():
-        inputs = {
-            "qkvz_TP": random.normal(NUM_TOKENS, key_heads * sum(heads.group_sizes)),
-            "ba_TM": random.normal(NUM_TOKENS, 2 * heads.value_heads),
-            "weight_CW": random.normal(heads.channels, model.linear_conv_kernel_dim),
-            "A_log_N": random.normal(heads.value_heads),
-            "dt_bias_N": random.normal(heads.value_heads),
-        }
+        inputs = projection_tensors(random, heads, NUM_TOKENS, model.linear_conv_kernel_dim)
         kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
         truth = partial(_plain_delta_rule_inputs, heads=heads, sequences=sequences)
         yield Trial(inputs, kernel, truth, frozenset({"A_log_N", "dt_bias_N"}))
