@@ -178,7 +178,10 @@ class ParallelConfig(Section):
 class KernelsConfig(Section):
     """Backend of each operation; auto takes the reference on CPU and the fastest present on CUDA."""
 
-    gated_delta_rule: Literal["auto", "reference", "fla"] = Field("auto", description="gated delta rule")
+    gated_delta_rule: Literal["auto", "reference", "fla", "flash_qla"] = Field(
+        "auto",
+        description="gated delta rule; auto takes flash_qla where that is installed and the model's heads have 128",
+    )
     causal_conv1d: Literal["auto", "reference", "fla"] = Field(
         "auto", description="GDN short convolution; auto is a part of what kernels.fused chooses, where that is triton"
     )

@@ -6,15 +6,16 @@ substituted for it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
 
-from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d import CausalConv1d
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
@@ -50,6 +51,10 @@ from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_
 
 HOPPER = 9
 """Major compute capability of H100, H200 and their like."""
+BLACKWELL = 10
+"""That of B200 and its like."""
+
+_FLASH_QLA_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -94,30 +99,37 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtype of weights and activations by ``run.precision``."""
 
 
-def select_kernels(config: KernelsConfig, device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
+def select_kernels(
+    config: KernelsConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    model: ModelConfig | None = None,
+) -> KernelSet:
     """Resolve every operation for ``device``.
 
     Args:
-        config: backend names; ``auto`` is the reference on CPU and the vendor backend, where it runs, on CUDA.
+        config: backend names; ``auto`` is the reference on CPU and the fastest vendor backend that runs on CUDA.
         device: where the model will live.
         dtype: of weights and activations; the vendor backends take no fp32, save for the convolution.
+        model: whose heads the backends have to take; None: one that takes only some sizes is not chosen.
 
     Raises:
         KernelUnavailable: a backend asked for by name cannot run here.
     """
-    place = _Place(device, dtype)
+    place = _Place(device, dtype, model)
     operations = {
-        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, "fla", place, _fla_rule_fault),
-        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, "flash", place, _flash_fault),
-        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, "grouped_mm", place, _grouped_mm_fault),
+        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_FAULTS, place),
+        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, {"flash": _flash_fault}, place),
+        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, {"grouped_mm": _grouped_mm_fault}, place),
     }
     vendor = {name for name, choice in operations.items() if choice.backend != "reference"}
-    fused_choice = _resolve("fused", config.fused, "triton", place, _triton_fault)
+    fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
     operations["delta_rule_inputs"] = _delta_rule_inputs_choice(config, place, fused_choice)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
-        gated_delta_rule=_load_fla_rule(place) if "gated_delta_rule" in vendor else gated_delta_rule_reference,
+        gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
         delta_rule_inputs=_load_delta_rule_inputs(operations["delta_rule_inputs"].backend),
         varlen_attention=_load_flash() if "varlen_attention" in vendor else varlen_attention_reference,
         grouped_matmul=_load_grouped_mm() if "grouped_matmul" in vendor else grouped_matmul_reference,
@@ -143,6 +155,7 @@ def miscompiles_gated_backward(triton_version: str) -> bool:
 class _Place:
     device: torch.device
     dtype: torch.dtype
+    model: ModelConfig | None = None
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -150,29 +163,34 @@ class _Place:
         return torch.cuda.get_device_capability(self.device)
 
 
-def _resolve(
-    operation: str, asked: str, vendor: str, place: _Place, fault: Callable[[_Place], str | None]
-) -> KernelChoice:
-    """Choose between the reference and the operation's one vendor backend."""
+_Fault = Callable[[_Place], str | None]
+"""Why a backend cannot run at a place, or None."""
+
+
+def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _Place) -> KernelChoice:
+    """Choose between the reference and the operation's vendor backends, of which the first is preferred."""
     if asked == "reference":
         return KernelChoice(operation, "reference", "asked for by name", operation)
     kind = place.device.type
-    problem = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else fault(place)
-    if asked == "auto":
+    problems = []
+    for vendor in faults if asked == "auto" else (asked,):
+        problem = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else faults[vendor](place)
         if problem is None:
-            return KernelChoice(operation, vendor, "auto: runs on this device", operation)
-        reason = "auto: CPU" if kind == "cpu" else f"auto: {vendor} {problem}"
-        return KernelChoice(operation, "reference", reason, operation)
-    if problem is not None:
-        raise KernelUnavailable(f"kernels.{operation}: {vendor!r} {problem}; or choose 'auto' or 'reference'")
-    return KernelChoice(operation, vendor, "asked for by name", operation)
+            reason = "auto: runs on this device" if asked == "auto" else "asked for by name"
+            return KernelChoice(operation, vendor, reason, operation)
+        problems.append(f"{vendor} {problem}")
+    if asked != "auto":
+        raise KernelUnavailable(f"kernels.{operation}: {asked!r} {problem}; or choose 'auto' or 'reference'")
+    # The backend that comes with the package first, then those that are faster and optional.
+    reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(problems))}"
+    return KernelChoice(operation, "reference", reason, operation)
 
 
 def _delta_rule_inputs_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
     """The fused operation, or one after the other around the convolution that was asked for by name."""
     if fused.backend == "triton" and config.causal_conv1d == "auto":
         return replace(fused, operation="delta_rule_inputs")
-    choice = _resolve("causal_conv1d", config.causal_conv1d, "fla", place, _fla_fault)
+    choice = _resolve("causal_conv1d", config.causal_conv1d, {"fla": _fla_fault}, place)
     return replace(choice, operation="delta_rule_inputs")
 
 
@@ -261,6 +279,35 @@ def _fla_rule_fault(place: _Place) -> str | None:
     return None
 
 
+def _flash_qla_fault(place: _Place) -> str | None:
+    """Why FlashQLA's gated delta rule cannot run, or None."""
+    if importlib.util.find_spec("flash_qla") is None:
+        return "needs the package flash-qla, which is not installed: pip install 'flash-qla>=0.1.3,<0.2'"
+    version = importlib.metadata.version("flash-qla")
+    if not (0, 1, 3) <= _version(version) < (0, 2):
+        return f"needs flash-qla 0.1.3 or a later 0.1 and this is {version}: pip install 'flash-qla>=0.1.3,<0.2'"
+    if place.capability[0] not in (HOPPER, BLACKWELL):
+        return f"has a backward for GPUs of compute capability 9 and 10 and this one has {place.capability}"
+    heads = None if place.model is None else (place.model.linear_key_head_dim, place.model.linear_value_head_dim)
+    if heads != (_FLASH_QLA_HEAD_DIM, _FLASH_QLA_HEAD_DIM):
+        found = "unknown here" if heads is None else f"of {heads[0]} (keys) and {heads[1]} (values)"
+        return f"takes heads of {_FLASH_QLA_HEAD_DIM} and the model's are {found}"
+    return _half_precision_fault(place) or _tilelang_fault()
+
+
+def _tilelang_fault() -> str | None:
+    """Why TileLang cannot compile here, or None."""
+    try:
+        from tilelang.env import CUDA_HOME
+    except (ImportError, OSError) as error:
+        return f"needs the package tilelang, which cannot be imported ({error}): pip install tilelang"
+    return None if CUDA_HOME else "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME"
+
+
+_RULE_FAULTS: Mapping[str, _Fault] = {"flash_qla": _flash_qla_fault, "fla": _fla_rule_fault}
+"""The gated delta rule's vendor backends, the fastest first."""
+
+
 def _flash_fault(place: _Place) -> str | None:
     """Why torch's variable-length attention cannot run, or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -293,7 +340,13 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def _load_fla_rule(place: _Place) -> GatedDeltaRule:
+def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
+    if backend == "reference":
+        return gated_delta_rule_reference
+    if backend == "flash_qla":
+        from qwen3next_train.kernels.gated_delta_rule.flash_qla_backend import gated_delta_rule_flash_qla
+
+        return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
     from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 

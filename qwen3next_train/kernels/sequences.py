@@ -92,7 +92,7 @@ class Sequences:
     @property
     def max_length(self) -> int:
         """Tokens of the longest document."""
-        return self._cached(("longest", 0), lambda: int(self._lengths().max()))
+        return self.derived(("longest", 0), lambda: int(self._lengths().max()))
 
     @property
     def common_length(self) -> int | None:
@@ -101,25 +101,26 @@ class Sequences:
 
     def chunks(self, size: int) -> ChunkLayout:
         """Documents cut into chunks of ``size`` tokens."""
-        return self._cached(("chunks", size), lambda: self._build_chunks(size))
+        return self.derived(("chunks", size), lambda: self._build_chunks(size))
 
     def spaced_slots(self, gap: int) -> torch.Tensor:
         """Int64 ``[T]``, slot of each token when ``gap`` empty slots stand before every document."""
-        return self._cached(("spaced", gap), lambda: self._build_spaced(gap))
+        return self.derived(("spaced", gap), lambda: self._build_spaced(gap))
 
     def starts(self) -> torch.Tensor:
         """Int32 ``[T]``, index of the first token of each token's document."""
-        return self._cached(("starts", 0), self._build_starts)
+        return self.derived(("starts", 0), self._build_starts)
 
     def chunk_indices(self, size: int) -> torch.Tensor:
         """Int32 ``[M, 2]``, document and index inside it of each chunk of ``size`` tokens, in order of the tokens."""
-        return self._cached(("chunk_indices", size), lambda: self._build_chunk_indices(size))
+        return self.derived(("chunk_indices", size), lambda: self._build_chunk_indices(size))
 
     def bins(self) -> BinLayout:
         """Documents packed into bins for batched attention."""
-        return self._cached(("bins", 0), self._build_bins)
+        return self.derived(("bins", 0), self._build_bins)
 
-    def _cached(self, key: tuple[str, int], build: Callable[[], _Derived]) -> _Derived:
+    def derived(self, key: tuple[str, int], build: Callable[[], _Derived]) -> _Derived:
+        """What ``build`` returns, computed by the first who asks for ``key``."""
         if key not in self._cache:
             self._cache[key] = build()
         return cast(_Derived, self._cache[key])

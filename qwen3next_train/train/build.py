@@ -190,7 +190,7 @@ def _build_engine(
 ) -> Engine:
     """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
     dtype = DTYPES[config.run.precision]
-    kernels = select_kernels(config.kernels, context.device, dtype=dtype)
+    kernels = select_kernels(config.kernels, context.device, dtype=dtype, model=config.model)
     refuse_wrong_gated_delta_net(kernels, config.model, context.device, dtype, context.control)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
     from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine

@@ -108,7 +108,7 @@ def _steps(
     dtype = DTYPES[config.run.precision]
 
     def kernels() -> KernelSet:
-        return select_kernels(config.kernels, device, dtype=dtype)
+        return select_kernels(config.kernels, device, dtype=dtype, model=config.model)
 
     steps: list[Step] = [
         ("versions", lambda: [version_check()]),

@@ -23,7 +23,7 @@ def dry_run(config: Config) -> int:
     """
     device = select_device(config.run.device, local_rank=0)
     dtype = DTYPES[config.run.precision]
-    kernels = select_kernels(config.kernels, device, dtype=dtype)
+    kernels = select_kernels(config.kernels, device, dtype=dtype, model=config.model)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config.model, kernels=kernels)
     built = sum(parameter.numel() for parameter in model.parameters())

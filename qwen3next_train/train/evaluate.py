@@ -133,7 +133,7 @@ def load_model(weights: Weights, *, device: torch.device, dtype: torch.dtype) ->
         dtype: of the parameters, except those that the parameter table keeps in fp32.
     """
     config = weights.model.model_copy(update={"mtp_num_layers": 0})
-    kernels = select_kernels(KernelsConfig(), device, dtype=dtype)
+    kernels = select_kernels(KernelsConfig(), device, dtype=dtype, model=config)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=kernels)
     table = parameter_table(config)

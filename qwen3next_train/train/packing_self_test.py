@@ -36,8 +36,9 @@ _MODEL = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,
-    linear_key_head_dim=32,
-    linear_value_head_dim=64,
+    # The published size: some kernels take no other.
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
     linear_num_key_heads=2,
     linear_num_value_heads=4,
     num_experts=4,

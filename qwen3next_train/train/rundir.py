@@ -26,7 +26,7 @@ from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.parallel.control import ControlGroup
 
-_DISTRIBUTIONS = ("torch", "deepspeed", "triton", "flash-linear-attention", "numpy")
+_DISTRIBUTIONS = ("torch", "deepspeed", "triton", "flash-linear-attention", "flash-qla", "tilelang", "numpy")
 _GIT_TIMEOUT_S = 5.0
 _LOCK_MODE = 0o640
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})

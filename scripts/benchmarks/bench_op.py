@@ -181,8 +181,8 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         raise ConfigError("run.device: cuda is not available on this machine; operations are measured on a GPU")
     device = torch.device("cuda", 0)
-    config = load_config([], words.overrides).config.kernels
-    kernels = select_kernels(config, device)
+    config = load_config([], words.overrides).config
+    kernels = select_kernels(config.kernels, device, model=config.model)
     references = select_kernels(
         KernelsConfig.model_validate(dict.fromkeys(KernelsConfig.model_fields, "reference")), device
     )

@@ -112,7 +112,7 @@ class Bench:
     def __init__(self, config: Config, device: torch.device, *, iterations: int, with_profile: bool) -> None:
         self.config, self.device = config, device
         self.iterations, self.with_profile = iterations, with_profile
-        kernels = select_kernels(config.kernels, device, dtype=DTYPES[config.run.precision])
+        kernels = select_kernels(config.kernels, device, dtype=DTYPES[config.run.precision], model=config.model)
         self.routing = Routing(kernels.token_permutation)
         self.kernels: KernelSet = replace(kernels, token_permutation=self.routing)
         self.medians: dict[Case, float] = {}
