@@ -13,12 +13,14 @@ from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 
-def built(experts: range, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def built(
+    experts: range, seed: int = 3, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
     """Initialised parameters of a rank that holds ``experts``."""
     config = small_config()
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=cpu_kernels(), local_experts=experts)
-    initialize(model, parameter_table(config), seed=seed, local_experts=experts, device=CPU, dtype=dtype)
+    initialize(model, parameter_table(config), seed=seed, local_experts=experts, device=device, dtype=dtype)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -74,6 +76,24 @@ def test_dtype_is_a_rounding_of_the_same_draw() -> None:
         expected = wide[spec.name] if spec.fp32 else wide[spec.name].bfloat16()
         assert narrow[spec.name].dtype == expected.dtype
         assert torch.equal(narrow[spec.name], expected), spec.name
+
+
+def test_a_rank_s_bf16_parameters_are_each_the_fp32_draw_rounded_once() -> None:
+    experts = range(2, 5)
+    parameters = built(experts, seed=3, dtype=torch.bfloat16)
+    for spec in parameter_table(small_config()):
+        drawn = initial_value(spec, seed=3, experts=experts if spec.expert else None)
+        assert torch.equal(parameters[spec.name], drawn if spec.fp32 else drawn.bfloat16()), spec.name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    expected = built(range(6), dtype=dtype)
+    for name, value in built(range(6), dtype=dtype, device=torch.device("cuda")).items():
+        assert value.is_cuda
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value.cpu(), expected[name]), name
 
 
 def test_marks_on_parameters_survive() -> None:
