@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,15 @@ _AHEAD = 2**30
 On the way to bf16, what each thread is drawing (a whole parameter, of stacked ones one expert's) takes 4 bytes an
 element more.
 """
+
+_LONG = 2**26
+"""Elements of a parameter that keeps its one thread busy for so long that it is begun first: embedding and head."""
+
+
+class _Begun(NamedTuple):
+    spec: ParamSpec
+    numel: int
+    value: Callable[[], torch.Tensor]
 
 
 def initialize(
@@ -71,19 +81,27 @@ def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -
 def _drawn_ahead(
     pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, local_experts: range, dtype: torch.dtype
 ) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-    """Every parameter's value in the table's order, later ones under way while one is used."""
-    waiting = deque(table)
-    started: deque[tuple[ParamSpec, int, Callable[[], torch.Tensor]]] = deque()
+    """Every parameter's value, later ones under way while one is used: in the table's order, but long draws last."""
+
+    def begin(spec: ParamSpec) -> _Begun:
+        experts = local_experts if spec.expert else None
+        numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
+        return _Begun(spec, numel, _start(pool, spec, seed, experts, torch.float32 if spec.fp32 else dtype))
+
+    long = deque(spec for spec in table if not spec.expert and spec.numel >= _LONG)
+    last: deque[_Begun] = deque()
     ahead = 0
-    while waiting or started:
+    while long and ahead < _AHEAD:
+        last.append(begin(long.popleft()))
+        ahead += last[-1].numel
+    begun_first = {begun.spec.name for begun in last}
+    waiting = deque(spec for spec in table if spec.name not in begun_first)
+    started: deque[_Begun] = deque()
+    while waiting or started or last:
         while waiting and (not started or ahead < _AHEAD):
-            spec = waiting.popleft()
-            experts = local_experts if spec.expert else None
-            numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
-            kept_in = torch.float32 if spec.fp32 else dtype
-            started.append((spec, numel, _start(pool, spec, seed, experts, kept_in)))
-            ahead += numel
-        spec, numel, value = started.popleft()
+            started.append(begin(waiting.popleft()))
+            ahead += started[-1].numel
+        spec, numel, value = (started or last).popleft()
         yield spec, value()
         ahead -= numel
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qwen3next_train.accounting.params import Init, ParamSpec, parameter_table
+from qwen3next_train.model import init
 from qwen3next_train.model.init import initial_value, initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
@@ -84,6 +85,33 @@ def test_a_rank_s_bf16_parameters_are_each_the_fp32_draw_rounded_once() -> None:
     for spec in parameter_table(small_config()):
         drawn = initial_value(spec, seed=3, experts=experts if spec.expert else None)
         assert torch.equal(parameters[spec.name], drawn if spec.fp32 else drawn.bfloat16()), spec.name
+
+
+@pytest.mark.parametrize("memory_goes", ["far", "nowhere"])
+def test_large_parameters_are_begun_first_as_far_as_memory_goes(
+    monkeypatch: pytest.MonkeyPatch, memory_goes: str
+) -> None:
+    expected, begun = built(range(6)), []
+    long = expected["lm_head.weight"].numel()
+
+    def generator(seed: int, name: str) -> torch.Generator:
+        begun.append(name)
+        return seeded(seed, name)
+
+    seeded = init._generator
+    monkeypatch.setattr(init, "_generator", generator)
+    monkeypatch.setattr(init, "_LONG", long)
+    monkeypatch.setattr(init, "_AHEAD", 2**30 if memory_goes == "far" else 1)
+    parameters = built(range(6))
+    table = parameter_table(small_config())
+    large = [spec.name for spec in table if not spec.expert and spec.numel >= long]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < set(large)
+    first = large if memory_goes == "far" else large[:1]
+    rest = [spec.name for spec in table if spec.name not in first]
+    # A thread draws one after the other, and the tests' torch has one.
+    assert list(dict.fromkeys(name.split("/")[0] for name in begun)) == [*first, *rest]
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
 
 @pytest.mark.gpu
