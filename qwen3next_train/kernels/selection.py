@@ -23,6 +23,7 @@ from qwen3next_train.kernels.delta_rule_inputs import DeltaRuleInputs
 from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.fan_out import FanOut
 from qwen3next_train.kernels.fan_out.reference import fan_out_reference
+from qwen3next_train.kernels.fla_import import only_operations_of_fla
 from qwen3next_train.kernels.gated_add import GatedAdd
 from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
@@ -348,7 +349,8 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
 
         return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
-    from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
+    with only_operations_of_fla():
+        from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 
     return gated_delta_rule_fla
 
@@ -362,7 +364,8 @@ def _load_delta_rule_inputs(backend: str) -> DeltaRuleInputs:
 
 
 def _load_fla_conv() -> CausalConv1d:
-    from qwen3next_train.kernels.causal_conv1d.fla_backend import causal_conv1d_fla
+    with only_operations_of_fla():
+        from qwen3next_train.kernels.causal_conv1d.fla_backend import causal_conv1d_fla
 
     return causal_conv1d_fla
 

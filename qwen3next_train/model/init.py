@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +16,20 @@ from qwen3next_train.accounting.params import Init, ParamSpec
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 
 _AHEAD = 2**30
-"""Elements that may be drawn before the parameter in front of them is in place: 4 GiB of host memory."""
+"""Elements that may be drawn before the parameter in front of them is in place: 4 GiB of host memory, in bf16 2 GiB.
+
+On the way to bf16, what each thread is drawing (a whole parameter, of stacked ones one expert's) takes 4 bytes an
+element more.
+"""
+
+_LONG = 2**26
+"""Elements of a parameter that keeps its one thread busy for so long that it is begun first: embedding and head."""
+
+
+class _Begun(NamedTuple):
+    spec: ParamSpec
+    numel: int
+    value: Callable[[], torch.Tensor]
 
 
 def initialize(
@@ -29,8 +43,8 @@ def initialize(
 ) -> None:
     """Give every parameter memory on ``device`` and its initial value.
 
-    Values are drawn in fp32 on the CPU, each tensor (each expert of a stacked one) from its own generator,
-    then rounded to the parameter's dtype. As many are drawn at a time as torch has threads: a generator uses one.
+    Values are drawn in fp32 on the CPU, each tensor (each expert of a stacked one) from its own generator, and rounded
+    to the parameter's dtype there. As many are drawn at a time as torch has threads: a generator uses one.
 
     Args:
         model: usually on the meta device.
@@ -41,12 +55,12 @@ def initialize(
         dtype: of the parameters, except those the table keeps in fp32.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for spec, value in _drawn_ahead(pool, table, seed=seed, local_experts=local_experts):
+        for spec, value in _drawn_ahead(pool, table, seed=seed, local_experts=local_experts, dtype=dtype):
             module_name, _, attribute = spec.name.rpartition(".")
             module = model.get_submodule(module_name)
             old = module.get_parameter(attribute)
             assert value.shape == old.shape, f"{spec.name}: table {tuple(value.shape)}, model {tuple(old.shape)}"
-            new = nn.Parameter(value.to(device, torch.float32 if spec.fp32 else dtype), old.requires_grad)
+            new = nn.Parameter(value.to(device), old.requires_grad)
             new.__dict__.update(old.__dict__)
             setattr(module, attribute, new)
     model.tie_weights()
@@ -61,35 +75,49 @@ def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -
         experts: for stacked expert tensors, the global ids of the slices wanted; None for the whole tensor.
     """
     with ThreadPoolExecutor(1) as pool:
-        return _start(pool, spec, seed, experts)()
+        return _start(pool, spec, seed, experts, torch.float32)()
 
 
 def _drawn_ahead(
-    pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, local_experts: range
+    pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, local_experts: range, dtype: torch.dtype
 ) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-    """Every parameter's value in the table's order, later ones under way while one is used."""
-    waiting = deque(table)
-    started: deque[tuple[ParamSpec, int, Callable[[], torch.Tensor]]] = deque()
+    """Every parameter's value, later ones under way while one is used: in the table's order, but long draws last."""
+
+    def begin(spec: ParamSpec) -> _Begun:
+        experts = local_experts if spec.expert else None
+        numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
+        return _Begun(spec, numel, _start(pool, spec, seed, experts, torch.float32 if spec.fp32 else dtype))
+
+    long = deque(spec for spec in table if not spec.expert and spec.numel >= _LONG)
+    last: deque[_Begun] = deque()
     ahead = 0
-    while waiting or started:
+    while long and ahead < _AHEAD:
+        last.append(begin(long.popleft()))
+        ahead += last[-1].numel
+    begun_first = {begun.spec.name for begun in last}
+    waiting = deque(spec for spec in table if spec.name not in begun_first)
+    started: deque[_Begun] = deque()
+    while waiting or started or last:
         while waiting and (not started or ahead < _AHEAD):
-            spec = waiting.popleft()
-            experts = local_experts if spec.expert else None
-            numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
-            started.append((spec, numel, _start(pool, spec, seed, experts)))
-            ahead += numel
-        spec, numel, value = started.popleft()
+            started.append(begin(waiting.popleft()))
+            ahead += started[-1].numel
+        spec, numel, value = (started or last).popleft()
         yield spec, value()
         ahead -= numel
 
 
-def _start(pool: ThreadPoolExecutor, spec: ParamSpec, seed: int, experts: range | None) -> Callable[[], torch.Tensor]:
-    """Begin to draw one parameter, each expert by itself; what comes back waits for it."""
+def _start(
+    pool: ThreadPoolExecutor, spec: ParamSpec, seed: int, experts: range | None, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """Begin to draw one parameter and to round it, each expert by itself; what comes back waits for it."""
     if not spec.expert:
-        whole = pool.submit(_draw, spec.init, spec.shape, _generator(seed, spec.name))
-        return whole.result
+
+        def draw_whole() -> torch.Tensor:
+            return _draw(spec.init, spec.shape, _generator(seed, spec.name)).to(dtype)
+
+        return pool.submit(draw_whole).result
     wanted = range(spec.shape[0]) if experts is None else experts
-    value = torch.empty(len(wanted), *spec.shape[1:], dtype=torch.float32, device="cpu")
+    value = torch.empty(len(wanted), *spec.shape[1:], dtype=dtype, device="cpu")
 
     def draw(index: int) -> None:
         generator = _generator(seed, f"{spec.name}/{wanted[index]}")

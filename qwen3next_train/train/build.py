@@ -34,7 +34,7 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.topology import Topology
-from qwen3next_train.train.gated_delta_net_check import refuse_wrong_gated_delta_net
+from qwen3next_train.train.gated_delta_net_check import checks_meanwhile, refuse_wrong_gated_delta_net
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.rundir import RunDirectory, software_versions
@@ -71,7 +71,7 @@ def build_run(
 ) -> Run:
     """Prepare data, find the newest checkpoint, build model and engine, restore.
 
-    What can be refused is refused before the model is built.
+    What can be refused is refused before the model is built, wrong kernels right after it.
 
     Args:
         config: the resolved configuration.
@@ -191,17 +191,19 @@ def _build_engine(
     """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
     dtype = DTYPES[config.run.precision]
     kernels = select_kernels(config.kernels, context.device, dtype=dtype, model=config.model)
-    refuse_wrong_gated_delta_net(kernels, config.model, context.device, dtype, context.control)
-    # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided.
+    # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided. Not beside
+    # the checks: of two threads that import from both ends of a circle, one may be given a module that is half loaded.
     from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
 
-    engine = DeepSpeedEngine(
-        config,
-        topology=topology,
-        kernels=kernels,
-        device=context.device,
-        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
-    )
+    with checks_meanwhile(kernels, config.model, context.device, dtype) as checks:
+        engine = DeepSpeedEngine(
+            config,
+            topology=topology,
+            kernels=kernels,
+            device=context.device,
+            num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
+        )
+    refuse_wrong_gated_delta_net(checks(), context.control)
     if restored.found is not None:
         reader = FragmentReader(restored.found.path, restored.found.manifest)
         reader.check_parameters(parameter_table(config.model))

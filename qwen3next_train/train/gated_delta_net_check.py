@@ -2,12 +2,15 @@
 
 Compilers have given the delta rule wrong gradients without a word (:mod:`qwen3next_train.train.kernel_self_test`), and
 the next one may; a run should not find out by its loss. The heads are the model's own, all of them, so that what is
-compiled here is what training runs, and Triton's cache is warm when the first step comes.
+compiled here is what training runs, and Triton's cache is warm when the first step comes. Compiling takes as long as
+building the model, so both happen at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 
@@ -23,6 +26,7 @@ from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
 from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.checks import Check, attempt, merge_ranks
 from qwen3next_train.train.kernel_self_test import trial_errors
@@ -36,23 +40,56 @@ _LENGTHS = (65, 1, 64, 61)
 _NUM_TOKENS = sum(_LENGTHS)
 
 
-def refuse_wrong_gated_delta_net(
-    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype, control: ControlGroup
-) -> None:
-    """Let no rank train when an operation of Gated DeltaNet is wrong on any of them.
+@contextmanager
+def checks_meanwhile(
+    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[], list[Check]]]:
+    """:func:`gated_delta_net_checks` in a thread of its own while the block runs, which ends when both are done.
+
+    Most of the time goes to compilers outside python. Where there is nothing to check, no thread is started.
 
     Args:
-        kernels: selected backends; references are taken to be right.
+        kernels: selected backends.
         model: whose heads are used.
         device: where the model will live.
         dtype: of weights and activations.
+
+    Yields:
+        What waits for the checks and returns them.
+    """
+    if not _compared(kernels):
+        yield list  # Called, an empty one.
+        return
+
+    def run() -> list[Check]:
+        # A new thread's current device is the first one.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return gated_delta_net_checks(kernels, model, device, dtype)
+
+    with ThreadPoolExecutor(1) as pool:
+        checks = pool.submit(run)
+        try:
+            yield checks.result
+        except Exception:
+            # A kernel that faults spoils the device for everything else: then the block's error is not the cause.
+            if checks.exception() is None:
+                for check in checks.result():
+                    if not check.ok:
+                        get_logger().error("%s: %s", check.check, check.detail)
+            raise
+
+
+def refuse_wrong_gated_delta_net(checks: Sequence[Check], control: ControlGroup) -> None:
+    """Let no rank train when an operation of Gated DeltaNet is wrong on any of them.
+
+    Args:
+        checks: what this rank found.
         control: the ranks.
 
     Raises:
         KernelUnavailable: the same on every rank.
     """
-    found = gated_delta_net_checks(kernels, model, device, dtype)
-    by_rank = control.gather_json([asdict(check) for check in found])
+    by_rank = control.gather_json([asdict(check) for check in checks])
     for check in merge_ranks([[Check(**one) for one in of_rank] for of_rank in by_rank]):
         if not check.ok:
             raise KernelUnavailable(f"{check.check}: {check.detail}")
@@ -64,17 +101,20 @@ def gated_delta_net_checks(
     """One check for each operation that has another backend than its reference.
 
     Args:
-        kernels: selected backends.
+        kernels: selected backends; references are taken to be right.
         model: whose heads are used.
         device: where the model will live.
         dtype: of weights and activations.
     """
     found = []
-    for choice in kernels.choices:
-        if choice.operation in _TRIALS and choice.backend != "reference":
-            measure = partial(_check, choice, kernels, model, device, dtype)
-            found += attempt(f"kernels.{choice.key}", measure)
+    for choice in _compared(kernels):
+        measure = partial(_check, choice, kernels, model, device, dtype)
+        found += attempt(f"kernels.{choice.key}", measure)
     return found
+
+
+def _compared(kernels: KernelSet) -> list[KernelChoice]:
+    return [choice for choice in kernels.choices if choice.operation in _TRIALS and choice.backend != "reference"]
 
 
 def _check(

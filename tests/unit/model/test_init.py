@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from qwen3next_train.accounting.params import Init, ParamSpec, parameter_table
+from qwen3next_train.model import init
 from qwen3next_train.model.init import initial_value, initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 
-def built(experts: range, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def built(
+    experts: range, seed: int = 3, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
     """Initialised parameters of a rank that holds ``experts``."""
     config = small_config()
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=cpu_kernels(), local_experts=experts)
-    initialize(model, parameter_table(config), seed=seed, local_experts=experts, device=CPU, dtype=dtype)
+    initialize(model, parameter_table(config), seed=seed, local_experts=experts, device=device, dtype=dtype)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -74,6 +77,51 @@ def test_dtype_is_a_rounding_of_the_same_draw() -> None:
         expected = wide[spec.name] if spec.fp32 else wide[spec.name].bfloat16()
         assert narrow[spec.name].dtype == expected.dtype
         assert torch.equal(narrow[spec.name], expected), spec.name
+
+
+def test_a_rank_s_bf16_parameters_are_each_the_fp32_draw_rounded_once() -> None:
+    experts = range(2, 5)
+    parameters = built(experts, seed=3, dtype=torch.bfloat16)
+    for spec in parameter_table(small_config()):
+        drawn = initial_value(spec, seed=3, experts=experts if spec.expert else None)
+        assert torch.equal(parameters[spec.name], drawn if spec.fp32 else drawn.bfloat16()), spec.name
+
+
+@pytest.mark.parametrize("memory_goes", ["far", "nowhere"])
+def test_large_parameters_are_begun_first_as_far_as_memory_goes(
+    monkeypatch: pytest.MonkeyPatch, memory_goes: str
+) -> None:
+    expected, begun = built(range(6)), []
+    long = expected["lm_head.weight"].numel()
+
+    def generator(seed: int, name: str) -> torch.Generator:
+        begun.append(name)
+        return seeded(seed, name)
+
+    seeded = init._generator
+    monkeypatch.setattr(init, "_generator", generator)
+    monkeypatch.setattr(init, "_LONG", long)
+    monkeypatch.setattr(init, "_AHEAD", 2**30 if memory_goes == "far" else 1)
+    parameters = built(range(6))
+    table = parameter_table(small_config())
+    large = [spec.name for spec in table if not spec.expert and spec.numel >= long]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < set(large)
+    first = large if memory_goes == "far" else large[:1]
+    rest = [spec.name for spec in table if spec.name not in first]
+    # A thread draws one after the other, and the tests' torch has one.
+    assert list(dict.fromkeys(name.split("/")[0] for name in begun)) == [*first, *rest]
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    expected = built(range(6), dtype=dtype)
+    for name, value in built(range(6), dtype=dtype, device=torch.device("cuda")).items():
+        assert value.is_cuda
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value.cpu(), expected[name]), name
 
 
 def test_marks_on_parameters_survive() -> None:
