@@ -72,5 +72,4 @@ class DecoderLayer(nn.Module):
         else:
             y_TD = self.self_attn(normed_TD, context.sequences, context.rotary)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, y_TD)
-        y_TD, stats = self.mlp(normed_TD, context.num_rows)
-        return x_TD + y_TD, stats
+        return self.mlp(normed_TD, context.num_rows, residual_TD=x_TD)

@@ -137,7 +137,7 @@ KERNELS: Any = SimpleNamespace(
     ),
     swiglu=lambda gate_up, *weights: _Kept.apply((gate_up.chunk(2, dim=-1)[0],), gate_up, *weights),
     fan_out=lambda x, count: tuple(x.view_as(x) for _ in range(count)),
-    gated_add=lambda base, branch, x, weight: base + _Kept.apply((base,), branch, x, weight),
+    gated_add=lambda residual, base, branch, x, weight: residual + (base + _Kept.apply((base,), branch, x, weight)),
 )
 
 
@@ -153,7 +153,7 @@ def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, tor
         # Angles belong to the micro-batch, not to the layer.
         table = RotaryTable(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32))
         return GatedAttention(_model(kind), KERNELS), lambda layer, x, normed: x + layer(normed, None, table)
-    return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: x + layer(normed, 1)[0]
+    return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: layer(normed, 1, residual_TD=x)[0]
 
 
 def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int, recompute: Collection[RecomputePart]) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
@@ -76,3 +78,27 @@ def test_norms_that_are_rebuilt_round_their_gradients_as_often_as_the_others(kin
             loss = (total_TD * upstream[0]).sum() + (normed_TD * normed_TD * upstream[1]).sum()
         gradients.append(torch.autograd.grad(loss, (*inputs, norm.weight)))
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+class _Additions(TorchDispatchMode):
+    """Counts torch's own additions of two tensors of a shape, autograd's sums of gradients among them."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Collection[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and result.shape == self._shape
+        return result
+
+
+def test_no_pass_over_the_residual_stream_is_torchs() -> None:
+    """What is left are the gradients of the mixers' inputs: two products in Gated DeltaNet, three in attention."""
+    additions = _Additions(9, CONFIG.hidden_size)
+    with additions:
+        run(triton_kernels())
+    assert additions.count == 1 + 2

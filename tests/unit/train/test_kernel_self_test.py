@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
@@ -86,6 +87,10 @@ WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
     "no gate": (
         "gated_rms_norm",
         lambda gate, **rest: gated_rms_norm_reference(gate=0 * gate + 1, **rest),
+    ),
+    "gradient of the residual": (
+        "gated_add",
+        lambda residual_TD, **rest: gated_add_reference(residual_TD=_Scaled.apply(residual_TD), **rest),
     ),
     "gradient of the input beside its norm": ("rms_norm", _WrongPass()),
     "ignored labels counted": (
