@@ -13,7 +13,7 @@ from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
-from qwen3next_train.model.norms import ResidualRmsNorm, ZeroCenteredRmsNorm
+from qwen3next_train.model.norms import ResidualRmsNorm, StreamRmsNorm
 from qwen3next_train.model.rope import RotaryTable
 from qwen3next_train.model.router_losses import RouterStats
 
@@ -61,16 +61,15 @@ class DecoderLayer(nn.Module):
             self.self_attn = GatedAttention(config, kernels)
         self.mlp = moe_block(config, kernels, local_experts)
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = ZeroCenteredRmsNorm(hidden, eps, kernels.rms_norm)
+        self.input_layernorm = StreamRmsNorm(hidden, eps, kernels.rms_norm)
         self.post_attention_layernorm = ResidualRmsNorm(hidden, eps, kernels.rms_norm)
 
     def forward(self, x_TD: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, RouterStats]:
         """``[T, D]`` to ``[T, D]`` and the router's statistics."""
-        normed_TD = self.input_layernorm(x_TD)
+        x_TD, normed_TD = self.input_layernorm(x_TD)
         if self.layer_type == "linear_attention":
             y_TD = self.linear_attn(normed_TD, context.sequences)
         else:
             y_TD = self.self_attn(normed_TD, context.sequences, context.rotary)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, y_TD)
-        y_TD, stats = self.mlp(normed_TD, context.num_rows)
-        return x_TD + y_TD, stats
+        return self.mlp(normed_TD, context.num_rows, residual_TD=x_TD)

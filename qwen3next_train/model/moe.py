@@ -104,7 +104,7 @@ class SharedExpert(nn.Module):
 
 
 class SharedExpertGate(nn.Module):
-    """Adds the shared expert's output, each token's scaled by the sigmoid of a logit, to the routed experts' output.
+    """Adds the shared expert's output, each token's scaled by the sigmoid of a logit, to residual and routed experts.
 
     Args:
         hidden: D.
@@ -116,13 +116,15 @@ class SharedExpertGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, hidden))
         self.kernel = kernel
 
-    def forward(self, routed_TD: torch.Tensor, shared_TD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        """``routed + shared * sigmoid(x @ weight^T)``, all ``[T, D]``."""
-        return self.kernel(routed_TD, shared_TD, x_TD, self.weight)
+    def forward(
+        self, routed_TD: torch.Tensor, shared_TD: torch.Tensor, x_TD: torch.Tensor, *, residual_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """``residual + (routed + shared * sigmoid(x @ weight^T))``, all ``[T, D]``."""
+        return self.kernel(residual_TD, routed_TD, shared_TD, x_TD, self.weight)
 
 
 class SparseMoeBlock(nn.Module):
-    """Router, routed experts and shared expert of one layer.
+    """Router, routed experts and shared expert of one layer, added to the residual stream.
 
     ``dispatcher`` is replaced from outside for expert parallelism; the block knows no process group.
 
@@ -144,8 +146,19 @@ class SparseMoeBlock(nn.Module):
         self.fan_out = kernels.fan_out
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts, kernels.token_permutation)
 
-    def forward(self, x_TD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, RouterStats]:
-        """``[T, D]`` of ``num_rows`` rows to ``[T, D]`` and the router's statistics."""
+    def forward(
+        self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, RouterStats]:
+        """Send tokens through their experts and add the results to the residual stream.
+
+        Args:
+            x_TD: ``[T, D]``, what the experts read.
+            num_rows: rows the T tokens consist of.
+            residual_TD: ``[T, D]``, added here because the last sum of the block can take it along.
+
+        Returns:
+            the stream ``[T, D]`` and the router's statistics.
+        """
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.fan_out(x_TD, 4)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
         sent = self.dispatcher.send(to_experts_TD, ids_TK, weights_TK)
@@ -154,7 +167,7 @@ class SparseMoeBlock(nn.Module):
         rows_RD = self.experts(received.rows_RD, received.weights_R, received.counts_e)
         y_TD = self.dispatcher.combine(rows_RD, received)
         if shared_TD is None:
-            return y_TD, stats
+            return residual_TD + y_TD, stats
         if self.shared_expert_gate is None:
-            return y_TD + shared_TD, stats
-        return self.shared_expert_gate(y_TD, shared_TD, to_gate_TD), stats
+            return residual_TD + (y_TD + shared_TD), stats
+        return self.shared_expert_gate(y_TD, shared_TD, to_gate_TD, residual_TD=residual_TD), stats

@@ -48,6 +48,21 @@ class ZeroCenteredRmsNorm(_Norm[RmsNorm]):
         return rebuilt("norms", partial(self.kernel.normalize, eps=self.eps), x, self.weight)
 
 
+class StreamRmsNorm(_Norm[RmsNorm]):
+    """The residual stream and its :class:`ZeroCenteredRmsNorm` in one.
+
+    Args:
+        size: last dimension of the input.
+        eps: added to the mean square.
+        kernel: selected backend.
+    """
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` itself, for whoever adds to it, and its norm, both ``[T, size]``."""
+        # Being handed through, x is kept as it is: only the norm is ever made again.
+        return rebuilt("norms", partial(self.kernel.pass_and_normalize, eps=self.eps), x_TD, self.weight)
+
+
 class ResidualRmsNorm(_Norm[RmsNorm]):
     """Residual sum and its :class:`ZeroCenteredRmsNorm` in one.
 
@@ -62,9 +77,8 @@ class ResidualRmsNorm(_Norm[RmsNorm]):
         if not rebuilds("norms"):
             return self.kernel.add_and_normalize(x_TD, y_TD, self.weight, eps=self.eps)
         # The sum is the residual stream, which is kept; the norm is made from it again.
-        sum_TD = x_TD + y_TD
-        normalize = partial(self.kernel.normalize, eps=self.eps)
-        return sum_TD, rebuilt("norms", normalize, sum_TD, self.weight)
+        normalize = partial(self.kernel.pass_and_normalize, eps=self.eps)
+        return rebuilt("norms", normalize, x_TD + y_TD, self.weight)
 
 
 class RotaryRmsNorm(_Norm[NormRotary]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,12 @@ def _rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterato
         return alone_TD * (1 + weight_D), x_TD + y_TD, normed_TD * (1 + weight_D)
 
     yield Trial(inputs, kernel, truth)
+
+    def true_pass(x_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
+        return 1 * x_TD, x_TD / (x_TD.square().mean(1, keepdim=True) + EPS).sqrt() * (1 + weight_D)
+
+    del inputs["y_TD"]
+    yield Trial(inputs, partial(kernels.rms_norm.pass_and_normalize, eps=EPS), true_pass)
 
 
 def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:

@@ -88,11 +88,17 @@ def _swiglu(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[
 def _gated_add(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     size = capped(model.hidden_size)
 
-    def truth(base_TD: torch.Tensor, branch_TD: torch.Tensor, x_TD: torch.Tensor, weight_1D: torch.Tensor) -> Outputs:
+    def truth(
+        residual_TD: torch.Tensor,
+        base_TD: torch.Tensor,
+        branch_TD: torch.Tensor,
+        x_TD: torch.Tensor,
+        weight_1D: torch.Tensor,
+    ) -> Outputs:
         logit_T1 = (x_TD * weight_1D).sum(1, keepdim=True)
-        return (base_TD + branch_TD / (1 + (-logit_T1).exp()),)
+        return (residual_TD + base_TD + branch_TD / (1 + (-logit_T1).exp()),)
 
-    inputs = {name: random.normal(NUM_TOKENS, size) for name in ("base_TD", "branch_TD", "x_TD")}
+    inputs = {name: random.normal(NUM_TOKENS, size) for name in ("residual_TD", "base_TD", "branch_TD", "x_TD")}
     inputs["weight_1D"] = random.normal(1, size) * size**-0.5
     yield Trial(inputs, lambda **inputs: (kernels.gated_add(**inputs),), truth)
 

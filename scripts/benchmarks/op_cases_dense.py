@@ -20,6 +20,7 @@ EPS = 1e-6
 def dense_cases() -> Iterator[OpCase]:
     """All cases."""
     yield rms_norm()
+    yield pass_and_rms_norm()
     yield add_and_rms_norm()
     yield norm_rotary("query norm + rotary", HEADS, 2 * HEAD_DIM)
     yield norm_rotary("key norm + rotary", KV_HEADS, HEAD_DIM)
@@ -30,7 +31,7 @@ def dense_cases() -> Iterator[OpCase]:
 
 
 def rms_norm() -> OpCase:
-    """The norm before a mixer."""
+    """The norm before the head."""
 
     def inputs(device: torch.device) -> Inputs:
         return {"x": normal(device, TOKENS, HIDDEN), "weight": normal(device, HIDDEN) / 4}
@@ -40,6 +41,19 @@ def rms_norm() -> OpCase:
 
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase("RMSNorm", inputs, run, Work(2 * size), Work(3 * size))
+
+
+def pass_and_rms_norm() -> OpCase:
+    """The norm before a mixer; its backward adds the gradient of the residual stream."""
+
+    def inputs(device: torch.device) -> Inputs:
+        return {"x": normal(device, TOKENS, HIDDEN), "weight": normal(device, HIDDEN) / 4}
+
+    def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
+        return kernels.rms_norm.pass_and_normalize(inputs["x"], inputs["weight"], eps=EPS)
+
+    size = BF16_BYTES * TOKENS * HIDDEN
+    return OpCase("stream + RMSNorm", inputs, run, Work(2 * size), Work(4 * size))
 
 
 def add_and_rms_norm() -> OpCase:

@@ -93,17 +93,18 @@ def swiglu() -> OpCase:
 
 
 def gated_add() -> OpCase:
-    """The shared expert's output added to the routed ones'; the gradient of their sum is passed on as it is."""
+    """The outputs of shared and routed experts added to the residual; the sum's gradient is passed on as it is."""
+    names = ("residual_TD", "base_TD", "branch_TD", "x_TD")
 
     def inputs(device: torch.device) -> Inputs:
         return {
-            **{name: normal(device, TOKENS, HIDDEN) for name in ("base_TD", "branch_TD", "x_TD")},
+            **{name: normal(device, TOKENS, HIDDEN) for name in names},
             "weight_1D": normal(device, 1, HIDDEN) * HIDDEN**-0.5,
         }
 
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase(
-        "gated addition", inputs, lambda kernels, x: (kernels.gated_add(**x),), Work(4 * size), Work(5 * size)
+        "gated addition", inputs, lambda kernels, x: (kernels.gated_add(**x),), Work(5 * size), Work(5 * size)
     )
 
 

@@ -1,6 +1,7 @@
-"""Gated addition in one pass each way, in fp32, rounded once: the reference rounds logit, gate and product as well.
+"""Gated addition in one pass each way, in fp32, rounded once: the reference rounds after each operation.
 
 Saved for the backward pass: branch, x and weight; the logit is computed again from the row of x that is read anyway.
+The gradient of the result is that of residual and base: both get the same tensor, which nobody may change in place.
 
 Letters: T rows, D columns, G programs of the backward pass.
 """
@@ -17,24 +18,31 @@ from qwen3next_train.kernels.row_programs import dense_rows, num_row_programs, r
 
 
 def gated_add_triton(
-    base_TD: torch.Tensor, branch_TD: torch.Tensor, x_TD: torch.Tensor, weight_1D: torch.Tensor
+    residual_TD: torch.Tensor,
+    base_TD: torch.Tensor,
+    branch_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    weight_1D: torch.Tensor,
 ) -> torch.Tensor:
     """See the package for the contract."""
-    return _GatedAdd.apply(base_TD, branch_TD, x_TD, weight_1D)
+    return _GatedAdd.apply(residual_TD, base_TD, branch_TD, x_TD, weight_1D)
 
 
 class _GatedAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base_TD: torch.Tensor, branch_TD: torch.Tensor, x_TD: torch.Tensor, weight_1D: torch.Tensor
+        ctx: Any,
+        residual_TD: torch.Tensor,
+        base_TD: torch.Tensor,
+        branch_TD: torch.Tensor,
+        x_TD: torch.Tensor,
+        weight_1D: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(branch_TD, x_TD, weight_1D)
-        base_TD, branch_TD, x_TD = dense_rows(base_TD), dense_rows(branch_TD), dense_rows(x_TD)
+        rows = [dense_rows(tensor) for tensor in (residual_TD, base_TD, branch_TD, x_TD)]
         out_TD = base_TD.new_empty(base_TD.shape)
-        strides = (base_TD.stride(0), branch_TD.stride(0), x_TD.stride(0))
-        _forward[(base_TD.shape[0],)](
-            base_TD, branch_TD, x_TD, weight_1D.contiguous(), out_TD, *strides, **_sizes(base_TD)
-        )
+        strides = [tensor.stride(0) for tensor in rows]
+        _forward[(base_TD.shape[0],)](*rows, weight_1D.contiguous(), out_TD, *strides, **_sizes(base_TD))
         return out_TD
 
     @staticmethod
@@ -59,7 +67,8 @@ class _GatedAdd(torch.autograd.Function):
             x_TD.stride(0),
             **_sizes(x_TD),
         )
-        return grad_TD, grad_branch_TD, grad_x_TD, partial_GD.sum(0, keepdim=True).to(weight_1D.dtype)
+        grad_1D = partial_GD.sum(0, keepdim=True).to(weight_1D.dtype)
+        return grad_TD, grad_TD, grad_branch_TD, grad_x_TD, grad_1D
 
 
 def _sizes(x: torch.Tensor) -> dict[str, int]:
@@ -70,11 +79,13 @@ def _sizes(x: torch.Tensor) -> dict[str, int]:
 
 @triton.jit
 def _forward(
+    residual,
     base,
     branch,
     x,
     weight,
     out,
+    residual_stride,
     base_stride,
     branch_stride,
     x_stride,
@@ -89,6 +100,7 @@ def _forward(
     value = tl.load(branch + row * branch_stride + column, mask=mask, other=0).to(tl.float32)
     total = tl.load(base + row * base_stride + column, mask=mask, other=0).to(tl.float32)
     total += value * tl.sigmoid(tl.sum(known * factor, axis=0))
+    total += tl.load(residual + row * residual_stride + column, mask=mask, other=0).to(tl.float32)
     tl.store(out + row * COLUMNS + column, total.to(out.dtype.element_ty), mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""Zero-centred RMSNorm, alone and behind a residual sum: contract of its backends.
+"""Zero-centred RMSNorm, alone, beside its input and behind a residual sum: contract of its backends.
 
 Letters: T tokens, D hidden.
 """
@@ -23,6 +23,20 @@ class RmsNorm(Protocol):
 
         Returns:
             the shape and dtype of ``x``.
+        """
+
+    def pass_and_normalize(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` as it is and normalised: who uses both leaves the sum of their gradients to the norm's backward.
+
+        Args:
+            x_TD: ``[T, D]``; must not be changed in place afterwards.
+            weight_D: ``[D]``, centred on 0.
+            eps: added to the mean square.
+
+        Returns:
+            a tensor that shares the memory of ``x``, and the norm, both ``[T, D]``.
         """
 
     def add_and_normalize(

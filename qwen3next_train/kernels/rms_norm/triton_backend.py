@@ -1,8 +1,8 @@
 """Zero-centred RMSNorm by Triton kernels: one pass forward, one pass backward.
 
 The backward computes the root mean square again, since it reads the input anyway; its programs each sum the weight's
-gradient over their rows, and the partial sums are added up in a fixed order. The gradient of a residual sum is added
-in fp32 before the one rounding, where plain torch rounds both summands first.
+gradient over their rows, and the partial sums are added up in a fixed order. The gradient of an input that is passed on
+or of a residual sum is added in fp32 before the one rounding, where plain torch rounds both summands first.
 
 Saved for the backward pass: the input (of ``add_and_normalize`` the sum) and the weight.
 
@@ -24,6 +24,12 @@ class RmsNormTriton:
     def normalize(self, x: torch.Tensor, weight_D: torch.Tensor, *, eps: float) -> torch.Tensor:
         """See the package for the contract."""
         return _Normalize.apply(x, weight_D, eps)
+
+    def pass_and_normalize(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the package for the contract."""
+        return _PassAndNormalize.apply(x_TD, weight_D, eps)
 
     def add_and_normalize(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
@@ -49,9 +55,27 @@ class _Normalize(torch.autograd.Function):
         return grad_RD.view(x.shape), grad_D, None
 
 
+class _PassAndNormalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_D, eps):
+        # No zeros for what nobody used.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.eps = eps
+        normed_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        _launch_forward(dense_rows(x_TD), None, weight_D, None, normed_TD, eps)
+        return x_TD.view_as(x_TD), normed_TD
+
+    @staticmethod
+    def backward(ctx, grad_passed_TD, grad_normed_TD):
+        x_TD, weight_D = ctx.saved_tensors
+        return *_both_gradients(dense_rows(x_TD), weight_D, grad_passed_TD, grad_normed_TD, ctx.eps), None
+
+
 class _AddAndNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, y_TD, weight_D, eps):
+        ctx.set_materialize_grads(False)
         x_TD, y_TD = dense_rows(x_TD), dense_rows(y_TD)
         sum_TD, normed_TD = (torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
         _launch_forward(x_TD, y_TD, weight_D, sum_TD, normed_TD, eps)
@@ -62,10 +86,22 @@ class _AddAndNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum_TD, grad_normed_TD):
         sum_TD, weight_D = ctx.saved_tensors
-        grad_TD, grad_D = _launch_backward(
-            sum_TD, weight_D, dense_rows(grad_normed_TD), dense_rows(grad_sum_TD), ctx.eps
-        )
+        grad_TD, grad_D = _both_gradients(sum_TD, weight_D, grad_sum_TD, grad_normed_TD, ctx.eps)
         return grad_TD, grad_TD, grad_D, None
+
+
+def _both_gradients(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    grad_passed_TD: torch.Tensor | None,
+    grad_normed_TD: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``x``, handed out beside its norm, and of the weight; each output may have been left unused."""
+    if grad_normed_TD is None:
+        return grad_passed_TD, None
+    passed_TD = None if grad_passed_TD is None else dense_rows(grad_passed_TD)
+    return _launch_backward(x_TD, weight_D, dense_rows(grad_normed_TD), passed_TD, eps)
 
 
 def _launch_forward(

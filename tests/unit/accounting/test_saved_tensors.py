@@ -19,7 +19,7 @@ from qwen3next_train.kernels.top_k_routing import Routing
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
-from qwen3next_train.model.norms import ZeroCenteredRmsNorm
+from qwen3next_train.model.norms import StreamRmsNorm
 from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.model.rope import RotaryTable
 from tests.unit.model.live_storages import LiveStorages
@@ -98,6 +98,11 @@ class _RmsNorm:
     def normalize(self, x: torch.Tensor, weight_D: torch.Tensor, *, eps: float) -> torch.Tensor:
         return _Kept.apply((x,), x, weight_D)
 
+    def pass_and_normalize(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return x_TD.view_as(x_TD), self.normalize(x_TD, weight_D, eps=eps)
+
     def add_and_normalize(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +137,7 @@ KERNELS: Any = SimpleNamespace(
     ),
     swiglu=lambda gate_up, *weights: _Kept.apply((gate_up.chunk(2, dim=-1)[0],), gate_up, *weights),
     fan_out=lambda x, count: tuple(x.view_as(x) for _ in range(count)),
-    gated_add=lambda base, branch, x, weight: base + _Kept.apply((base,), branch, x, weight),
+    gated_add=lambda residual, base, branch, x, weight: residual + (base + _Kept.apply((base,), branch, x, weight)),
 )
 
 
@@ -140,29 +145,28 @@ def _model(kind: str) -> ModelConfig:
     return MODEL.model_copy(update={"attention_output_gate": kind != "ungated attention"})
 
 
-def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor], torch.Tensor]]:
+def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """A layer, and how to add to a residual stream what it makes of the stream's norm."""
     if kind == "gdn":
-        return GatedDeltaNet(MODEL, KERNELS), lambda layer, x: layer(x, None)
+        return GatedDeltaNet(MODEL, KERNELS), lambda layer, x, normed: x + layer(normed, None)
     if kind.endswith("attention"):
         # Angles belong to the micro-batch, not to the layer.
         table = RotaryTable(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32))
-        return GatedAttention(_model(kind), KERNELS), lambda layer, x: layer(x, None, table)
-    return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x: layer(x, 1)[0]
+        return GatedAttention(_model(kind), KERNELS), lambda layer, x, normed: x + layer(normed, None, table)
+    return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: layer(normed, 1, residual_TD=x)[0]
 
 
 def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int, recompute: Collection[RecomputePart]) -> int:
     """Bytes, parameters left out, that norm and layer keep alive for the backward pass."""
     layer, call = _build(kind)
-    norm = ZeroCenteredRmsNorm(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
+    norm = StreamRmsNorm(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
     for module in (layer, norm):
         for name, parameter in module.named_parameters():
             fp32 = name in ("A_log", "dt_bias", "gate.weight")
             parameter.data = torch.rand_like(parameter).to(torch.float32 if fp32 else dtype)
     start = torch.randn(num_tokens, MODEL.hidden_size, dtype=dtype, requires_grad=True)
     with LiveStorages() as storages, recomputing(recompute):
-        x = start * 1
-        out = x + call(layer, norm(x))
-        del x
+        out = call(layer, *norm(start * 1))
         assert out.requires_grad
         return storages.live_bytes(without=[out, *layer.parameters(), *norm.parameters()])
 

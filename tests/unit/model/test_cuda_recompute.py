@@ -25,8 +25,8 @@ def test_gradients_are_bit_equal(monkeypatch: pytest.MonkeyPatch, recompute: tup
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda", 0)
     model = build(device, torch.bfloat16)
-    # Norms that are computed again are not fused with the sum before them, whose gradient is then rounded once more:
-    # the others are compared with a model that does so too.
+    # Norms that are computed again are not fused with the sum before them: the others are compared with a model whose
+    # norms are computed by the same kernels.
     model.recompute = ("norms",) if "norms" in recompute else ()
     data = batch(0, packed=True).to(device)
     torch.use_deterministic_algorithms(True)

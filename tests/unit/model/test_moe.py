@@ -62,8 +62,9 @@ def test_equals_the_definition_with_gradients(changes: dict[str, Any]) -> None:
     config = small_config(**changes)
     block = block_of(config)
     x = torch.randn(14, config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    leaves = [x, *block.parameters()]
-    value, expected = block(x, 2)[0], token_by_token(block, config, x)
+    residual = torch.randn(14, config.hidden_size, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    leaves = [x, residual, *block.parameters()]
+    value, expected = block(x, 2, residual_TD=residual)[0], residual + token_by_token(block, config, x)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
     for got, truth in zip(
@@ -79,7 +80,7 @@ def test_experts_without_tokens_get_a_zero_gradient() -> None:
         block.gate.weight.zero_()
         block.gate.weight[3] = 1
     x = torch.rand(9, config.hidden_size)
-    y, stats = block(x, 1)
+    y, stats = block(x, 1, residual_TD=x)
     y.square().sum().backward()
     assert stats.counts_rE.tolist() == [[0, 0, 0, 9, 0, 0]]
     used = block.experts.down_proj.grad.abs().amax(dim=(1, 2)) > 0
@@ -135,10 +136,10 @@ def test_another_dispatcher_can_take_the_seam() -> None:
     config = small_config()
     block = block_of(config)
     x = torch.randn(6, config.hidden_size)
-    expected = block(x, 1)[0]
+    expected = block(x, 1, residual_TD=x)[0]
     recorder = Recorder(LocalDispatcher(config.num_experts, TokenPermutationReference()))
     block.dispatcher = recorder
-    assert torch.equal(block(x, 1)[0], expected)
+    assert torch.equal(block(x, 1, residual_TD=x)[0], expected)
     assert recorder.calls == ["send", "receive", "combine"]
 
 

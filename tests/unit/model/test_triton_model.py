@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import RecomputePart
 from qwen3next_train.kernels import selection
+from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.init import initialize
+from qwen3next_train.model.norms import ResidualRmsNorm, StreamRmsNorm
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
+from qwen3next_train.model.recompute import recomputing
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 pytestmark = [
@@ -23,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels are compiled for the GPU here"),
 ]
 
+CHEAP: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
 CONFIG = small_config(linear_key_head_dim=16, linear_value_head_dim=16, mtp_num_layers=0)
 
 
@@ -51,5 +58,47 @@ def test_loss_and_gradients_are_the_references_and_recompute_changes_no_bit() ->
     expected, found = run(cpu_kernels()), run(triton_kernels())
     for name, truth in expected.items():
         assert float((found[name] - truth).norm()) <= 1e-5 * float(truth.norm()), name
-    again = run(triton_kernels(), ["norms", "activations", "conv_gates"])
+    again = run(triton_kernels(), CHEAP)
     assert [name for name in found if not torch.equal(again[name], found[name])] == []
+
+
+@pytest.mark.parametrize("kind", [StreamRmsNorm, ResidualRmsNorm])
+def test_norms_that_are_rebuilt_round_their_gradients_as_often_as_the_others(kind: type[nn.Module]) -> None:
+    """In bf16; of integers, because the interpreter cuts off what is rounded on the GPU."""
+    generator = torch.Generator().manual_seed(0)
+    streams = [torch.randint(-9, 9, (7, 32), generator=generator).bfloat16() for _ in range(2)]
+    upstream = [torch.randn(7, 32, generator=generator).bfloat16() for _ in range(2)]
+    norm = kind(32, 1e-6, RmsNormTriton()).bfloat16()
+    torch.nn.init.constant_(norm.weight, 0.25)
+    gradients = []
+    for parts in ((), CHEAP):
+        inputs = [stream.clone().requires_grad_() for stream in streams[: 1 + (kind is ResidualRmsNorm)]]
+        with recomputing(parts):
+            total_TD, normed_TD = norm(*(1 * stream for stream in inputs))
+            loss = (total_TD * upstream[0]).sum() + (normed_TD * normed_TD * upstream[1]).sum()
+        gradients.append(torch.autograd.grad(loss, (*inputs, norm.weight)))
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+class _Additions(TorchDispatchMode):
+    """Counts torch's own additions of two tensors of a shape, autograd's sums of gradients among them."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Collection[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and result.shape == self._shape
+        return result
+
+
+def test_no_pass_over_the_residual_stream_is_torchs() -> None:
+    """What is left are the gradients of the mixers' inputs: two products in Gated DeltaNet, three in attention."""
+    additions = _Additions(9, CONFIG.hidden_size)
+    with additions:
+        run(triton_kernels())
+    assert additions.count == 1 + 2

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
+from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
@@ -42,7 +44,14 @@ def _one_document(sequences: Sequences) -> Sequences:
     return Sequences.from_lengths([sequences.num_tokens], CPU)
 
 
-WRONG: dict[str, tuple[str, Callable]] = {
+class _WrongPass(RmsNormReference):
+    def pass_and_normalize(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _Scaled.apply(x_TD), self.normalize(x_TD, weight_D, eps=eps)
+
+
+WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
     "gradient of k": (
         "gated_delta_rule",
         lambda k_THK, **rest: gated_delta_rule_reference(k_THK=_Scaled.apply(k_THK), **rest),
@@ -79,6 +88,11 @@ WRONG: dict[str, tuple[str, Callable]] = {
         "gated_rms_norm",
         lambda gate, **rest: gated_rms_norm_reference(gate=0 * gate + 1, **rest),
     ),
+    "gradient of the residual": (
+        "gated_add",
+        lambda residual_TD, **rest: gated_add_reference(residual_TD=_Scaled.apply(residual_TD), **rest),
+    ),
+    "gradient of the input beside its norm": ("rms_norm", _WrongPass()),
     "ignored labels counted": (
         "linear_cross_entropy",
         lambda labels_T, **rest: linear_cross_entropy_chunked(labels_T=labels_T.clamp(min=0), **rest),
