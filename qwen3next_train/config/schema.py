@@ -186,7 +186,9 @@ class KernelsConfig(Section):
         "auto", description="GDN short convolution; auto is a part of what kernels.fused chooses, where that is triton"
     )
     varlen_attention: Literal["auto", "reference", "flash"] = Field("auto", description="softmax attention")
-    grouped_matmul: Literal["auto", "reference", "grouped_mm"] = Field("auto", description="expert matrix products")
+    grouped_matmul: Literal["auto", "reference", "grouped_mm", "triton"] = Field(
+        "auto", description="expert matrix products"
+    )
     fused: Literal["auto", "reference", "triton"] = Field(
         "auto", description="norms, activations, routing and other work between the large matrix products"
     )

@@ -122,9 +122,8 @@ def select_kernels(
     operations = {
         "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_FAULTS, place),
         "varlen_attention": _resolve("varlen_attention", config.varlen_attention, {"flash": _flash_fault}, place),
-        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, {"grouped_mm": _grouped_mm_fault}, place),
+        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
     }
-    vendor = {name for name, choice in operations.items() if choice.backend != "reference"}
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
     operations["delta_rule_inputs"] = _delta_rule_inputs_choice(config, place, fused_choice)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
@@ -132,8 +131,8 @@ def select_kernels(
     return KernelSet(
         gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
         delta_rule_inputs=_load_delta_rule_inputs(operations["delta_rule_inputs"].backend),
-        varlen_attention=_load_flash() if "varlen_attention" in vendor else varlen_attention_reference,
-        grouped_matmul=_load_grouped_mm() if "grouped_matmul" in vendor else grouped_matmul_reference,
+        varlen_attention=_load_attention(operations["varlen_attention"].backend),
+        grouped_matmul=_load_product(operations["grouped_matmul"].backend),
         **fused,
         choices=(*operations.values(), *fused_choices),
     )
@@ -325,6 +324,26 @@ def _grouped_mm_fault(place: _Place) -> str | None:
     return _ampere_fault(place)
 
 
+def _grouped_triton_fault(place: _Place) -> str | None:
+    """Why own grouped products cannot run, or are not the fastest, or None."""
+    fault = _triton_fault(place)
+    if fault is not None:
+        return fault
+    if place.dtype != torch.bfloat16:
+        return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
+    if place.capability[0] != HOPPER:
+        return f"is written for GPUs of compute capability 9 and this one has {place.capability}"
+    sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
+    if not sizes or any(size % 8 for size in sizes):
+        found = " and ".join(map(str, sizes)) or "unknown here"
+        return f"takes feature sizes that are multiples of 8 and the model's are {found}"
+    return None
+
+
+_PRODUCT_FAULTS: Mapping[str, _Fault] = {"triton": _grouped_triton_fault, "grouped_mm": _grouped_mm_fault}
+"""The expert products' vendor backends, the fastest first."""
+
+
 def _ampere_fault(place: _Place) -> str | None:
     if place.capability[0] < 8:
         return f"needs a GPU of compute capability 8.0 or newer and this one has {place.capability}"
@@ -370,13 +389,21 @@ def _load_fla_conv() -> CausalConv1d:
     return causal_conv1d_fla
 
 
-def _load_flash() -> VarlenAttention:
+def _load_attention(backend: str) -> VarlenAttention:
+    if backend == "reference":
+        return varlen_attention_reference
     from qwen3next_train.kernels.varlen_attention.flash_backend import varlen_attention_flash
 
     return varlen_attention_flash
 
 
-def _load_grouped_mm() -> GroupedMatmul:
+def _load_product(backend: str) -> GroupedMatmul:
+    if backend == "reference":
+        return grouped_matmul_reference
+    if backend == "triton":
+        from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+        return grouped_matmul_triton
     from qwen3next_train.kernels.grouped_matmul.torch_backend import grouped_matmul_grouped_mm
 
     return grouped_matmul_grouped_mm

@@ -24,6 +24,9 @@ COMES_WITH = {
 }
 """Distributions that a declared one is built on and whose version it pins."""
 
+OPTIONAL = {"flash_qla": "flash-qla", "tilelang": "flash-qla"}
+"""Modules that are imported only where they are installed, and the extra that brings them."""
+
 
 def _setup() -> ConfigParser:
     parser = ConfigParser()
@@ -60,12 +63,20 @@ def test_every_shipped_file_matches_a_pattern() -> None:
 def test_dependencies_are_what_is_imported() -> None:
     distributions = packages_distributions()
     imported = {name for tree in modules().values() for name in imported_packages(tree)}
-    third_party = imported - set(sys.stdlib_module_names) - {"qwen3next_train"}
+    third_party = imported - set(sys.stdlib_module_names) - {"qwen3next_train"} - set(OPTIONAL)
     names = {canonicalize_name(distributions[name][0]) for name in third_party}
     ours = {COMES_WITH.get(name, name) for name in names}
     declared = {canonicalize_name(item.name) for item in _requirements(_setup()["options"]["install_requires"])}
     assert ours - declared == set()
     assert declared - ours - NOT_IMPORTED_BY_US == set()
+
+
+def test_what_is_optional_has_an_extra_of_its_own_and_is_imported() -> None:
+    extras = _setup()["options.extras_require"]
+    imported = {name for tree in modules().values() for name in imported_packages(tree)}
+    assert set(OPTIONAL) <= imported
+    for extra in set(OPTIONAL.values()):
+        assert canonicalize_name(_requirements(extras[extra])[0].name) == extra
 
 
 def test_tested_versions_are_allowed_ones() -> None:

@@ -41,96 +41,104 @@ class ChunkStates(NamedTuple):
     dh_MNKV: torch.Tensor
 
 
-class ChunkGradients(NamedTuple):
-    """Gradients of the rule's operands, in their shapes; those of g in fp32, the others in the operands' dtypes."""
-
-    dq_THK: torch.Tensor
-    dk_THK: torch.Tensor
-    dv_TNV: torch.Tensor
-    dg_TN: torch.Tensor
-    dbeta_TN: torch.Tensor
-
-
-def chunk_gradients(
-    q_THK: torch.Tensor,
-    k_THK: torch.Tensor,
-    v_TNV: torch.Tensor,
-    *,
-    G_TN: torch.Tensor,
-    beta_TN: torch.Tensor,
-    A_TNC: torch.Tensor,
-    do_TNV: torch.Tensor,
-    states: ChunkStates,
-    scale: float,
-    cu_seqlens: torch.Tensor,
-    chunk_indices: torch.Tensor,
-) -> ChunkGradients:
-    """Differentiate each chunk.
+class ChunkInputs(NamedTuple):
+    """What the rule's forward pass worked on, and its output's gradient; all contiguous.
 
     Args:
-        q_THK: queries ``[T, H, K]``; this and all that follow are contiguous.
+        q_THK: queries ``[T, H, K]``.
         k_THK: keys ``[T, H, K]``.
         v_TNV: values ``[T, N, V]``.
         G_TN: fp32 ``[T, N]``, log2 decays cumulated within each chunk.
         beta_TN: write strengths ``[T, N]``.
         A_TNC: rows of the inverse above ``[T, N, C]``.
         do_TNV: gradient of the rule's output.
-        states: of the pass along the chunks.
-        scale: factor of q.
         cu_seqlens: int32 ``[D + 1]``, document starts and T.
         chunk_indices: int32 ``[M, 2]``, document and index inside it of each chunk.
     """
-    (num_tokens, key_heads, key_dim), (value_heads, value_dim) = k_THK.shape, v_TNV.shape[1:]
-    dq_THK, dk_THK, dv_TNV = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_TNV)
-    dg_TN, dbeta_TN = torch.empty_like(G_TN), torch.empty_like(beta_TN)
-    dw_TNK = k_THK.new_empty(num_tokens, value_heads, key_dim)
-    dk_sum_THK = torch.empty(k_THK.shape, dtype=torch.float32, device=k_THK.device)
-    grid = (chunk_indices.shape[0], key_heads)
-    sizes = {
-        "H": key_heads,
-        "R": value_heads // key_heads,
-        "K": key_dim,
-        "V": value_dim,
-        "C": A_TNC.shape[-1],
-    }
-    whole_k = triton.next_power_of_2(key_dim)
-    _output_gradients[grid](
+
+    q_THK: torch.Tensor
+    k_THK: torch.Tensor
+    v_TNV: torch.Tensor
+    G_TN: torch.Tensor
+    beta_TN: torch.Tensor
+    A_TNC: torch.Tensor
+    do_TNV: torch.Tensor
+    cu_seqlens: torch.Tensor
+    chunk_indices: torch.Tensor
+
+
+class OutputGradients(NamedTuple):
+    """What the first kernel finds.
+
+    Args:
+        dq_THK: gradient of the queries, final.
+        dk_THK: of the keys in fp32, but for what goes through w, u and A.
+        dw_TNK: of w.
+        dg_TN: of G in fp32, but for what goes through w, u and A.
+    """
+
+    dq_THK: torch.Tensor
+    dk_THK: torch.Tensor
+    dw_TNK: torch.Tensor
+    dg_TN: torch.Tensor
+
+
+class WriteGradients(NamedTuple):
+    """What the second kernel finds: final gradients, those of g in fp32, the others in the operands' dtypes."""
+
+    dk_THK: torch.Tensor
+    dv_TNV: torch.Tensor
+    dg_TN: torch.Tensor
+    dbeta_TN: torch.Tensor
+
+
+def output_gradients(inputs: ChunkInputs, states: ChunkStates) -> OutputGradients:
+    """Differentiate o, v_new and the next h of each chunk."""
+    q_THK, k_THK, v_TNV = inputs.q_THK, inputs.k_THK, inputs.v_TNV
+    found = OutputGradients(
+        torch.empty_like(q_THK),
+        torch.empty(k_THK.shape, dtype=torch.float32, device=k_THK.device),
+        k_THK.new_empty(*v_TNV.shape[:2], k_THK.shape[2]),
+        torch.empty_like(inputs.G_TN),
+    )
+    _output_gradients[_grid(inputs)](
         q_THK,
         k_THK,
-        G_TN,
-        do_TNV,
+        inputs.G_TN,
+        inputs.do_TNV,
         *states,
-        dq_THK,
-        dk_sum_THK,
-        dw_TNK,
-        dg_TN,
-        cu_seqlens,
-        chunk_indices,
-        scale,
-        **sizes,
-        BLOCK_K=whole_k,
-        **_launch(_OUTPUT_LAUNCH, value_dim),
+        *found,
+        inputs.cu_seqlens,
+        inputs.chunk_indices,
+        k_THK.shape[2] ** -0.5,
+        BLOCK_K=triton.next_power_of_2(k_THK.shape[2]),
+        **_sizes(inputs, _OUTPUT_LAUNCH),
     )
-    _write_gradients[grid](
+    return found
+
+
+def write_gradients(inputs: ChunkInputs, states: ChunkStates, outputs: OutputGradients) -> WriteGradients:
+    """Differentiate w, u and A of each chunk, and put the parts together; ``outputs`` is used up."""
+    k_THK = inputs.k_THK
+    found = WriteGradients(
+        torch.empty_like(k_THK), torch.empty_like(inputs.v_TNV), outputs.dg_TN, torch.empty_like(inputs.beta_TN)
+    )
+    _write_gradients[_grid(inputs)](
         k_THK,
-        v_TNV,
-        G_TN,
-        beta_TN,
-        A_TNC,
-        dw_TNK,
+        inputs.v_TNV,
+        inputs.G_TN,
+        inputs.beta_TN,
+        inputs.A_TNC,
+        outputs.dw_TNK,
         states.dv_new_TNV,
-        dk_sum_THK,
-        dk_THK,
-        dv_TNV,
-        dg_TN,
-        dbeta_TN,
-        cu_seqlens,
-        chunk_indices,
-        **sizes,
-        BLOCK_K=min(_WRITE_LAUNCH.block, whole_k),
-        **_launch(_WRITE_LAUNCH, value_dim),
+        outputs.dk_THK,
+        *found,
+        inputs.cu_seqlens,
+        inputs.chunk_indices,
+        BLOCK_K=min(_WRITE_LAUNCH.block, triton.next_power_of_2(k_THK.shape[2])),
+        **_sizes(inputs, _WRITE_LAUNCH),
     )
-    return ChunkGradients(dq_THK, dk_THK, dv_TNV, dg_TN, dbeta_TN)
+    return found
 
 
 class _Launch(NamedTuple):
@@ -141,13 +149,25 @@ class _Launch(NamedTuple):
     num_stages: int
 
 
-# The fastest of those tried on an H100 with heads of 128.
+# The fastest of those tried on an H200 with heads of 128.
 _OUTPUT_LAUNCH = _Launch(64, 8, 3)
-_WRITE_LAUNCH = _Launch(64, 4, 2)
+_WRITE_LAUNCH = _Launch(64, 4, 1)
 
 
-def _launch(launch: _Launch, value_dim: int) -> dict[str, int]:
+def _grid(inputs: ChunkInputs) -> tuple[int, int]:
+    """A program for each chunk and key head."""
+    return inputs.chunk_indices.shape[0], inputs.k_THK.shape[1]
+
+
+def _sizes(inputs: ChunkInputs, launch: _Launch) -> dict[str, int]:
+    """Compile-time sizes that the kernels share."""
+    (_, key_heads, key_dim), (_, value_heads, value_dim) = inputs.k_THK.shape, inputs.v_TNV.shape
     return {
+        "H": key_heads,
+        "R": value_heads // key_heads,
+        "K": key_dim,
+        "V": value_dim,
+        "C": inputs.A_TNC.shape[-1],
         "BLOCK_V": min(launch.block, triton.next_power_of_2(value_dim)),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,

@@ -6,16 +6,28 @@ computed again.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
-from fla.ops.common.chunk_o import chunk_bwd_dv_local
+from fla.ops.common.chunk_o import chunk_bwd_dv_local, chunk_fwd_o
 from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
 from fla.ops.gated_delta_rule.wy_fast import recompute_w_u_fwd
+from fla.ops.utils import chunk_local_cumsum
+from fla.ops.utils.constant import RCP_LN2
 
-from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import ChunkStates, chunk_gradients
+from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
+    ChunkInputs,
+    ChunkStates,
+    OutputGradients,
+    output_gradients,
+    write_gradients,
+)
 from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.side_by_side import call_side_by_side
 
 CHUNK_SIZE = 64
 """Tokens per chunk: the size for which FLA fuses the triangular solve."""
@@ -33,6 +45,7 @@ def gated_delta_rule_fla(
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See the package for the contract. Value heads stay grouped; inputs that are not contiguous are copied."""
+    _compile(k_THK.shape[1:], v_TNV.shape[1:], q_THK.dtype, q_THK.device)
     return _GatedDeltaRule.apply(
         q_THK,
         k_THK,
@@ -92,26 +105,55 @@ class _GatedDeltaRule(torch.autograd.Function):
         dh, dinitial_DNKV, dv = chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=w, g=G, h0=initial_state_DNKV, dht=dfinal_DNKV, do=do, dv=dv, scale=ctx.scale, **chunks
         )
-        gradients = chunk_gradients(
-            q.squeeze(0),
-            k.squeeze(0),
-            v.squeeze(0),
-            G_TN=G.squeeze(0),
-            beta_TN=beta.squeeze(0),
-            A_TNC=A.squeeze(0),
-            do_TNV=do.squeeze(0),
-            states=ChunkStates(v_new.squeeze(0), h.squeeze(0), dv.squeeze(0), dh.squeeze(0)),
-            scale=ctx.scale,
-            **packing,
-        )
+        inputs = ChunkInputs(*(x.squeeze(0) for x in (q, k, v, G, beta, A, do)), **packing)
+        states = ChunkStates(v_new.squeeze(0), h.squeeze(0), dv.squeeze(0), dh.squeeze(0))
+        outputs = output_gradients(inputs, states)
+        writes = write_gradients(inputs, states, outputs)
         return (
-            gradients.dq_THK,
-            gradients.dk_THK,
-            gradients.dv_TNV,
-            gradients.dg_TN,
-            gradients.dbeta_TN,
+            outputs.dq_THK,
+            writes.dk_THK,
+            writes.dv_TNV,
+            writes.dg_TN,
+            writes.dbeta_TN,
             dinitial_DNKV,
             None,
             None,
             None,
         )
+
+
+@functools.cache
+def _compile(
+    key_shape: tuple[int, int], value_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Call each stage of training once, on one chunk of zeros."""
+    (heads, key_dim), (value_heads, value_dim) = key_shape, value_shape
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(1, *shape, dtype=dtype, device=device)
+
+    k, v = zeros(CHUNK_SIZE, heads, key_dim), zeros(CHUNK_SIZE, value_heads, value_dim)
+    w, A = zeros(CHUNK_SIZE, value_heads, key_dim), zeros(CHUNK_SIZE, value_heads, CHUNK_SIZE)
+    h, beta = zeros(1, value_heads, key_dim, value_dim), zeros(CHUNK_SIZE, value_heads)
+    G, dk = zeros(CHUNK_SIZE, value_heads, dtype=torch.float32), torch.zeros_like(k, dtype=torch.float32)
+    sequences = Sequences.from_lengths([CHUNK_SIZE], device)
+    packing = {"cu_seqlens": sequences.cu_seqlens, "chunk_indices": sequences.chunk_indices(CHUNK_SIZE)}
+    chunks = packing | {"chunk_size": CHUNK_SIZE}
+    scale = key_dim**-0.5
+    inputs = ChunkInputs(*(x.squeeze(0) for x in (k, k, v, G, beta, A, v)), **packing)
+    states = ChunkStates(v.squeeze(0), h.squeeze(0), v.squeeze(0), h.squeeze(0))
+    outputs = OutputGradients(k.squeeze(0), dk.squeeze(0), w.squeeze(0), G.squeeze(0))
+    calls: list[Callable[[], object]] = [
+        lambda: output_gradients(inputs, states),
+        lambda: write_gradients(inputs, states, outputs),
+        lambda: chunk_gated_delta_rule_bwd_dhu(
+            q=k, k=k, w=w, g=G, h0=None, dht=None, do=v, dv=v, scale=scale, **chunks
+        ),
+        lambda: chunk_gated_delta_rule_fwd_h(k=k, w=w, u=v, g=G, initial_state=None, **chunks),
+        lambda: chunk_fwd_o(q=k, k=k, v=v, h=h, g=G, scale=scale, **chunks),
+        lambda: chunk_bwd_dv_local(q=k, k=k, g=G, do=v, scale=scale, **chunks),
+        # With the recomputation of w and u, which follows it.
+        lambda: chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=G, beta=beta, **chunks),
+        lambda: chunk_local_cumsum(G, scale=RCP_LN2, **chunks),
+    ]
+    call_side_by_side(calls, device)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import flash_qla
 import torch
@@ -20,6 +19,7 @@ from flash_qla.ops.gated_delta_rule import chunk as stages
 from flash_qla.utils.index import prepare_varlen_metadata
 
 from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.side_by_side import call_side_by_side
 from qwen3next_train.log import get_logger
 
 CHUNK_SIZE = 64
@@ -63,7 +63,7 @@ def _with_chunks(sequences: Sequences) -> torch.Tensor:
 
 @functools.cache
 def _compile(key_heads: int, value_heads: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Call each stage of training once, on one chunk of zeros, all at the same time."""
+    """Call each stage of training once, on one chunk of zeros."""
     # A line for every kernel that begins or ends to compile; importing TileLang sets the level.
     logging.getLogger("tilelang").setLevel(logging.WARNING)
     get_logger().info("FlashQLA: its kernels are compiled unless they are in TileLang's cache; this can take a minute")
@@ -88,10 +88,4 @@ def _compile(key_heads: int, value_heads: int, dtype: torch.dtype, device: torch
         lambda: stages.group_reduce_vector(v, key_heads),
     ]
 
-    def call(stage: Callable[[], object]) -> None:
-        with torch.cuda.device(device):
-            stage()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for _ in pool.map(call, calls):
-            pass
+    call_side_by_side(calls, device)

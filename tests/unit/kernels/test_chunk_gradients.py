@@ -92,7 +92,12 @@ def check(
 ) -> None:
     """Compare for ``shape``: key heads, value heads to each, key and value head dim."""
     # Not at the top: Triton is imported where its kernels are used.
-    from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import ChunkStates, chunk_gradients
+    from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
+        ChunkInputs,
+        ChunkStates,
+        output_gradients,
+        write_gradients,
+    )
 
     key_heads, group, key_dim, value_dim = shape
     torch.manual_seed(0)
@@ -121,25 +126,27 @@ def check(
         return torch.stack([torch.stack(heads) for heads in chunks]).to(dtype)
 
     narrow = [leaf.detach().to(dtype) for leaf in leaves]
+    inputs = ChunkInputs(
+        *narrow[:3],
+        (truth.G_TN.detach() / math.log(2)).float(),
+        narrow[4],
+        truth.A_TNC.detach().to(dtype),
+        do_TNV,
+        sequences.cu_seqlens,
+        sequences.chunk_indices(chunk_size),
+    )
+    states = ChunkStates(
+        by_token([[v.detach() for v in chunk] for chunk in truth.v_new]),
+        by_chunk([[h.detach() for h in chunk] for chunk in truth.before]),
+        by_token([[gradient_or_zero(v) for v in chunk] for chunk in truth.v_new]),
+        by_chunk([[gradient_or_zero(h) for h in chunk] for chunk in truth.after]),
+    )
     with uninitialized_is_nan():
-        found = chunk_gradients(
-            *narrow[:3],
-            G_TN=(truth.G_TN.detach() / math.log(2)).float(),
-            beta_TN=narrow[4],
-            A_TNC=truth.A_TNC.detach().to(dtype),
-            do_TNV=do_TNV,
-            states=ChunkStates(
-                by_token([[v.detach() for v in chunk] for chunk in truth.v_new]),
-                by_chunk([[h.detach() for h in chunk] for chunk in truth.before]),
-                by_token([[gradient_or_zero(v) for v in chunk] for chunk in truth.v_new]),
-                by_chunk([[gradient_or_zero(h) for h in chunk] for chunk in truth.after]),
-            ),
-            scale=key_dim**-0.5,
-            cu_seqlens=sequences.cu_seqlens,
-            chunk_indices=sequences.chunk_indices(chunk_size),
-        )
+        outputs = output_gradients(inputs, states)
+        writes = write_gradients(inputs, states, outputs)
+    found = (outputs.dq_THK, writes.dk_THK, writes.dv_TNV, writes.dg_TN, writes.dbeta_TN)
     errors = {name: relative_error(x, leaf.grad) for name, x, leaf in zip(NAMES, found, leaves, strict=True)}
-    assert all(gradient.dtype == dtype for gradient in (found.dq_THK, found.dk_THK, found.dv_TNV, found.dbeta_TN))
+    assert all(gradient.dtype == dtype for gradient in (*found[:3], found[4]))
     assert {name: error for name, error in errors.items() if error > bounds[name]} == {}
 
 

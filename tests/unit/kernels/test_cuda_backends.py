@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
@@ -29,7 +29,7 @@ def kernels_with(**backends: str) -> KernelSet:
     """Selected kernels, or a skip that says why this machine refuses."""
     names = dict.fromkeys(KernelsConfig.model_fields, "reference") | backends
     try:
-        return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"))
+        return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"), model=ModelConfig())
     except KernelUnavailable as refusal:
         pytest.skip(str(refusal))
 
@@ -90,10 +90,11 @@ def test_attention_of_documents_of_one_length(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
 @pytest.mark.parametrize("counts", [[100, 0, 7, 93], [0, 0, 200, 0], [0, 0, 0, 0]])
-def test_grouped_mm(counts: list[int]) -> None:
+def test_grouped_matmul(backend: str, counts: list[int]) -> None:
     torch.manual_seed(0)
-    kernel = kernels_with(grouped_matmul="grouped_mm").grouped_matmul
+    kernel = kernels_with(grouped_matmul=backend).grouped_matmul
     counts_e = torch.tensor(counts, device="cuda")
     rows = sum(counts)
     narrow = [normal(rows, 64).requires_grad_(), normal(4, 128, 64).requires_grad_()]
@@ -121,19 +122,45 @@ def test_fla_convolution() -> None:
     )
 
 
-def test_fla_gated_delta_rule() -> None:
+@pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("flash_qla", 128)])
+@pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (128, 128)], ids=["packed", "one", "equal"])
+def test_gated_delta_rule(backend: str, head_dim: int, lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    kernel, sequences = kernels_with(gated_delta_rule="fla").gated_delta_rule, documents()
-    key_heads, value_heads, head_dim = 2, 4, 64
-    g = -torch.rand(TOKENS, value_heads, device="cuda")
-    beta = torch.rand(TOKENS, value_heads, device="cuda")
-    q, k = (torch.nn.functional.normalize(normal(TOKENS, key_heads, head_dim), dim=-1) for _ in "qk")
-    inputs = [q, k, normal(TOKENS, value_heads, head_dim)]
+    kernel = kernels_with(gated_delta_rule=backend).gated_delta_rule
+    sequences = Sequences.from_lengths(lengths, torch.device("cuda"))
+    tokens, key_heads, value_heads = sum(lengths), 2, 4
+    g = -torch.rand(tokens, value_heads, device="cuda")
+    beta = torch.rand(tokens, value_heads, device="cuda")
+    q, k = (torch.nn.functional.normalize(normal(tokens, key_heads, head_dim), dim=-1) for _ in "qk")
+    inputs = [q, k, normal(tokens, value_heads, head_dim)]
     compare(
         lambda q, k, v, g, beta: kernel(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
         lambda q, k, v, g, beta: gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=sequences)[0],
         [*inputs, g, beta],
     )
+
+
+@pytest.mark.parametrize("backend", ["fla", "flash_qla"])
+def test_the_gated_delta_rule_repeats_bit_for_bit_and_never_waits_for_the_device(backend: str) -> None:
+    torch.manual_seed(0)
+    kernel, sequences = kernels_with(gated_delta_rule=backend).gated_delta_rule, documents()
+    q, k = (torch.nn.functional.normalize(normal(TOKENS, 2, 128), dim=-1).requires_grad_() for _ in "qk")
+    v, (decay, strength) = normal(TOKENS, 4, 128).requires_grad_(), torch.rand(2, TOKENS, 4, device="cuda")
+    upstream = normal(TOKENS, 4, 128)
+
+    def gradients(sequences: Sequences) -> tuple[torch.Tensor, ...]:
+        out, _ = kernel(q, k, v, g_TN=-decay, beta_TN=strength.bfloat16(), sequences=sequences)
+        return torch.autograd.grad(out, (q, k, v), upstream)
+
+    first = gradients(sequences)
+    fresh = documents()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = gradients(fresh)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_references_run_on_cuda_as_on_cpu() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
+from tests.unit.kernels.comparison import BOUNDS, errors
+from tests.unit.kernels.interpreted import DEVICE
 
 
 @pytest.mark.parametrize("counts", [[3, 2, 4], [0, 5, 0], [0, 0, 7], [0, 0, 0]])
@@ -26,3 +28,73 @@ def test_rows_meet_their_experts_weight(counts: list[int]) -> None:
         expected = 2 * out.detach()[rows].T @ x.detach()[rows]
         torch.testing.assert_close(weight.grad[expert], expected)
         assert count > 0 or not weight.grad[expert].any()
+
+
+def compare_triton(counts: list[int], num_in: int, num_out: int, dtype: torch.dtype) -> None:
+    # Not at the top: Triton is imported where its kernels are used.
+    from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+    torch.manual_seed(0)
+    counts_e = torch.tensor(counts, device=DEVICE)
+    x = torch.randn(sum(counts), num_in, device=DEVICE).to(dtype)
+    weight = (torch.randn(len(counts), num_out, num_in, device=DEVICE) * num_in**-0.5).to(dtype)
+    found = errors(
+        lambda x, weight: grouped_matmul_triton(x, weight, counts_e=counts_e),
+        lambda x, weight: grouped_matmul_reference(x, weight, counts_e=counts_e),
+        [x, weight],
+    )
+    assert max(found) < BOUNDS[dtype], found
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU rounds the products of fp32 to tf32, and trains in bf16")
+@pytest.mark.parametrize("counts", [[3, 130, 0, 128], [0, 70, 0], [1]])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 24), (72, 264), (20, 300)])
+def test_triton_equals_the_loop(counts: list[int], num_in: int, num_out: int) -> None:
+    # In fp32, as Triton's interpreter multiplies no matrices of bf16.
+    compare_triton(counts, num_in, num_out, torch.float32)
+
+
+def test_triton_without_rows_gives_zero_gradients() -> None:
+    from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+    x = torch.zeros(0, 8, device=DEVICE, requires_grad=True)
+    weight = torch.ones(3, 16, 8, device=DEVICE, requires_grad=True)
+    out = grouped_matmul_triton(x, weight, counts_e=torch.zeros(3, dtype=torch.int64, device=DEVICE))
+    assert out.shape == (0, 16)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("counts", "num_in", "num_out"),
+    [
+        ([300, 0, 129, 1, 64, 2000], 2048, 1024),
+        ([300, 0, 129, 1, 64, 2000], 512, 2048),
+        ([5000, 3000], 2048, 1024),
+        ([17, 400], 136, 200),
+    ],
+)
+def test_triton_on_a_gpu(counts: list[int], num_in: int, num_out: int) -> None:
+    compare_triton(counts, num_in, num_out, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_triton_with_more_than_two_to_the_31_elements() -> None:
+    """Of the rows and of the weights; every product is looked at where it would be wrong first, at the end."""
+    from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+    experts, num_in, num_out, rows = 4, 1024, 600_000, 4_000
+    x = torch.zeros(rows, num_in, device=DEVICE, dtype=torch.bfloat16)
+    x[:, 0] = torch.arange(rows, device=DEVICE) % 251
+    weight = torch.zeros(experts, num_out, num_in, device=DEVICE, dtype=torch.bfloat16)
+    weight[-1, -1, 0] = 1
+    counts_e = torch.tensor([0, 1, 0, rows - 1], device=DEVICE)
+    with torch.no_grad():
+        out = grouped_matmul_triton(x, weight, counts_e=counts_e)
+    assert torch.equal(out[1:, -1], x[1:, 0])
+    assert not out[:, :-1].any()
+    assert not out[0].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -9,7 +10,7 @@ import types
 import pytest
 import torch
 
-from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.selection import format_choices, select_kernels
@@ -104,6 +105,83 @@ def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> N
     )
     table = format_choices(select_kernels(config, CUDA).choices)
     assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
+
+
+@pytest.fixture
+def flash_qla(hopper: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """An H100 with FlashQLA 0.1.3 and a CUDA toolkit, and a Triton with which FLA is right; returns tilelang.env."""
+    hopper.__version__ = "3.7.1"  # type: ignore[attr-defined]
+    for name in ("flash_qla", "tilelang", "tilelang.env"):
+        module = types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["tilelang.env"].CUDA_HOME = "/usr/local/cuda"  # type: ignore[attr-defined]
+    monkeypatch.setattr(importlib.metadata, "version", {"flash-qla": "0.1.3"}.get)
+    return sys.modules["tilelang.env"]
+
+
+def rule_fault(model: ModelConfig | None) -> str:
+    """Why FlashQLA, asked for by name, is refused."""
+    config = KernelsConfig(gated_delta_rule="flash_qla", causal_conv1d="reference")
+    with pytest.raises(KernelUnavailable) as caught:
+        select_kernels(config, CUDA, model=model)
+    return str(caught.value)
+
+
+def test_flash_qla_is_taken_where_it_runs(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = types.ModuleType("backend")
+    backend.gated_delta_rule_flash_qla = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.gated_delta_rule.flash_qla_backend", backend)
+    config = KernelsConfig(
+        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
+    )
+    kernels = select_kernels(config, CUDA, model=ModelConfig())
+    assert kernels.gated_delta_rule is backend.gated_delta_rule_flash_qla
+    assert "gated_delta_rule      flash_qla   auto: runs on this device" in format_choices(kernels.choices)
+
+
+def test_flash_qla_says_what_it_misses(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = ModelConfig(linear_key_head_dim=64)
+    assert "takes heads of 128 and the model's are of 64 (keys) and 128 (values)" in rule_fault(narrow)
+    assert "takes heads of 128 and the model's are unknown here" in rule_fault(None)
+    flash_qla.CUDA_HOME = ""  # type: ignore[attr-defined]
+    assert "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME" in rule_fault(ModelConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "has a backward for GPUs of compute capability 9 and 10 and this one has (8, 0)" in rule_fault(ModelConfig())
+    monkeypatch.setattr(importlib.metadata, "version", {"flash-qla": "0.1.2"}.get)
+    assert "needs flash-qla 0.1.3 or a later 0.1 and this is 0.1.2" in rule_fault(ModelConfig())
+    monkeypatch.delitem(sys.modules, "flash_qla")
+    assert "needs the package flash-qla, which is not installed: pip install 'flash-qla" in rule_fault(ModelConfig())
+
+
+def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
+    config = KernelsConfig(
+        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
+    )
+    table = format_choices(select_kernels(config, CUDA, model=ModelConfig()).choices)
+    reason = next(line for line in table.splitlines() if line.startswith("gated_delta_rule"))
+    assert reason.index("auto: fla has a wrong backward") < reason.index("; flash_qla needs the package flash-qla")
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "backend"),
+    [
+        (ModelConfig(), (9, 0), "triton"),
+        (ModelConfig(), (8, 0), "grouped_mm"),
+        (ModelConfig(), (10, 0), "grouped_mm"),
+        (ModelConfig(moe_intermediate_size=500), (9, 0), "grouped_mm"),
+        (None, (9, 0), "grouped_mm"),
+    ],
+)
+def test_own_expert_products_are_taken_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, model: ModelConfig | None, capability: tuple[int, int], backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = KernelsConfig(
+        gated_delta_rule="reference", causal_conv1d="reference", varlen_attention="reference", fused="reference"
+    )
+    choices = select_kernels(config, CUDA, model=model).choices
+    assert next(choice.backend for choice in choices if choice.operation == "grouped_matmul") == backend
 
 
 def test_torchs_own_backends_are_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

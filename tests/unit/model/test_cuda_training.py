@@ -25,8 +25,9 @@ MODEL = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    linear_key_head_dim=64,
-    linear_value_head_dim=64,
+    # The published size: some kernels take no other.
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
     linear_num_key_heads=2,
     linear_num_value_heads=4,
     num_experts=8,
@@ -49,7 +50,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def build(device: torch.device, dtype: torch.dtype) -> Qwen3NextForCausalLM:
-    kernels = select_kernels(KernelsConfig(), device, dtype=dtype)
+    kernels = select_kernels(KernelsConfig(), device, dtype=dtype, model=MODEL)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(MODEL, kernels=kernels)
     initialize(model, parameter_table(MODEL), seed=0, local_experts=range(8), device=device, dtype=dtype)

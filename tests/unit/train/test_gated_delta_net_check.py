@@ -164,7 +164,7 @@ def test_what_training_takes_on_this_gpu_passes_and_leaves_cpu_threads_alone(mon
     model = small_config(
         linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128
     )
-    kernels = select_kernels(KernelsConfig(), DEVICE)
+    kernels = select_kernels(KernelsConfig(), DEVICE, model=model)
     with checks_meanwhile(kernels, model, DEVICE, torch.bfloat16) as checks:
         pass
     assert len(checks()) == 3

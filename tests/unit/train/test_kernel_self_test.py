@@ -186,5 +186,5 @@ def test_sizes_of_the_largest_model_are_cut_and_stay_aligned() -> None:
 def test_selected_kernels_are_right_on_this_gpu() -> None:
     device = torch.device("cuda")
     model = small_config(linear_key_head_dim=128, linear_value_head_dim=128, head_dim=256)
-    checks = kernel_checks(select_kernels(KernelsConfig(), device), model, device, torch.bfloat16)
+    checks = kernel_checks(select_kernels(KernelsConfig(), device, model=model), model, device, torch.bfloat16)
     assert [check.line() for check in checks if not check.ok] == []

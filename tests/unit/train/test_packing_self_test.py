@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import KernelsConfig
+from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.kernels.delta_rule_inputs import RuleInputs
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.sequences import Sequences
@@ -174,7 +174,7 @@ def test_the_check_takes_fp32_for_references_and_says_what_leaks() -> None:
 @pytest.mark.gpu
 def test_selected_kernels_keep_documents_apart_on_this_gpu() -> None:
     device = torch.device("cuda")
-    kernels = select_kernels(KernelsConfig(), device)
+    kernels = select_kernels(KernelsConfig(), device, model=ModelConfig())
     check = packing_check(kernels, device, torch.bfloat16)
     assert check.ok, check.detail
     for operation in MIXERS:

@@ -108,6 +108,8 @@ def test_versions():
         "deepspeed",
         "triton",
         "flash-linear-attention",
+        "flash-qla",
+        "tilelang",
         "numpy",
     }
 

@@ -1,0 +1,220 @@
+"""Expert products by Triton on Hopper: tiles arrive by its bulk copy engine, row counts are read on the device.
+
+Rows of an expert are cut into tiles, whose number only the device knows. As many programs are started as there could
+be, and each looks up whose tile it has; those without one end. A tile of rows may run into the next expert's, whose
+products are computed and not stored; in the gradient of the weights, where rows are summed, an expert's last rows are
+loaded apart, under a mask.
+
+No slower than ``torch.nn.functional.grouped_mm`` where each of 64 experts has 2,560 rows and faster where the products
+are small (docs/benchmarks/one-hopper-gpu.md); both give the same bits.
+
+Saved for the backward pass: both operands and where each expert's rows and tiles end.
+
+Letters: R rows, e local experts, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_TILE_ROWS = 128
+
+
+class _Launch(NamedTuple):
+    """A program's tile (both sides, and how much of the sum at a time), its warps, stages of its loads."""
+
+    side: tuple[int, int]
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+# The fastest of those tried on an H200 for the experts of Qwen3-Next.
+_LONG_SUM = _Launch((_TILE_ROWS, 256), 64, 8, 4)
+_SHORT_SUM = _Launch((_TILE_ROWS, 128), 64, 4, 3)
+_SHORT_SUM_FEATURES = 512
+_MANY_ROWS = _Launch((128, 256), 64, 8, 3)
+_FEW_ROWS = _Launch((128, 128), 64, 4, 2)
+_FEW_ROWS_PER_EXPERT = 1024
+
+
+def grouped_matmul_triton(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts_e: torch.Tensor) -> torch.Tensor:
+    """See the package for the contract. In bf16 both feature sizes have to be multiples of 8."""
+    return _GroupedMatmul.apply(x_RI, weight_eOI, counts_e)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: torch.Tensor, weight_eOI: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+        x_RI, weight_eOI = x_RI.contiguous(), weight_eOI.contiguous()
+        experts = counts_e.numel()
+        ends_2e = torch.empty(2, experts, dtype=torch.int32, device=x_RI.device)
+        block = triton.next_power_of_2(experts)
+        _find_ends[(1,)](counts_e, ends_2e, experts, EXPERTS=block, TILE_ROWS=_TILE_ROWS)
+        ctx.save_for_backward(x_RI, weight_eOI, ends_2e)
+        return _row_products(x_RI, weight_eOI, ends_2e, to_output=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x_RI, weight_eOI, ends_2e = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _row_products(grad_RO, weight_eOI, ends_2e, to_output=False)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad_RO, x_RI, ends_2e)
+        return grad_x, grad_weight, None
+
+
+def _row_products(
+    rows: torch.Tensor, weight_eOI: torch.Tensor, ends_2e: torch.Tensor, *, to_output: bool
+) -> torch.Tensor:
+    """Each row times its expert's weight: ``[R, I]`` to ``[R, O]``, or transposed ``[R, O]`` to ``[R, I]``."""
+    experts, num_out, num_in = weight_eOI.shape
+    features, summed = (num_out, num_in) if to_output else (num_in, num_out)
+    num_rows = rows.shape[0]
+    result = rows.new_empty(num_rows, features)
+    if num_rows == 0:
+        return result
+    launch = _SHORT_SUM if summed <= _SHORT_SUM_FEATURES else _LONG_SUM
+    columns = launch.side[1]
+    weight_block = [columns, launch.step] if to_output else [launch.step, columns]
+    # How many tiles there are at most: each expert's last one may be as good as empty.
+    tiles = triton.cdiv(num_rows, _TILE_ROWS) + experts
+    _multiply_rows[(tiles * triton.cdiv(features, columns),)](
+        TensorDescriptor.from_tensor(rows, [_TILE_ROWS, launch.step]),
+        TensorDescriptor.from_tensor(weight_eOI.view(-1, num_in), weight_block),
+        result,
+        ends_2e,
+        experts,
+        features,
+        summed,
+        EXPERTS=triton.next_power_of_2(experts),
+        ROWS=_TILE_ROWS,
+        COLUMNS=columns,
+        STEP=launch.step,
+        TO_OUTPUT=to_output,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return result
+
+
+def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.Tensor) -> torch.Tensor:
+    """``grad^T @ x`` over each expert's rows ``[e, O, I]``."""
+    (num_rows, num_out), num_in, experts = grad_RO.shape, x_RI.shape[1], ends_2e.shape[1]
+    if num_rows == 0:
+        return x_RI.new_zeros(experts, num_out, num_in)
+    result = x_RI.new_empty(experts, num_out, num_in)
+    launch = _FEW_ROWS if num_rows < _FEW_ROWS_PER_EXPERT * experts else _MANY_ROWS
+    height, width = launch.side
+    _sum_over_rows[(triton.cdiv(num_out, height) * triton.cdiv(num_in, width), experts)](
+        TensorDescriptor.from_tensor(grad_RO, [launch.step, height]),
+        TensorDescriptor.from_tensor(x_RI, [launch.step, width]),
+        grad_RO,
+        x_RI,
+        result,
+        ends_2e,
+        num_out,
+        num_in,
+        HEIGHT=height,
+        WIDTH=width,
+        STEP=launch.step,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return result
+
+
+@triton.jit
+def _find_ends(counts, ends, num_experts, EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """End of each expert's rows, and of its tiles."""
+    expert = tl.arange(0, EXPERTS)
+    count = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    tl.store(ends + expert, tl.cumsum(count, axis=0), mask=expert < num_experts)
+    tiles = (count + TILE_ROWS - 1) // TILE_ROWS
+    tl.store(ends + num_experts + expert, tl.cumsum(tiles, axis=0), mask=expert < num_experts)
+
+
+@triton.jit
+def _multiply_rows(
+    rows,
+    weight,
+    result,
+    ends,
+    num_experts,
+    features,
+    summed,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TO_OUTPUT: tl.constexpr,
+):
+    """One tile of the result. Tiles of the same rows are neighbours, then those of the same expert."""
+    blocks = tl.cdiv(features, COLUMNS)
+    tile, first_column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS
+    index = tl.arange(0, EXPERTS)
+    tile_ends = tl.load(ends + num_experts + index, mask=index < num_experts, other=2**31 - 1)
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    if expert < num_experts:
+        first_tile = tl.load(ends + num_experts + expert - 1, mask=expert > 0, other=0)
+        first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * ROWS
+        end = tl.load(ends + expert)
+        total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        # Beyond the last feature both operands' copies are filled with zeros, or the rows' alone are.
+        for first in range(0, summed, STEP):
+            left = rows.load([first_row, first])
+            if TO_OUTPUT:
+                right = weight.load([expert * features + first_column, first])
+                total = tl.dot(left, right.T, total)
+            else:
+                right = weight.load([expert * summed + first, first_column])
+                total = tl.dot(left, right, total)
+        row = first_row + tl.arange(0, ROWS)
+        column = first_column + tl.arange(0, COLUMNS)
+        place = result + row.to(tl.int64)[:, None] * features + column[None, :]
+        inside = (row < end)[:, None] & (column < features)[None, :]
+        tl.store(place, total.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_over_rows(
+    grad,
+    x,
+    grad_ptr,
+    x_ptr,
+    result,
+    ends,
+    num_out,
+    num_in,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of the gradient of one expert's weight; zeros if the expert has no rows."""
+    blocks = tl.cdiv(num_in, WIDTH)
+    first_out, first_in = tl.program_id(0) // blocks * HEIGHT, tl.program_id(0) % blocks * WIDTH
+    expert = tl.program_id(1)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    whole_steps = start + (end - start) // STEP * STEP
+    total = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
+    for first in range(start, whole_steps, STEP):
+        total = tl.dot(grad.load([first, first_out]).T, x.load([first, first_in]), total)
+    out_column, in_column = first_out + tl.arange(0, HEIGHT), first_in + tl.arange(0, WIDTH)
+    if whole_steps < end:
+        row = (whole_steps + tl.arange(0, STEP)).to(tl.int64)
+        left_place = grad_ptr + row[:, None] * num_out + out_column[None, :]
+        left = tl.load(left_place, mask=(row < end)[:, None] & (out_column < num_out)[None, :], other=0.0)
+        right_place = x_ptr + row[:, None] * num_in + in_column[None, :]
+        right = tl.load(right_place, mask=(row < end)[:, None] & (in_column < num_in)[None, :], other=0.0)
+        total = tl.dot(left.T, right, total)
+    place = (expert.to(tl.int64) * num_out + out_column[:, None]) * num_in + in_column[None, :]
+    inside = (out_column < num_out)[:, None] & (in_column < num_in)[None, :]
+    tl.store(result + place, total.to(result.dtype.element_ty), mask=inside)
