@@ -2,10 +2,11 @@
 
 ``python scripts/benchmarks/bench_step.py`` measures the two shipped shapes ``bench_slice4_e512.yaml`` and
 ``bench_ep8_proxy.yaml``; ``--config`` another one. Of each: forward and backward of one micro-batch (``whole``), the
-same without head and loss (``layers``), and the optimizer step after all micro-batches through the training engine
-(``step``), which is split into AdamW and the rest (fp32 accumulation, clipping, weight copies). Each with rows of one
-document (``dense``) and of many (``packed``), with the router's choice (``natural``) and with the same number of rows
-for every expert (``balanced``).
+same without head and loss (``layers``), the whole with what ``parallel.recompute`` can name computed again (``again``
+and its parts), and the optimizer step after all micro-batches through the training engine (``step``), which is split
+into AdamW and the rest (fp32 accumulation, clipping, weight copies). Each but the second last with rows of one document
+(``dense``) and of many (``packed``), with the router's choice (``natural``) and with the same number of rows for every
+expert (``balanced``).
 
 Rates are exact model FLOPs (``accounting.flops``; the router's are left out, as others do) over the median time. No
 speed is printed while an operation is wrong: every kernel is first compared with its definition, as ``doctor`` does.
@@ -33,7 +34,7 @@ from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.cli.arguments import Option, parse_words
 from qwen3next_train.cli.commands import load
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.errors import ConfigError, TrainError
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, format_choices, select_kernels
@@ -63,18 +64,27 @@ class Case:
     rows: str
     routing: str
     part: str
+    recompute: tuple[RecomputePart, ...] = ()
 
     @property
     def name(self) -> str:
         """As ``--only`` matches it."""
-        return f"{self.rows}/{self.routing}/{self.part}"
+        return "/".join([self.rows, self.routing, self.part, *self.recompute])
 
 
-CASES = tuple(
-    Case(rows, routing, part)
-    for part in ("whole", "layers", "step")
-    for rows in ("dense", "packed")
-    for routing in ("natural", "balanced")
+_CHEAP: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
+_RECOMPUTED: tuple[tuple[RecomputePart, ...], ...] = (*((part,) for part in _CHEAP), _CHEAP, ("layer",))
+
+
+def _each_form(part: str) -> list[Case]:
+    return [Case(rows, routing, part) for rows in ("dense", "packed") for routing in ("natural", "balanced")]
+
+
+CASES = (
+    *_each_form("whole"),
+    *_each_form("layers"),
+    *(Case("dense", "natural", "again", parts) for parts in _RECOMPUTED),
+    *_each_form("step"),
 )
 
 
@@ -165,6 +175,7 @@ class Bench:
 
     def _alone(self, case: Case, model: Qwen3NextForCausalLM) -> Outcome:
         """Forward and backward of one micro-batch; gradients are written, not accumulated."""
+        model.recompute = case.recompute
         batch = random_batch(self.config, packed=case.rows == "packed").to(self.device)
         scales = LossScales([float(count) for count in batch.num_targets], num_micro_batches=1)
 
@@ -188,7 +199,10 @@ class Bench:
         kernels = top_kernels(work, self.device) if self.with_profile and case.part == "whole" else []
         model.zero_grad(set_to_none=True)
         flops = model_flops(self.config, batch, layers_only=case.part == "layers")
-        return Outcome(case, batch.num_tokens, flops, timing, f"first run {timing.first_s:.1f} s", kernels)
+        note = f"first run {timing.first_s:.1f} s"
+        if case.recompute:
+            note = f"{note}, recompute {'+'.join(case.recompute)}"
+        return Outcome(case, batch.num_tokens, flops, timing, note, kernels)
 
     def _step(self, case: Case, train_step: Callable[..., object]) -> Outcome:
         """All micro-batches of an optimizer step and the update."""

@@ -90,6 +90,7 @@ def _row_products(
         TensorDescriptor.from_tensor(rows, [_TILE_ROWS, launch.step]),
         TensorDescriptor.from_tensor(weight_eOI.view(-1, num_in), weight_block),
         result,
+        TensorDescriptor.from_tensor(result, [_TILE_ROWS, columns]),
         ends_2e,
         experts,
         features,
@@ -118,7 +119,8 @@ def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.T
         TensorDescriptor.from_tensor(x_RI, [launch.step, width]),
         grad_RO,
         x_RI,
-        result,
+        # Of three dimensions, so that nothing is written beyond an expert's last row.
+        TensorDescriptor.from_tensor(result, [1, height, width]),
         ends_2e,
         num_out,
         num_in,
@@ -145,6 +147,7 @@ def _find_ends(counts, ends, num_experts, EXPERTS: tl.constexpr, TILE_ROWS: tl.c
 def _multiply_rows(
     rows,
     weight,
+    result_ptr,
     result,
     ends,
     num_experts,
@@ -176,11 +179,15 @@ def _multiply_rows(
             else:
                 right = weight.load([expert * summed + first, first_column])
                 total = tl.dot(left, right, total)
-        row = first_row + tl.arange(0, ROWS)
-        column = first_column + tl.arange(0, COLUMNS)
-        place = result + row.to(tl.int64)[:, None] * features + column[None, :]
-        inside = (row < end)[:, None] & (column < features)[None, :]
-        tl.store(place, total.to(result.dtype.element_ty), mask=inside)
+        narrow = total.to(result_ptr.dtype.element_ty)
+        if first_row + ROWS <= end:
+            # Columns beyond the last are not written.
+            result.store([first_row, first_column], narrow)
+        else:
+            row = first_row + tl.arange(0, ROWS)
+            column = first_column + tl.arange(0, COLUMNS)
+            place = result_ptr + row.to(tl.int64)[:, None] * features + column[None, :]
+            tl.store(place, narrow, mask=(row < end)[:, None] & (column < features)[None, :])
 
 
 @triton.jit
@@ -207,14 +214,13 @@ def _sum_over_rows(
     total = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
     for first in range(start, whole_steps, STEP):
         total = tl.dot(grad.load([first, first_out]).T, x.load([first, first_in]), total)
-    out_column, in_column = first_out + tl.arange(0, HEIGHT), first_in + tl.arange(0, WIDTH)
     if whole_steps < end:
+        out_column, in_column = first_out + tl.arange(0, HEIGHT), first_in + tl.arange(0, WIDTH)
         row = (whole_steps + tl.arange(0, STEP)).to(tl.int64)
         left_place = grad_ptr + row[:, None] * num_out + out_column[None, :]
         left = tl.load(left_place, mask=(row < end)[:, None] & (out_column < num_out)[None, :], other=0.0)
         right_place = x_ptr + row[:, None] * num_in + in_column[None, :]
         right = tl.load(right_place, mask=(row < end)[:, None] & (in_column < num_in)[None, :], other=0.0)
         total = tl.dot(left.T, right, total)
-    place = (expert.to(tl.int64) * num_out + out_column[:, None]) * num_in + in_column[None, :]
-    inside = (out_column < num_out)[:, None] & (in_column < num_in)[None, :]
-    tl.store(result + place, total.to(result.dtype.element_ty), mask=inside)
+    narrow = total.to(grad_ptr.dtype.element_ty)
+    result.store([expert, first_out, first_in], narrow.reshape(1, HEIGHT, WIDTH))
