@@ -333,6 +333,11 @@ def _grouped_triton_fault(place: _Place) -> str | None:
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     if place.capability[0] != HOPPER:
         return f"is written for GPUs of compute capability 9 and this one has {place.capability}"
+    import triton
+
+    # They have turned products of transposed operands into wrong numbers before, and were not tried here.
+    if miscompiles_gated_backward(triton.__version__):
+        return f"is not trusted to triton {triton.__version__}: install triton >= 3.7.1"
     sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
     if not sizes or any(size % 8 for size in sizes):
         found = " and ".join(map(str, sizes)) or "unknown here"

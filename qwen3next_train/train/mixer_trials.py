@@ -46,6 +46,16 @@ def first_output(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], 
     return (rule(**inputs)[0],)
 
 
+def model_heads(model: ModelConfig) -> HeadShape:
+    """All heads of the model's Gated DeltaNet."""
+    return HeadShape(
+        key_heads=model.linear_num_key_heads,
+        value_heads=model.linear_num_value_heads,
+        key_dim=model.linear_key_head_dim,
+        value_dim=model.linear_value_head_dim,
+    )
+
+
 def _few_heads(model: ModelConfig) -> HeadShape:
     """Two key heads of the model's sizes, and at most eight value heads to each."""
     group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
@@ -53,14 +63,18 @@ def _few_heads(model: ModelConfig) -> HeadShape:
 
 
 def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    heads = _few_heads(model)
+    # FlashQLA is compiled for a number of heads, and for states, by minutes: what training runs is compiled once.
+    as_trained = any(
+        choice.operation == "gated_delta_rule" and choice.backend == "flash_qla" for choice in kernels.choices
+    )
+    heads = model_heads(model) if as_trained else _few_heads(model)
     decay = frozenset({"g_TN"})
     wide = decay | {"initial_state_DNKV"}
     for sequences in random.packings():
         inputs = delta_rule_tensors(random, heads, NUM_TOKENS)
         kernel = partial(kernels.gated_delta_rule, sequences=sequences)
         truth = partial(recurrent_gated_delta_rule, sequences=sequences)
-        if sequences.num_documents > 1:
+        if as_trained or sequences.num_documents > 1:
             # As in training: documents begin empty, and nobody reads the final state.
             yield Trial(inputs, partial(first_output, kernel), partial(first_output, truth), wide, decay)
         else:

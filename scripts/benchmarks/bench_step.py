@@ -193,7 +193,7 @@ class Bench:
                 upstream_TD.append(torch.randn_like(hidden_TD))
             hidden_TD.backward(upstream_TD[0])
 
-        work = whole if case.part == "whole" else layers
+        work = layers if case.part == "layers" else whole
         timing = measure(work, self.device, iterations=self.iterations)
         self.medians[case] = timing.median
         kernels = top_kernels(work, self.device) if self.with_profile and case.part == "whole" else []

@@ -164,18 +164,28 @@ def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "capability", "backend"),
+    ("model", "capability", "triton", "backend"),
     [
-        (ModelConfig(), (9, 0), "triton"),
-        (ModelConfig(), (8, 0), "grouped_mm"),
-        (ModelConfig(), (10, 0), "grouped_mm"),
-        (ModelConfig(moe_intermediate_size=500), (9, 0), "grouped_mm"),
-        (None, (9, 0), "grouped_mm"),
+        (ModelConfig(), (9, 0), "3.7.1", "triton"),
+        (ModelConfig(), (9, 0), "3.6.0", "grouped_mm"),
+        (ModelConfig(), (8, 0), "3.7.1", "grouped_mm"),
+        (ModelConfig(), (10, 0), "3.7.1", "grouped_mm"),
+        (ModelConfig(moe_intermediate_size=500), (9, 0), "3.7.1", "grouped_mm"),
+        (None, (9, 0), "3.7.1", "grouped_mm"),
     ],
 )
 def test_own_expert_products_are_taken_on_hopper(
-    monkeypatch: pytest.MonkeyPatch, model: ModelConfig | None, capability: tuple[int, int], backend: str
+    hopper: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    model: ModelConfig | None,
+    capability: tuple[int, int],
+    triton: str,
+    backend: str,
 ) -> None:
+    hopper.__version__ = triton  # type: ignore[attr-defined]
+    backend_module = types.ModuleType("backend")
+    backend_module.grouped_matmul_triton = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.grouped_matmul.triton_backend", backend_module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = KernelsConfig(
         gated_delta_rule="reference", causal_conv1d="reference", varlen_attention="reference", fused="reference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,31 @@ def test_a_kernel_that_returns_nan_is_infinitely_wrong() -> None:
     assert relative_error(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("inf")
     assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+
+
+def test_flash_qla_is_tried_with_all_heads_and_without_states() -> None:
+    model = small_config(
+        linear_key_head_dim=16, linear_value_head_dim=24, linear_num_key_heads=3, linear_num_value_heads=6
+    )
+    seen = set()
+
+    def rule(q_THK: torch.Tensor, k_THK: torch.Tensor, v_TNV: torch.Tensor, **rest: Any) -> tuple:
+        seen.add((k_THK.shape[1], v_TNV.shape[1], *(name for name in rest if "state" in name)))
+        return gated_delta_rule_reference(q_THK, k_THK, v_TNV, **rest)
+
+    def tried(backend: str) -> set[tuple]:
+        kernels = cpu_kernels()
+        choices = tuple(
+            replace(choice, backend=backend) if choice.operation == "gated_delta_rule" else choice
+            for choice in kernels.choices
+        )
+        kernels = replace(kernels, gated_delta_rule=rule, choices=choices)
+        seen.clear()
+        assert max(kernel_errors("gated_delta_rule", kernels, model, CPU, torch.float64).values()) < 1e-10
+        return set(seen)
+
+    assert tried("flash_qla") == {(3, 6)}
+    assert tried("fla") == {(2, 4), (2, 4, "initial_state_DNKV", "output_final_state")}
 
 
 def test_repeats_are_equal_and_leave_generators_and_threads_alone() -> None:
