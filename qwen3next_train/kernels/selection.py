@@ -6,8 +6,10 @@ substituted for it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -283,7 +285,12 @@ def _flash_qla_fault(place: _Place) -> str | None:
     """Why FlashQLA's gated delta rule cannot run, or None."""
     if importlib.util.find_spec("flash_qla") is None:
         return "needs the package flash-qla, which is not installed: pip install 'flash-qla>=0.1.3,<0.2'"
-    version = importlib.metadata.version("flash-qla")
+    try:
+        version = importlib.metadata.version("flash-qla")
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            "can be imported but is not installed, so that its version is unknown: pip install 'flash-qla>=0.1.3,<0.2'"
+        )
     if not (0, 1, 3) <= _version(version) < (0, 2):
         return f"needs flash-qla 0.1.3 or a later 0.1 and this is {version}: pip install 'flash-qla>=0.1.3,<0.2'"
     if place.capability[0] not in (HOPPER, BLACKWELL):
@@ -296,12 +303,17 @@ def _flash_qla_fault(place: _Place) -> str | None:
 
 
 def _tilelang_fault() -> str | None:
-    """Why TileLang cannot compile here, or None."""
+    """Why FlashQLA cannot be imported and compiled here, or None."""
     try:
         from tilelang.env import CUDA_HOME
-    except (ImportError, OSError) as error:
-        return f"needs the package tilelang, which cannot be imported ({error}): pip install tilelang"
-    return None if CUDA_HOME else "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME"
+
+        if not CUDA_HOME:
+            return "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME"
+        importlib.import_module("qwen3next_train.kernels.gated_delta_rule.flash_qla_backend")
+    except Exception as error:  # noqa: BLE001 - whatever importing other people's compilers may raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"cannot be imported ({reason}): pip install --upgrade flash-qla tilelang"
+    return None
 
 
 _RULE_FAULTS: Mapping[str, _Fault] = {"flash_qla": _flash_qla_fault, "fla": _fla_rule_fault}
@@ -373,6 +385,8 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
 
         return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
+    # Where FlashQLA can be imported, FLA would hand it the rule; here that is a choice of its own.
+    os.environ.setdefault("FLA_FLASH_QLA", "0")
     with only_operations_of_fla():
         from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 

@@ -18,15 +18,17 @@ def call_side_by_side(calls: Sequence[Callable[[], object]], device: torch.devic
     Args:
         calls: each launches other kernels than the others; results are dropped. The longest to compile best comes
             first.
-        device: CUDA device they work on.
+        device: CUDA device they work on, on the caller's stream.
 
     Raises:
         Exception: what the first call in order that failed raised.
     """
 
+    stream = torch.cuda.current_stream(device)
+
     def call(one: Callable[[], object]) -> None:
-        # The current device is each thread's own.
-        with torch.cuda.device(device):
+        # The current device and stream are each thread's own.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             one()
 
     with ThreadPoolExecutor(len(calls)) as pool:

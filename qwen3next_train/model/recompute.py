@@ -5,7 +5,7 @@ function's outputs are replaced wherever anyone saves them for the backward pass
 compute them again from the function's inputs, once, when the first of them is asked for
 (``torch.autograd.graph.saved_tensors_hooks``). The same holds for what is saved inside the function. The autograd
 graph is the one that there is without recompute, so gradients are the same bit for bit; but norms that are rebuilt are
-not fused with the sum before them, which another kernel then computes with the same roundings.
+not fused with the sum before them, which another kernel then computes; in bf16 they are the same within rounding.
 
 A part of a layer is marked where it is computed: ``rebuilt("norms", function, *inputs)``. Marks do nothing outside of
 :func:`recomputing`, under ``no_grad`` and inside another function that is being rebuilt. Do not mark what makes the

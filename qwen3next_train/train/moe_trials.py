@@ -15,7 +15,10 @@ from qwen3next_train.train.kernel_trial import NUM_TOKENS, Outputs, Random, Tria
 
 def _grouped_matmul(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     hidden, expert_hidden = capped(model.hidden_size), capped(model.moe_intermediate_size)
-    for counts in ((5, 0, 41, 1), (16, 16, 16, 16)):
+    # The last two have more rows than a tile of any kernel, and than it sums up at a time. They meet fewer features.
+    for counts in ((5, 0, 41, 1), (16, 16, 16, 16), (5, 0, 200, 1), (2100, 7)):
+        if max(counts) > 64:
+            hidden, expert_hidden = (min(size, 256 + size % 128) for size in (hidden, expert_hidden))
         counts_e = torch.tensor(counts, device=random.device)
         inputs = {
             "x_RI": random.normal(sum(counts), hidden),

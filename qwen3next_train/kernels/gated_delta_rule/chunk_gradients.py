@@ -149,7 +149,7 @@ class _Launch(NamedTuple):
     num_stages: int
 
 
-# The fastest of those tried on an H200 with heads of 128.
+# The fastest of those tried on an H200 with heads of 128; the first takes 174 KB of the 227 KB of shared memory there.
 _OUTPUT_LAUNCH = _Launch(64, 8, 3)
 _WRITE_LAUNCH = _Launch(64, 4, 1)
 
@@ -254,7 +254,7 @@ def _output_gradients(
         G_end = tl.load(G + base + (length - 1) * (H * R))
         dq_CK = dq_CK * (tl.exp2(G_C) * scale)[:, None]
         dk_CK = dk_CK * tl.where(exists, tl.exp2(G_end - G_C), 0.0)[:, None]
-        dg_end = tl.exp2(G_end) * tl.sum(product, axis=0) + tl.sum(tl.sum(dk_CK * k_CK, axis=1), axis=0)
+        dg_end = tl.exp2(G_end) * tl.sum(product, axis=0) + tl.sum(dk_CK * k_CK)
         ds_CC = tl.where(seen, ds_CC * tl.exp2(G_C[:, None] - G_C[None, :]), 0.0) * scale
         ds_narrow = ds_CC.to(k_CK.dtype)
         dq_CK = tl.dot(ds_narrow, k_CK, dq_CK)

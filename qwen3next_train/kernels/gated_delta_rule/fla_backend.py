@@ -1,4 +1,7 @@
-"""The gated delta rule by flash-linear-attention's Triton kernels, and ours for the gradients inside chunks (CUDA).
+"""The gated delta rule by flash-linear-attention's Triton kernels (CUDA), on Hopper with own ones for a part of them.
+
+The gradients inside chunks are computed by ours there, which are made for its shared memory and for heads of up to
+128; elsewhere all of the rule is FLA's.
 
 Saved for the backward pass: q, k, v, beta, the decays cumulated within chunks and each chunk's inverse; the states are
 computed again.
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
 from fla.ops.common.chunk_o import chunk_bwd_dv_local, chunk_fwd_o
-from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule, chunk_gated_delta_rule_fwd
 from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
 from fla.ops.gated_delta_rule.wy_fast import recompute_w_u_fwd
 from fla.ops.utils import chunk_local_cumsum
@@ -26,11 +29,14 @@ from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
     output_gradients,
     write_gradients,
 )
+from qwen3next_train.kernels.gated_delta_rule.tuned_configs import shipped_configs_are_used
 from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.kernels.side_by_side import call_side_by_side
 
 CHUNK_SIZE = 64
 """Tokens per chunk: the size for which FLA fuses the triangular solve."""
+_HOPPER = 9
+_OWN_HEAD_DIMS = range(16, 129)
 
 
 def gated_delta_rule_fla(
@@ -45,18 +51,30 @@ def gated_delta_rule_fla(
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See the package for the contract. Value heads stay grouped; inputs that are not contiguous are copied."""
-    _compile(k_THK.shape[1:], v_TNV.shape[1:], q_THK.dtype, q_THK.device)
-    return _GatedDeltaRule.apply(
-        q_THK,
-        k_THK,
-        v_TNV,
-        g_TN,
-        beta_TN,
-        initial_state_DNKV,
-        output_final_state,
-        sequences.cu_seqlens,
-        sequences.chunk_indices(CHUNK_SIZE),
+    operands = (q_THK, k_THK, v_TNV, g_TN, beta_TN)
+    cu_seqlens, chunk_indices = sequences.cu_seqlens, sequences.chunk_indices(CHUNK_SIZE)
+    if _ours_are_for(q_THK.device, k_THK.shape[2], v_TNV.shape[2]):
+        if shipped_configs_are_used() and torch.is_grad_enabled():
+            # Not where FLA looks for configurations: it would time them beside each other.
+            _compile(k_THK.shape[1:], v_TNV.shape[1:], q_THK.dtype, q_THK.device)
+        return _GatedDeltaRule.apply(*operands, initial_state_DNKV, output_final_state, cu_seqlens, chunk_indices)
+    out, final_state = chunk_gated_delta_rule(
+        *(x.unsqueeze(0) for x in operands),
+        initial_state=initial_state_DNKV,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices,
+        chunk_size=CHUNK_SIZE,
     )
+    return out.squeeze(0), final_state
+
+
+@functools.cache
+def _ours_are_for(device: torch.device, key_dim: int, value_dim: int) -> bool:
+    """Whether the gradients inside chunks are computed by own kernels."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        return False
+    return key_dim in _OWN_HEAD_DIMS and value_dim in _OWN_HEAD_DIMS
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -75,6 +93,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # FLA's functions take a batch of one that holds all documents.
         q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q_THK, k_THK, v_TNV, g_TN, beta_TN))
+        initial_state_DNKV = None if initial_state_DNKV is None else initial_state_DNKV.contiguous()
         scale = k.shape[-1] ** -0.5
         G, out, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
             q,
@@ -97,6 +116,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, do_TNV: torch.Tensor, dfinal_DNKV: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, beta, G, A, initial_state_DNKV, cu_seqlens, chunk_indices = ctx.saved_tensors
         do = do_TNV.contiguous().unsqueeze(0)
+        dfinal_DNKV = None if dfinal_DNKV is None else dfinal_DNKV.contiguous()
         packing = {"cu_seqlens": cu_seqlens, "chunk_indices": chunk_indices}
         chunks = packing | {"chunk_size": CHUNK_SIZE}
         w, u = recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, g=G, **packing)

@@ -14,6 +14,11 @@ from pathlib import Path
 _TUNED = Path(__file__).parent / "tuned"
 
 
+def shipped_configs_are_used() -> bool:
+    """Whether FLA takes configurations from files, and so tries none itself."""
+    return os.environ.get("FLA_CACHE_MODE") == "default"
+
+
 def use_tuned_configs(capability: tuple[int, int]) -> None:
     """Point FLA to the configurations shipped for a GPU, if there are any. To be called before FLA is imported.
 

@@ -100,6 +100,7 @@ def _row_products(
         COLUMNS=columns,
         STEP=launch.step,
         TO_OUTPUT=to_output,
+        RAGGED=summed % launch.step != 0,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -158,6 +159,7 @@ def _multiply_rows(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     TO_OUTPUT: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """One tile of the result. Tiles of the same rows are neighbours, then those of the same expert."""
     blocks = tl.cdiv(features, COLUMNS)
@@ -170,7 +172,8 @@ def _multiply_rows(
         first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * ROWS
         end = tl.load(ends + expert)
         total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        # Beyond the last feature both operands' copies are filled with zeros, or the rows' alone are.
+        # Beyond the last feature the copies are filled with zeros, but for weights that are summed over their outputs:
+        # there the next expert's follow, whose infinities must not meet the zeros of the rows.
         for first in range(0, summed, STEP):
             left = rows.load([first_row, first])
             if TO_OUTPUT:
@@ -178,6 +181,8 @@ def _multiply_rows(
                 total = tl.dot(left, right.T, total)
             else:
                 right = weight.load([expert * summed + first, first_column])
+                if RAGGED:
+                    right = tl.where((first + tl.arange(0, STEP) < summed)[:, None], right, 0.0)
                 total = tl.dot(left, right, total)
         narrow = total.to(result_ptr.dtype.element_ty)
         if first_row + ROWS <= end:

@@ -161,7 +161,7 @@ def test_fp32_equals_autograd(lengths: tuple[int, ...], shape: tuple[int, int, i
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 3, 64, 128), (1, 1, 256, 64)])
+@pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 3, 64, 128), (1, 1, 96, 80)])
 def test_bf16_equals_autograd_up_to_rounding(shape: tuple[int, int, int, int]) -> None:
     # The gradient of g is a small difference of large sums.
     check(

@@ -54,6 +54,24 @@ def test_triton_equals_the_loop(counts: list[int], num_in: int, num_out: int) ->
     compare_triton(counts, num_in, num_out, torch.float32)
 
 
+def test_triton_keeps_what_is_not_finite_with_its_expert() -> None:
+    from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+    counts, dtype = [3, 130, 5], torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    x = torch.ones(sum(counts), 16, device=DEVICE, dtype=dtype, requires_grad=True)
+    # 24 outputs: fewer than are summed at a time in the gradient of the rows.
+    weight = torch.ones(3, 24, 16, device=DEVICE, dtype=dtype)
+    weight[1] = float("nan")
+    weight.requires_grad_()
+    out = grouped_matmul_triton(x, weight, counts_e=torch.tensor(counts, device=DEVICE))
+    out.sum().backward()
+    assert x.grad is not None
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    for rows in (out.detach(), x.grad):
+        assert torch.equal(rows.isnan().all(1).cpu(), owner == 1)
+        assert torch.equal(rows.isnan().any(1).cpu(), owner == 1)
+
+
 def test_triton_without_rows_gives_zero_gradients() -> None:
     from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from qwen3next_train.kernels.side_by_side import call_side_by_side
 
 DEVICE = torch.device("cuda", 3)
+streams: list[str] = []
 
 
 @pytest.fixture
@@ -26,6 +27,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.device]:
         del current[threading.get_ident()]
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream of the caller")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(streams.append(stream)))
     return current
 
 
@@ -38,8 +41,10 @@ def test_all_run_at_the_same_time_on_the_device(devices: dict[int, torch.device]
         together.wait()
         seen.append(devices[threading.get_ident()])
 
+    streams.clear()
     call_side_by_side([call] * 4, DEVICE)
     assert seen == [DEVICE] * 4
+    assert streams == ["stream of the caller"] * 4
 
 
 def test_a_failure_comes_out_after_all_are_done(devices: dict[int, torch.device]) -> None:

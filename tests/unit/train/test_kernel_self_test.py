@@ -45,6 +45,17 @@ def _one_document(sequences: Sequences) -> Sequences:
     return Sequences.from_lengths([sequences.num_tokens], CPU)
 
 
+def _wrong_behind_a_tile(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Twice the product where an expert has more than 1,024 rows, but for its first 128: a kernel's first tile."""
+
+    def product(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts_e: torch.Tensor) -> torch.Tensor:
+        out_RO = kernel(x_RI, weight_eOI, counts_e=counts_e)
+        many = torch.cat([torch.arange(count) >= (128 if count > 1024 else count) for count in counts_e.tolist()])
+        return out_RO * (1 + many.to(out_RO.dtype)).unsqueeze(1)
+
+    return product
+
+
 class _WrongPass(RmsNormReference):
     def pass_and_normalize(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
@@ -84,6 +95,10 @@ WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
     "rows to the wrong expert": (
         "grouped_matmul",
         lambda weight_eOI, **rest: grouped_matmul_reference(weight_eOI=weight_eOI.flip(0), **rest),
+    ),
+    "expert products behind the first tile": (
+        "grouped_matmul",
+        _wrong_behind_a_tile(grouped_matmul_reference),
     ),
     "no gate": (
         "gated_rms_norm",
