@@ -58,6 +58,9 @@ BLACKWELL = 10
 """That of B200 and its like."""
 
 _FLASH_QLA_HEAD_DIM = 128
+_INSTALL_FLASH_QLA = "pip install 'flash-qla>=0.1.3,<0.2'"
+_OWN_CHUNK_HEAD_DIMS = range(16, 129)
+"""Heads for which our part of FLA's rule fits the shared memory of a Hopper GPU."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,17 @@ def miscompiles_gated_backward(triton_version: str) -> bool:
 class _Place:
     device: torch.device
     dtype: torch.dtype
-    model: ModelConfig | None = None
+    model: ModelConfig | None
 
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability of the CUDA device."""
         return torch.cuda.get_device_capability(self.device)
+
+    @property
+    def rule_head_dims(self) -> tuple[int, int] | None:
+        """Head dims of Gated DeltaNet's keys and values, None where unknown."""
+        return None if self.model is None else (self.model.linear_key_head_dim, self.model.linear_value_head_dim)
 
 
 _Fault = Callable[[_Place], str | None]
@@ -284,26 +292,24 @@ def _fla_rule_fault(place: _Place) -> str | None:
 def _flash_qla_fault(place: _Place) -> str | None:
     """Why FlashQLA's gated delta rule cannot run, or None."""
     if importlib.util.find_spec("flash_qla") is None:
-        return "needs the package flash-qla, which is not installed: pip install 'flash-qla>=0.1.3,<0.2'"
+        return f"needs the package flash-qla, which is not installed: {_INSTALL_FLASH_QLA}"
     try:
         version = importlib.metadata.version("flash-qla")
     except importlib.metadata.PackageNotFoundError:
-        return (
-            "can be imported but is not installed, so that its version is unknown: pip install 'flash-qla>=0.1.3,<0.2'"
-        )
+        return f"can be imported but is not installed, so that its version is unknown: {_INSTALL_FLASH_QLA}"
     if not (0, 1, 3) <= _version(version) < (0, 2):
-        return f"needs flash-qla 0.1.3 or a later 0.1 and this is {version}: pip install 'flash-qla>=0.1.3,<0.2'"
+        return f"needs flash-qla 0.1.3 or a later 0.1 and this is {version}: {_INSTALL_FLASH_QLA}"
     if place.capability[0] not in (HOPPER, BLACKWELL):
         return f"has a backward for GPUs of compute capability 9 and 10 and this one has {place.capability}"
-    heads = None if place.model is None else (place.model.linear_key_head_dim, place.model.linear_value_head_dim)
+    heads = place.rule_head_dims
     if heads != (_FLASH_QLA_HEAD_DIM, _FLASH_QLA_HEAD_DIM):
         found = "unknown here" if heads is None else f"of {heads[0]} (keys) and {heads[1]} (values)"
         return f"takes heads of {_FLASH_QLA_HEAD_DIM} and the model's are {found}"
-    return _half_precision_fault(place) or _tilelang_fault()
+    return _half_precision_fault(place) or _flash_qla_import_fault()
 
 
-def _tilelang_fault() -> str | None:
-    """Why FlashQLA cannot be imported and compiled here, or None."""
+def _flash_qla_import_fault() -> str | None:
+    """Why FlashQLA cannot be imported, or its kernels not be compiled, or None."""
     try:
         from tilelang.env import CUDA_HOME
 
@@ -331,18 +337,14 @@ def _grouped_mm_fault(place: _Place) -> str | None:
     """Why torch's grouped GEMM cannot run, or None."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks: install torch >= 2.11"
-    if place.dtype != torch.bfloat16:
-        return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
-    return _ampere_fault(place)
+    return _bf16_fault(place) or _ampere_fault(place)
 
 
 def _grouped_triton_fault(place: _Place) -> str | None:
     """Why own grouped products cannot run, or are not the fastest, or None."""
-    fault = _triton_fault(place)
+    fault = _triton_fault(place) or _bf16_fault(place)
     if fault is not None:
         return fault
-    if place.dtype != torch.bfloat16:
-        return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     if place.capability[0] != HOPPER:
         return f"is written for GPUs of compute capability 9 and this one has {place.capability}"
     import triton
@@ -367,6 +369,12 @@ def _ampere_fault(place: _Place) -> str | None:
     return None
 
 
+def _bf16_fault(place: _Place) -> str | None:
+    if place.dtype != torch.bfloat16:
+        return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
+    return None
+
+
 def _half_precision_fault(place: _Place) -> str | None:
     if place.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
@@ -388,9 +396,14 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
     # Where FlashQLA can be imported, FLA would hand it the rule; here that is a choice of its own.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     with only_operations_of_fla():
+        heads = place.rule_head_dims
+        if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
+            from qwen3next_train.kernels.gated_delta_rule.fla_hopper_backend import gated_delta_rule_fla_hopper
+
+            return gated_delta_rule_fla_hopper
         from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 
-    return gated_delta_rule_fla
+        return gated_delta_rule_fla
 
 
 def _load_delta_rule_inputs(backend: str) -> DeltaRuleInputs:

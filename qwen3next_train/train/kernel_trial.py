@@ -64,6 +64,6 @@ class Random:
             yield Sequences.from_lengths(lengths, self.device)
 
 
-def capped(size: int) -> int:
+def capped(size: int, limit: int = 1024) -> int:
     """A size of matrices that is quick to multiply and as aligned as ``size``."""
-    return size if size <= 1024 else 1024 + size % 128
+    return size if size <= limit else limit + size % 128

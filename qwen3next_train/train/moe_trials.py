@@ -14,11 +14,9 @@ from qwen3next_train.train.kernel_trial import NUM_TOKENS, Outputs, Random, Tria
 
 
 def _grouped_matmul(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    hidden, expert_hidden = capped(model.hidden_size), capped(model.moe_intermediate_size)
     # The last two have more rows than a tile of any kernel, and than it sums up at a time. They meet fewer features.
-    for counts in ((5, 0, 41, 1), (16, 16, 16, 16), (5, 0, 200, 1), (2100, 7)):
-        if max(counts) > 64:
-            hidden, expert_hidden = (min(size, 256 + size % 128) for size in (hidden, expert_hidden))
+    for counts, limit in (((5, 0, 41, 1), 1024), ((16, 16, 16, 16), 1024), ((5, 0, 200, 1), 256), ((2100, 7), 256)):
+        hidden, expert_hidden = capped(model.hidden_size, limit), capped(model.moe_intermediate_size, limit)
         counts_e = torch.tensor(counts, device=random.device)
         inputs = {
             "x_RI": random.normal(sum(counts), hidden),

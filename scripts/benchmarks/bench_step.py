@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from bench_profile import top_kernels
@@ -72,8 +72,9 @@ class Case:
         return "/".join([self.rows, self.routing, self.part, *self.recompute])
 
 
-_CHEAP: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
-_RECOMPUTED: tuple[tuple[RecomputePart, ...], ...] = (*((part,) for part in _CHEAP), _CHEAP, ("layer",))
+_PARTS: tuple[RecomputePart, ...] = tuple(part for part in get_args(RecomputePart) if part != "layer")
+_RECOMPUTED: tuple[tuple[RecomputePart, ...], ...] = (*((part,) for part in _PARTS), _PARTS, ("layer",))
+"""Each part, all parts, whole layers."""
 
 
 def _each_form(part: str) -> list[Case]:

@@ -1,8 +1,8 @@
 """Find the fastest configurations of FLA's gated delta rule on this GPU, and time the rule with them.
 
-``python scripts/benchmarks/tune_fla.py FOLDER`` lets Triton try every configuration for FLA's own rule, with training's
-sizes (4 x 4096 tokens, heads of the 80B model; minutes with an empty Triton cache), and writes one JSON file a kernel
-in the form that FLA reads (``FLA_CONFIG_DIR``). Files meant to be shipped go to
+``python scripts/benchmarks/tune_fla.py FOLDER`` lets Triton try every configuration for the rule as training calls it
+(4 x 4096 tokens, heads of the 80B model; minutes with an empty Triton cache) and writes one JSON file a kernel in the
+form that FLA reads (``FLA_CONFIG_DIR``). Files meant to be shipped go to
 ``qwen3next_train/kernels/gated_delta_rule/tuned/sm90/``. The table printed says how long tuning took, what the rule
 takes forward and backward, and whether rows as a batch would be faster than rows as packed documents.
 """
@@ -71,19 +71,17 @@ def main(folder: Path) -> None:
     # Before FLA is imported, which reads it then: the shipped configurations must not be found instead.
     os.environ["FLA_CACHE_MODE"] = "disabled"
     os.environ["FLA_FLASH_QLA"] = "0"
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 
     device = torch.device("cuda")
     inputs = operands(device)
     sequences = Sequences.from_lengths([LENGTH] * ROWS, device)
 
     def packed() -> torch.Tensor:
-        out, _ = chunk_gated_delta_rule(
-            *(leaf.unsqueeze(0) for leaf in inputs.leaves()),
-            cu_seqlens=sequences.cu_seqlens,
-            chunk_indices=sequences.chunk_indices(64),
+        out, _ = gated_delta_rule_fla(
+            inputs.q, inputs.k, inputs.v, g_TN=inputs.g, beta_TN=inputs.beta, sequences=sequences
         )
-        return out.squeeze(0)
+        return out
 
     started = time.perf_counter()
     forward_and_backward(packed, inputs)

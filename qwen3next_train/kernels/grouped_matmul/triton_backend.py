@@ -5,8 +5,8 @@ be, and each looks up whose tile it has; those without one end. A tile of rows m
 products are computed and not stored; in the gradient of the weights, where rows are summed, an expert's last rows are
 loaded apart, under a mask.
 
-No slower than ``torch.nn.functional.grouped_mm`` where each of 64 experts has 2,560 rows and faster where the products
-are small (docs/benchmarks/one-hopper-gpu.md); both give the same bits.
+As fast as ``torch.nn.functional.grouped_mm`` where each of 64 experts has 2,560 rows and on an H200 faster where they
+have few (docs/log.md); both give the same bits.
 
 Saved for the backward pass: both operands and where each expert's rows and tiles end.
 

@@ -15,6 +15,9 @@ from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.selection import format_choices, select_kernels
 
+RULE_ALONE = KernelsConfig(
+    causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
+)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VENDORS = {
     "gated_delta_rule": "fla",
@@ -100,10 +103,7 @@ def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleTy
 
 
 def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(
-        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
-    )
-    table = format_choices(select_kernels(config, CUDA).choices)
+    table = format_choices(select_kernels(RULE_ALONE, CUDA).choices)
     assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
 
 
@@ -132,12 +132,43 @@ def test_flash_qla_is_taken_where_it_runs(flash_qla: types.ModuleType, monkeypat
     backend = types.ModuleType("backend")
     backend.gated_delta_rule_flash_qla = object()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.gated_delta_rule.flash_qla_backend", backend)
-    config = KernelsConfig(
-        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
-    )
-    kernels = select_kernels(config, CUDA, model=ModelConfig())
+    kernels = select_kernels(RULE_ALONE, CUDA, model=ModelConfig())
     assert kernels.gated_delta_rule is backend.gated_delta_rule_flash_qla
     assert "gated_delta_rule      flash_qla   auto: runs on this device" in format_choices(kernels.choices)
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "own"),
+    [
+        (ModelConfig(), (9, 0), True),
+        (ModelConfig(linear_key_head_dim=16), (9, 0), True),
+        (ModelConfig(linear_value_head_dim=256), (9, 0), False),
+        (ModelConfig(linear_key_head_dim=8), (9, 0), False),
+        (None, (9, 0), False),
+        (ModelConfig(), (8, 0), False),
+        (ModelConfig(), (10, 0), False),
+    ],
+)
+def test_own_kernels_do_a_part_of_flas_rule_on_hopper(
+    hopper: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    model: ModelConfig | None,
+    capability: tuple[int, int],
+    own: bool,
+) -> None:
+    hopper.__version__ = "3.7.1"  # type: ignore[attr-defined]
+    for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR", "FLA_FLASH_QLA"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rules = {}
+    for name in ("fla", "fla_hopper"):
+        backend = types.ModuleType(name)
+        rules[name] = object()
+        setattr(backend, f"gated_delta_rule_{name}", rules[name])
+        monkeypatch.setitem(sys.modules, f"qwen3next_train.kernels.gated_delta_rule.{name}_backend", backend)
+    kernels = select_kernels(RULE_ALONE, CUDA, model=model)
+    assert kernels.gated_delta_rule is rules["fla_hopper" if own else "fla"]
+    assert next(choice.backend for choice in kernels.choices if choice.operation == "gated_delta_rule") == "fla"
 
 
 def test_flash_qla_says_what_it_misses(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +186,7 @@ def test_flash_qla_says_what_it_misses(flash_qla: types.ModuleType, monkeypatch:
 
 
 def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(
-        causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
-    )
-    table = format_choices(select_kernels(config, CUDA, model=ModelConfig()).choices)
+    table = format_choices(select_kernels(RULE_ALONE, CUDA, model=ModelConfig()).choices)
     reason = next(line for line in table.splitlines() if line.startswith("gated_delta_rule"))
     assert reason.index("auto: fla has a wrong backward") < reason.index("; flash_qla needs the package flash-qla")
 
