@@ -21,17 +21,18 @@ def num_row_programs(num_blocks: int, device: torch.device) -> int:
 
     The same number on every device of a kind, so that repeated sums are equal bit for bit.
     """
-    return max(1, min(num_blocks, _PROGRAMS_PER_PROCESSOR * _num_processors(device)))
+    return max(1, min(num_blocks, _PROGRAMS_PER_PROCESSOR * num_processors(device)))
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 on CPU, where the interpreter runs one program after the other."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` as a matrix of rows over its last dimension, each dense; copied only where there is no such view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

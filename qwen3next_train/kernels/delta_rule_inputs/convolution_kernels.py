@@ -133,8 +133,8 @@ def _load_four_starts(starts, row, num_tokens):
 
 @triton.jit
 def _backward_token(
-    x0, x1, x2, x3, upstream, token, start, counts, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3,
-    NORMED: tl.constexpr, EPS: tl.constexpr,
+    x0, x1, x2, x3, upstream, token, start, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3,
+    INSIDE: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """One token on the way from the last to the first.
 
@@ -142,32 +142,71 @@ def _backward_token(
         x0, x1, x2, x3: its input row and those before it.
         upstream: gradient of its output row.
         token, start: its index, and that of its document's first token.
-        counts: whether it is one of the program's own, and not one behind them that only passes gradients back.
+        own: whether it is one of the program's own, and not one behind them that only passes gradients back.
         w0, w1, w2, w3: filter columns by delay.
-        a0, a1, a2: what later tokens have passed back to its input row and to the two before it.
+        a0, a1, a2: what later tokens of its document have passed back to its input row and to the two before it.
         s0, s1, s2, s3: gradients of the filter columns so far.
+        INSIDE: it is known to be the program's own and to have its document's rows before it; half of the work is less.
 
     Returns:
         gradient of its input row; then a0, a1, a2 for the token before it, and s0, s1, s2, s3.
     """
-    x0 = x0.to(tl.float32)
-    x1 = tl.where(token - 1 >= start, x1.to(tl.float32), 0.0)
-    x2 = tl.where(token - 2 >= start, x2.to(tl.float32), 0.0)
-    x3 = tl.where(token - 3 >= start, x3.to(tl.float32), 0.0)
+    x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    if not INSIDE:
+        x1 = tl.where(token - 1 >= start, x1, 0.0)
+        x2 = tl.where(token - 2 >= start, x2, 0.0)
+        x3 = tl.where(token - 3 >= start, x3, 0.0)
     pre = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
     gate = tl.sigmoid(pre)
+    y = pre * gate
     grad = upstream.to(tl.float32)
     if NORMED:
-        y = pre * gate
         scale = tl.rsqrt(tl.sum(y * y, 0) + EPS)
         grad = scale * grad - y * (scale * scale * scale * tl.sum(grad * y, 0))
-    grad = grad * gate * (1.0 + pre * (1.0 - gate))
-    own = tl.where(counts, grad, 0.0)
-    dx = a0 + grad * w0
-    b0 = a1 + tl.where(token - 1 >= start, grad * w1, 0.0)
-    b1 = a2 + tl.where(token - 2 >= start, grad * w2, 0.0)
-    b2 = tl.where(token - 3 >= start, grad * w3, 0.0)
-    return dx, b0, b1, b2, s0 + own * x0, s1 + own * x1, s2 + own * x2, s3 + own * x3
+    grad = grad * (gate + y * (1.0 - gate))
+    dx, b0, b1, b2 = a0 + grad * w0, a1 + grad * w1, a2 + grad * w2, grad * w3
+    if not INSIDE:
+        # The token before it is another document's.
+        b0, b1, b2 = (
+            tl.where(token > start, b0, 0.0),
+            tl.where(token > start, b1, 0.0),
+            tl.where(token > start, b2, 0.0),
+        )
+        grad = tl.where(own, grad, 0.0)
+    return dx, b0, b1, b2, s0 + grad * x0, s1 + grad * x1, s2 + grad * x2, s3 + grad * x3
+
+
+@triton.jit
+def _backward_four(
+    x0, x1, x2, x3, e1, e2, e3, u0, u1, u2, u3, row, t0, t1, t2, t3, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3,
+    INSIDE: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """A token and the three after it, the last first.
+
+    Args:
+        x0, x1, x2, x3: their input rows.
+        e1, e2, e3: rows of the three tokens before them, the earliest first.
+        u0, u1, u2, u3: gradients of their output rows.
+        row: index of the first.
+        t0, t1, t2, t3: their documents' first tokens.
+        own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3: as for one token.
+
+    Returns:
+        gradients of their input rows; then a0, a1, a2 for the token before them, and s0, s1, s2, s3.
+    """
+    d3, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
+        x3, x2, x1, x0, u3, row + 3, t3, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, INSIDE, NORMED, EPS
+    )
+    d2, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
+        x2, x1, x0, e3, u2, row + 2, t2, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, INSIDE, NORMED, EPS
+    )
+    d1, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
+        x1, x0, e3, e2, u1, row + 1, t1, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, INSIDE, NORMED, EPS
+    )
+    d0, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
+        x0, e3, e2, e1, u0, row, t0, own, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, INSIDE, NORMED, EPS
+    )
+    return d0, d1, d2, d3, a0, a1, a2, s0, s1, s2, s3
 
 
 @triton.jit(do_not_specialize=["num_tokens", "block"])
@@ -227,19 +266,17 @@ def convolve_backward_kernel(
         n0, n1, n2, n3 = _load_four(x, row - 8, num_tokens, stride, c, SIZE)
         v0, v1, v2, v3 = _load_four(up, row - 4, num_tokens, upstream_stride, c, SIZE)
         r0, r1, r2, r3 = _load_four_starts(starts, row - 4, num_tokens)
-        counts = row < end
-        d3, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
-            h3, h2, h1, h0, u3, row + 3, t3, counts, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, NORMED, EPS
-        )
-        d2, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
-            h2, h1, h0, l3, u2, row + 2, t2, counts, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, NORMED, EPS
-        )
-        d1, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
-            h1, h0, l3, l2, u1, row + 1, t1, counts, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, NORMED, EPS
-        )
-        d0, a0, a1, a2, s0, s1, s2, s3 = _backward_token(
-            h0, l3, l2, l1, u0, row, t0, counts, w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, NORMED, EPS
-        )
+        # Starts only grow, so that of the last token holds for the tokens before it as well.
+        if (row < end) & (t3 <= row - 3):
+            d0, d1, d2, d3, a0, a1, a2, s0, s1, s2, s3 = _backward_four(
+                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, True,
+                w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, True, NORMED, EPS,
+            )  # fmt: skip
+        else:
+            d0, d1, d2, d3, a0, a1, a2, s0, s1, s2, s3 = _backward_four(
+                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, row < end,
+                w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, False, NORMED, EPS,
+            )  # fmt: skip
         _store_row(dx, row, end, stride, c, d0, SIZE)
         _store_row(dx, row + 1, end, stride, c, d1, SIZE)
         _store_row(dx, row + 2, end, stride, c, d2, SIZE)

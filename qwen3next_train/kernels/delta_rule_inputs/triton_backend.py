@@ -28,7 +28,7 @@ _TAPS = 4
 """Columns of the filter; a narrower one has zeros in front."""
 
 _FORWARD_TOKENS = 16
-_BACKWARD_TOKENS = 64
+_BACKWARD_TOKENS = 128
 _FEW_TOKENS = 2048
 """Up to so many tokens shorter stretches keep more of the device busy in the backward pass."""
 _GATE_TOKENS = 64

@@ -223,7 +223,8 @@ def _output_gradients(
     k_CK = tl.load(k + base_k + place, mask=inside_k, other=0.0)
     total_dq = tl.zeros([C, BLOCK_K], dtype=tl.float32)
     total_dk = tl.zeros([C, BLOCK_K], dtype=tl.float32)
-    for r in tl.static_range(R):
+    # Not unrolled: two heads at a time do not fit into the registers.
+    for r in range(R):
         base = start * (H * R) + head * R + r
         base_state = (tl.program_id(0).to(tl.int64) * (H * R) + head * R + r) * (K * V)
         dq_CK = tl.zeros([C, BLOCK_K], dtype=tl.float32)
@@ -269,6 +270,19 @@ def _output_gradients(
 
 
 @triton.jit
+def _products_of_keys(k, exists, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``k k^T`` of a chunk whose first row of keys is at ``k``."""
+    slot, column_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    products_CC = tl.zeros([C, C], dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        column = first + column_k
+        inside = exists[:, None] & (column < K)[None, :]
+        k_CK = tl.load(k + slot[:, None] * (H * K) + column[None, :], mask=inside, other=0.0)
+        products_CC = tl.dot(k_CK, tl.trans(k_CK), products_CC)
+    return products_CC
+
+
+@triton.jit
 def _write_gradients(
     k,
     v,
@@ -301,7 +315,7 @@ def _write_gradients(
     earlier = (slot[:, None] > slot[None, :]) & exists[:, None] & exists[None, :]
     base_k = (start * H + head) * K
     narrow = k.dtype.element_ty
-    for r in tl.static_range(R):
+    for r in range(R):
         base = start * (H * R) + head * R + r
         row = slot * (H * R)
         G_C = tl.load(G + base + row, mask=exists, other=0.0)
@@ -334,7 +348,10 @@ def _write_gradients(
         dA_CC = tl.dot(At_CC, dA_CC.to(narrow))
         dA_CC = tl.where(earlier, -dA_CC * tl.exp2(G_C[:, None] - G_C[None, :]), 0.0)
         dA_narrow = dA_CC.to(narrow)
-        kk_CC = tl.zeros([C, C], dtype=tl.float32)
+        # Not in the loop below, so that its sum is gone from the registers when those of that loop come.
+        exchange_CC = dA_CC * _products_of_keys(k + base_k, exists, H, K, C, BLOCK_K) * beta_C[:, None]
+        dg_C = tl.load(dg + base + row, mask=exists, other=0.0)
+        dg_C += tl.sum(exchange_CC, axis=1) - tl.sum(exchange_CC, axis=0)
         gain_C = tl.zeros([C], dtype=tl.float32)
         # What the head before has stored is read by other threads.
         tl.debug_barrier()
@@ -344,7 +361,6 @@ def _write_gradients(
             place = base_k + slot[:, None] * (H * K) + column[None, :]
             k_CK = tl.load(k + place, mask=inside, other=0.0)
             dw_CK = tl.load(dw + base * K + row[:, None] * K + column[None, :], mask=inside, other=0.0)
-            kk_CC = tl.dot(k_CK, tl.trans(k_CK), kk_CC)
             written_CK = tl.dot(At_CC, dw_CK)
             gain_C += tl.sum(written_CK * k_CK, axis=1)
             through_CK = tl.dot(dA_narrow, k_CK)
@@ -357,9 +373,7 @@ def _write_gradients(
             else:
                 tl.store(dk_sum + place, dk_CK, mask=inside)
         gain_C *= growth_C
-        exchange_CC = dA_CC * kk_CC * beta_C[:, None]
-        dg_C = tl.load(dg + base + row, mask=exists, other=0.0) + gain_C * beta_C
-        dg_C += tl.sum(exchange_CC, axis=1) - tl.sum(exchange_CC, axis=0)
+        dg_C += gain_C * beta_C
         # g of a token decays all that follows in its chunk.
         later_CC = (slot[:, None] <= slot[None, :]).to(tl.float32)
         tl.store(dg + base + row, tl.sum(later_CC * dg_C[None, :], axis=1), mask=exists)

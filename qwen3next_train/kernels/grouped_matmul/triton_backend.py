@@ -1,12 +1,13 @@
 """Expert products by Triton on Hopper: tiles arrive by its bulk copy engine, row counts are read on the device.
 
-Rows of an expert are cut into tiles, whose number only the device knows. As many programs are started as there could
-be, and each looks up whose tile it has; those without one end. A tile of rows may run into the next expert's, whose
-products are computed and not stored; in the gradient of the weights, where rows are summed, an expert's last rows are
-loaded apart, under a mask.
+Rows of an expert are cut into tiles, whose number only the device knows. Every multiprocessor gets one program, which
+takes every n-th tile and fetches the next one's operands while it stores: the compiler makes one loop of tiles and
+steps, where there is no condition between them. So an expert's last tile is moved up until it ends where the expert's
+rows do; rows that it shares with the tile before are computed in both, to the same bits. Experts with less than a tile
+have a kernel of their own, which stores under a mask. In the gradient of the weights, where rows are summed, an
+expert's last rows are loaded apart.
 
-As fast as ``torch.nn.functional.grouped_mm`` where each of 64 experts has 2,560 rows and on an H200 faster where they
-have few (docs/log.md); both give the same bits.
+Faster than ``torch.nn.functional.grouped_mm`` for the experts of Qwen3-Next (docs/log.md); both give the same bits.
 
 Saved for the backward pass: both operands and where each expert's rows and tiles end.
 
@@ -22,6 +23,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qwen3next_train.kernels.row_programs import num_processors
+
 _TILE_ROWS = 128
 
 
@@ -34,10 +37,10 @@ class _Launch(NamedTuple):
     num_stages: int
 
 
-# The fastest of those tried on an H200 for the experts of Qwen3-Next.
-_LONG_SUM = _Launch((_TILE_ROWS, 256), 64, 8, 4)
-_SHORT_SUM = _Launch((_TILE_ROWS, 128), 64, 4, 3)
-_SHORT_SUM_FEATURES = 512
+# The fastest of those tried on an H100 and an H200 for the experts of Qwen3-Next. The first takes 224 of the 227 KiB of
+# shared memory there.
+_ROWS = _Launch((_TILE_ROWS, 256), 64, 8, 4)
+_LESS_THAN_A_TILE = _Launch((_TILE_ROWS, 128), 64, 4, 3)
 _MANY_ROWS = _Launch((128, 256), 64, 8, 3)
 _FEW_ROWS = _Launch((128, 128), 64, 4, 2)
 _FEW_ROWS_PER_EXPERT = 1024
@@ -81,30 +84,54 @@ def _row_products(
     result = rows.new_empty(num_rows, features)
     if num_rows == 0:
         return result
-    launch = _SHORT_SUM if summed <= _SHORT_SUM_FEATURES else _LONG_SUM
-    columns = launch.side[1]
-    weight_block = [columns, launch.step] if to_output else [launch.step, columns]
-    # How many tiles there are at most: each expert's last one may be as good as empty.
-    tiles = triton.cdiv(num_rows, _TILE_ROWS) + experts
-    _multiply_rows[(tiles * triton.cdiv(features, columns),)](
-        TensorDescriptor.from_tensor(rows, [_TILE_ROWS, launch.step]),
-        TensorDescriptor.from_tensor(weight_eOI.view(-1, num_in), weight_block),
-        result,
-        TensorDescriptor.from_tensor(result, [_TILE_ROWS, columns]),
+    # How many tiles there are at most: each expert's last one may overlap the one before.
+    tiles = (triton.cdiv(num_rows, _TILE_ROWS) + experts) * triton.cdiv(features, _ROWS.side[1])
+    # Halves of a tile are stored one after the other: that leaves room for one more stage of loads.
+    stored = [_TILE_ROWS, _ROWS.side[1] // 2]
+    _multiply_rows[(min(tiles, num_processors(rows.device)),)](
+        *_row_operands(rows, weight_eOI, _ROWS, to_output=to_output),
+        TensorDescriptor.from_tensor(result, stored),
         ends_2e,
         experts,
         features,
         summed,
         EXPERTS=triton.next_power_of_2(experts),
-        ROWS=_TILE_ROWS,
-        COLUMNS=columns,
-        STEP=launch.step,
-        TO_OUTPUT=to_output,
-        RAGGED=summed % launch.step != 0,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **_row_sizes(_ROWS, summed, to_output=to_output),
+    )
+    launch = _LESS_THAN_A_TILE
+    _multiply_few_rows[(experts, triton.cdiv(features, launch.side[1]))](
+        *_row_operands(rows, weight_eOI, launch, to_output=to_output),
+        result,
+        ends_2e,
+        features,
+        summed,
+        **_row_sizes(launch, summed, to_output=to_output),
     )
     return result
+
+
+def _row_operands(
+    rows: torch.Tensor, weight_eOI: torch.Tensor, launch: _Launch, *, to_output: bool
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """How both operands are fetched, the weights of all experts one below the other."""
+    (height, width), step = launch.side, launch.step
+    return (
+        TensorDescriptor.from_tensor(rows, [height, step]),
+        TensorDescriptor.from_tensor(weight_eOI.flatten(0, 1), [width, step] if to_output else [step, width]),
+    )
+
+
+def _row_sizes(launch: _Launch, summed: int, *, to_output: bool) -> dict[str, int | bool]:
+    """What both kernels are compiled for."""
+    return {
+        "ROWS": launch.side[0],
+        "COLUMNS": launch.side[1],
+        "STEP": launch.step,
+        "TO_OUTPUT": to_output,
+        "RAGGED": not to_output and summed % launch.step != 0,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
 
 
 def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.Tensor) -> torch.Tensor:
@@ -136,19 +163,50 @@ def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.T
 
 @triton.jit
 def _find_ends(counts, ends, num_experts, EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """End of each expert's rows, and of its tiles."""
+    """End of each expert's rows, and of its tiles: none, if it has less than one."""
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
     tl.store(ends + expert, tl.cumsum(count, axis=0), mask=expert < num_experts)
-    tiles = (count + TILE_ROWS - 1) // TILE_ROWS
+    tiles = tl.where(count < TILE_ROWS, 0, (count + TILE_ROWS - 1) // TILE_ROWS)
     tl.store(ends + num_experts + expert, tl.cumsum(tiles, axis=0), mask=expert < num_experts)
+
+
+@triton.jit
+def _products(
+    rows,
+    weight,
+    first_row,
+    expert,
+    first_column,
+    features,
+    summed,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TO_OUTPUT: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """One tile of an expert's products."""
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    # Beyond the last feature the copies are filled with zeros, but for weights that are summed over their outputs:
+    # there the next expert's follow, whose infinities must not meet the zeros of the rows.
+    for first in range(0, summed, STEP):
+        left = rows.load([first_row, first])
+        if TO_OUTPUT:
+            right = weight.load([expert * features + first_column, first])
+            total = tl.dot(left, right.T, total)
+        else:
+            right = weight.load([expert * summed + first, first_column])
+            if RAGGED:
+                right = tl.where((first + tl.arange(0, STEP) < summed)[:, None], right, 0.0)
+            total = tl.dot(left, right, total)
+    return total
 
 
 @triton.jit
 def _multiply_rows(
     rows,
     weight,
-    result_ptr,
     result,
     ends,
     num_experts,
@@ -161,38 +219,53 @@ def _multiply_rows(
     TO_OUTPUT: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """One tile of the result. Tiles of the same rows are neighbours, then those of the same expert."""
+    """Every n-th tile of the result. Tiles of the same rows are neighbours, then those of the same expert."""
     blocks = tl.cdiv(features, COLUMNS)
-    tile, first_column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS
     index = tl.arange(0, EXPERTS)
     tile_ends = tl.load(ends + num_experts + index, mask=index < num_experts, other=2**31 - 1)
-    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-    if expert < num_experts:
+    num_tiles = tl.load(ends + 2 * num_experts - 1) * blocks
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+        tile, first_column = number // blocks, number % blocks * COLUMNS
+        expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
         first_tile = tl.load(ends + num_experts + expert - 1, mask=expert > 0, other=0)
-        first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * ROWS
-        end = tl.load(ends + expert)
-        total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        # Beyond the last feature the copies are filled with zeros, but for weights that are summed over their outputs:
-        # there the next expert's follow, whose infinities must not meet the zeros of the rows.
-        for first in range(0, summed, STEP):
-            left = rows.load([first_row, first])
-            if TO_OUTPUT:
-                right = weight.load([expert * features + first_column, first])
-                total = tl.dot(left, right.T, total)
-            else:
-                right = weight.load([expert * summed + first, first_column])
-                if RAGGED:
-                    right = tl.where((first + tl.arange(0, STEP) < summed)[:, None], right, 0.0)
-                total = tl.dot(left, right, total)
-        narrow = total.to(result_ptr.dtype.element_ty)
-        if first_row + ROWS <= end:
-            # Columns beyond the last are not written.
-            result.store([first_row, first_column], narrow)
-        else:
-            row = first_row + tl.arange(0, ROWS)
-            column = first_column + tl.arange(0, COLUMNS)
-            place = result_ptr + row.to(tl.int64)[:, None] * features + column[None, :]
-            tl.store(place, narrow, mask=(row < end)[:, None] & (column < features)[None, :])
+        start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        first_row = tl.minimum(start + (tile - first_tile) * ROWS, tl.load(ends + expert) - ROWS)
+        total = _products(
+            rows, weight, first_row, expert, first_column, features, summed, ROWS, COLUMNS, STEP, TO_OUTPUT, RAGGED
+        )
+        left, right = total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        # Columns beyond the last are not written.
+        result.store([first_row, first_column], left.to(result.dtype))
+        result.store([first_row, first_column + COLUMNS // 2], right.to(result.dtype))
+
+
+@triton.jit
+def _multiply_few_rows(
+    rows,
+    weight,
+    result,
+    ends,
+    features,
+    summed,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TO_OUTPUT: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """One tile of columns of an expert with less than a tile of rows; other experts have none here."""
+    expert, first_column = tl.program_id(0), tl.program_id(1) * COLUMNS
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    count = tl.load(ends + expert) - start
+    if (count > 0) & (count < ROWS):
+        # The rows behind are the next expert's: their products are not stored.
+        total = _products(
+            rows, weight, start, expert, first_column, features, summed, ROWS, COLUMNS, STEP, TO_OUTPUT, RAGGED
+        )
+        slot, column = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+        place = result + (start + slot).to(tl.int64)[:, None] * features + column[None, :]
+        mask = (slot < count)[:, None] & (column < features)[None, :]
+        tl.store(place, total.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -25,11 +25,12 @@ TOKENS = sum(LENGTHS)
 TOLERANCE = 2e-2
 
 
-def kernels_with(**backends: str) -> KernelSet:
-    """Selected kernels, or a skip that says why this machine refuses."""
+def kernels_with(*, head_dim: int = 128, **backends: str) -> KernelSet:
+    """Selected kernels for Gated DeltaNet heads of a size, or a skip that says why this machine refuses."""
     names = dict.fromkeys(KernelsConfig.model_fields, "reference") | backends
+    model = ModelConfig(linear_key_head_dim=head_dim, linear_value_head_dim=head_dim)
     try:
-        return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"), model=ModelConfig())
+        return select_kernels(KernelsConfig.model_validate(names), torch.device("cuda"), model=model)
     except KernelUnavailable as refusal:
         pytest.skip(str(refusal))
 
@@ -122,11 +123,11 @@ def test_fla_convolution() -> None:
     )
 
 
-@pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("flash_qla", 128)])
+@pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("fla", 256), ("flash_qla", 128)])
 @pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (128, 128)], ids=["packed", "one", "equal"])
 def test_gated_delta_rule(backend: str, head_dim: int, lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    kernel = kernels_with(gated_delta_rule=backend).gated_delta_rule
+    kernel = kernels_with(head_dim=head_dim, gated_delta_rule=backend).gated_delta_rule
     sequences = Sequences.from_lengths(lengths, torch.device("cuda"))
     tokens, key_heads, value_heads = sum(lengths), 2, 4
     g = -torch.rand(tokens, value_heads, device="cuda")

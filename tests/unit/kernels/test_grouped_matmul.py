@@ -101,6 +101,26 @@ def test_triton_on_a_gpu(counts: list[int], num_in: int, num_out: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("num_in", "num_out"), [(2048, 1024), (512, 2048)])
+def test_triton_on_a_gpu_gives_the_bits_of_torch(num_in: int, num_out: int) -> None:
+    """Also of rows that two tiles compute."""
+    from qwen3next_train.kernels.grouped_matmul.torch_backend import grouped_matmul_grouped_mm
+    from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+
+    torch.manual_seed(0)
+    counts_e = torch.tensor([1000, 0, 129, 77, 128, 2500], device=DEVICE)
+    x = torch.randn(int(counts_e.sum()), num_in, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(6, num_out, num_in, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(x.shape[0], num_out, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for kernel in (grouped_matmul_grouped_mm, grouped_matmul_triton, grouped_matmul_triton):
+        out = kernel(x, weight, counts_e=counts_e)
+        results.append((out.detach(), *torch.autograd.grad(out, (x, weight), upstream)))
+    for repeat in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], repeat, strict=True))
+
+
+@pytest.mark.gpu
 def test_triton_with_more_than_two_to_the_31_elements() -> None:
     """Of the rows and of the weights; every product is looked at where it would be wrong first, at the end."""
     from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
