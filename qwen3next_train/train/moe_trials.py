@@ -14,8 +14,15 @@ from qwen3next_train.train.kernel_trial import NUM_TOKENS, Outputs, Random, Tria
 
 
 def _grouped_matmul(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    # The last two have more rows than a tile of any kernel, and than it sums up at a time. They meet fewer features.
-    for counts, limit in (((5, 0, 41, 1), 1024), ((16, 16, 16, 16), 1024), ((5, 0, 200, 1), 256), ((2100, 7), 256)):
+    # Of the last three the first has several tiles of rows and of columns, one of them full to the last row; the second
+    # more tiles than a device has multiprocessors; the third more rows than a kernel sums up at a time.
+    for counts, limit in (
+        ((5, 0, 41, 1), 1024),
+        ((16, 16, 16, 16), 1024),
+        ((300, 128, 0, 7, 700), 1024),
+        ((260, 18000, 128), 64),
+        ((2100, 7), 256),
+    ):
         hidden, expert_hidden = capped(model.hidden_size, limit), capped(model.moe_intermediate_size, limit)
         counts_e = torch.tensor(counts, device=random.device)
         inputs = {

@@ -146,7 +146,8 @@ def _backward_token(
         w0, w1, w2, w3: filter columns by delay.
         a0, a1, a2: what later tokens of its document have passed back to its input row and to the two before it.
         s0, s1, s2, s3: gradients of the filter columns so far.
-        INSIDE: it is known to be the program's own and to have its document's rows before it; half of the work is less.
+        INSIDE: it is known not to lie behind the program's own, and three rows before it to be its document's; a third
+            less work.
 
     Returns:
         gradient of its input row; then a0, a1, a2 for the token before it, and s0, s1, s2, s3.

@@ -223,8 +223,9 @@ def _output_gradients(
     k_CK = tl.load(k + base_k + place, mask=inside_k, other=0.0)
     total_dq = tl.zeros([C, BLOCK_K], dtype=tl.float32)
     total_dk = tl.zeros([C, BLOCK_K], dtype=tl.float32)
-    # Not unrolled: two heads at a time do not fit into the registers.
-    for r in range(R):
+    # Not unrolled, which spills more registers. Where one block holds all of V this is the innermost loop, whose loads
+    # would be staged in three times the shared memory.
+    for r in tl.range(0, R, num_stages=1):
         base = start * (H * R) + head * R + r
         base_state = (tl.program_id(0).to(tl.int64) * (H * R) + head * R + r) * (K * V)
         dq_CK = tl.zeros([C, BLOCK_K], dtype=tl.float32)

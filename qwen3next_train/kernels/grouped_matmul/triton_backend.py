@@ -7,7 +7,8 @@ rows do; rows that it shares with the tile before are computed in both, to the s
 have a kernel of their own, which stores under a mask. In the gradient of the weights, where rows are summed, an
 expert's last rows are loaded apart.
 
-Faster than ``torch.nn.functional.grouped_mm`` for the experts of Qwen3-Next (docs/log.md); both give the same bits.
+For the experts of Qwen3-Next all products together take a tenth less time than by ``torch.nn.functional.grouped_mm``
+(docs/log.md); both give the same bits.
 
 Saved for the backward pass: both operands and where each expert's rows and tiles end.
 

@@ -86,13 +86,24 @@ def test_reference_is_its_definition_head_by_head() -> None:
         (HeadShape(1, 2, 8, 8), (5, 1, 11, 1, 2), 4, torch.float32),
         (HeadShape(2, 2, 4, 6), (6,), 3, torch.bfloat16),
         (HeadShape(1, 1, 5, 3), (1,), 2, torch.float32),
+        (HeadShape(1, 1, 4, 4), (40,), 4, torch.float32),
+        *((HeadShape(1, 1, 4, 4), (first, 24 - first), 4, torch.float32) for first in range(5, 12)),
     ],
 )
 def test_triton_equals_the_reference(
     heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype
 ) -> None:
-    """Documents shorter than the filter, cuts on both sides of a block's border, sizes that fill no vector."""
+    """Documents shorter than the filter, cuts at every place of four, sizes that fill no vector."""
     check(heads, lengths, width, dtype)
+
+
+@pytest.mark.parametrize("lengths", [(127, 1, 1, 5, 130), (263,), (125, 3, 127)])
+def test_the_stretches_of_long_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts on both sides of a stretch's border."""
+    from qwen3next_train.kernels.delta_rule_inputs import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_FEW_TOKENS", 0)
+    check(HeadShape(1, 1, 4, 4), lengths, 4, torch.float32)
 
 
 def test_no_tokens() -> None:
@@ -136,7 +147,7 @@ def test_a_wide_filter_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(1001,), (4096, 1, 2, 3, 4090, 17, 63, 64, 65, 3000)])
+@pytest.mark.parametrize("lengths", [(1001,), (4096, 1, 2, 3, 4090, 17, 63, 64, 65, 3000), (1027, 2000, 2041)])
 def test_at_the_model_s_size(lengths: tuple[int, ...]) -> None:
     check(MODEL_HEADS, lengths, 4, torch.bfloat16)
 
