@@ -62,11 +62,12 @@ def triton_check(config: Config) -> Check:
     if not miscompiles_gated_backward(version):
         return Check("triton", True, f"{version}, not one of those that miscompile FLA's gated delta rule on Hopper")
     detail = f"{version} compiles FLA's gated delta rule into wrong gradients on Hopper GPUs (H100, H200)"
-    remedy = "; install triton >= 3.7.1, until then auto takes the slow reference"
+    remedy = "; install triton >= 3.7.1, until then auto takes the slow reference unless flash_qla runs"
     if not _has_hopper():
         return Check("triton", True, f"{detail}; none is here")
-    if config.kernels.gated_delta_rule == "reference":
-        return Check("triton", True, f"{detail}; not used, as kernels.gated_delta_rule is reference")
+    asked = config.kernels.gated_delta_rule
+    if asked not in ("auto", "fla"):
+        return Check("triton", True, f"{detail}; not used, as kernels.gated_delta_rule is {asked}")
     return Check("triton", False, detail + remedy)
 
 

@@ -106,10 +106,13 @@ def test_a_triton_that_miscompiles_on_hopper(gpu: SimpleNamespace, versions: dic
     assert (check.ok, check.detail) == (
         False,
         f"{version} compiles FLA's gated delta rule into wrong gradients on Hopper GPUs (H100, H200); "
-        "install triton >= 3.7.1, until then auto takes the slow reference",
+        "install triton >= 3.7.1, until then auto takes the slow reference unless flash_qla runs",
     )
-    by_name = Config(kernels=KernelsConfig(gated_delta_rule="reference"))
-    assert triton_check(by_name).ok
+    for other in ("reference", "flash_qla"):
+        check = triton_check(Config(kernels=KernelsConfig(gated_delta_rule=other)))
+        assert check.ok
+        assert check.detail.endswith(f"; not used, as kernels.gated_delta_rule is {other}")
+    assert not triton_check(Config(kernels=KernelsConfig(gated_delta_rule="fla"))).ok
     gpu.major = 8
     check = triton_check(Config())
     assert check.ok
