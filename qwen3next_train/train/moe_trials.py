@@ -19,7 +19,7 @@ def _grouped_matmul(kernels: KernelSet, model: ModelConfig, random: Random) -> I
     for counts, limit in (
         ((5, 0, 41, 1), 1024),
         ((16, 16, 16, 16), 1024),
-        ((300, 128, 0, 7, 700), 1024),
+        ((300, 128, 0, 7, 700), 512),
         ((260, 18000, 128), 64),
         ((2100, 7), 256),
     ):
