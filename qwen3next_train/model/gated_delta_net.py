@@ -63,12 +63,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
         super().__init__()
-        heads = HeadShape(
-            key_heads=config.linear_num_key_heads,
-            value_heads=config.linear_num_value_heads,
-            key_dim=config.linear_key_head_dim,
-            value_dim=config.linear_value_head_dim,
-        )
+        heads = HeadShape.of(config)
         self.rule = kernels.gated_delta_rule
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))

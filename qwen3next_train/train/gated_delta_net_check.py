@@ -19,6 +19,7 @@ import torch
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.delta_rule_inputs import HeadShape
 from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
@@ -30,7 +31,7 @@ from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.checks import Check, attempt, merge_ranks
 from qwen3next_train.train.kernel_self_test import trial_errors
 from qwen3next_train.train.kernel_trial import Outputs, Random, Trial
-from qwen3next_train.train.mixer_trials import delta_rule_tensors, first_output, model_heads, projection_tensors
+from qwen3next_train.train.mixer_trials import delta_rule_tensors, first_output, projection_tensors
 
 BOUND = 1e-2
 """Largest relative error (norm of the difference over the norm of the truth) of an output or a gradient."""
@@ -134,7 +135,7 @@ def _packings(device: torch.device) -> Iterator[Sequences]:
 
 
 def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
-    heads = model_heads(model)
+    heads = HeadShape.of(model)
     reference = SeparateDeltaRuleInputs(causal_conv1d_reference)
     inputs = projection_tensors(random, heads, _NUM_TOKENS, model.linear_conv_kernel_dim)
     for sequences in _packings(random.device):
@@ -145,7 +146,7 @@ def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: Random) -
 
 def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     """As in training: documents begin empty, and nobody reads their final states."""
-    heads = model_heads(model)
+    heads = HeadShape.of(model)
     decay = frozenset({"g_TN"})
     inputs = delta_rule_tensors(random, heads, _NUM_TOKENS)
     for sequences in _packings(random.device):
@@ -156,7 +157,7 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
 
 def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: Random) -> Iterator[Trial]:
     """The gate where the layer's projection has it, beside other columns."""
-    heads = model_heads(model)
+    heads = HeadShape.of(model)
     shape = (_NUM_TOKENS, heads.key_heads, heads.group, heads.value_dim)
     inputs = {
         "x": random.normal(*shape),

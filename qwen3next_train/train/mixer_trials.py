@@ -46,16 +46,6 @@ def first_output(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], 
     return (rule(**inputs)[0],)
 
 
-def model_heads(model: ModelConfig) -> HeadShape:
-    """All heads of the model's Gated DeltaNet."""
-    return HeadShape(
-        key_heads=model.linear_num_key_heads,
-        value_heads=model.linear_num_value_heads,
-        key_dim=model.linear_key_head_dim,
-        value_dim=model.linear_value_head_dim,
-    )
-
-
 def _few_heads(model: ModelConfig) -> HeadShape:
     """Two key heads of the model's sizes, and at most eight value heads to each."""
     group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
@@ -67,7 +57,7 @@ def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: Random) ->
     as_trained = any(
         choice.operation == "gated_delta_rule" and choice.backend == "flash_qla" for choice in kernels.choices
     )
-    heads = model_heads(model) if as_trained else _few_heads(model)
+    heads = HeadShape.of(model) if as_trained else _few_heads(model)
     decay = frozenset({"g_TN"})
     wide = decay | {"initial_state_DNKV"}
     for sequences in random.packings():

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.sequences import Sequences
 
 L2_NORM_EPS = 1e-6
@@ -32,6 +33,16 @@ class HeadShape:
     value_heads: int
     key_dim: int
     value_dim: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> HeadShape:
+        """That of a model's Gated DeltaNet layers."""
+        return cls(
+            key_heads=config.linear_num_key_heads,
+            value_heads=config.linear_num_value_heads,
+            key_dim=config.linear_key_head_dim,
+            value_dim=config.linear_value_head_dim,
+        )
 
     @property
     def group(self) -> int:

@@ -168,11 +168,9 @@ def _backward_token(
     dx, b0, b1, b2 = a0 + grad * w0, a1 + grad * w1, a2 + grad * w2, grad * w3
     if not INSIDE:
         # The token before it is another document's.
-        b0, b1, b2 = (
-            tl.where(token > start, b0, 0.0),
-            tl.where(token > start, b1, 0.0),
-            tl.where(token > start, b2, 0.0),
-        )
+        b0 = tl.where(token > start, b0, 0.0)
+        b1 = tl.where(token > start, b1, 0.0)
+        b2 = tl.where(token > start, b2, 0.0)
         grad = tl.where(own, grad, 0.0)
     return dx, b0, b1, b2, s0 + grad * x0, s1 + grad * x1, s2 + grad * x2, s3 + grad * x3
 
@@ -268,14 +266,15 @@ def convolve_backward_kernel(
         v0, v1, v2, v3 = _load_four(up, row - 4, num_tokens, upstream_stride, c, SIZE)
         r0, r1, r2, r3 = _load_four_starts(starts, row - 4, num_tokens)
         # Starts only grow, so that of the last token holds for the tokens before it as well.
-        if (row < end) & (t3 <= row - 3):
+        own = row < end
+        if own & (t3 <= row - 3):
             d0, d1, d2, d3, a0, a1, a2, s0, s1, s2, s3 = _backward_four(
-                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, True,
+                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, own,
                 w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, True, NORMED, EPS,
             )  # fmt: skip
         else:
             d0, d1, d2, d3, a0, a1, a2, s0, s1, s2, s3 = _backward_four(
-                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, row < end,
+                h0, h1, h2, h3, l1, l2, l3, u0, u1, u2, u3, row, t0, t1, t2, t3, own,
                 w0, w1, w2, w3, a0, a1, a2, s0, s1, s2, s3, False, NORMED, EPS,
             )  # fmt: skip
         _store_row(dx, row, end, stride, c, d0, SIZE)

@@ -173,6 +173,12 @@ def _find_ends(counts, ends, num_experts, EXPERTS: tl.constexpr, TILE_ROWS: tl.c
 
 
 @triton.jit
+def _start(ends, expert):
+    """First row, or tile, of an expert: where those of the one before end."""
+    return tl.load(ends + expert - 1, mask=expert > 0, other=0)
+
+
+@triton.jit
 def _products(
     rows,
     weight,
@@ -228,8 +234,7 @@ def _multiply_rows(
     for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         tile, first_column = number // blocks, number % blocks * COLUMNS
         expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-        first_tile = tl.load(ends + num_experts + expert - 1, mask=expert > 0, other=0)
-        start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        first_tile, start = _start(ends + num_experts, expert), _start(ends, expert)
         first_row = tl.minimum(start + (tile - first_tile) * ROWS, tl.load(ends + expert) - ROWS)
         total = _products(
             rows, weight, first_row, expert, first_column, features, summed, ROWS, COLUMNS, STEP, TO_OUTPUT, RAGGED
@@ -256,7 +261,7 @@ def _multiply_few_rows(
 ):
     """One tile of columns of an expert with less than a tile of rows; other experts have none here."""
     expert, first_column = tl.program_id(0), tl.program_id(1) * COLUMNS
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start = _start(ends, expert)
     count = tl.load(ends + expert) - start
     if (count > 0) & (count < ROWS):
         # The rows behind are the next expert's: their products are not stored.
@@ -287,7 +292,7 @@ def _sum_over_rows(
     blocks = tl.cdiv(num_in, WIDTH)
     first_out, first_in = tl.program_id(0) // blocks * HEIGHT, tl.program_id(0) % blocks * WIDTH
     expert = tl.program_id(1)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start = _start(ends, expert)
     end = tl.load(ends + expert)
     whole_steps = start + (end - start) // STEP * STEP
     total = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
