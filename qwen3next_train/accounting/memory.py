@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from qwen3next_train.accounting.activations import activation_bytes
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
 
 REDUCE_BUCKET_NUMEL = 200_000_000

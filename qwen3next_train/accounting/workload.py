@@ -8,8 +8,8 @@ from typing import Any
 
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.accounting.megatron_flops import megatron_training_flops
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.parameters import parameter_table
 
 
 @dataclass(frozen=True)

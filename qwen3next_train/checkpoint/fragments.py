@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen3next_train.accounting.params import ParamSpec
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, Filesystem
 from qwen3next_train.checkpoint.manifest import FileEntry, Manifest
 from qwen3next_train.checkpoint.tensor_file import (
@@ -28,6 +27,7 @@ from qwen3next_train.checkpoint.tensor_file import (
 )
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
 from qwen3next_train.errors import CheckpointError, DivergedError
+from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
 _RANK_PREFIX = "rank/"

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qwen3next_train.accounting.params import ParamSpec
 from qwen3next_train.checkpoint.train_state import Count, TrainState
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
+from qwen3next_train.parameters import ParamSpec
 
 MANIFEST_NAME = "MANIFEST.json"
 FORMAT = "qwen3next_train checkpoint"

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
-from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.checkpoint.discovery import candidates
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
@@ -20,6 +19,7 @@ from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
+from qwen3next_train.parameters import ParamSpec, parameter_table
 
 ReadWeight = Callable[[str, int, int], torch.Tensor]
 """``read(name, start, stop)``: fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host."""

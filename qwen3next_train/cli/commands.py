@@ -165,7 +165,7 @@ def _checkpoint(words: Words) -> int:
 
 def _doctor(words: Words) -> int:
     config = load(words).config
-    from qwen3next_train.train.doctor import doctor_command
+    from qwen3next_train.selftest.doctor import doctor_command
 
     return doctor_command(config, as_json="--json" in words.options)
 
@@ -199,7 +199,7 @@ def _import_hf(words: Words) -> int:
     _require_one_process("import-hf", words)
     source, output = _folder(words, "--hf"), _folder(words, "--output")
     loaded = load(words)
-    from qwen3next_train.checkpoint.hf_import import import_hf
+    from qwen3next_train.huggingface.import_folder import import_hf
 
     if "model.mtp_num_layers" not in loaded.origins:
         return import_hf(source, output)
@@ -215,7 +215,7 @@ def _export_hf(words: Words) -> int:
     checkpoint, output = _folder(words, "--checkpoint"), _folder(words, "--output")
     dtype = _choice(words, "--dtype", PRECISIONS) or "bf16"
     max_shard_bytes = _number(words, "--max-shard-bytes", whole=True)
-    from qwen3next_train.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf
+    from qwen3next_train.huggingface.export_folder import MAX_SHARD_BYTES, export_hf
 
     return export_hf(
         checkpoint,

@@ -185,7 +185,7 @@ def launch_environment(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _record(run_dir: Path, error: TrainError) -> None:
-    from qwen3next_train.train.rundir import record_end
+    from qwen3next_train.train.run_directory import record_end
 
     record_end(run_dir, error)
 

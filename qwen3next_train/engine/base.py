@@ -26,7 +26,7 @@ class Fragment:
     size, expert-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
 
     Args:
-        name: logical parameter name (``accounting.params``).
+        name: logical parameter name (``parameters``).
         start: offset of the first element in the flattened logical tensor.
         tensors: fp32 ``[numel]`` views of master weight and Adam moments, by kind.
     """

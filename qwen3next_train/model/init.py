@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qwen3next_train.accounting.params import Init, ParamSpec
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import Init, ParamSpec
 
 _AHEAD = 2**30
 """Elements that may be drawn before the parameter in front of them is in place: 4 GiB of host memory, in bf16 2 GiB.

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
@@ -26,6 +25,7 @@ from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import rebuilt_layer, recomputing
 from qwen3next_train.model.rope import rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats
+from qwen3next_train.parameters import parameter_table
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class LanguageModelHead(nn.Module):
 
 
 class Qwen3NextForCausalLM(nn.Module):
-    """The whole model. Parameter names and shapes are those of ``accounting.params.parameter_table``.
+    """The whole model. Parameter names and shapes are those of ``parameters.parameter_table``.
 
     Parameters are created uninitialised (build under ``torch.device("meta")``, then ``model.init.initialize``).
 

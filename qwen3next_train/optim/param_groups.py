@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen3next_train.accounting.params import ParamSpec
 from qwen3next_train.config.schema import OptimizerConfig
+from qwen3next_train.parameters import ParamSpec
 
 
 def takes_weight_decay(spec: ParamSpec, *, apply_wd_to_qk_layernorm: bool) -> bool:

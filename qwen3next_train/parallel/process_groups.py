@@ -15,7 +15,7 @@ import torch.distributed as dist
 from qwen3next_train.config.schema import RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
-from qwen3next_train.parallel.roll_call import Declaration, Member, call_roll
+from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
@@ -35,7 +35,7 @@ class ProcessContext:
         device: where the model lives.
         control: host-side agreements between all ranks.
         preparation: the same, patient enough for one rank to tokenise a corpus.
-        members: where every rank lives.
+        rank_infos: where every rank lives.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class ProcessContext:
     device: torch.device
     control: ControlGroup
     preparation: ControlGroup
-    members: tuple[Member, ...]
+    rank_infos: tuple[RankInfo, ...]
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
@@ -71,14 +71,14 @@ def select_device(name: str, local_rank: int) -> torch.device:
 def process_context(
     device_name: str,
     *,
-    declaration: Declaration | None = None,
+    fingerprint: RunFingerprint | None = None,
     peer_timeout_s: float = RunConfig().peer_timeout_s,
 ) -> Iterator[ProcessContext]:
     """Join the process group torchrun describes in the environment, or make one of a single process.
 
     Args:
         device_name: ``run.device``.
-        declaration: what has to be the same on all ranks; None for nothing but the kind of device.
+        fingerprint: what has to be the same on all ranks; None for nothing but the kind of device.
         peer_timeout_s: ``run.peer_timeout_s``.
 
     Raises:
@@ -92,25 +92,25 @@ def process_context(
     os.environ.update({variable: defaults[variable] for variable in added})
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    refusal = None
+    problem = None
     try:
         device = select_device(device_name, local_rank)
     except ConfigError as error:
         # Raised when all ranks know: the others would wait for this one.
-        device, refusal = torch.device("cpu"), str(error)
+        device, problem = torch.device("cpu"), str(error)
     # DeepSpeed chooses its accelerator when it is first imported and would take a GPU the user said no to.
     os.environ["DS_ACCELERATOR"] = device.type
     timeout = datetime.timedelta(seconds=peer_timeout_s)
     try:
         store = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0] if launched else dist.HashStore()
-        members = call_roll(
+        rank_infos = check_ranks(
             store,
             rank,
             world_size,
             device_type=device.type,
-            declaration=declaration or Declaration(),
+            fingerprint=fingerprint or RunFingerprint(),
             timeout=_JOIN_TIMEOUT,
-            refusal=refusal,
+            problem=problem,
         )
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -131,7 +131,7 @@ def process_context(
         control = _control_group(world_size, timeout)
         preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation, members)
+        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation, rank_infos)
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
         control.all_true(True)
     finally:

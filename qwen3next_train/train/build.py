@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from qwen3next_train.accounting.hardware import find_device
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.accounting.workload import workload_of
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
@@ -33,13 +32,15 @@ from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.selftest.at_startup import checks_meanwhile, refuse_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
-from qwen3next_train.train.gated_delta_net_check import checks_meanwhile, refuse_wrong_gated_delta_net
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
-from qwen3next_train.train.rundir import RunDirectory, software_versions
+from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
+from qwen3next_train.versions import software_versions
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,10 @@ def _build_engine(
     kernels = select_kernels(config.kernels, context.device, dtype=dtype, model=config.model)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided. Not beside
     # the checks: of two threads that import from both ends of a circle, one may be given a module that is half loaded.
-    from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+    from qwen3next_train.engine.zero_engine import ZeroEngine
 
     with checks_meanwhile(kernels, config.model, context.device, dtype) as checks:
-        engine = DeepSpeedEngine(
+        engine = ZeroEngine(
             config,
             topology=topology,
             kernels=kernels,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
+from qwen3next_train.parameters import parameter_table
 
 _SHOWN_ROWS = 8
 

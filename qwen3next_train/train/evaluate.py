@@ -23,9 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.checkpoint.hf_weights import weights_of_hf
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
 from qwen3next_train.config.schema import Config, KernelsConfig, SourceConfig
 from qwen3next_train.data.documents import Document, read_documents
@@ -35,10 +33,12 @@ from qwen3next_train.data.sources import FileSource, resolve
 from qwen3next_train.data.store_writer import StoreWriter, storage_errors
 from qwen3next_train.data.token_store import DocumentRange, token_dtype
 from qwen3next_train.errors import ConfigError, DataError, DivergedError, ExitCode
+from qwen3next_train.huggingface.weights import weights_of_hf
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.log import get_logger
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
+from qwen3next_train.parameters import parameter_table
 
 _BATCH_TOKENS = 8192
 _COPIED_ELEMENTS = 1 << 26

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.weights import find_checkpoint
 from qwen3next_train.config.describe import compare_configs
@@ -16,6 +15,7 @@ from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError, ConfigError
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup
+from qwen3next_train.parameters import parameter_table
 
 _MEANING_OF_WEIGHTS = frozenset(
     f"model.{name}"

@@ -17,9 +17,9 @@ from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.parallel.roll_call import Member, describe_lost
-from qwen3next_train.train.declaration import declare
-from qwen3next_train.train.rundir import RunDirectory
+from qwen3next_train.parallel.rank_check import RankInfo, describe_lost
+from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.run_fingerprint import run_fingerprint
 from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Attempt:
     run_dir: RunDirectory
     stop: StopRequest
     run: Run | None = None
-    members: Sequence[Member] = ()
+    rank_infos: Sequence[RankInfo] = ()
 
     @property
     def step(self) -> int | None:
@@ -54,10 +54,10 @@ class _Attempt:
 
         settings = self.config.run
         joined = process_context(
-            settings.device, declaration=declare(self.config), peer_timeout_s=settings.peer_timeout_s
+            settings.device, fingerprint=run_fingerprint(self.config), peer_timeout_s=settings.peer_timeout_s
         )
         context = stack.enter_context(joined)
-        self.members = context.members
+        self.rank_infos = context.rank_infos
         self.run_dir.name_attempt(context.control)
         self.run = build_run(self.config, context, self.run_dir, self.stop, stack)
         first_step = self.run.state.step
@@ -105,7 +105,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
         except TrainError as error:
             code, reason = error.exit_code, str(error)
         except Exception as error:  # noqa: BLE001 - the boundary: every failure must reach exit.json
-            code, reason = _classify(error, rank, attempt.members)
+            code, reason = _classify(error, rank, attempt.rank_infos)
         stop.conclude()
         if code == ExitCode.PEER_LOST:
             reason = _for_users(reason)
@@ -116,11 +116,11 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
     return int(code)
 
 
-def _classify(error: Exception, rank: int, members: Sequence[Member]) -> tuple[ExitCode, str]:
+def _classify(error: Exception, rank: int, rank_infos: Sequence[RankInfo]) -> tuple[ExitCode, str]:
     """Exit code and reason of an exception that is not ours; prints it, unless a lost rank explains it."""
     text = " ".join(str(error).split())
     if _is_lost_peer(error):
-        lost = describe_lost(members, rank) or "lost another rank"
+        lost = describe_lost(rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
     traceback.print_exception(error)
     if isinstance(error, OSError):

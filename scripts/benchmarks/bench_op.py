@@ -27,8 +27,8 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import ConfigError, TrainError
 from qwen3next_train.kernels.selection import KernelSet, format_choices, select_kernels
-from qwen3next_train.train.kernel_self_test import relative_error
-from qwen3next_train.train.rundir import software_versions
+from qwen3next_train.selftest.operations import relative_error
+from qwen3next_train.versions import software_versions
 
 OPTIONS = {
     option.name: option

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES, forward_flops
-from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.kernels.selection import DTYPES, KernelSet
 from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
 from qwen3next_train.model.init import initial_value
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import ParamSpec, parameter_table
 
 MEDIAN_DOCUMENT = 600
 """Tokens of the middle document in packed rows; lengths are log-normal with sigma 1."""

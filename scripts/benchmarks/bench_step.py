@@ -31,7 +31,6 @@ from bench_shapes import Routing, model_flops, random_batch, random_model
 from device_timing import GIB, AdamWTimer, Timing, device_name, measure
 
 from qwen3next_train.accounting.hardware import find_device
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.cli.arguments import Option, parse_words
 from qwen3next_train.cli.commands import load
 from qwen3next_train.config.schema import Config, RecomputePart
@@ -40,9 +39,10 @@ from qwen3next_train.errors import ConfigError, TrainError
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, format_choices, select_kernels
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import process_context, select_device
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.selftest.operations import kernel_checks
 from qwen3next_train.topology import Topology
-from qwen3next_train.train.kernel_self_test import kernel_checks
-from qwen3next_train.train.rundir import software_versions
+from qwen3next_train.versions import software_versions
 
 SHAPES = ("bench_slice4_e512.yaml", "bench_ep8_proxy.yaml")
 OPTIONS = {
@@ -148,11 +148,11 @@ class Bench:
                 yield from self._with_engine(steps)
 
     def _with_engine(self, cases: Sequence[Case]) -> Iterator[Outcome]:
-        from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+        from qwen3next_train.engine.zero_engine import ZeroEngine
 
         run = self.config.run
         try:
-            engine = DeepSpeedEngine(
+            engine = ZeroEngine(
                 self.config,
                 topology=Topology(),
                 kernels=self.kernels,

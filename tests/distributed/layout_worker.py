@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
@@ -30,6 +29,7 @@ from qwen3next_train.engine.base import Engine, Report, StepTotals
 from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
 
 
@@ -79,12 +79,12 @@ def watch_margins(model: nn.Module) -> list[float]:
 
 def train(config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
     """Train up to step ``run.steps`` and write what came of it."""
-    from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+    from qwen3next_train.engine.zero_engine import ZeroEngine
     from qwen3next_train.kernels.selection import select_kernels
 
     topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
     accumulation = config.run.global_batch_size // config.run.micro_batch_size // context.world_size
-    engine = DeepSpeedEngine(
+    engine = ZeroEngine(
         config,
         topology=topology,
         kernels=select_kernels(config.kernels, context.device),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config
+from qwen3next_train.parameters import parameter_table
 from tests.integration.launching import REPOSITORY, environment
 
 

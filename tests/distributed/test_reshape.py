@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.parameters import parameter_table
 from tests.distributed.layout_matrix import Layout
 from tests.distributed.layouts import Job, Outcome, train_all
 

@@ -15,22 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
-from qwen3next_train.checkpoint.hf_import import import_hf
-from qwen3next_train.checkpoint.hf_mapping import on_disk
-from qwen3next_train.checkpoint.hf_weights import weights_of_hf
 from qwen3next_train.checkpoint.weights import weights_of_checkpoint
 from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.data.store_writer import StoreWriter
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.errors import ConfigError, DataError, DivergedError
+from qwen3next_train.huggingface.import_folder import import_hf
+from qwen3next_train.huggingface.names import on_disk
+from qwen3next_train.huggingface.weights import weights_of_hf
 from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 from qwen3next_train.train import evaluate as evaluate_module
 from qwen3next_train.train.evaluate import evaluate_command, load_model
-from tests.unit.checkpoint.hf_support import random_tensors, tiny_model, write_folder
+from tests.unit.huggingface.support import random_tensors, tiny_model, write_folder
 
 CPU = torch.device("cpu")
 VOCAB = 4096

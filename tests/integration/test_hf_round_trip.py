@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from qwen3next_train.checkpoint.hf_export import ExportDtype, export_hf
-from qwen3next_train.checkpoint.hf_import import import_hf
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
+from qwen3next_train.huggingface.export_folder import ExportDtype, export_hf
+from qwen3next_train.huggingface.import_folder import import_hf
 from qwen3next_train.model.init import initial_value
 from qwen3next_train.train.evaluate import evaluate_command
 from tests.integration.transformers_child import FIELDS, Transformers
-from tests.unit.checkpoint.hf_support import assert_bit_equal, read_folder
+from tests.unit.huggingface.support import assert_bit_equal, read_folder
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.train.evaluate import load_model
 from tests.integration.launching import arguments, exit_record, metrics, run, write_corpus
-from tests.unit.checkpoint.hf_support import read_folder
+from tests.unit.huggingface.support import read_folder
 
 pytestmark = pytest.mark.slow
 

@@ -81,12 +81,12 @@ def main(precision: Any, zero_stage: Any, moments_dtype: Any, offload: Any, expe
     )
     torch.set_num_threads(1)
     with process_context("cpu") as context:
-        from qwen3next_train.engine.deepspeed_engine import DeepSpeedEngine
+        from qwen3next_train.engine.zero_engine import ZeroEngine
         from qwen3next_train.kernels.selection import select_kernels
 
         topology = Topology(context.world_size, context.rank, expert_parallel_size)
         accumulation = 4 // context.world_size
-        engine = DeepSpeedEngine(
+        engine = ZeroEngine(
             config,
             topology=topology,
             kernels=select_kernels(config.kernels, context.device),

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.sequences import Sequences
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 from tests.unit.accounting.shapes import TINY
 from tests.unit.model.small_models import CPU, batch_of, cpu_kernels, scales_of, small_config
 

@@ -17,8 +17,8 @@ from qwen3next_train.accounting.memory import (
     memory_per_gpu,
     persistent_numel,
 )
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.parameters import parameter_table
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, QWEN3_NEXT_80B_WITHOUT_MTP, TINY
 
 Stage = Literal[1, 2, 3]

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 import torch
 import xxhash
 
-from qwen3next_train.accounting.params import Init, ParamSpec
 from qwen3next_train.checkpoint.filesystem import Filesystem, LocalFilesystem
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, Found, SaveReport
@@ -25,6 +24,7 @@ from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
+from qwen3next_train.parameters import Init, ParamSpec
 
 T = TypeVar("T")
 

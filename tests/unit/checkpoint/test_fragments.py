@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen3next_train.accounting.params import Init, ParamSpec
 from qwen3next_train.checkpoint.fragments import (
     MAX_OPEN_FILES,
     FragmentIndex,
@@ -23,6 +22,7 @@ from qwen3next_train.checkpoint.fragments import (
 from qwen3next_train.checkpoint.manifest import FileEntry, Manifest, WorldLayout, encode_manifest, parse_manifest
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
 from qwen3next_train.errors import CheckpointError, DivergedError
+from qwen3next_train.parameters import Init, ParamSpec
 from tests.unit.checkpoint.support import (
     PARAMETERS,
     HookedFilesystem,

@@ -106,7 +106,7 @@ def test_checkpoint(fake, capsys):
 
 
 def test_doctor(fake, capsys):
-    calls = fake("train.doctor", "doctor_command", 70)
+    calls = fake("selftest.doctor", "doctor_command", 70)
     assert run(capsys, "doctor")[0] == 70
     assert run(capsys, "doctor", *TINY, "--json", "--run.device", "cpu")[0] == 70
     assert [kwargs for _, kwargs in calls] == [{"as_json": False}, {"as_json": True}]

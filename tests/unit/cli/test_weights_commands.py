@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.checkpoint.hf_export import MAX_SHARD_BYTES
 from qwen3next_train.cli.main import main
+from qwen3next_train.huggingface.export_folder import MAX_SHARD_BYTES
 from qwen3next_train.model.init import initial_value
 
 DEFAULTS = {
@@ -50,14 +50,14 @@ def test_eval(fake, argv, expected):
 
 
 def test_import(fake):
-    calls = fake("checkpoint.hf_import", "import_hf")
+    calls = fake("huggingface.import_folder", "import_hf")
     assert main(["import-hf", "--hf=in", "--output", "out"]) == 0
     assert calls == [((Path("in"), Path("out")), {})]
 
 
 @pytest.mark.parametrize("spelling", ["--mtp-num-layers=2", "--model.mtp_num_layers=2"])
 def test_import_of_more_mtp_depths_draws_them_from_the_seed(fake, spelling):
-    calls = fake("checkpoint.hf_import", "import_hf")
+    calls = fake("huggingface.import_folder", "import_hf")
     assert main(["--hf", "in", "import-hf", "--output=out", spelling, "--run.seed", "7"]) == 0
     ((paths, options),) = calls
     assert paths == (Path("in"), Path("out"))
@@ -68,8 +68,8 @@ def test_import_of_more_mtp_depths_draws_them_from_the_seed(fake, spelling):
 
 
 def test_export(fake, monkeypatch):
-    calls = fake("checkpoint.hf_export", "export_hf")
-    monkeypatch.setattr(sys.modules["qwen3next_train.checkpoint.hf_export"], "MAX_SHARD_BYTES", 9, raising=False)
+    calls = fake("huggingface.export_folder", "export_hf")
+    monkeypatch.setattr(sys.modules["qwen3next_train.huggingface.export_folder"], "MAX_SHARD_BYTES", 9, raising=False)
     assert main(["export-hf", "--checkpoint", "in", "--output", "out"]) == 0
     options = ["--dtype", "fp32", "--max-shard-bytes=1000000", "--tokenizer=builtin:python-4k"]
     assert main(["export-hf", "--checkpoint=in", "--output=out", *options]) == 0

@@ -2,12 +2,12 @@
 
 import pytest
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import PRESETS, find_config, preset_file, shipped_folder
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.parameters import parameter_table
 
 SHIPPED = sorted(path.name for path in shipped_folder().glob("*.yaml"))
 

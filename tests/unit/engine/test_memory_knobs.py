@@ -11,7 +11,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, ReadFragment
 from qwen3next_train.parallel.process_groups import ProcessContext
 from tests.distributed.test_layout_equality import small_config
-from tests.unit.engine.test_deepspeed_engine import _engine, _state, _step
+from tests.unit.engine.test_zero_engine import _engine, _state, _step
 
 pytestmark = pytest.mark.slow
 

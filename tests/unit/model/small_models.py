@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import KernelsConfig, LayerType, ModelConfig
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 
 CPU = torch.device("cpu")
 HYBRID: list[LayerType] = ["linear_attention", "full_attention"]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 
 pytestmark = pytest.mark.gpu
 

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import Init, ParamSpec, parameter_table
 from qwen3next_train.model import init
 from qwen3next_train.model.init import initial_value, initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import Init, ParamSpec, parameter_table
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 from tests.unit.model.small_models import (
     batch_of,
     build,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.accounting.workload import count_parameters
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.parameters import parameter_table
 from tests.unit.model.small_models import cpu_kernels
 
 SHIPPED = sorted(path.name for path in shipped_folder().glob("*.yaml"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3next_train.accounting.params import parameter_table
+from qwen3next_train.parameters import parameter_table
 from tests.unit.model.small_models import small_config
 from tests.unit.model.transformers_differences import measure
 

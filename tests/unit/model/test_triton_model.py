@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import RecomputePart
 from qwen3next_train.kernels import selection
@@ -22,6 +21,7 @@ from qwen3next_train.model.init import initialize
 from qwen3next_train.model.norms import ResidualRmsNorm, StreamRmsNorm
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.model.recompute import recomputing
+from qwen3next_train.parameters import parameter_table
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 pytestmark = [

@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from qwen3next_train.accounting.params import ParamSpec, parameter_table
 from qwen3next_train.config.schema import ModelConfig, OptimizerConfig
 from qwen3next_train.optim.param_groups import parameter_groups, takes_weight_decay
+from qwen3next_train.parameters import ParamSpec, parameter_table
 
 MODEL = ModelConfig(
     vocab_size=11,

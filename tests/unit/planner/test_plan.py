@@ -10,9 +10,9 @@ import pytest
 
 from qwen3next_train.accounting.activations import ranks_per_token
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.params import parameter_table
 from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.parameters import parameter_table
 from qwen3next_train.planner.layouts import HOST_BYTES_PER_S, USABLE_FRACTION, changed_fields
 from qwen3next_train.planner.plan import ASSUMED_MFU, make_plan
 from qwen3next_train.planner.report import format_plan

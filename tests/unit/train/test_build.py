@@ -53,9 +53,9 @@ class Start:
         ]
         selected = replace(kernels, gated_rms_norm=self._norm, choices=tuple(choices))
         monkeypatch.setattr(build, "select_kernels", lambda *arguments, **options: selected)
-        module = ModuleType("deepspeed_engine")
-        module.DeepSpeedEngine = self._engine  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "qwen3next_train.engine.deepspeed_engine", module)
+        module = ModuleType("zero_engine")
+        module.ZeroEngine = self._engine  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "qwen3next_train.engine.zero_engine", module)
 
     def build(self) -> None:
         control = SimpleNamespace(gather_json=self._gather)

@@ -9,15 +9,15 @@ import torch
 
 from qwen3next_train.checkpoint import discovery, filesystem
 from qwen3next_train.checkpoint.filesystem import Filesystem
-from qwen3next_train.checkpoint.hf_import import import_hf
 from qwen3next_train.config.schema import CheckpointConfig, Config, ModelConfig
 from qwen3next_train.engine.base import FRAGMENT_KINDS
 from qwen3next_train.errors import CheckpointError, ConfigError, TrainError
+from qwen3next_train.huggingface.import_folder import import_hf
 from qwen3next_train.parallel.control import SingleProcess
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
-from tests.unit.checkpoint.hf_support import random_tensors, tiny_model, write_folder
 from tests.unit.checkpoint.support import collected_log, on_ranks
-from tests.unit.checkpoint.test_hf_export import save_run
+from tests.unit.huggingface.support import random_tensors, tiny_model, write_folder
+from tests.unit.huggingface.test_export_folder import save_run
 
 NAME = "model.norm.weight"
 

@@ -11,7 +11,7 @@ from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError, DataError, PeerLostError
 from qwen3next_train.parallel import process_groups
 from qwen3next_train.parallel.control import SingleProcess
-from qwen3next_train.parallel.roll_call import Member
+from qwen3next_train.parallel.rank_check import RankInfo
 from qwen3next_train.train import run as run_module
 from qwen3next_train.train.run import run_training
 
@@ -36,12 +36,12 @@ class Stop:
 def attempt(monkeypatch, tmp_path):
     """Run an attempt whose building and training is a function; return code and ``exit.json``."""
 
-    members: list[Member] = []
+    rank_infos: list[RankInfo] = []
 
     @contextmanager
-    def alone(device, *, declaration, peer_timeout_s):
-        assert (declaration.settings["run.steps"], peer_timeout_s) == ("9", 900)
-        yield types.SimpleNamespace(control=SingleProcess(), members=members or [Member.this_process()])
+    def alone(device, *, fingerprint, peer_timeout_s):
+        assert (fingerprint.settings["run.steps"], peer_timeout_s) == ("9", 900)
+        yield types.SimpleNamespace(control=SingleProcess(), rank_infos=rank_infos or [RankInfo.this_process()])
 
     monkeypatch.setattr(run_module, "StopRequest", Stop)
     monkeypatch.setattr(process_groups, "process_context", alone)
@@ -57,7 +57,7 @@ def attempt(monkeypatch, tmp_path):
             vars(stand_in).update(content)
             monkeypatch.setitem(sys.modules, f"qwen3next_train.train.{name}", stand_in)
         config = Config(run=RunConfig(dir=str(tmp_path), steps=9, device="cpu"))
-        members.extend([Member.this_process(), Member(*others)] if others else [])
+        rank_infos.extend([RankInfo.this_process(), RankInfo(*others)] if others else [])
         code = run_training(config, check_world)
         return code, json.loads((tmp_path / "exit.json").read_text())
 
@@ -105,7 +105,7 @@ def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, re
 
 
 def test_dead_rank_is_named(attempt):
-    own = Member.this_process()
+    own = RankInfo.this_process()
     # The largest number there can be, and not in use.
     dead = 2**22
     code, record = attempt(train=fails_at(3, RuntimeError(GLOO)), others=(own.host, own.pid_namespace, dead))

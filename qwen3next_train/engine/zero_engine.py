@@ -1,0 +1,180 @@
+"""The engine: the model under DeepSpeed's ZeRO, one optimizer step at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import set_z3_leaf_modules
+
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
+from qwen3next_train.engine.deepspeed_config import deepspeed_config
+from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
+from qwen3next_train.engine.group_timeouts import set_group_timeouts
+from qwen3next_train.engine.mixed_dtype_partitions import mixed_dtype_partitions
+from qwen3next_train.engine.step_report import StepReport
+from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
+from qwen3next_train.kernels.selection import DTYPES, KernelSet
+from qwen3next_train.model.init import initialize
+from qwen3next_train.model.moe import RoutedExperts
+from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
+from qwen3next_train.optim.adamw import build_adamw
+from qwen3next_train.optim.param_groups import parameter_groups
+from qwen3next_train.parameters import ParamSpec, parameter_table
+from qwen3next_train.topology import Topology
+
+
+class ZeroEngine:
+    """Model, AdamW and ZeRO of one rank.
+
+    torch.distributed is initialised before. Every run goes through ZeRO stage >= 1, one process included:
+    DeepSpeed's stage 0 clips experts by a wrong norm.
+
+    Args:
+        config: the resolved configuration.
+        topology: this rank's place.
+        kernels: selected backends.
+        device: where the model lives.
+        num_micro_batches: micro-batches per step and rank.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        topology: Topology,
+        kernels: KernelSet,
+        device: torch.device,
+        num_micro_batches: int,
+    ) -> None:
+        self._config = config
+        self._world_size = topology.world_size
+        self._device = device
+        table = parameter_table(config.model)
+        local_experts = topology.local_experts(config.model.num_experts)
+        with torch.device("meta"):
+            model = Qwen3NextForCausalLM(
+                config.model,
+                kernels=kernels,
+                moe_block=ZeroMoeBlock,
+                local_experts=local_experts,
+                recompute=config.parallel.recompute,
+                weights_stay=config.parallel.zero_stage < 3,
+            )
+        dtype = DTYPES[config.run.precision]
+        initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
+        mark_expert_parameters(model)
+        model.reduce_counts = self._sum_over_ranks
+        self._model = model
+        self._engine = _wrap(config, model, table, device=device, num_micro_batches=num_micro_batches)
+        state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
+        self._state: ZeroState = state(
+            self._engine.optimizer,
+            dict(model.named_parameters()),
+            _expert_offsets(config.model, table, local_experts),
+            moments_dtype=DTYPES[config.optimizer.moments_dtype],
+        )
+
+    def train_step(
+        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer update.
+
+        The loss is normalised once, by counts of the whole global batch (:class:`LossScales`), so a
+        micro-batch's loss is its exact share of the step's loss. DeepSpeed averages gradients over ranks;
+        multiplying by the world size undoes that here and nowhere else, and its division by the number of
+        accumulation steps is switched off.
+
+        Args:
+            batches: this rank's micro-batches, the same number on every rank.
+            totals: counts over all ranks.
+            lr: learning rate of this step.
+            report: what to reduce and return as metrics.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        scales = LossScales(num_targets=totals.num_targets, num_micro_batches=totals.num_micro_batches)
+        collected = StepReport(self._config.model)
+        self._engine.train()
+        self._model.begin_step()
+        for batch in batches:
+            output = self._engine(batch.to(self._device), scales)
+            self._engine.backward(output.total * self._world_size, scale_wrt_gas=False)
+            if report is not Report.NONE:
+                collected.add(output)
+            # Or the graph of this micro-batch would live through the forward pass of the next.
+            del output
+            self._engine.step()
+        skipped = bool(self._engine.optimizer.overflow)
+        if report is Report.NONE:
+            return StepResult({}, skipped)
+        metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
+        metrics["optim/lr"] = lr
+        metrics["optim/grad_norm"] = float(self._engine.get_global_grad_norm())
+        return StepResult(metrics, skipped)
+
+    def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
+        """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""
+        self._engine.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        with torch.no_grad():
+            for batch in batches:
+                sums[0] += self._model.next_token_nll(batch.to(self._device)).double()
+                sums[1] += batch.num_targets[0]
+        total, count = self._sum_over_ranks(sums).tolist()
+        return total / max(count, 1), int(count)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of the training state."""
+        return self._state.fragments()
+
+    def load_state(self, read: ReadFragment, optimizer_step: int) -> None:
+        """Fill weights, master weights and moments from a checkpoint of any layout."""
+        self._state.load(read, optimizer_step)
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        if self._world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def _wrap(
+    config: Config,
+    model: Qwen3NextForCausalLM,
+    table: Sequence[ParamSpec],
+    *,
+    device: torch.device,
+    num_micro_batches: int,
+) -> deepspeed.DeepSpeedEngine:
+    """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
+    # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, config.optimizer))
+    # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
+    fused = device.type == "cuda" or config.parallel.offload_optimizer == "cpu"
+    optimizer = build_adamw([group for group in groups if group["params"]], config.optimizer, fused=fused)
+    # Under ZeRO-3 an expert's weights are gathered and reduced together, also on a rank that received no token.
+    set_z3_leaf_modules(model, [RoutedExperts])
+    with mixed_dtype_partitions():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, num_micro_batches=num_micro_batches),
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
+    assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
+    set_group_timeouts(config.run.peer_timeout_s)
+    return engine
+
+
+def _expert_offsets(model: ModelConfig, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
+    """Flat offset of this rank's first expert in each logical expert tensor."""
+    return {spec.name: spec.numel // model.num_experts * local_experts.start for spec in table if spec.expert}

@@ -1,0 +1,174 @@
+"""The weights of a Hugging Face folder as logical parameters, every tensor accounted for."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights
+from qwen3next_train.config.faults import show, show_name
+from qwen3next_train.config.huggingface import MTP_KEY, model_config_from_hf
+from qwen3next_train.config.schema import DataConfig, ModelConfig
+from qwen3next_train.errors import DataError
+from qwen3next_train.huggingface.folder import CONFIG_NAME, HfFolder
+from qwen3next_train.huggingface.names import (
+    MTP_PREFIX,
+    HfTensor,
+    in_memory,
+    mtp_layer,
+    num_mtp_layers,
+    on_disk,
+)
+from qwen3next_train.parameters import ParamSpec, parameter_table
+
+TOKENIZER_NAME = "tokenizer.json"
+
+_DTYPES = ("F32", "BF16", "F16")
+_LARGEST = {"num_hidden_layers": 1024, MTP_KEY: 64, "num_experts": 8192}
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class HfMatch:
+    """A folder's tensors matched with the parameters of the model that its ``config.json`` describes.
+
+    Args:
+        folder: the folder.
+        model: the model, with the MTP depths it is to have.
+        parameters: its parameter table.
+        tensors: what each tensor of the folder is, by name; those left out are not in it.
+        absent: parameters of MTP depths that the folder does not hold.
+        num_left_out: tensors of MTP depths that were not asked for.
+    """
+
+    folder: HfFolder
+    model: ModelConfig
+    parameters: tuple[ParamSpec, ...]
+    tensors: dict[str, HfTensor]
+    absent: tuple[ParamSpec, ...]
+    num_left_out: int
+
+
+def match_folder(folder: HfFolder, *, mtp_num_layers: int | None) -> HfMatch:
+    """Find for every parameter the tensors that hold it, and for every tensor its parameter.
+
+    Args:
+        folder: the folder.
+        mtp_num_layers: MTP depths of the model; None: those the folder holds weights of. transformers drops
+            ``mtp.*`` when it saves and keeps the key of ``config.json``, and the published ``config.json`` has no
+            key although the weights are there, so it is the weights that count.
+
+    Raises:
+        ConfigError: ``config.json`` is of another model.
+        DataError: a tensor is missing, surplus, misshaped or of a dtype that holds no plain weights.
+    """
+    held = num_mtp_layers(folder.tensors)
+    depths = mtp_num_layers
+    if depths is None:
+        depths = (folder.config.get(MTP_KEY) or held) if held else 0
+    settings = {**folder.config, MTP_KEY: depths}
+    _require_plausible(folder, settings)
+    model = model_config_from_hf(settings, str(folder.path / CONFIG_NAME))
+    parameters = parameter_table(model)
+    asked_for_more = mtp_num_layers is not None and mtp_num_layers > held
+    absent = tuple(spec for spec in parameters if asked_for_more and _beyond(spec.name, held))
+    left_out = {name for name in folder.tensors if mtp_num_layers is not None and _beyond(name, mtp_num_layers)}
+    wanted: dict[str, HfTensor] = {}
+    for spec in parameters:
+        if spec not in absent:
+            tensors = (in_memory(spec),) if spec.name in folder.tensors else on_disk(spec)
+            wanted |= {tensor.name: tensor for tensor in tensors}
+    _require_equal(folder, wanted, left_out)
+    return HfMatch(folder, model, parameters, wanted, absent, len(left_out))
+
+
+def weights_of_hf(path: Path) -> Weights:
+    """Open the weights of a Hugging Face folder for evaluation: without MTP, which next-token prediction ignores.
+
+    Raises:
+        ConfigError: as :func:`match_folder`.
+        DataError: as :func:`match_folder` and :class:`HfFolder`.
+    """
+    folder = HfFolder(path)
+    match = match_folder(folder, mtp_num_layers=0)
+    return Weights(path, match.model, data_config(folder, match.model, path), match.parameters, _Reader(match).read)
+
+
+def data_config(folder: HfFolder, model: ModelConfig, tokenizer: Path) -> DataConfig:
+    """Data section of a model from a folder.
+
+    Args:
+        folder: the folder.
+        model: its model.
+        tokenizer: where its tokenizer lies, if it has one.
+    """
+    default = DataConfig()
+    name = str(tokenizer.absolute()) if folder.has(TOKENIZER_NAME) else NO_TOKENIZER
+    length = min(default.sequence_length, model.max_position_embeddings)
+    return default.model_copy(update={"tokenizer": name, "sequence_length": length})
+
+
+class _Reader:
+    """Ranges of logical parameters out of a matched folder."""
+
+    def __init__(self, match: HfMatch) -> None:
+        self._folder = match.folder
+        self._tensors: dict[str, list[HfTensor]] = {}
+        for tensor in match.tensors.values():
+            self._tensors.setdefault(tensor.parameter, []).append(tensor)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See ``ReadWeight``."""
+        tensors = self._tensors[name]
+        result = torch.empty(stop - start)
+        index = bisect_right(tensors, start, key=lambda tensor: tensor.start) - 1
+        done = start
+        while done < stop:
+            tensor = tensors[index]
+            end = min(tensor.stop, stop)
+            flat = self._folder.tensor(tensor.name).reshape(-1)
+            result[done - start : end - start] = flat[done - tensor.start : end - tensor.start]
+            done, index = end, index + 1
+        return result
+
+
+def _require_plausible(folder: HfFolder, settings: Mapping[str, Any]) -> None:
+    # Before anything is built from it: a config.json may claim any number of layers and experts.
+    for name, largest in _LARGEST.items():
+        value = settings.get(name)
+        if isinstance(value, int) and value > largest:
+            raise DataError(f"{folder.path / CONFIG_NAME}: {name}: more than {largest} (got {show(value)})")
+
+
+def _beyond(name: str, depths: int) -> bool:
+    """Whether a tensor or parameter belongs to an MTP that has more than ``depths`` layers."""
+    if depths == 0:
+        return name.startswith(MTP_PREFIX)
+    layer = mtp_layer(name)
+    return layer is not None and layer >= depths
+
+
+def _require_equal(folder: HfFolder, wanted: dict[str, HfTensor], left_out: set[str]) -> None:
+    found = folder.tensors
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [
+        f"{show_name(name)} is not part of the model" for name in found if name not in wanted and name not in left_out
+    ]
+    for name, tensor in wanted.items():
+        if name in found and found[name].shape != tensor.shape:
+            faults.append(f"{name} has shape {list(found[name].shape)}, the model wants {list(tensor.shape)}")
+        elif name in found and found[name].dtype not in _DTYPES:
+            faults.append(f"{name} has dtype {found[name].dtype}, not one of {', '.join(_DTYPES)}")
+    if faults:
+        raise DataError(f"{folder.path}: weights and config.json do not agree: {_list_faults(faults)}")
+
+
+def _list_faults(faults: Sequence[str]) -> str:
+    more = len(faults) - _MAX_NAMED
+    listed = "; ".join(faults[:_MAX_NAMED])
+    return listed if more <= 0 else f"{listed} (and {more} more differences)"

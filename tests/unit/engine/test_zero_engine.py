@@ -1,0 +1,112 @@
+"""The engine on one process: dtypes, clipping, skipping, and the state in and out of ZeRO."""
+
+import pytest
+import torch
+
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.config.schema import Config
+from qwen3next_train.engine.base import FragmentKind, Report, StepTotals
+from qwen3next_train.parallel.process_groups import ProcessContext
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
+from tests.distributed.layout_worker import rank_batches
+from tests.distributed.test_layout_equality import small_config
+
+pytestmark = pytest.mark.slow
+
+
+def _engine(config: Config, context: ProcessContext):  # type: ignore[no-untyped-def]
+    from qwen3next_train.engine.zero_engine import ZeroEngine
+    from qwen3next_train.kernels.selection import select_kernels
+
+    return ZeroEngine(
+        config,
+        topology=Topology(),
+        kernels=select_kernels(config.kernels, context.device),
+        device=context.device,
+        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size,
+    )
+
+
+def _batches(config: Config, step: int) -> tuple[list[PackedBatch], StepTotals]:
+    batches = rank_batches(config, Topology(), step, packed=True)
+    return batches, StepTotals.over_ranks(batches, list)
+
+
+def _step(engine, config: Config, step: int):  # type: ignore[no-untyped-def]
+    batches, totals = _batches(config, step)
+    return engine.train_step(batches, totals=totals, lr=config.optimizer.lr, report=Report.LAYERS)
+
+
+def _state(engine) -> dict[tuple[str, FragmentKind], torch.Tensor]:  # type: ignore[no-untyped-def]
+    return {(f.name, kind): tensor.clone() for f in engine.fragments() for kind, tensor in f.tensors.items()}
+
+
+def test_bf16_run_keeps_the_table_s_fp32_parameters_in_fp32_through_a_step(context: ProcessContext) -> None:
+    config = small_config(micro_batch_size=4)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "bf16"})})
+    engine = _engine(config, context)
+    _step(engine, config, 0)
+    parameters = dict(engine._model.named_parameters())
+    for spec in parameter_table(config.model):
+        expected = torch.float32 if spec.fp32 else torch.bfloat16
+        assert parameters[spec.name].dtype == expected, spec.name
+    for fragment in engine.fragments():
+        assert all(tensor.dtype == torch.float32 for tensor in fragment.tensors.values()), fragment.name
+        stored = parameters[fragment.name].detach().float().flatten()
+        rounded = fragment.tensors["master"].to(parameters[fragment.name].dtype).float()
+        assert torch.equal(stored, rounded), fragment.name
+
+
+def test_clipping_divides_the_gradient_by_its_true_norm(context: ProcessContext) -> None:
+    free, clipped = small_config(micro_batch_size=4), small_config(micro_batch_size=4, clip_grad=1e-3)
+    states = []
+    for config in (free, clipped):
+        engine = _engine(config, context)
+        norm = _step(engine, config, 0).metrics["optim/grad_norm"]
+        states.append({key: tensor for key, tensor in _state(engine).items() if key[1] == "exp_avg"})
+    # After one step exp_avg is 0.1 g: its norm over all parameters is the norm that was reported.
+    total = torch.sqrt(sum(tensor.square().sum() for tensor in states[0].values())) / 0.1
+    assert float(total) == pytest.approx(norm, rel=1e-5)
+    clipped_total = torch.sqrt(sum(tensor.square().sum() for tensor in states[1].values())) / 0.1
+    assert float(clipped_total) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_non_finite_gradient_skips_the_update_and_leaves_the_state_bit_equal(context: ProcessContext) -> None:
+    config = small_config(micro_batch_size=4)
+    engine = _engine(config, context)
+    _step(engine, config, 0)
+    before = _state(engine)
+    poisoned = engine._model.model.norm.weight
+    handle = poisoned.register_hook(lambda grad: grad * float("nan"))
+    result = _step(engine, config, 1)
+    handle.remove()
+    assert result.skipped
+    after = _state(engine)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not _step(engine, config, 2).skipped
+
+
+def test_state_read_back_into_a_fresh_engine_goes_on_bit_for_bit(context: ProcessContext) -> None:
+    config = small_config(micro_batch_size=2, clip_grad=0.5)
+    engine = _engine(config, context)
+    for step in range(2):
+        _step(engine, config, step)
+    saved = _state(engine)
+    expected = [_step(engine, config, step).metrics for step in (2, 3)]
+
+    def read(name: str, kind: FragmentKind, start: int, stop: int) -> torch.Tensor:
+        return saved[name, kind][start:stop]
+
+    other = _engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
+    other.load_state(read, 2)
+    assert [_step(other, config, step).metrics for step in (2, 3)] == expected
+
+
+def test_eval_loss_is_the_training_loss_of_the_same_rows(context: ProcessContext) -> None:
+    config = small_config(micro_batch_size=4)
+    engine = _engine(config, context)
+    batches, totals = _batches(config, 0)
+    loss, count = engine.eval_loss(batches)
+    assert count == totals.num_targets[0]
+    assert loss == pytest.approx(_step(engine, config, 0).metrics["loss/lm"], rel=1e-6)

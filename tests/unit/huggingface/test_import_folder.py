@@ -1,0 +1,402 @@
+"""From a Hugging Face folder to a checkpoint: what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3next_train.checkpoint import weights as weights_module
+from qwen3next_train.checkpoint.weights import Weights, weights_of_checkpoint
+from qwen3next_train.errors import ConfigError, DataError, StorageError
+from qwen3next_train.huggingface import import_folder
+from qwen3next_train.huggingface.import_folder import import_hf
+from qwen3next_train.huggingface.names import on_disk
+from qwen3next_train.huggingface.weights import weights_of_hf
+from qwen3next_train.parameters import ParamSpec, parameter_table
+from tests.unit.huggingface.support import INDEX, Tensors, change_index, random_tensors, tiny_model, write_folder
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def on_disk_tensors(weights: Weights) -> Tensors:
+    """A checkpoint's weights cut as Hugging Face has them, fp32."""
+    return {
+        tensor.name: weights.read(spec.name, tensor.start, tensor.stop).view(tensor.shape)
+        for spec in weights.parameters
+        for tensor in on_disk(spec)
+    }
+
+
+def assert_holds(output: Path, tensors: Tensors) -> None:
+    found = on_disk_tensors(weights_of_checkpoint(output))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.float()), name
+
+
+@pytest.fixture(autouse=True)
+def info_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    logger = logging.getLogger("qwen3next_train")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger=logger.name)
+    return caplog
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_weight_arrives(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
+    model = tiny_model()
+    tensors = random_tensors(model, dtype)
+    source = write_folder(tmp_path / "hf", model, tensors, shards=shards)
+    assert import_hf(source, tmp_path / "out") == 0
+    assert_holds(tmp_path / "out", tensors)
+    weights = weights_of_checkpoint(tmp_path / "out")
+    assert weights.model.model_dump() == model.model_dump()
+    assert len(list(weights.path.glob("rank_*.safetensors"))) == shards
+
+
+@pytest.mark.parametrize("mapped_elements", [1, 100, 1 << 29])
+def test_a_range_may_cross_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_elements: int) -> None:
+    """What a rank with another layout asks for; files may be unmapped and mapped again in between."""
+    monkeypatch.setattr(weights_module, "_MAPPED_ELEMENTS", mapped_elements)
+    model = tiny_model()
+    tensors = random_tensors(model)
+    source = write_folder(tmp_path / "hf", model, tensors, shards=3)
+    import_hf(source, tmp_path / "out")
+    prefix = "model.layers.1.mlp.experts"
+    stacked = torch.stack(
+        [
+            torch.cat([tensors[f"{prefix}.{e}.gate_proj.weight"], tensors[f"{prefix}.{e}.up_proj.weight"]])
+            for e in range(3)
+        ]
+    ).flatten()
+    for weights in (weights_of_checkpoint(tmp_path / "out"), weights_of_hf(source)):
+        for start, stop in ((0, 240), (39, 41), (37, 201), (239, 240), (5, 5)):
+            assert torch.equal(weights.read(f"{prefix}.gate_up_proj", start, stop), stacked[start:stop])
+
+
+def test_stacked_experts_are_taken_too(tmp_path: Path) -> None:
+    model = tiny_model()
+    tensors = random_tensors(model)
+    stacked = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.0.mlp.experts.")}
+    for spec in parameter_table(model):
+        if spec.expert and spec.name.startswith("model.layers.0."):
+            parts = [tensors[tensor.name].flatten() for tensor in on_disk(spec)]
+            stacked[spec.name] = torch.cat(parts).view(spec.shape)
+    import_hf(write_folder(tmp_path / "hf", model, stacked), tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+
+
+def test_both_forms_of_an_expert_are_one_too_many(tmp_path: Path) -> None:
+    model = tiny_model()
+    tensors = random_tensors(model) | {"model.layers.0.mlp.experts.down_proj": torch.zeros(3, 8, 5)}
+    with pytest.raises(DataError, match=r"layers\.0\.mlp\.experts\.0\.down_proj\.weight is not part of the model"):
+        import_hf(write_folder(tmp_path / "hf", model, tensors), tmp_path / "out")
+
+
+def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    tensors = random_tensors(model)
+    import_hf(write_folder(tmp_path / "hf", model, tensors), tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+    with_head = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    with pytest.raises(DataError, match=r"lm_head\.weight is not part of the model"):
+        import_hf(write_folder(tmp_path / "head", model, with_head), tmp_path / "other")
+
+
+class TestMtp:
+    def test_without_its_weights_there_is_none(self, tmp_path: Path, info_lines: pytest.LogCaptureFixture) -> None:
+        """transformers drops ``mtp.*`` when it saves, and keeps the key of ``config.json``."""
+        model = tiny_model(mtp_num_layers=0)
+        source = write_folder(tmp_path / "hf", model, random_tensors(model), mtp_num_hidden_layers=1)
+        import_hf(source, tmp_path / "out")
+        assert weights_of_checkpoint(tmp_path / "out").model.mtp_num_layers == 0
+        assert f"import-hf: no mtp.* weights in {source}: model.mtp_num_layers is 0" in info_lines.messages
+
+    @pytest.mark.parametrize("depths", [1, 2])
+    def test_depths_are_counted_where_the_config_is_silent(self, tmp_path: Path, depths: int) -> None:
+        model = tiny_model(mtp_num_layers=depths)
+        tensors = random_tensors(model)
+        import_hf(write_folder(tmp_path / "hf", model, tensors), tmp_path / "out")
+        assert weights_of_checkpoint(tmp_path / "out").model.mtp_num_layers == depths
+        assert_holds(tmp_path / "out", tensors)
+
+    def test_a_config_that_promises_more_is_believed(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        source = write_folder(tmp_path / "hf", model, random_tensors(model), mtp_num_hidden_layers=2)
+        with pytest.raises(DataError, match=r"mtp\.layers\.1\.self_attn\.q_proj\.weight is missing"):
+            import_hf(source, tmp_path / "out")
+
+    @pytest.mark.parametrize("asked", [0, 1])
+    def test_surplus_depths_are_left_out_when_fewer_are_asked_for(self, tmp_path: Path, asked: int) -> None:
+        model = tiny_model(mtp_num_layers=2)
+        tensors = random_tensors(model)
+        import_hf(write_folder(tmp_path / "hf", model, tensors), tmp_path / "out", mtp_num_layers=asked)
+        gone = "mtp." if asked == 0 else "mtp.layers.1."
+        assert_holds(tmp_path / "out", {name: each for name, each in tensors.items() if not name.startswith(gone)})
+
+    @pytest.mark.parametrize(("held", "asked"), [(0, 1), (1, 2)])
+    def test_depths_asked_for_beyond_the_held_ones_start_afresh(self, tmp_path: Path, held: int, asked: int) -> None:
+        tensors = random_tensors(tiny_model(mtp_num_layers=held))
+        source = write_folder(tmp_path / "hf", tiny_model(mtp_num_layers=held), tensors)
+        filled = []
+
+        def initial_value(spec: ParamSpec) -> torch.Tensor:
+            filled.append(spec.name)
+            return torch.full(spec.shape, 0.5)
+
+        import_hf(source, tmp_path / "out", mtp_num_layers=asked, initial_value=initial_value)
+        fresh = random_tensors(tiny_model(mtp_num_layers=asked)).keys() - tensors.keys()
+        weights = weights_of_checkpoint(tmp_path / "out")
+        found = on_disk_tensors(weights)
+        assert found.keys() == tensors.keys() | fresh
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+        assert all((found[name] == 0.5).all() for name in fresh)
+        assert filled == [spec.name for spec in weights.parameters if spec.name.startswith(f"mtp.layers.{held}.")] or (
+            held == 0 and filled == [spec.name for spec in weights.parameters if spec.name.startswith("mtp.")]
+        )
+
+    def test_no_initial_values_no_fresh_depths(self, tmp_path: Path) -> None:
+        model = tiny_model(mtp_num_layers=0)
+        source = write_folder(tmp_path / "hf", model, random_tensors(model))
+        with pytest.raises(DataError, match=r"mtp\.pre_fc_norm_embedding\.weight is missing"):
+            import_hf(source, tmp_path / "out", mtp_num_layers=1)
+
+    def test_a_damaged_depth_is_not_filled(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        tensors = random_tensors(model)
+        del tensors["mtp.layers.0.mlp.experts.2.up_proj.weight"]
+        source = write_folder(tmp_path / "hf", model, tensors)
+        for asked in (None, 1, 2):
+            with pytest.raises(DataError, match=r"mtp\.layers\.0\.mlp\.experts\.2\.up_proj\.weight is missing"):
+                import_hf(source, tmp_path / "out", mtp_num_layers=asked, initial_value=lambda s: torch.zeros(s.shape))
+
+
+class TestFaults:
+    """Each is one line that names what is wrong, and leaves nothing behind."""
+
+    def refused(self, source: Path, text: str, error: type[Exception] = DataError, **options: Any) -> None:
+        output = source.parent / "out"
+        with pytest.raises(error, match=text) as caught:
+            import_hf(source, output, **options)
+        assert "\n" not in str(caught.value)
+        assert {path.name for path in source.parent.iterdir()} <= {source.name, "elsewhere", "kept"}
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        model = tiny_model()
+        return write_folder(tmp_path / "hf", model, random_tensors(model), shards=3)
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            (lambda t: t.pop("model.norm.weight"), r"agree: model\.norm\.weight is missing$"),
+            (
+                lambda t: t.pop("model.layers.1.mlp.experts.1.up_proj.weight"),
+                r"experts\.1\.up_proj\.weight is missing$",
+            ),
+            (lambda t: t.update(extra=torch.zeros(1)), r"agree: extra is not part of the model$"),
+            (lambda t: t.update({"a\nb": torch.zeros(1)}), r"'a\\nb' is not part of the model$"),
+            (
+                lambda t: t.update({"lm_head.weight": torch.zeros(8, 13)}),
+                r"lm_head\.weight has shape \[8, 13\], the model wants \[13, 8\]$",
+            ),
+            (
+                lambda t: t.update({"lm_head.weight": torch.zeros(13, 8, dtype=torch.float8_e4m3fn)}),
+                r"lm_head\.weight has dtype F8_E4M3, not one of F32, BF16, F16$",
+            ),
+            (
+                lambda t: t.update({"model.norm.weight": torch.full((8,), float("nan"))}),
+                r"model\.norm\.weight: master is not finite",
+            ),
+        ],
+    )
+    def test_a_wrong_tensor(self, tmp_path: Path, change: Callable[[Tensors], object], text: str) -> None:
+        model = tiny_model()
+        tensors = random_tensors(model)
+        change(tensors)
+        self.refused(write_folder(tmp_path / "hf", model, tensors, shards=2), text)
+
+    def test_many_faults_are_counted(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        tensors = {name: each for name, each in random_tensors(model).items() if ".experts." not in name}
+        # Three layers of three experts of three matrices.
+        self.refused(write_folder(tmp_path / "hf", model, tensors), r"missing; .*missing; .*missing \(and 24 more diff")
+
+    def test_output_exists(self, folder: Path) -> None:
+        (folder.parent / "kept").mkdir()
+        with pytest.raises(ConfigError, match=r"kept exists; remove it"):
+            import_hf(folder, folder.parent / "kept")
+
+    def test_not_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "hf").write_text("x")
+        self.refused(tmp_path / "hf", "not a directory")
+
+    def test_no_config(self, folder: Path) -> None:
+        (folder / "config.json").unlink()
+        self.refused(folder, r"config\.json: missing")
+
+    @pytest.mark.parametrize(
+        ("content", "text"),
+        [
+            (b"{", "not JSON"),
+            (b"[" * 100_000, "not JSON"),
+            (b"[1]", "not a JSON object but list"),
+            (b"\xff\xfe\x00", "not JSON"),
+            (b'{"a": 1, "a": 2}', "a key stands twice"),
+            (b'{"a": ' + b"9" * 10_000 + b"}", "not JSON"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["config.json", INDEX])
+    def test_broken_json(self, folder: Path, name: str, content: bytes, text: str) -> None:
+        (folder / name).write_bytes(content)
+        self.refused(folder, text)
+
+    def test_another_model(self, folder: Path) -> None:
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        self.refused(folder, "not qwen3_next", ConfigError)
+
+    @pytest.mark.parametrize(
+        "fields", [{"num_hidden_layers": 10**15}, {"num_experts": 10**15}, {"mtp_num_hidden_layers": 10**15}]
+    )
+    def test_a_model_out_of_all_proportion(self, folder: Path, fields: dict[str, int]) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config["layer_types"]
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        self.refused(folder, f"{next(iter(fields))}: more than")
+
+    @pytest.mark.parametrize(
+        "shard", ["../hf/" + SHARD, "sub/" + SHARD, "/etc/passwd", "..", "", ".hidden.safetensors", "a.bin", 7, None]
+    )
+    def test_a_name_that_leads_elsewhere(self, folder: Path, shard: object) -> None:
+        change_index(folder, lambda index: index["weight_map"].update({"lm_head.weight": shard}))
+        self.refused(folder, r"lm_head\.weight: expected the name of a \.safetensors file in the same folder")
+
+    @pytest.mark.parametrize("weight_map", [{}, [], None, "x"])
+    def test_an_index_without_a_map(self, folder: Path, weight_map: object) -> None:
+        change_index(folder, lambda index: index.update(weight_map=weight_map))
+        self.refused(folder, "weight_map: expected a mapping")
+
+    def test_a_missing_shard(self, folder: Path) -> None:
+        (folder / SHARD).unlink()
+        self.refused(folder, f"{SHARD}: missing")
+
+    def test_a_tensor_that_only_the_index_names(self, folder: Path) -> None:
+        change_index(folder, lambda index: index["weight_map"].update(ghost=SHARD))
+        self.refused(folder, f"{SHARD}: ghost is missing, though")
+
+    def test_a_tensor_in_two_shards(self, folder: Path) -> None:
+        """The index can name only one of them."""
+        (folder / "model-00004-of-00003.safetensors").write_bytes((folder / SHARD).read_bytes())
+        name = next(
+            name for name, shard in json.loads((folder / INDEX).read_text())["weight_map"].items() if shard == SHARD
+        )
+        change_index(folder, lambda index: index["weight_map"].update({name: "model-00004-of-00003.safetensors"}))
+        self.refused(folder, r"holds .*, but model\.safetensors\.index\.json places it in ")
+
+    def test_a_tensor_that_the_index_does_not_name(self, folder: Path) -> None:
+        change_index(folder, lambda index: index["weight_map"].pop("model.norm.weight"))
+        self.refused(folder, r"holds model\.norm\.weight, but model\.safetensors\.index\.json does not name it")
+
+    def test_no_safetensors(self, folder: Path) -> None:
+        (folder / INDEX).unlink()
+        self.refused(folder, "pickled weights are not read")
+
+    def test_two_sets_of_weights(self, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"")
+        self.refused(folder, "has both")
+
+    def test_links_out_of_the_folder(self, folder: Path) -> None:
+        (folder.parent / "elsewhere").mkdir()
+        for name in (SHARD, "config.json", INDEX):
+            moved = folder.parent / "elsewhere" / name
+            (folder / name).rename(moved)
+            (folder / name).symlink_to(moved)
+            self.refused(folder, "a link out of the folder")
+            (folder / name).unlink()
+            moved.rename(folder / name)
+        (folder / SHARD).unlink()
+        (folder / SHARD).symlink_to(folder / SHARD)
+        self.refused(folder, "a link that leads nowhere")
+
+    def test_special_files(self, folder: Path) -> None:
+        (folder / SHARD).unlink()
+        os.mkfifo(folder / SHARD)
+        self.refused(folder, "not a regular file")
+
+    @pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
+    def test_a_truncated_shard(self, folder: Path, size: int) -> None:
+        content = (folder / SHARD).read_bytes()
+        (folder / SHARD).write_bytes(content[:size])
+        self.refused(folder, f"{SHARD}: ")
+
+    @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 1 << 40, 65 << 20])
+    def test_a_huge_header(self, folder: Path, length: int) -> None:
+        with (folder / SHARD).open("r+b") as file:
+            file.write(struct.pack("<Q", length))
+        self.refused(folder, f"header length {length} does not fit")
+
+    def test_a_full_disk(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(import_folder.LOCAL_FILESYSTEM.__class__, "free_bytes", lambda fs, path: 1000)
+        self.refused(folder, "1000 B available", StorageError)
+
+    def test_an_unwritable_place(self, folder: Path) -> None:
+        (folder.parent / "kept").write_text("a file")
+        with pytest.raises(StorageError, match="import-hf"):
+            import_hf(folder, folder.parent / "kept" / "out")
+
+
+def test_the_hugging_face_cache_is_read(tmp_path: Path) -> None:
+    """Its snapshots are links into its blobs."""
+    model = tiny_model()
+    tensors = random_tensors(model)
+    flat = write_folder(tmp_path / "flat", model, tensors, shards=2)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "rev", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in flat.iterdir():
+        path.rename(blobs / f"hash-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"hash-{path.name}")
+    import_hf(snapshot, tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+
+
+def test_a_killed_import_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    source = write_folder(tmp_path / "hf", model, random_tensors(model), shards=3)
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_folder, "_publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        import_hf(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    model = tiny_model()
+    source = write_folder(tmp_path / "hf", model, random_tensors(model))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"a": 1}')
+    (source / "secret.txt").write_text("not a tokenizer file")
+    import_hf(source, tmp_path / "out")
+    folder = tmp_path / "out" / "tokenizer"
+    assert {path.name for path in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert weights_of_checkpoint(tmp_path / "out").data.tokenizer == str(folder)
+
+
+def test_without_a_tokenizer_none_is_named(tmp_path: Path) -> None:
+    model = tiny_model(max_position_embeddings=77)
+    import_hf(write_folder(tmp_path / "hf", model, random_tensors(model)), tmp_path / "out")
+    weights = weights_of_checkpoint(tmp_path / "out")
+    assert weights.data.tokenizer == ""
+    assert weights.data.sequence_length == 77
