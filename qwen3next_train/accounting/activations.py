@@ -1,7 +1,7 @@
 """What a micro-batch keeps between forward and backward on one GPU, in bytes, with and without recompute.
 
 :func:`saved_tensors` lists what autograd keeps of each kind of layer, to what part of ``parallel.recompute`` it
-belongs and from what it is rebuilt; :func:`activation_bytes` adds it up. With recompute the tensors of one layer
+belongs and from what it is recomputed; :func:`activation_bytes` adds it up. With recompute the tensors of one layer
 exist again while its backward pass runs: the part ``rebuilt_layer``.
 """
 
@@ -58,7 +58,7 @@ def kept_tensors(tensors: Iterable[SavedTensor], recompute: Collection[Recompute
 
     Args:
         tensors: all of one kind of layer.
-        recompute: parts; what they rebuild goes, what they rebuild it from stays.
+        recompute: parts; what they recompute goes, what they recompute it from stays.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
 
@@ -132,18 +132,18 @@ def _rebuilt_layer(
 ) -> int:
     """Bytes that exist again while the largest layer's backward pass runs: of whole layers mixer and experts."""
 
-    def rebuilt(kind: LayerKind) -> int:
+    def recomputed(kind: LayerKind) -> int:
         there = () if whole else kept[kind]
         return _size((t for t in saved[kind] if t not in there and not t.only_as_source), tokens)
 
-    mixer = max(rebuilt(kind) for kind in ("gdn", "attention") if num_layers[kind])
-    return mixer + rebuilt("moe") if whole else max(mixer, rebuilt("moe"))
+    mixer = max(recomputed(kind) for kind in ("gdn", "attention") if num_layers[kind])
+    return mixer + recomputed("moe") if whole else max(mixer, recomputed("moe"))
 
 
 def saved_tensors(
     model: ModelConfig, precision: Precision, *, expert_parallel_size: int = 1
 ) -> dict[LayerKind, tuple[SavedTensor, ...]]:
-    """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be rebuilt from.
+    """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be recomputed from.
 
     Every operation keeps its inputs, as the CUDA kernels do; delta rule and attention keep some results of their own.
     """

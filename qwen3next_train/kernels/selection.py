@@ -21,28 +21,28 @@ from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d import CausalConv1d
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.delta_rule_inputs import DeltaRuleInputs
-from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
-from qwen3next_train.kernels.fan_out import FanOut
-from qwen3next_train.kernels.fan_out.reference import fan_out_reference
 from qwen3next_train.kernels.fla_import import only_operations_of_fla
-from qwen3next_train.kernels.gated_add import GatedAdd
-from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_delta_rule.tuned_configs import use_tuned_configs
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qwen3next_train.kernels.gdn_prologue import GdnPrologue
+from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
 from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
-from qwen3next_train.kernels.norm_rotary import NormRotary
-from qwen3next_train.kernels.norm_rotary.reference import norm_rotary_reference
 from qwen3next_train.kernels.output_gate import OutputGate
 from qwen3next_train.kernels.output_gate.reference import output_gate_reference
+from qwen3next_train.kernels.qk_norm_rope import QkNormRope
+from qwen3next_train.kernels.qk_norm_rope.reference import qk_norm_rope_reference
 from qwen3next_train.kernels.rms_norm import RmsNorm
 from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
+from qwen3next_train.kernels.shared_expert_combine import SharedExpertCombine
+from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
+from qwen3next_train.kernels.shared_input import SharedInput
+from qwen3next_train.kernels.shared_input.reference import shared_input_reference
 from qwen3next_train.kernels.swiglu import SwiGlu
 from qwen3next_train.kernels.swiglu.reference import swiglu_reference
 from qwen3next_train.kernels.token_permutation import TokenPermutation
@@ -85,18 +85,18 @@ class KernelSet:
     """The operations the model is built from, and how each was chosen."""
 
     gated_delta_rule: GatedDeltaRule
-    delta_rule_inputs: DeltaRuleInputs
+    gdn_prologue: GdnPrologue
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
     top_k_routing: TopKRouting
     token_permutation: TokenPermutation
     swiglu: SwiGlu
-    gated_add: GatedAdd
-    fan_out: FanOut
+    shared_expert_combine: SharedExpertCombine
+    shared_input: SharedInput
     gated_rms_norm: GatedRmsNorm
     linear_cross_entropy: LinearCrossEntropy
     rms_norm: RmsNorm
-    norm_rotary: NormRotary
+    qk_norm_rope: QkNormRope
     output_gate: OutputGate
     choices: tuple[KernelChoice, ...]
 
@@ -130,12 +130,12 @@ def select_kernels(
         "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
     }
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
-    operations["delta_rule_inputs"] = _delta_rule_inputs_choice(config, place, fused_choice)
+    operations["gdn_prologue"] = _gdn_prologue_choice(config, place, fused_choice)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
         gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
-        delta_rule_inputs=_load_delta_rule_inputs(operations["delta_rule_inputs"].backend),
+        gdn_prologue=_load_gdn_prologue(operations["gdn_prologue"].backend),
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_product(operations["grouped_matmul"].backend),
         **fused,
@@ -196,12 +196,12 @@ def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _P
     return KernelChoice(operation, "reference", reason, operation)
 
 
-def _delta_rule_inputs_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
+def _gdn_prologue_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
     """The fused operation, or one after the other around the convolution that was asked for by name."""
     if fused.backend == "triton" and config.causal_conv1d == "auto":
-        return replace(fused, operation="delta_rule_inputs")
+        return replace(fused, operation="gdn_prologue")
     choice = _resolve("causal_conv1d", config.causal_conv1d, {"fla": _fla_fault}, place)
-    return replace(choice, operation="delta_rule_inputs")
+    return replace(choice, operation="gdn_prologue")
 
 
 class _Fused(TypedDict):
@@ -209,39 +209,39 @@ class _Fused(TypedDict):
 
     rms_norm: RmsNorm
     gated_rms_norm: GatedRmsNorm
-    norm_rotary: NormRotary
+    qk_norm_rope: QkNormRope
     output_gate: OutputGate
     linear_cross_entropy: LinearCrossEntropy
     top_k_routing: TopKRouting
     token_permutation: TokenPermutation
     swiglu: SwiGlu
-    gated_add: GatedAdd
-    fan_out: FanOut
+    shared_expert_combine: SharedExpertCombine
+    shared_input: SharedInput
 
 
 def _fused_reference() -> _Fused:
     return {
         "rms_norm": RmsNormReference(),
         "gated_rms_norm": gated_rms_norm_reference,
-        "norm_rotary": norm_rotary_reference,
+        "qk_norm_rope": qk_norm_rope_reference,
         "output_gate": output_gate_reference,
         "linear_cross_entropy": linear_cross_entropy_chunked,
         "top_k_routing": top_k_routing_reference,
         "token_permutation": TokenPermutationReference(),
         "swiglu": swiglu_reference,
-        "gated_add": gated_add_reference,
-        "fan_out": fan_out_reference,
+        "shared_expert_combine": shared_expert_combine_reference,
+        "shared_input": shared_input_reference,
     }
 
 
 def _fused_triton() -> _Fused:
-    from qwen3next_train.kernels.fan_out.triton_backend import fan_out_triton
-    from qwen3next_train.kernels.gated_add.triton_backend import gated_add_triton
     from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
     from qwen3next_train.kernels.linear_cross_entropy.triton_backend import linear_cross_entropy_triton
-    from qwen3next_train.kernels.norm_rotary.triton_backend import norm_rotary_triton
     from qwen3next_train.kernels.output_gate.triton_backend import output_gate_triton
+    from qwen3next_train.kernels.qk_norm_rope.triton_backend import qk_norm_rope_triton
     from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
+    from qwen3next_train.kernels.shared_expert_combine.triton_backend import shared_expert_combine_triton
+    from qwen3next_train.kernels.shared_input.triton_backend import shared_input_triton
     from qwen3next_train.kernels.swiglu.triton_backend import swiglu_triton
     from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
     from qwen3next_train.kernels.top_k_routing.triton_backend import top_k_routing_triton
@@ -249,14 +249,14 @@ def _fused_triton() -> _Fused:
     return {
         "rms_norm": RmsNormTriton(),
         "gated_rms_norm": gated_rms_norm_triton,
-        "norm_rotary": norm_rotary_triton,
+        "qk_norm_rope": qk_norm_rope_triton,
         "output_gate": output_gate_triton,
         "linear_cross_entropy": linear_cross_entropy_triton,
         "top_k_routing": top_k_routing_triton,
         "token_permutation": TokenPermutationTriton(),
         "swiglu": swiglu_triton,
-        "gated_add": gated_add_triton,
-        "fan_out": fan_out_triton,
+        "shared_expert_combine": shared_expert_combine_triton,
+        "shared_input": shared_input_triton,
     }
 
 
@@ -406,12 +406,12 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
         return gated_delta_rule_fla
 
 
-def _load_delta_rule_inputs(backend: str) -> DeltaRuleInputs:
+def _load_gdn_prologue(backend: str) -> GdnPrologue:
     if backend == "triton":
-        from qwen3next_train.kernels.delta_rule_inputs.triton_backend import delta_rule_inputs_triton
+        from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
 
-        return delta_rule_inputs_triton
-    return SeparateDeltaRuleInputs(_load_fla_conv() if backend == "fla" else causal_conv1d_reference)
+        return gdn_prologue_triton
+    return SeparateGdnPrologue(_load_fla_conv() if backend == "fla" else causal_conv1d_reference)
 
 
 def _load_fla_conv() -> CausalConv1d:

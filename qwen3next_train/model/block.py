@@ -9,11 +9,11 @@ from torch import nn
 
 from qwen3next_train.config.schema import LayerType, ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
-from qwen3next_train.model.norms import ResidualRmsNorm, StreamRmsNorm
+from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.rope import RotaryTable
 from qwen3next_train.model.router_losses import RouterStats
 
@@ -28,7 +28,7 @@ class BatchContext:
         num_rows: rows the tokens consist of.
     """
 
-    sequences: Sequences
+    sequences: VarlenMetadata
     rotary: RotaryTable
     num_rows: int
 
@@ -61,8 +61,8 @@ class DecoderLayer(nn.Module):
             self.self_attn = GatedAttention(config, kernels)
         self.mlp = moe_block(config, kernels, local_experts)
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = StreamRmsNorm(hidden, eps, kernels.rms_norm)
-        self.post_attention_layernorm = ResidualRmsNorm(hidden, eps, kernels.rms_norm)
+        self.input_layernorm = RmsNormWithResidual(hidden, eps, kernels.rms_norm)
+        self.post_attention_layernorm = FusedAddRmsNorm(hidden, eps, kernels.rms_norm)
 
     def forward(self, x_TD: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, RouterStats]:
         """``[T, D]`` to ``[T, D]`` and the router's statistics."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
-from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.recompute import recomputed
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class LocalDispatcher:
     def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
         """See :class:`TokenDispatcher`."""
         order = self._permutation.sort(expert_ids_TK, self._num_experts, expert_ids_TK.numel())
-        rows_RD = rebuilt("activations", lambda x_TD: self._permutation.permute(x_TD, order), x_TD)
+        rows_RD = recomputed("activations", lambda x_TD: self._permutation.permute(x_TD, order), x_TD)
         weights_R = self._permutation.permute_weights(weights_TK, order)
         return ExpertRows(rows_RD, weights_R, order.counts_E, order)
 

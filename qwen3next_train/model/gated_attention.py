@@ -10,9 +10,9 @@ from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
-from qwen3next_train.model.norms import RotaryRmsNorm
-from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.norms import QkNormAndRope
+from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.rope import RotaryTable
 
 
@@ -38,10 +38,10 @@ class GatedAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_dim, bias=False)
         self.v_proj = nn.Linear(hidden, kv_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, hidden, bias=False)
-        self.q_norm = RotaryRmsNorm(self.head_dim, config.rms_norm_eps, kernels.norm_rotary)
-        self.k_norm = RotaryRmsNorm(self.head_dim, config.rms_norm_eps, kernels.norm_rotary)
+        self.q_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
+        self.k_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
 
-    def forward(self, x_TD: torch.Tensor, sequences: Sequences, rotary: RotaryTable) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, sequences: VarlenMetadata, rotary: RotaryTable) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``."""
         q_TNX = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim * (2 if self.has_gate else 1)))
         q_TNH, gate_TNH = q_TNX.split(self.head_dim, dim=-1) if self.has_gate else (q_TNX, None)
@@ -50,5 +50,5 @@ class GatedAttention(nn.Module):
         q_TNH, k_TGH = self.q_norm(q_TNH, rotary), self.k_norm(k_TGH, rotary)
         out_TNH = self.attention(q_TNH, k_TGH, v_TGH, sequences=sequences)
         if gate_TNH is not None:
-            out_TNH = rebuilt("activations", self.output_gate, out_TNH, gate_TNH)
+            out_TNH = recomputed("activations", self.output_gate, out_TNH, gate_TNH)
         return self.o_proj(out_TNH.flatten(-2))

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.delta_rule_inputs import DeltaRuleInputs, HeadShape, RuleInputs
+from qwen3next_train.kernels.gdn_prologue import GdnPrologue, GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.norms import GatedNorm
-from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.recompute import recomputed
 
 
 class ShortConvolution(nn.Module):
@@ -26,7 +26,7 @@ class ShortConvolution(nn.Module):
         kernel: selected backend.
     """
 
-    def __init__(self, heads: HeadShape, width: int, kernel: DeltaRuleInputs) -> None:
+    def __init__(self, heads: HeadShape, width: int, kernel: GdnPrologue) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads.channels, 1, width))
         self.heads = heads
@@ -38,16 +38,16 @@ class ShortConvolution(nn.Module):
         ba_TM: torch.Tensor,
         A_log_N: torch.Tensor,
         dt_bias_N: torch.Tensor,
-        sequences: Sequences,
-    ) -> RuleInputs:
+        sequences: VarlenMetadata,
+    ) -> GdnPrologueOutputs:
         """Operands of the delta rule and the gate of the norm behind it."""
 
         def convolve(
             qkvz_TP: torch.Tensor, ba_TM: torch.Tensor, weight: torch.Tensor, *gates: torch.Tensor
-        ) -> RuleInputs:
+        ) -> GdnPrologueOutputs:
             return self.kernel(qkvz_TP, ba_TM, weight.squeeze(1), *gates, heads=self.heads, sequences=sequences)
 
-        return rebuilt("conv_gates", convolve, qkvz_TP, ba_TM, self.weight, A_log_N, dt_bias_N)
+        return recomputed("conv_gates", convolve, qkvz_TP, ba_TM, self.weight, A_log_N, dt_bias_N)
 
 
 class GatedDeltaNet(nn.Module):
@@ -67,14 +67,14 @@ class GatedDeltaNet(nn.Module):
         self.rule = kernels.gated_delta_rule
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
-        self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.delta_rule_inputs)
+        self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.gdn_prologue)
         projected = heads.key_heads * sum(heads.group_sizes)
         self.in_proj_qkvz = nn.Linear(config.hidden_size, projected, bias=False)
         self.in_proj_ba = nn.Linear(config.hidden_size, 2 * heads.value_heads, bias=False)
         self.norm = GatedNorm(heads.value_dim, config.rms_norm_eps, kernels.gated_rms_norm)
         self.out_proj = nn.Linear(heads.value_heads * heads.value_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, sequences: VarlenMetadata) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; no state crosses a document's end."""
         qkvz_TP, ba_TM = self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD)
         inputs = self.conv1d(qkvz_TP, ba_TM, self.A_log, self.dt_bias, sequences)

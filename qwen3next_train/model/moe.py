@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gated_add import GatedAdd
 from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.shared_expert_combine import SharedExpertCombine
 from qwen3next_train.kernels.swiglu import SwiGlu
 from qwen3next_train.kernels.top_k_routing import TopKRouting
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
-from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.router_losses import RouterStats
 
 
@@ -76,7 +76,7 @@ class RoutedExperts(nn.Module):
     def forward(self, rows_RD: torch.Tensor, weights_R: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert ``[R, D]`` to the experts' outputs ``[R, D]`` times ``weights_R``; R may be 0."""
         gate_up = self.product(rows_RD, self.gate_up_proj, counts_e=counts_e)
-        inner = rebuilt("activations", self.swiglu, gate_up, weights_R)
+        inner = recomputed("activations", self.swiglu, gate_up, weights_R)
         return self.product(inner, self.down_proj, counts_e=counts_e)
 
 
@@ -100,7 +100,7 @@ class SharedExpert(nn.Module):
         """``[T, D]`` to ``[T, D]``."""
         # One product instead of two: the gradient of x is then one as well, and no sum of two.
         weight = torch.cat((self.gate_proj.weight, self.up_proj.weight))
-        return self.down_proj(rebuilt("activations", self.swiglu, F.linear(x_TD, weight)))
+        return self.down_proj(recomputed("activations", self.swiglu, F.linear(x_TD, weight)))
 
 
 class SharedExpertGate(nn.Module):
@@ -111,7 +111,7 @@ class SharedExpertGate(nn.Module):
         kernel: selected gated addition.
     """
 
-    def __init__(self, hidden: int, kernel: GatedAdd) -> None:
+    def __init__(self, hidden: int, kernel: SharedExpertCombine) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden))
         self.kernel = kernel
@@ -142,8 +142,10 @@ class SparseMoeBlock(nn.Module):
         self.experts = RoutedExperts(config, kernels, len(local_experts))
         self.shared_expert = SharedExpert(config.hidden_size, shared, kernels.swiglu) if shared else None
         has_gate = bool(shared) and config.shared_expert_gate
-        self.shared_expert_gate = SharedExpertGate(config.hidden_size, kernels.gated_add) if has_gate else None
-        self.fan_out = kernels.fan_out
+        self.shared_expert_gate = (
+            SharedExpertGate(config.hidden_size, kernels.shared_expert_combine) if has_gate else None
+        )
+        self.shared_input = kernels.shared_input
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts, kernels.token_permutation)
 
     def forward(
@@ -159,7 +161,7 @@ class SparseMoeBlock(nn.Module):
         Returns:
             the stream ``[T, D]`` and the router's statistics.
         """
-        to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.fan_out(x_TD, 4)
+        to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
         sent = self.dispatcher.send(to_experts_TD, ids_TK, weights_TK)
         shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)

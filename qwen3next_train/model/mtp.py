@@ -29,7 +29,7 @@ from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
-from qwen3next_train.model.recompute import rebuilt, rebuilt_layer
+from qwen3next_train.model.recompute import recomputed, recomputed_layer
 from qwen3next_train.model.router_losses import RouterStats
 
 _NO_TOKEN = 0
@@ -86,6 +86,6 @@ class MultiTokenPredictor(nn.Module):
             context: the micro-batch.
         """
         normed = self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)
-        joined = rebuilt("norms", lambda *parts: torch.cat(parts, dim=-1), *normed)
-        out_TD, stats = rebuilt_layer(self.layers[depth - 1], self.fc(joined), context)
+        joined = recomputed("norms", lambda *parts: torch.cat(parts, dim=-1), *normed)
+        out_TD, stats = recomputed_layer(self.layers[depth - 1], self.fc(joined), context)
         return self.norm(out_TD), stats

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.norm_rotary import NormRotary
+from qwen3next_train.kernels.qk_norm_rope import QkNormRope
 from qwen3next_train.kernels.rms_norm import RmsNorm
-from qwen3next_train.model.recompute import rebuilds, rebuilt
+from qwen3next_train.model.recompute import is_recomputed, recomputed
 from qwen3next_train.model.rope import RotaryTable
 
 Kernel = TypeVar("Kernel")
@@ -45,10 +45,10 @@ class ZeroCenteredRmsNorm(_Norm[RmsNorm]):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., size]`` to the same shape and dtype."""
-        return rebuilt("norms", partial(self.kernel.normalize, eps=self.eps), x, self.weight)
+        return recomputed("norms", partial(self.kernel.normalize, eps=self.eps), x, self.weight)
 
 
-class StreamRmsNorm(_Norm[RmsNorm]):
+class RmsNormWithResidual(_Norm[RmsNorm]):
     """The residual stream and its :class:`ZeroCenteredRmsNorm` in one.
 
     Args:
@@ -60,10 +60,10 @@ class StreamRmsNorm(_Norm[RmsNorm]):
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` itself, for whoever adds to it, and its norm, both ``[T, size]``."""
         # Being handed through, x is kept as it is: only the norm is ever made again.
-        return rebuilt("norms", partial(self.kernel.pass_and_normalize, eps=self.eps), x_TD, self.weight)
+        return recomputed("norms", partial(self.kernel.rms_norm_with_residual, eps=self.eps), x_TD, self.weight)
 
 
-class ResidualRmsNorm(_Norm[RmsNorm]):
+class FusedAddRmsNorm(_Norm[RmsNorm]):
     """Residual sum and its :class:`ZeroCenteredRmsNorm` in one.
 
     Args:
@@ -74,14 +74,14 @@ class ResidualRmsNorm(_Norm[RmsNorm]):
 
     def forward(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x + y`` and its norm, both ``[T, size]``."""
-        if not rebuilds("norms"):
-            return self.kernel.add_and_normalize(x_TD, y_TD, self.weight, eps=self.eps)
+        if not is_recomputed("norms"):
+            return self.kernel.fused_add_rms_norm(x_TD, y_TD, self.weight, eps=self.eps)
         # The sum is the residual stream, which is kept; the norm is made from it again.
-        normalize = partial(self.kernel.pass_and_normalize, eps=self.eps)
-        return rebuilt("norms", normalize, x_TD + y_TD, self.weight)
+        normalize = partial(self.kernel.rms_norm_with_residual, eps=self.eps)
+        return recomputed("norms", normalize, x_TD + y_TD, self.weight)
 
 
-class RotaryRmsNorm(_Norm[NormRotary]):
+class QkNormAndRope(_Norm[QkNormRope]):
     """:class:`ZeroCenteredRmsNorm` of queries or keys and their rotary embedding in one.
 
     Args:
@@ -96,7 +96,7 @@ class RotaryRmsNorm(_Norm[NormRotary]):
         def compute(x_TNH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
             return self.kernel(x_TNH, weight_H, table.cos_T1r, table.sin_T1r, eps=self.eps)
 
-        return rebuilt("norms", compute, x_TNH, self.weight)
+        return recomputed("norms", compute, x_TNH, self.weight)
 
 
 class GatedNorm(_Norm[GatedRmsNorm]):
@@ -110,4 +110,4 @@ class GatedNorm(_Norm[GatedRmsNorm]):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Both ``[..., size]``; returns the same shape in the gate's dtype."""
-        return rebuilt("activations", partial(self.kernel, eps=self.eps), x, gate, self.weight)
+        return recomputed("activations", partial(self.kernel, eps=self.eps), x, gate, self.weight)

@@ -17,12 +17,12 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids, next_targets
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
-from qwen3next_train.model.recompute import rebuilt_layer, recomputing
+from qwen3next_train.model.recompute import recomputed_layer, recomputing
 from qwen3next_train.model.rope import rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats
 from qwen3next_train.parameters import parameter_table
@@ -89,7 +89,7 @@ class Qwen3NextModel(nn.Module):
         x_TD = self.embed_tokens(input_ids_T)
         stats = []
         for layer in self.layers:
-            x_TD, layer_stats = rebuilt_layer(layer, x_TD, context)
+            x_TD, layer_stats = recomputed_layer(layer, x_TD, context)
             stats.append(layer_stats)
         return self.norm(x_TD), stats
 
@@ -230,7 +230,7 @@ class Qwen3NextForCausalLM(nn.Module):
             fraction=config.partial_rotary_factor,
             theta=config.rope_theta,
         )
-        return BatchContext(Sequences(batch.cu_seqlens, batch.cu_seqlens_cpu), rotary, batch.num_rows)
+        return BatchContext(VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu), rotary, batch.num_rows)
 
     def _predict_further(
         self, hidden_TD: torch.Tensor, batch: PackedBatch, context: BatchContext

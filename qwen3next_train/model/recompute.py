@@ -1,15 +1,15 @@
-"""Activation recompute: results that are cheap to compute are computed again in the backward pass, not kept.
+"""Activation checkpointing by parts: what is cheap to compute is computed again in the backward pass, not kept.
 
 A plain checkpoint around a norm saves nothing, because the linear layer behind it keeps the norm's output. Here a
-function's outputs are replaced wherever anyone saves them for the backward pass, whoever that is: by a promise to
-compute them again from the function's inputs, once, when the first of them is asked for
+function's outputs are replaced wherever anyone saves them for the backward pass, whoever that is: by a reference that
+computes them again from the function's inputs, once, when the first of them is asked for
 (``torch.autograd.graph.saved_tensors_hooks``). The same holds for what is saved inside the function. The autograd
-graph is the one that there is without recompute, so gradients are the same bit for bit; but norms that are rebuilt are
-not fused with the sum before them, which another kernel then computes; in bf16 they are the same within rounding.
+graph is the one that there is without recompute, so gradients are the same bit for bit; but a norm that is recomputed
+is not fused with the sum before it, which another kernel then computes; in bf16 they are the same within rounding.
 
-A part of a layer is marked where it is computed: ``rebuilt("norms", function, *inputs)``. Marks do nothing outside of
-:func:`recomputing`, under ``no_grad`` and inside another function that is being rebuilt. Do not mark what makes the
-residual stream: its rebuilding would reach back through all layers.
+A part of a layer is marked where it is computed: ``recomputed("norms", function, *inputs)``. Marks do nothing outside
+of :func:`recomputing`, under ``no_grad`` and inside another function that is being recomputed. Do not mark what makes
+the residual stream: its recomputation would reach back through all layers.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from qwen3next_train.config.schema import RecomputePart
 R = TypeVar("R")
 
 # Of the thread that runs the forward pass; backward passes run without one.
-_active: ContextVar[_Pass | None] = ContextVar("recompute", default=None)
+_active: ContextVar[_ForwardPass | None] = ContextVar("recompute", default=None)
 
 
 @contextmanager
 def recomputing(parts: Collection[RecomputePart], *, weights_stay: bool = True) -> Iterator[None]:
-    """Rebuild the marked ``parts`` of what is computed inside; to be put around one forward pass of a model.
+    """Recompute the marked ``parts`` of what is computed inside; to be put around one forward pass of a model.
 
     Args:
         parts: what is recomputed.
         weights_stay: parameters are whole whenever a backward pass runs. Under ZeRO-3 they are not where another
-            module's backward asks for the rebuilding, so the few small ones that are read are copied.
+            module's backward asks for the recomputation, so the few small ones that are read are copied.
     """
-    token = _active.set(_Pass(frozenset(parts), weights_stay=weights_stay) if parts else None)
+    token = _active.set(_ForwardPass(frozenset(parts), weights_stay=weights_stay) if parts else None)
     try:
         current = _active.get()
         if current is None or current.parts == {"layer"}:
@@ -54,31 +54,31 @@ def recomputing(parts: Collection[RecomputePart], *, weights_stay: bool = True) 
         _active.reset(token)
 
 
-def rebuilt(part: RecomputePart, function: Callable[..., R], *inputs: torch.Tensor) -> R:
-    """``function(*inputs)``, its tensors rebuilt in the backward pass if ``part`` is recomputed.
+def recomputed(part: RecomputePart, function: Callable[..., R], *inputs: torch.Tensor) -> R:
+    """``function(*inputs)``, its tensors recomputed in the backward pass if ``part`` is recomputed.
 
     Args:
         part: what the function belongs to.
         function: pure and deterministic, without random numbers, communication or calls of modules (whose hooks
             must run once). It may read constants besides its inputs.
-        inputs: what it is computed from again, small parameters included; they are kept, or rebuilt themselves.
+        inputs: what it is computed from again, small parameters included; they are kept, or recomputed themselves.
 
     Returns:
         The function's result, a tensor or a tuple of tensors.
     """
     current = _active.get()
-    if current is None or not rebuilds(part):
+    if current is None or not is_recomputed(part):
         return function(*inputs)
     return current.run(function, inputs)
 
 
-def rebuilds(part: RecomputePart) -> bool:
-    """Whether :func:`rebuilt` does more for ``part`` than to call the function."""
+def is_recomputed(part: RecomputePart) -> bool:
+    """Whether :func:`recomputed` does more for ``part`` than to call the function."""
     current = _active.get()
     return current is not None and part in current.parts and torch.is_grad_enabled()
 
 
-def rebuilt_layer(layer: Callable[..., tuple[torch.Tensor, R]], *inputs: Any) -> tuple[torch.Tensor, R]:
+def recomputed_layer(layer: Callable[..., tuple[torch.Tensor, R]], *inputs: Any) -> tuple[torch.Tensor, R]:
     """``layer(*inputs)``, activations first; if ``layer`` is recomputed, of all it computes only its inputs are kept.
 
     All of the layer runs again, its collectives in their order on every rank: stopping at the last tensor that is
@@ -88,21 +88,21 @@ def rebuilt_layer(layer: Callable[..., tuple[torch.Tensor, R]], *inputs: Any) ->
     if current is None or "layer" not in current.parts or not torch.is_grad_enabled():
         return layer(*inputs)
 
-    def layer_to_be_rebuilt(*inputs: Any) -> tuple[torch.Tensor, R]:
+    def layer_to_be_recomputed(*inputs: Any) -> tuple[torch.Tensor, R]:
         x_TD, rest = layer(*inputs)
-        return _RebuildFirst.apply(x_TD), rest
+        return _RecomputeFirst.apply(x_TD), rest
 
     token = _active.set(None)
     try:
         result: tuple[torch.Tensor, R] = checkpoint(
-            layer_to_be_rebuilt, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False
+            layer_to_be_recomputed, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False
         )
     finally:
         _active.reset(token)
     return result
 
 
-class _RebuildFirst(torch.autograd.Function):
+class _RecomputeFirst(torch.autograd.Function):
     """The end of a layer: its backward asks for a saved tensor, so that the layer runs again before anything else.
 
     Under ZeRO-3 a module's weights are gathered before its backward and released after its forward. If the layer ran
@@ -122,7 +122,7 @@ class _RebuildFirst(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A tensor that stays, and the version it must still have when something is rebuilt from it."""
+    """A tensor that stays, and the version it must still have when something is recomputed from it."""
 
     tensor: torch.Tensor
     version: int
@@ -136,28 +136,28 @@ class _Kept:
 class _Intermediate:
     """What the ``position``-th tensor saved inside a function will be."""
 
-    recipe: _Recipe
+    function_call: _CheckpointedFunction
     position: int
 
     def get(self) -> torch.Tensor:
-        return self.recipe.rebuild().intermediates[self.position]
+        return self.function_call.recompute().intermediates[self.position]
 
 
 @dataclass(frozen=True, eq=False)
 class _Output:
     """What a view of a function's output will be."""
 
-    recipe: _Recipe
+    function_call: _CheckpointedFunction
     index: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def get(self) -> torch.Tensor:
-        return self.recipe.rebuild().outputs[self.index].as_strided(self.size, self.stride, self.offset)
+        return self.function_call.recompute().outputs[self.index].as_strided(self.size, self.stride, self.offset)
 
 
-class _Rebuilt:
+class _Recomputed:
     """Tensors that were computed again, for use on any CUDA stream: a layer's backward pass may have several.
 
     Args:
@@ -185,26 +185,26 @@ class _Rebuilt:
                 tensor.record_stream(current)
 
 
-class _Recipe:
+class _CheckpointedFunction:
     """How to compute a function's tensors again.
 
     Alive as long as the graph refers to one of them, and so is the memo of the backward pass.
 
     Args:
         function: the function.
-        inputs: promises of its inputs and whether each requires a gradient.
+        inputs: references to its inputs and whether each requires a gradient.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: list[tuple[_Kept | _Output, bool]]) -> None:
         self.num_intermediates = 0
         self._function = function
         self._inputs = inputs
-        self._memo: _Rebuilt | None = None
+        self._memo: _Recomputed | None = None
 
-    def rebuild(self) -> _Rebuilt:
+    def recompute(self) -> _Recomputed:
         """The tensors, computed at the first call."""
         if self._memo is None:
-            inputs = [promise.get().detach().requires_grad_(grad) for promise, grad in self._inputs]
+            inputs = [ref.get().detach().requires_grad_(grad) for ref, grad in self._inputs]
             own = {_storage_id(tensor) for tensor in inputs}
             intermediates: list[torch.Tensor] = []
 
@@ -215,7 +215,7 @@ class _Recipe:
             with torch.enable_grad(), saved_tensors_hooks(record, _never):
                 outputs = _as_tuple(self._function(*inputs))
             assert len(intermediates) == self.num_intermediates, "recomputed another graph than in the forward pass"
-            self._memo = _Rebuilt(intermediates, tuple(output.detach() for output in outputs))
+            self._memo = _Recomputed(intermediates, tuple(output.detach() for output in outputs))
             self._inputs.clear()
         self._memo.wait()
         return self._memo
@@ -223,19 +223,19 @@ class _Recipe:
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """An output that can be rebuilt, for as long as its storage is alive.
+    """An output that can be recomputed, for as long as its storage is alive.
 
     The weak reference keeps the storage's address from being used again.
     """
 
     storage: StorageWeakRef
-    recipe: _Recipe
+    function_call: _CheckpointedFunction
     index: int
     version: int
     dtype: torch.dtype
 
 
-class _Pass:
+class _ForwardPass:
     """One forward pass.
 
     Args:
@@ -247,15 +247,15 @@ class _Pass:
         self.parts = parts
         self._weights_stay = weights_stay
         self._outputs: dict[int, _Entry] = {}
-        self._under_way: _Recipe | None = None
+        self._under_way: _CheckpointedFunction | None = None
         self._own: set[int] = set()
 
     def run(self, function: Callable[..., R], inputs: tuple[torch.Tensor, ...]) -> R:
         """``function(*inputs)``, remembering how to do it again."""
         if self._under_way is not None:
             return function(*inputs)
-        promises = [(self._promise(tensor) or self._keep(tensor), tensor.requires_grad) for tensor in inputs]
-        self._under_way = _Recipe(function, promises)
+        refs = [(self._ref(tensor) or self._keep(tensor), tensor.requires_grad) for tensor in inputs]
+        self._under_way = _CheckpointedFunction(function, refs)
         self._own = {_storage_id(tensor) for tensor in inputs}
         try:
             result = function(*inputs)
@@ -266,32 +266,32 @@ class _Pass:
 
     def pack(self, tensor: torch.Tensor) -> object:
         """What autograd keeps in place of ``tensor``."""
-        recipe = self._under_way
-        if recipe is not None and not _stays(tensor, self._own):
-            recipe.num_intermediates += 1
-            return _Intermediate(recipe, recipe.num_intermediates - 1)
-        return self._promise(tensor) or tensor
+        function_call = self._under_way
+        if function_call is not None and not _stays(tensor, self._own):
+            function_call.num_intermediates += 1
+            return _Intermediate(function_call, function_call.num_intermediates - 1)
+        return self._ref(tensor) or tensor
 
     def _keep(self, tensor: torch.Tensor) -> _Kept:
         if isinstance(tensor, torch.nn.Parameter) and not self._weights_stay:
             tensor = tensor.detach().clone()
         return _Kept(tensor, tensor._version)
 
-    def _promise(self, tensor: torch.Tensor) -> _Output | None:
-        """How to rebuild ``tensor``; None if it is no output, or was changed since."""
+    def _ref(self, tensor: torch.Tensor) -> _Output | None:
+        """How to recompute ``tensor``; None if it is no output, or was changed since."""
         entry = self._outputs.get(_storage_id(tensor))
         if entry is None or (entry.version, entry.dtype) != (tensor._version, tensor.dtype):
             return None
-        return _Output(entry.recipe, entry.index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _Output(entry.function_call, entry.index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def _remember(self, recipe: _Recipe, outputs: tuple[torch.Tensor, ...]) -> None:
+    def _remember(self, function_call: _CheckpointedFunction, outputs: tuple[torch.Tensor, ...]) -> None:
         self._outputs = {key: entry for key, entry in self._outputs.items() if not entry.storage.expired()}
         for index, output in enumerate(outputs):
             key = _storage_id(output)
             # Several outputs in one storage are all reached from the first; an input handed through is not new.
             if key not in self._own and key not in self._outputs:
                 storage = StorageWeakRef(output.untyped_storage())
-                self._outputs[key] = _Entry(storage, recipe, index, output._version, output.dtype)
+                self._outputs[key] = _Entry(storage, function_call, index, output._version, output.dtype)
 
 
 def _unpack(packed: Any) -> torch.Tensor:

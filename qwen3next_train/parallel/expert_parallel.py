@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
 from qwen3next_train.model.dispatch import ExpertRows
-from qwen3next_train.model.recompute import rebuilt
+from qwen3next_train.model.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class AllToAllDispatcher:
         """See :class:`TokenDispatcher`."""
         tokens_ND, weights_NK = _Receive.apply(sent.tokens_ND, sent.weights_NK, sent.exchange)
         by_expert = self._permutation.sort(sent.ids_NK.long(), self._num_local, sent.num_routed)
-        rows_RD = rebuilt("activations", lambda x_ND: self._permutation.permute(x_ND, by_expert), tokens_ND)
+        rows_RD = recomputed("activations", lambda x_ND: self._permutation.permute(x_ND, by_expert), tokens_ND)
         weights_R = self._permutation.permute_weights(weights_NK, by_expert)
         return ExpertRows(rows_RD, weights_R, by_expert.counts_E, _Origin(sent.by_rank, by_expert, sent.exchange))
 

@@ -19,13 +19,13 @@ import torch
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.delta_rule_inputs import HeadShape
-from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qwen3next_train.kernels.gdn_prologue import HeadShape
+from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.selftest.case import Case, Outputs, RandomInputs
@@ -129,17 +129,17 @@ def _check(
     return [Check(f"kernels.{choice.key}", error <= BOUND, detail)]
 
 
-def _packings(device: torch.device) -> Iterator[Sequences]:
+def _packings(device: torch.device) -> Iterator[VarlenMetadata]:
     for lengths in (_LENGTHS, (_NUM_TOKENS,)):
-        yield Sequences.from_lengths(lengths, device)
+        yield VarlenMetadata.from_lengths(lengths, device)
 
 
-def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _gdn_prologue(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     heads = HeadShape.of(model)
-    separate = SeparateDeltaRuleInputs(causal_conv1d_reference)
+    separate = SeparateGdnPrologue(causal_conv1d_reference)
     inputs = projection_tensors(random, heads, _NUM_TOKENS, model.linear_conv_kernel_dim)
     for sequences in _packings(random.device):
-        kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
+        kernel = partial(kernels.gdn_prologue, heads=heads, sequences=sequences)
         reference = partial(separate, heads=heads, sequences=sequences)
         yield Case(inputs, kernel, reference, frozenset({"A_log_N", "dt_bias_N"}))
 
@@ -173,7 +173,7 @@ def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs
 
 
 _CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[Case]]] = {
-    "delta_rule_inputs": _delta_rule_inputs,
+    "gdn_prologue": _gdn_prologue,
     "gated_delta_rule": _gated_delta_rule,
     "gated_rms_norm": _gated_rms_norm,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 LENGTHS = (65, 1, 64, 62)
 NUM_TOKENS = sum(LENGTHS)
@@ -58,10 +58,10 @@ class RandomInputs:
         """Between 0 and 1."""
         return torch.rand(shape, dtype=torch.float64, generator=self.generator).to(self.device)
 
-    def packings(self) -> Iterator[Sequences]:
+    def packings(self) -> Iterator[VarlenMetadata]:
         """Documents of odd lengths, then one document."""
         for lengths in (LENGTHS, (NUM_TOKENS,)):
-            yield Sequences.from_lengths(lengths, self.device)
+            yield VarlenMetadata.from_lengths(lengths, self.device)
 
 
 def capped(size: int, limit: int = 1024) -> int:

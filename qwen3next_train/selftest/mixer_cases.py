@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.delta_rule_inputs import HeadShape
 from qwen3next_train.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
+from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import EPS, NUM_TOKENS, Case, Outputs, RandomInputs
 
 
@@ -78,12 +78,12 @@ def _with_state(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], *
     return out, final
 
 
-def _delta_rule_inputs(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _gdn_prologue(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     heads = _few_heads(model)
     for sequences in random.packings():
         inputs = projection_tensors(random, heads, NUM_TOKENS, model.linear_conv_kernel_dim)
-        kernel = partial(kernels.delta_rule_inputs, heads=heads, sequences=sequences)
-        reference = partial(_plain_delta_rule_inputs, heads=heads, sequences=sequences)
+        kernel = partial(kernels.gdn_prologue, heads=heads, sequences=sequences)
+        reference = partial(_plain_gdn_prologue, heads=heads, sequences=sequences)
         yield Case(inputs, kernel, reference, frozenset({"A_log_N", "dt_bias_N"}))
 
 
@@ -110,7 +110,7 @@ def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs
     yield Case(inputs, lambda **inputs: (kernels.gated_rms_norm(**inputs, eps=EPS),), _plain_gated_rms_norm)
 
 
-def _norm_rotary(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _qk_norm_rope(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     rotated = int(model.head_dim * model.partial_rotary_factor)
     angle = (random.uniform(NUM_TOKENS, 1, rotated // 2) * 7).float()
     cos, sin = angle.cos(), angle.sin()
@@ -122,10 +122,10 @@ def _norm_rotary(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -
         return x_T.unflatten(1, (3, -1))[..., : model.head_dim]
 
     def kernel(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
-        return (kernels.norm_rotary(heads(x_T), weight_H, cos_T1r, sin_T1r, eps=EPS),)
+        return (kernels.qk_norm_rope(heads(x_T), weight_H, cos_T1r, sin_T1r, eps=EPS),)
 
     def reference(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
-        return (_plain_norm_rotary(heads(x_T), weight_H, torch.complex(cos.double(), sin.double())),)
+        return (_plain_qk_norm_rope(heads(x_T), weight_H, torch.complex(cos.double(), sin.double())),)
 
     yield Case(inputs, kernel, reference)
 
@@ -142,24 +142,24 @@ def _output_gate(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -
 
 MIXER_CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[Case]]] = {
     "gated_delta_rule": _gated_delta_rule,
-    "delta_rule_inputs": _delta_rule_inputs,
+    "gdn_prologue": _gdn_prologue,
     "gated_rms_norm": _gated_rms_norm,
     "varlen_attention": _varlen_attention,
-    "norm_rotary": _norm_rotary,
+    "qk_norm_rope": _qk_norm_rope,
     "output_gate": _output_gate,
 }
 """By field of ``KernelSet``."""
 
 
-def _single(operation: Callable[..., torch.Tensor], sequences: Sequences) -> Callable[..., Outputs]:
+def _single(operation: Callable[..., torch.Tensor], sequences: VarlenMetadata) -> Callable[..., Outputs]:
     return lambda **inputs: (operation(**inputs, sequences=sequences),)
 
 
-def _spans(sequences: Sequences) -> list[tuple[int, int]]:
+def _spans(sequences: VarlenMetadata) -> list[tuple[int, int]]:
     return list(pairwise(sequences.cu_seqlens_cpu.tolist()))
 
 
-def _plain_delta_rule_inputs(
+def _plain_gdn_prologue(
     qkvz_TP: torch.Tensor,
     ba_TM: torch.Tensor,
     weight_CW: torch.Tensor,
@@ -167,7 +167,7 @@ def _plain_delta_rule_inputs(
     dt_bias_N: torch.Tensor,
     *,
     heads: HeadShape,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
 ) -> Outputs:
     key_dim, values = heads.key_dim, heads.group * heads.value_dim
     groups = [columns.split((key_dim, key_dim, values, values), -1) for columns in qkvz_TP.chunk(heads.key_heads, -1)]
@@ -189,7 +189,7 @@ def _plain_delta_rule_inputs(
 
 
 def _plain_attention(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: VarlenMetadata
 ) -> torch.Tensor:
     group = q_TNH.shape[1] // k_TGH.shape[1]
     outputs = []
@@ -207,7 +207,7 @@ def _plain_gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Ten
     return (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight * gate * gate.sigmoid(),)
 
 
-def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
     rows, columns = x_TC.unbind(0), weight_CW.unbind(1)
     outputs = []
     for start, end in _spans(sequences):
@@ -218,7 +218,7 @@ def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Seque
     return torch.stack(outputs)
 
 
-def _plain_norm_rotary(x_TNH: torch.Tensor, weight_H: torch.Tensor, turn_T1X: torch.Tensor) -> torch.Tensor:
+def _plain_qk_norm_rope(x_TNH: torch.Tensor, weight_H: torch.Tensor, turn_T1X: torch.Tensor) -> torch.Tensor:
     normed = x_TNH / (x_TNH.square().mean(-1, keepdim=True) + EPS).sqrt() * (1 + weight_H)
     half = turn_T1X.shape[-1]
     turned = torch.complex(normed[..., :half], normed[..., half : 2 * half]) * turn_T1X

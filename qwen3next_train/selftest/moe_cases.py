@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.fan_out import MAX_CONSUMERS
 from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.shared_input import MAX_CONSUMERS
 from qwen3next_train.selftest.case import NUM_TOKENS, Case, Outputs, RandomInputs, capped
 
 
@@ -93,7 +93,7 @@ def _swiglu(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Ite
     yield Case(inputs, lambda **inputs: (kernels.swiglu(**inputs),), reference, frozenset({"weights_R"}))
 
 
-def _gated_add(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _shared_expert_combine(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     size = capped(model.hidden_size)
 
     def reference(
@@ -108,14 +108,14 @@ def _gated_add(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> 
 
     inputs = {name: random.normal(NUM_TOKENS, size) for name in ("residual_TD", "base_TD", "branch_TD", "x_TD")}
     inputs["weight_1D"] = random.normal(1, size) * size**-0.5
-    yield Case(inputs, lambda **inputs: (kernels.gated_add(**inputs),), reference)
+    yield Case(inputs, lambda **inputs: (kernels.shared_expert_combine(**inputs),), reference)
 
 
-def _fan_out(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _shared_input(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     for count in range(2, MAX_CONSUMERS + 1):
         yield Case(
             {"x": random.normal(NUM_TOKENS, capped(model.hidden_size))},
-            partial(kernels.fan_out, count=count),
+            partial(kernels.shared_input, count=count),
             lambda x, count=count: tuple(1 * x for _ in range(count)),
         )
 
@@ -125,8 +125,8 @@ MOE_CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[C
     "top_k_routing": _top_k_routing,
     "token_permutation": _token_permutation,
     "swiglu": _swiglu,
-    "gated_add": _gated_add,
-    "fan_out": _fan_out,
+    "shared_expert_combine": _shared_expert_combine,
+    "shared_input": _shared_input,
 }
 """By field of ``KernelSet``."""
 

@@ -154,7 +154,7 @@ def _rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> I
 
     def kernel(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
         alone_TD = kernels.rms_norm.normalize(x_TD, weight_D, eps=EPS)
-        return alone_TD, *kernels.rms_norm.add_and_normalize(x_TD, y_TD, weight_D, eps=EPS)
+        return alone_TD, *kernels.rms_norm.fused_add_rms_norm(x_TD, y_TD, weight_D, eps=EPS)
 
     def reference(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
         alone_TD, normed_TD = (z / (z.square().mean(1, keepdim=True) + EPS).sqrt() for z in (x_TD, x_TD + y_TD))
@@ -166,7 +166,7 @@ def _rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> I
         return 1 * x_TD, x_TD / (x_TD.square().mean(1, keepdim=True) + EPS).sqrt() * (1 + weight_D)
 
     del inputs["y_TD"]
-    yield Case(inputs, partial(kernels.rms_norm.pass_and_normalize, eps=EPS), reference_pass)
+    yield Case(inputs, partial(kernels.rms_norm.rms_norm_with_residual, eps=EPS), reference_pass)
 
 
 def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from op_case import BF16_BYTES, FP32_BYTES, Inputs, OpCase, Outputs, Work, normal
 
-from qwen3next_train.kernels.delta_rule_inputs import HeadShape
+from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 ROWS, LENGTH = 4, 4096
 TOKENS = ROWS * LENGTH
@@ -24,19 +24,19 @@ PACKED = (1000, 3, 2000, 1093) * ROWS
 
 def delta_net_cases() -> Iterator[OpCase]:
     """All cases."""
-    yield delta_rule_inputs("delta rule inputs, dense rows", (LENGTH,) * ROWS)
-    yield delta_rule_inputs("delta rule inputs, packed rows", PACKED)
+    yield gdn_prologue("delta rule inputs, dense rows", (LENGTH,) * ROWS)
+    yield gdn_prologue("delta rule inputs, packed rows", PACKED)
     yield gated_delta_rule("gated delta rule, dense rows", (LENGTH,) * ROWS)
     yield gated_delta_rule("gated delta rule, packed rows", PACKED)
     yield gated_rms_norm()
 
 
-def delta_rule_inputs(name: str, lengths: tuple[int, ...]) -> OpCase:
+def gdn_prologue(name: str, lengths: tuple[int, ...]) -> OpCase:
     """Convolution, SiLU, l2 norm and gates."""
-    cuts: list[Sequences] = []
+    cuts: list[VarlenMetadata] = []
 
     def inputs(device: torch.device) -> Inputs:
-        cuts.append(Sequences.from_lengths(lengths, device))
+        cuts.append(VarlenMetadata.from_lengths(lengths, device))
         return {
             "qkvz": normal(device, TOKENS, COLUMNS),
             "ba": normal(device, TOKENS, 2 * HEADS.value_heads),
@@ -46,7 +46,7 @@ def delta_rule_inputs(name: str, lengths: tuple[int, ...]) -> OpCase:
         }
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
-        return kernels.delta_rule_inputs(*inputs.values(), heads=HEADS, sequences=cuts[-1])
+        return kernels.gdn_prologue(*inputs.values(), heads=HEADS, sequences=cuts[-1])
 
     convolved, gates = BF16_BYTES * TOKENS * HEADS.channels, TOKENS * HEADS.value_heads * (3 * BF16_BYTES + FP32_BYTES)
     z = BF16_BYTES * TOKENS * (COLUMNS - HEADS.channels)
@@ -54,11 +54,11 @@ def delta_rule_inputs(name: str, lengths: tuple[int, ...]) -> OpCase:
 
 
 def gated_delta_rule(name: str, lengths: tuple[int, ...]) -> OpCase:
-    """The rule on what :func:`delta_rule_inputs` makes; FLOPs of the products of the chunked form."""
-    cuts: list[Sequences] = []
+    """The rule on what :func:`gdn_prologue` makes; FLOPs of the products of the chunked form."""
+    cuts: list[VarlenMetadata] = []
 
     def inputs(device: torch.device) -> Inputs:
-        cuts.append(Sequences.from_lengths(lengths, device))
+        cuts.append(VarlenMetadata.from_lengths(lengths, device))
         q, k = (normal(device, TOKENS, HEADS.key_heads, HEADS.key_dim) for _ in "qk")
         rate = torch.logspace(0, -3, HEADS.value_heads, device=device)
         return {

@@ -8,7 +8,7 @@ import torch
 from op_case import BF16_BYTES, Inputs, OpCase, Outputs, Work, normal
 
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.rope import RotaryTable, rotary_table
 
 ROWS, LENGTH = 4, 4096
@@ -22,8 +22,8 @@ def dense_cases() -> Iterator[OpCase]:
     yield rms_norm()
     yield pass_and_rms_norm()
     yield add_and_rms_norm()
-    yield norm_rotary("query norm + rotary", HEADS, 2 * HEAD_DIM)
-    yield norm_rotary("key norm + rotary", KV_HEADS, HEAD_DIM)
+    yield qk_norm_rope("query norm + rotary", HEADS, 2 * HEAD_DIM)
+    yield qk_norm_rope("key norm + rotary", KV_HEADS, HEAD_DIM)
     yield output_gate()
     yield attention("attention, dense rows", (LENGTH,) * ROWS)
     yield attention("attention, packed rows", (1000, 3, 2000, 1093) * ROWS)
@@ -50,7 +50,7 @@ def pass_and_rms_norm() -> OpCase:
         return {"x": normal(device, TOKENS, HIDDEN), "weight": normal(device, HIDDEN) / 4}
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
-        return kernels.rms_norm.pass_and_normalize(inputs["x"], inputs["weight"], eps=EPS)
+        return kernels.rms_norm.rms_norm_with_residual(inputs["x"], inputs["weight"], eps=EPS)
 
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase("stream + RMSNorm", inputs, run, Work(2 * size), Work(4 * size))
@@ -64,13 +64,13 @@ def add_and_rms_norm() -> OpCase:
         return {"x": x, "y": y, "weight": normal(device, HIDDEN) / 4}
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
-        return kernels.rms_norm.add_and_normalize(inputs["x"], inputs["y"], inputs["weight"], eps=EPS)
+        return kernels.rms_norm.fused_add_rms_norm(inputs["x"], inputs["y"], inputs["weight"], eps=EPS)
 
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase("sum + RMSNorm", inputs, run, Work(4 * size), Work(4 * size))
 
 
-def norm_rotary(name: str, heads: int, width: int) -> OpCase:
+def qk_norm_rope(name: str, heads: int, width: int) -> OpCase:
     """Norm and rotary embedding of heads that are the first parts of ``width`` columns each.
 
     The backward pass that is timed also spreads its result over those columns.
@@ -83,7 +83,7 @@ def norm_rotary(name: str, heads: int, width: int) -> OpCase:
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
         angles = tables[-1].cos_T1r, tables[-1].sin_T1r
-        return (kernels.norm_rotary(inputs["x"][..., :HEAD_DIM], inputs["weight"], *angles, eps=EPS),)
+        return (kernels.qk_norm_rope(inputs["x"][..., :HEAD_DIM], inputs["weight"], *angles, eps=EPS),)
 
     size, spread = (BF16_BYTES * TOKENS * heads * columns for columns in (HEAD_DIM, width))
     return OpCase(name, inputs, run, Work(2 * size), Work(3 * size + (2 * spread if width > HEAD_DIM else 0)))
@@ -113,7 +113,7 @@ def attention(name: str, lengths: tuple[int, ...]) -> OpCase:
         }
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:
-        sequences = Sequences.from_lengths(lengths, inputs["q_TNH"].device)
+        sequences = VarlenMetadata.from_lengths(lengths, inputs["q_TNH"].device)
         return (kernels.varlen_attention(**inputs, sequences=sequences),)
 
     # Half of each document's square is visible; two products forward, five backward (scores again).

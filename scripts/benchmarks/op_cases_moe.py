@@ -22,8 +22,8 @@ def moe_cases() -> Iterator[OpCase]:
     yield grouped_matmul()
     yield swiglu()
     yield unpermute()
-    yield gated_add()
-    yield fan_out()
+    yield shared_expert_combine()
+    yield shared_input()
 
 
 def routing() -> OpCase:
@@ -92,7 +92,7 @@ def swiglu() -> OpCase:
     )
 
 
-def gated_add() -> OpCase:
+def shared_expert_combine() -> OpCase:
     """The outputs of shared and routed experts added to the residual; the sum's gradient is passed on as it is."""
     names = ("residual_TD", "base_TD", "branch_TD", "x_TD")
 
@@ -104,17 +104,21 @@ def gated_add() -> OpCase:
 
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase(
-        "gated addition", inputs, lambda kernels, x: (kernels.gated_add(**x),), Work(5 * size), Work(5 * size)
+        "gated addition",
+        inputs,
+        lambda kernels, x: (kernels.shared_expert_combine(**x),),
+        Work(5 * size),
+        Work(5 * size),
     )
 
 
-def fan_out() -> OpCase:
+def shared_input() -> OpCase:
     """Sum of the gradients of the block's input; nothing happens in the forward pass."""
     size = BF16_BYTES * TOKENS * HIDDEN
     return OpCase(
         "fan out to four",
         lambda device: {"x": normal(device, TOKENS, HIDDEN)},
-        lambda kernels, inputs: kernels.fan_out(inputs["x"], 4),
+        lambda kernels, inputs: kernels.shared_input(inputs["x"], 4),
         Work(0),
         Work(5 * size),
     )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from device_timing import device_name, measure
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 ROWS, LENGTH = 4, 4096
 KEY_HEADS, VALUE_HEADS, HEAD_DIM = 16, 32, 128
@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
 
     device = torch.device("cuda")
     inputs = operands(device)
-    sequences = Sequences.from_lengths([LENGTH] * ROWS, device)
+    sequences = VarlenMetadata.from_lengths([LENGTH] * ROWS, device)
 
     def packed() -> torch.Tensor:
         out, _ = gated_delta_rule_fla(

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 
 class CausalConv1d(Protocol):
     """What every backend computes."""
 
-    def __call__(self, x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+    def __call__(self, x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
         """``silu(sum_i weight[:, W-1-i] * x[t-i])`` with x zero before the document's first token.
 
         Args:

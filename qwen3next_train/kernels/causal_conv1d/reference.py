@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qwen3next_train.kernels.sequences import Sequences, gather_rows, scatter_rows
+from qwen3next_train.kernels.varlen import VarlenMetadata, gather_rows, scatter_rows
 
 
-def causal_conv1d_reference(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+def causal_conv1d_reference(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
     """See the package for the contract. W - 1 zeros before each document stand for what it must not see."""
     width = weight_CW.shape[1]
     slots_T = sequences.spaced_slots(width - 1)

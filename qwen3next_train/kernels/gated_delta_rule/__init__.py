@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 
 class GatedDeltaRule(Protocol):
@@ -23,7 +23,7 @@ class GatedDeltaRule(Protocol):
         *,
         g_TN: torch.Tensor,
         beta_TN: torch.Tensor,
-        sequences: Sequences,
+        sequences: VarlenMetadata,
         initial_state_DNKV: torch.Tensor | None = None,
         output_final_state: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 CHUNK_SIZE = 64
 """Tokens per chunk: the size for which FLA fuses the triangular solve."""
@@ -18,7 +18,7 @@ def gated_delta_rule_fla(
     *,
     g_TN: torch.Tensor,
     beta_TN: torch.Tensor,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
     initial_state_DNKV: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -31,8 +31,8 @@ from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
 )
 from qwen3next_train.kernels.gated_delta_rule.fla_backend import CHUNK_SIZE
 from qwen3next_train.kernels.gated_delta_rule.tuned_configs import shipped_configs_are_used
-from qwen3next_train.kernels.sequences import Sequences
-from qwen3next_train.kernels.side_by_side import call_side_by_side
+from qwen3next_train.kernels.parallel_compile import call_side_by_side
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 
 def gated_delta_rule_fla_hopper(
@@ -42,7 +42,7 @@ def gated_delta_rule_fla_hopper(
     *,
     g_TN: torch.Tensor,
     beta_TN: torch.Tensor,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
     initial_state_DNKV: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,7 +142,7 @@ def _compile(
     w, A = zeros(CHUNK_SIZE, value_heads, key_dim), zeros(CHUNK_SIZE, value_heads, CHUNK_SIZE)
     h, beta = zeros(1, value_heads, key_dim, value_dim), zeros(CHUNK_SIZE, value_heads)
     G, dk = zeros(CHUNK_SIZE, value_heads, dtype=torch.float32), torch.zeros_like(k, dtype=torch.float32)
-    sequences = Sequences.from_lengths([CHUNK_SIZE], device)
+    sequences = VarlenMetadata.from_lengths([CHUNK_SIZE], device)
     packing = {"cu_seqlens": sequences.cu_seqlens, "chunk_indices": sequences.chunk_indices(CHUNK_SIZE)}
     chunks = packing | {"chunk_size": CHUNK_SIZE}
     scale = key_dim**-0.5

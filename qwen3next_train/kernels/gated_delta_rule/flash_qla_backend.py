@@ -18,8 +18,8 @@ import torch
 from flash_qla.ops.gated_delta_rule import chunk as stages
 from flash_qla.utils.index import prepare_varlen_metadata
 
-from qwen3next_train.kernels.sequences import Sequences
-from qwen3next_train.kernels.side_by_side import call_side_by_side
+from qwen3next_train.kernels.parallel_compile import call_side_by_side
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger
 
 CHUNK_SIZE = 64
@@ -35,7 +35,7 @@ def gated_delta_rule_flash_qla(
     *,
     g_TN: torch.Tensor,
     beta_TN: torch.Tensor,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
     initial_state_DNKV: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,7 +56,7 @@ def gated_delta_rule_flash_qla(
     return out.squeeze(0), final_state
 
 
-def _with_chunks(sequences: Sequences) -> torch.Tensor:
+def _with_chunks(sequences: VarlenMetadata) -> torch.Tensor:
     """Document starts that carry what FlashQLA would otherwise ask the device for."""
     return prepare_varlen_metadata(sequences.cu_seqlens, sequences.cu_seqlens_cpu)
 

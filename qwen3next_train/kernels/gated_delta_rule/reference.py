@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import torch
 
-from qwen3next_train.kernels.sequences import ChunkLayout, Sequences, gather_rows, scatter_rows
+from qwen3next_train.kernels.varlen import ChunkLayout, VarlenMetadata, gather_rows, scatter_rows
 
 CHUNK_SIZE = 32
 """Tokens per chunk: on CPU faster than 64 at head dim 32 and equal at 128."""
@@ -31,7 +31,7 @@ def recurrent_gated_delta_rule(
     *,
     g_TN: torch.Tensor,
     beta_TN: torch.Tensor,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
     initial_state_DNKV: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,7 +53,7 @@ def recurrent_gated_delta_rule(
     return torch.stack(outputs), torch.stack(finals) if output_final_state else None
 
 
-def _spans(sequences: Sequences) -> list[tuple[int, int]]:
+def _spans(sequences: VarlenMetadata) -> list[tuple[int, int]]:
     return list(pairwise(sequences.cu_seqlens_cpu.tolist()))
 
 
@@ -72,7 +72,7 @@ def gated_delta_rule_reference(
     *,
     g_TN: torch.Tensor,
     beta_TN: torch.Tensor,
-    sequences: Sequences,
+    sequences: VarlenMetadata,
     initial_state_DNKV: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -25,7 +25,7 @@ class RmsNorm(Protocol):
             the shape and dtype of ``x``.
         """
 
-    def pass_and_normalize(
+    def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` as it is and normalised: who uses both leaves the sum of their gradients to the norm's backward.
@@ -39,7 +39,7 @@ class RmsNorm(Protocol):
             a tensor that shares the memory of ``x``, and the norm, both ``[T, D]``.
         """
 
-    def add_and_normalize(
+    def fused_add_rms_norm(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x + y``, rounded, and that sum normalised.

@@ -14,13 +14,13 @@ class RmsNormReference:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (normed * (1 + weight_D.to(wide.dtype))).to(x.dtype)
 
-    def pass_and_normalize(
+    def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the package for the contract."""
         return x_TD, self.normalize(x_TD, weight_D, eps=eps)
 
-    def add_and_normalize(
+    def fused_add_rms_norm(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the package for the contract."""

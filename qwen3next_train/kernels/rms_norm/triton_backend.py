@@ -4,7 +4,7 @@ The backward computes the root mean square again, since it reads the input anywa
 gradient over their rows, and the partial sums are added up in a fixed order. The gradient of an input that is passed on
 or of a residual sum is added in fp32 before the one rounding, where plain torch rounds both summands first.
 
-Saved for the backward pass: the input (of ``add_and_normalize`` the sum) and the weight.
+Saved for the backward pass: the input (of ``fused_add_rms_norm`` the sum) and the weight.
 
 Letters: R rows, D hidden, G programs of the backward pass.
 """
@@ -25,13 +25,13 @@ class RmsNormTriton:
         """See the package for the contract."""
         return _Normalize.apply(x, weight_D, eps)
 
-    def pass_and_normalize(
+    def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the package for the contract."""
         return _PassAndNormalize.apply(x_TD, weight_D, eps)
 
-    def add_and_normalize(
+    def fused_add_rms_norm(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the package for the contract."""

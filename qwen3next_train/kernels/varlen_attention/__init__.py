@@ -9,14 +9,14 @@ from typing import Protocol
 
 import torch
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 
 class VarlenAttention(Protocol):
     """What every backend computes."""
 
     def __call__(
-        self, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+        self, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: VarlenMetadata
     ) -> torch.Tensor:
         """Each token attends to itself and the earlier tokens of its document; scale ``H ** -0.5``.
 

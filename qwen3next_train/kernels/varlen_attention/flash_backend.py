@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 _CAUSAL = (-1, 0)
 # torch 2.11 takes grouped heads as they come; later versions want to be told.
@@ -27,7 +27,7 @@ _attend = (
 
 
 def varlen_attention_flash(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: VarlenMetadata
 ) -> torch.Tensor:
     """See the package for the contract."""
     length = sequences.common_length

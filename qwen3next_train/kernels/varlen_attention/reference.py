@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qwen3next_train.kernels.sequences import BinLayout, Sequences, gather_rows, scatter_rows
+from qwen3next_train.kernels.varlen import BinLayout, VarlenMetadata, gather_rows, scatter_rows
 
 
 def varlen_attention_reference(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: Sequences
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: VarlenMetadata
 ) -> torch.Tensor:
     """See the package for the contract."""
     layout = sequences.bins()

@@ -57,7 +57,7 @@ def test_long_rows_do_not_grow_the_logits_chunk() -> None:
 
 
 def test_sources_exist_and_are_kept() -> None:
-    """What is rebuilt has sources of its own kind of layer; rebuilding everything keeps only what has no part."""
+    """What is recomputed has sources of its own kind of layer; recomputing everything keeps only what has no part."""
     for tensors in saved_tensors(QWEN3_NEXT_80B, "bf16").values():
         names = [tensor.name for tensor in tensors]
         assert len(set(names)) == len(names)
@@ -115,7 +115,7 @@ def test_each_part_saves_what_it_rebuilds() -> None:
 
 
 def test_rebuilt_tensors_of_one_layer_exist_again() -> None:
-    """Of the kind of layer that rebuilds most."""
+    """Of the kind of layer that recomputes most."""
     none, cheap = _with(), _with("norms", "activations", "conv_gates")
     gdn = none["activations_gdn"] - cheap["activations_gdn"]
     attention = (none["activations_attention"] - cheap["activations_attention"]) // 2
@@ -125,7 +125,7 @@ def test_rebuilt_tensors_of_one_layer_exist_again() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_rebuilding_never_keeps_more(precision: Precision) -> None:
+def test_recomputing_never_keeps_more(precision: Precision) -> None:
     """More parts, fewer bytes."""
     layout = Layout(64, 8, 1, precision, 1, 4096)
     ladder: tuple[tuple[RecomputePart, ...], ...] = (

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
+from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
@@ -31,11 +31,11 @@ from tests.unit.accounting.shapes import TINY
 from tests.unit.model.small_models import CPU, batch_of, cpu_kernels, scales_of, small_config
 
 
-def spans(sequences: Sequences) -> list[tuple[int, int]]:
+def spans(sequences: VarlenMetadata) -> list[tuple[int, int]]:
     return list(pairwise(sequences.cu_seqlens_cpu.tolist()))
 
 
-def counted_convolution(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+def counted_convolution(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
     """One product per channel over its windows: of a convolution's backward pass torch's counter ignores the groups."""
     width = weight_CW.shape[1]
     rows = []
@@ -46,7 +46,7 @@ def counted_convolution(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequence
 
 
 def counted_delta_rule(
-    q_THK: torch.Tensor, k_THK: torch.Tensor, v_TNV: torch.Tensor, *, sequences: Sequences, **gates: torch.Tensor
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_TNV: torch.Tensor, *, sequences: VarlenMetadata, **gates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token and head: read the key's value, erase it, write, read the query's."""
     ratio = v_TNV.shape[1] // k_THK.shape[1]
@@ -67,7 +67,7 @@ def counted_delta_rule(
     return torch.stack(outputs), torch.stack(finals)
 
 
-def counted_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequences: Sequences) -> torch.Tensor:
+def counted_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
     """Both products over each document's whole square, of which a causal kernel needs half."""
     ratio, rows = q.shape[1] // k.shape[1], []
     for start, end in spans(sequences):
@@ -94,7 +94,7 @@ def build(config: ModelConfig, kernels: KernelSet) -> Qwen3NextForCausalLM:
 def counted_kernels() -> KernelSet:
     return replace(
         cpu_kernels(),
-        delta_rule_inputs=SeparateDeltaRuleInputs(counted_convolution),
+        gdn_prologue=SeparateGdnPrologue(counted_convolution),
         gated_delta_rule=counted_delta_rule,
         varlen_attention=counted_attention,
         linear_cross_entropy=counted_head,

@@ -13,13 +13,13 @@ from torch import nn
 from qwen3next_train.accounting.activations import kept_tensors, saved_tensors
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
-from qwen3next_train.kernels.delta_rule_inputs import HeadShape, RuleInputs
+from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
 from qwen3next_train.kernels.top_k_routing import Routing
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
-from qwen3next_train.model.norms import StreamRmsNorm
+from qwen3next_train.model.norms import RmsNormWithResidual
 from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.model.rope import RotaryTable
 from tests.unit.model.live_storages import LiveStorages
@@ -62,9 +62,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _delta_rule_inputs(
+def _gdn_prologue(
     qkvz: torch.Tensor, ba: torch.Tensor, weight: torch.Tensor, *gates: torch.Tensor, heads: HeadShape, sequences: Any
-) -> RuleInputs:
+) -> GdnPrologueOutputs:
     tokens, keys = qkvz.shape[0], (heads.key_heads, heads.key_dim)
     grouped = qkvz.view(tokens, heads.key_heads, -1)
     z = grouped[..., -heads.group * heads.value_dim :].unflatten(-1, (heads.group, heads.value_dim))
@@ -78,7 +78,7 @@ def _delta_rule_inputs(
         ),
         *(qkvz, ba, weight, *gates),
     )
-    return RuleInputs(q, k, v, z, g, beta)
+    return GdnPrologueOutputs(q, k, v, z, g, beta)
 
 
 def _rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **gates: Any) -> tuple[torch.Tensor, None]:
@@ -98,12 +98,12 @@ class _RmsNorm:
     def normalize(self, x: torch.Tensor, weight_D: torch.Tensor, *, eps: float) -> torch.Tensor:
         return _Kept.apply((x,), x, weight_D)
 
-    def pass_and_normalize(
+    def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return x_TD.view_as(x_TD), self.normalize(x_TD, weight_D, eps=eps)
 
-    def add_and_normalize(
+    def fused_add_rms_norm(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sum_TD = x_TD + y_TD
@@ -123,10 +123,10 @@ def _routing(x: torch.Tensor, weight: torch.Tensor, *, top_k: int, **options: An
 
 
 KERNELS: Any = SimpleNamespace(
-    delta_rule_inputs=_delta_rule_inputs,
+    gdn_prologue=_gdn_prologue,
     gated_delta_rule=_rule,
     rms_norm=_RmsNorm(),
-    norm_rotary=lambda x, weight, *angles, eps: _Kept.apply((x,), x, weight),
+    qk_norm_rope=lambda x, weight, *angles, eps: _Kept.apply((x,), x, weight),
     gated_rms_norm=lambda x, gate, weight, *, eps: _Kept.apply((gate,), x, gate, weight),
     varlen_attention=_attention,
     output_gate=lambda x, gate: _Kept.apply((x,), x, gate),
@@ -136,8 +136,10 @@ KERNELS: Any = SimpleNamespace(
         (_meta(x.shape[0], weight.shape[1], dtype=x.dtype),), x, weight
     ),
     swiglu=lambda gate_up, *weights: _Kept.apply((gate_up.chunk(2, dim=-1)[0],), gate_up, *weights),
-    fan_out=lambda x, count: tuple(x.view_as(x) for _ in range(count)),
-    gated_add=lambda residual, base, branch, x, weight: residual + (base + _Kept.apply((base,), branch, x, weight)),
+    shared_input=lambda x, count: tuple(x.view_as(x) for _ in range(count)),
+    shared_expert_combine=lambda residual, base, branch, x, weight: (
+        residual + (base + _Kept.apply((base,), branch, x, weight))
+    ),
 )
 
 
@@ -159,7 +161,7 @@ def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, tor
 def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int, recompute: Collection[RecomputePart]) -> int:
     """Bytes, parameters left out, that norm and layer keep alive for the backward pass."""
     layer, call = _build(kind)
-    norm = StreamRmsNorm(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
+    norm = RmsNormWithResidual(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
     for module in (layer, norm):
         for name, parameter in module.named_parameters():
             fp32 = name in ("A_log", "dt_bias", "gate.weight")

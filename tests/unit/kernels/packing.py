@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import torch
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 CPU = torch.device("cpu")
 
 
-def documents(*lengths: int) -> Sequences:
+def documents(*lengths: int) -> VarlenMetadata:
     """Documents of these lengths on CPU."""
-    return Sequences.from_lengths(lengths, CPU)
+    return VarlenMetadata.from_lengths(lengths, CPU)
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from tests.unit.kernels.comparison import uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 from tests.unit.kernels.packing import relative_error
@@ -114,7 +114,7 @@ def check(
         rounded(-torch.rand(tokens, heads) * torch.logspace(0, -2, heads), torch.float32),
         rounded(torch.rand(tokens, heads)),
     ]
-    sequences = Sequences.from_lengths(lengths, DEVICE)
+    sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
     truth = forward(leaves, lengths, chunk_size)
     do_TNV = torch.randn(truth.out_TNV.shape, dtype=torch.float64).to(dtype).to(DEVICE)
     truth.out_TNV.backward(do_TNV.double())

@@ -10,11 +10,11 @@ import torch
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from tests.unit.kernels.packing import relative_error
 
@@ -35,8 +35,8 @@ def kernels_with(*, head_dim: int = 128, **backends: str) -> KernelSet:
         pytest.skip(str(refusal))
 
 
-def documents() -> Sequences:
-    return Sequences.from_lengths(LENGTHS, torch.device("cuda"))
+def documents() -> VarlenMetadata:
+    return VarlenMetadata.from_lengths(LENGTHS, torch.device("cuda"))
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_attention_of_documents_of_one_length(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     try:
         for length in (1, 77, 256):
-            sequences = Sequences.from_lengths([length] * 3, torch.device("cuda"))
+            sequences = VarlenMetadata.from_lengths([length] * 3, torch.device("cuda"))
             projected = normal(3 * length, 8, 512)
             compare(
                 lambda q, k, v, s=sequences: kernel(q[..., :256], k, v, sequences=s),
@@ -114,8 +114,8 @@ def test_grouped_matmul(backend: str, counts: list[int]) -> None:
 
 def test_fla_convolution() -> None:
     torch.manual_seed(0)
-    kernel, sequences = kernels_with(causal_conv1d="fla").delta_rule_inputs, documents()
-    assert isinstance(kernel, SeparateDeltaRuleInputs)
+    kernel, sequences = kernels_with(causal_conv1d="fla").gdn_prologue, documents()
+    assert isinstance(kernel, SeparateGdnPrologue)
     compare(
         lambda x, w: kernel.convolution(x, w, sequences=sequences),
         lambda x, w: causal_conv1d_reference(x, w, sequences=sequences),
@@ -128,7 +128,7 @@ def test_fla_convolution() -> None:
 def test_gated_delta_rule(backend: str, head_dim: int, lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     kernel = kernels_with(head_dim=head_dim, gated_delta_rule=backend).gated_delta_rule
-    sequences = Sequences.from_lengths(lengths, torch.device("cuda"))
+    sequences = VarlenMetadata.from_lengths(lengths, torch.device("cuda"))
     tokens, key_heads, value_heads = sum(lengths), 2, 4
     g = -torch.rand(tokens, value_heads, device="cuda")
     beta = torch.rand(tokens, value_heads, device="cuda")
@@ -149,7 +149,7 @@ def test_the_gated_delta_rule_repeats_bit_for_bit_and_never_waits_for_the_device
     v, (decay, strength) = normal(TOKENS, 4, 128).requires_grad_(), torch.rand(2, TOKENS, 4, device="cuda")
     upstream = normal(TOKENS, 4, 128)
 
-    def gradients(sequences: Sequences) -> tuple[torch.Tensor, ...]:
+    def gradients(sequences: VarlenMetadata) -> tuple[torch.Tensor, ...]:
         out, _ = kernel(q, k, v, g_TN=-decay, beta_TN=strength.bfloat16(), sequences=sequences)
         return torch.autograd.grad(out, (q, k, v), upstream)
 
@@ -169,7 +169,7 @@ def test_references_run_on_cuda_as_on_cpu() -> None:
     q, k = (torch.nn.functional.normalize(torch.randn(TOKENS, 2, 8), dim=-1) for _ in "qk")
     v = torch.randn(TOKENS, 4, 12)
     g, beta = -torch.rand(TOKENS, 4), torch.rand(TOKENS, 4)
-    host = Sequences.from_lengths(LENGTHS, torch.device("cpu"))
+    host = VarlenMetadata.from_lengths(LENGTHS, torch.device("cpu"))
     expected, _ = gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=beta, sequences=host)
     out, _ = gated_delta_rule_reference(
         q.cuda(), k.cuda(), v.cuda(), g_TN=g.cuda(), beta_TN=beta.cuda(), sequences=documents()

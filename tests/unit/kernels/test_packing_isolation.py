@@ -10,21 +10,21 @@ import torch
 
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from tests.unit.kernels.packing import documents, relative_error, spans
 
 TOLERANCE = 1e-5
 SLOW_DECAY = 0.05
 
-Operation = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequences], torch.Tensor]
+Operation = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], VarlenMetadata], torch.Tensor]
 
 
-def convolution(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: Sequences) -> torch.Tensor:
+def convolution(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: VarlenMetadata) -> torch.Tensor:
     return causal_conv1d_reference(tokens[0], weights[0], sequences=cuts)
 
 
-def delta_rule(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: Sequences) -> torch.Tensor:
+def delta_rule(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: VarlenMetadata) -> torch.Tensor:
     """Gates as a layer makes them, so that A_log is a weight whose gradient can be compared."""
     q, k, v, a, b = tokens
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
@@ -32,7 +32,7 @@ def delta_rule(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], 
     return gated_delta_rule_reference(q, k, v, g_TN=g, beta_TN=b.sigmoid(), sequences=cuts)[0]
 
 
-def attention(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: Sequences) -> torch.Tensor:
+def attention(tokens: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], cuts: VarlenMetadata) -> torch.Tensor:
     del weights
     return varlen_attention_reference(*tokens, sequences=cuts)
 

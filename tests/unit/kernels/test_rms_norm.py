@@ -30,8 +30,8 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 def check_sum(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
     found = errors(
-        lambda x, y, w: KERNEL.add_and_normalize(x, y, w, eps=EPS),
-        lambda x, y, w: REFERENCE.add_and_normalize(x, y, w, eps=EPS),
+        lambda x, y, w: KERNEL.fused_add_rms_norm(x, y, w, eps=EPS),
+        lambda x, y, w: REFERENCE.fused_add_rms_norm(x, y, w, eps=EPS),
         [x, y, weight],
     )
     assert max(found) < BOUNDS[x.dtype], found
@@ -39,8 +39,8 @@ def check_sum(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
 
 def check_pass(x: torch.Tensor, weight: torch.Tensor) -> None:
     found = errors(
-        lambda x, w: KERNEL.pass_and_normalize(x, w, eps=EPS),
-        lambda x, w: REFERENCE.pass_and_normalize(x, w, eps=EPS),
+        lambda x, w: KERNEL.rms_norm_with_residual(x, w, eps=EPS),
+        lambda x, w: REFERENCE.rms_norm_with_residual(x, w, eps=EPS),
         [x, weight],
     )
     assert found[0] == 0.0
@@ -71,8 +71,8 @@ def test_input_beside_its_norm_and_gradients(dtype: torch.dtype, rows: int, size
 def test_what_is_passed_on_is_no_copy() -> None:
     x, weight = (normal(*shape, dtype=torch.float32).requires_grad_() for shape in ((3, 8), (8,)))
     for backend in (KERNEL, REFERENCE):
-        assert backend.pass_and_normalize(x, weight, eps=EPS)[0].data_ptr() == x.data_ptr()
-    saved = KERNEL.pass_and_normalize(x, weight, eps=EPS)[0].grad_fn.saved_tensors
+        assert backend.rms_norm_with_residual(x, weight, eps=EPS)[0].data_ptr() == x.data_ptr()
+    saved = KERNEL.rms_norm_with_residual(x, weight, eps=EPS)[0].grad_fn.saved_tensors
     assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr(), weight.data_ptr()]
 
 
@@ -80,17 +80,17 @@ def test_bf16_gradients_of_stream_and_norm_are_rounded_once() -> None:
     """257 + 1; the norm's 257 by itself is 256 in bf16."""
     x = torch.tensor([[1.0, 1.0]], device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(2, device=DEVICE, dtype=torch.bfloat16)
-    passed, normed = KERNEL.pass_and_normalize(x, weight, eps=0.0)
+    passed, normed = KERNEL.rms_norm_with_residual(x, weight, eps=0.0)
     upstream = [torch.tensor([row], device=DEVICE, dtype=torch.bfloat16) for row in ((1.0, -1.0), (258.0, -256.0))]
     (grad,) = torch.autograd.grad((passed, normed), x, upstream)
     assert grad.tolist() == [[258.0, -258.0]]
 
 
-@pytest.mark.parametrize("name", ["pass_and_normalize", "add_and_normalize"])
+@pytest.mark.parametrize("name", ["rms_norm_with_residual", "fused_add_rms_norm"])
 @pytest.mark.parametrize("used", [(0,), (1,), ()])
 def test_outputs_that_nobody_uses(name: str, used: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    inputs = [normal(5, 24, dtype=torch.float32) for _ in range(1 + (name == "add_and_normalize"))]
+    inputs = [normal(5, 24, dtype=torch.float32) for _ in range(1 + (name == "fused_add_rms_norm"))]
     upstream = [normal(5, 24, dtype=torch.float32) for _ in range(2)]
     gradients = []
     for backend in (KERNEL, REFERENCE):
@@ -121,7 +121,7 @@ def test_gradients_that_lie_apart(spread: Callable[[torch.Tensor], torch.Tensor]
     x, weight = x.requires_grad_(), weight.requires_grad_()
     gradients = [
         torch.autograd.grad(
-            backend.pass_and_normalize(x, weight, eps=EPS), (x, weight), [spread(gradient) for gradient in upstream]
+            backend.rms_norm_with_residual(x, weight, eps=EPS), (x, weight), [spread(gradient) for gradient in upstream]
         )
         for backend in (KERNEL, REFERENCE)
     ]
@@ -131,8 +131,8 @@ def test_gradients_that_lie_apart(spread: Callable[[torch.Tensor], torch.Tensor]
 
 def test_no_rows() -> None:
     x, weight = (normal(*shape, dtype=torch.float32).requires_grad_() for shape in ((0, 8), (8,)))
-    total, normed = KERNEL.add_and_normalize(x, x, weight, eps=EPS)
-    passed, beside = KERNEL.pass_and_normalize(x, weight, eps=EPS)
+    total, normed = KERNEL.fused_add_rms_norm(x, x, weight, eps=EPS)
+    passed, beside = KERNEL.rms_norm_with_residual(x, weight, eps=EPS)
     outputs = total, normed, passed, beside, KERNEL.normalize(x, weight, eps=EPS)
     torch.stack([output.sum() for output in outputs]).sum().backward()
     assert x.grad is not None

@@ -28,14 +28,14 @@ VENDORS = {
 }
 FUSED = {
     "rms_norm",
-    "norm_rotary",
+    "qk_norm_rope",
     "output_gate",
     "linear_cross_entropy",
     "top_k_routing",
     "token_permutation",
     "swiglu",
-    "gated_add",
-    "fan_out",
+    "shared_expert_combine",
+    "shared_input",
     "gated_rms_norm",
 }
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.kernels.norm_rotary.reference import rotate
+from qwen3next_train.kernels.qk_norm_rope.reference import rotate
 from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.rope import rotary_table

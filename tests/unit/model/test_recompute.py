@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
-from qwen3next_train.model.recompute import rebuilt, rebuilt_layer, recomputing
+from qwen3next_train.model.recompute import recomputed, recomputed_layer, recomputing
 from tests.unit.model.live_storages import LiveStorages
 from tests.unit.model.small_models import batch_of, build, cpu_kernels, scales_of, small_config
 
@@ -60,7 +60,7 @@ def _fields(output: ModelOutput) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("recompute", [PARTS[:3], PARTS], ids="+".join)
 def test_gradients_are_bit_equal_in_bf16(recompute: tuple[RecomputePart, ...]) -> None:
-    """Casts to and from fp32 are rebuilt too."""
+    """Casts to and from fp32 are recomputed too."""
     batch = batch_of([[20, 13]], mtp_depths=1)
     gradients = []
     for parts in ((), recompute):
@@ -83,7 +83,7 @@ def _counting_model(recompute: tuple[RecomputePart, ...]) -> tuple[Qwen3NextForC
         return call
 
     kernels = cpu_kernels()
-    names = ("gated_delta_rule", "varlen_attention", "grouped_matmul", "delta_rule_inputs", "linear_cross_entropy")
+    names = ("gated_delta_rule", "varlen_attention", "grouped_matmul", "gdn_prologue", "linear_cross_entropy")
     wrapped = replace(kernels, **{name: counted(name, getattr(kernels, name)) for name in names})
     model = Qwen3NextForCausalLM(MODEL, kernels=wrapped, recompute=recompute)
     for parameter in model.parameters():
@@ -102,7 +102,7 @@ def test_only_whole_layers_do_expensive_work_again(recompute: tuple[RecomputePar
         "gated_delta_rule": passes,
         "varlen_attention": 3 * passes,
         "grouped_matmul": 8 * passes,
-        "delta_rule_inputs": 2,
+        "gdn_prologue": 2,
         "linear_cross_entropy": 3,
     }
 
@@ -123,7 +123,7 @@ def _bytes_between_passes(recompute: tuple[RecomputePart, ...]) -> tuple[int, in
 
 
 def test_every_part_saves_bytes_and_none_is_left_over() -> None:
-    """More parts, fewer bytes; whole layers fewest. After the backward pass no rebuilt tensor is alive."""
+    """More parts, fewer bytes; whole layers fewest. After the backward pass no recomputed tensor is alive."""
     none, _ = _bytes_between_passes(())
     by_part = {part: _bytes_between_passes((part,))[0] for part in PARTS}
     cheap, left_after_cheap = _bytes_between_passes(PARTS[:3])
@@ -131,7 +131,7 @@ def test_every_part_saves_bytes_and_none_is_left_over() -> None:
     assert max(by_part.values()) < none
     assert everything < by_part["layer"] < cheap < min(by_part[part] for part in PARTS[:3])
     saved_apart = sum(none - by_part[part] for part in PARTS[:3])
-    assert none - cheap >= saved_apart, "what one part keeps as a source, another rebuilds"
+    assert none - cheap >= saved_apart, "what one part keeps as a source, another is_recomputed"
     assert max(left_after_cheap, left_after_everything) < 1000, "the expert loads of the step and the batch"
 
 
@@ -147,7 +147,7 @@ def test_a_layer_runs_again_before_anything_of_it_runs_backward() -> None:
 
     x = torch.ones(3, requires_grad=True)
     with recomputing(["layer"]):
-        y, _ = rebuilt_layer(layer, x)
+        y, _ = recomputed_layer(layer, x)
     y.sum().backward()
     assert events == ["forward", "forward", "backward"]
     assert x.grad is not None
@@ -159,7 +159,7 @@ def test_evaluation_recomputes_nothing() -> None:
     with torch.no_grad():
         batch = batch_of([[20, 13]], mtp_depths=2)
         model(batch, scales_of(batch))
-    assert calls["delta_rule_inputs"] == 1
+    assert calls["gdn_prologue"] == 1
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ def test_a_function_runs_once_more_whatever_is_asked_for_how_often() -> None:
 
     x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     with recomputing(("norms",)):
-        y = rebuilt("norms", function, x * 1)
+        y = recomputed("norms", function, x * 1)
         total = (y @ weight).sum() + (y[1:, 2:].T @ torch.ones(3, 1)).square().sum() + y.square().sum()
     found = torch.autograd.grad(total, (x, weight))
     assert len(calls) == 2
@@ -189,8 +189,8 @@ def test_chains_are_rebuilt_from_their_beginning() -> None:
     """A second function's input is the first one's output; neither stays alive."""
     x = torch.randn(3, 3, requires_grad=True)
     with recomputing(("norms", "activations")):
-        first = rebuilt("norms", _wide, x * 1)
-        second = rebuilt("activations", lambda a: (a.exp(), a.cos()), first)
+        first = recomputed("norms", _wide, x * 1)
+        second = recomputed("activations", lambda a: (a.exp(), a.cos()), first)
         total = second[0].square().sum() + (second[1] @ x).sum()
     alive = [weakref.ref(tensor.untyped_storage()) for tensor in (first, *second)]
     references = [weakref.ref(tensor) for tensor in (first, *second)]
@@ -204,10 +204,10 @@ def test_chains_are_rebuilt_from_their_beginning() -> None:
 
 
 def test_an_output_changed_in_place_is_kept_as_it_is() -> None:
-    """What would be rebuilt is not what the consumer saw."""
+    """What would be recomputed is not what the consumer saw."""
     x = torch.randn(5, requires_grad=True)
     with recomputing(("norms",)):
-        y = rebuilt("norms", lambda a: a * 2, x * 1)
+        y = recomputed("norms", lambda a: a * 2, x * 1)
         y += 1
         total = y.square().sum()
     (found,) = torch.autograd.grad(total, x)
@@ -218,7 +218,7 @@ def test_an_input_changed_in_place_is_noticed() -> None:
     x = torch.randn(5, requires_grad=True)
     with recomputing(("norms",)):
         source = x * 1
-        total = rebuilt("norms", _wide, source).square().sum()
+        total = recomputed("norms", _wide, source).square().sum()
         source += 1
     with pytest.raises(AssertionError, match="modified in place"):
         total.backward()
@@ -234,13 +234,13 @@ def test_marks_do_nothing_outside_and_within_each_other() -> None:
 
     def outer(x: torch.Tensor) -> torch.Tensor:
         calls["outer"] += 1
-        return rebuilt("norms", inner, x.exp()).exp()
+        return recomputed("norms", inner, x.exp()).exp()
 
     x = torch.randn(5, requires_grad=True)
-    rebuilt("norms", outer, x).sum().backward()
+    recomputed("norms", outer, x).sum().backward()
     assert calls == {"inner": 1, "outer": 1}
     with recomputing(("norms",)):
-        total = rebuilt("norms", outer, x).square().sum()
+        total = recomputed("norms", outer, x).square().sum()
     total.backward()
     assert calls == {"inner": 3, "outer": 3}
 
@@ -252,8 +252,8 @@ def test_an_error_in_the_forward_pass_leaves_nothing_under_way() -> None:
     x = torch.randn(5, requires_grad=True)
     with recomputing(("norms",)):
         with pytest.raises(ValueError, match="no"):
-            rebuilt("norms", fail, x)
-        total = rebuilt("norms", _wide, x * 1).square().sum()
+            recomputed("norms", fail, x)
+        total = recomputed("norms", _wide, x * 1).square().sum()
     total.backward()
     with recomputing(()):
-        assert rebuilt("norms", _wide, x).requires_grad
+        assert recomputed("norms", _wide, x).requires_grad

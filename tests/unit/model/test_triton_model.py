@@ -18,7 +18,7 @@ from qwen3next_train.kernels import selection
 from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.init import initialize
-from qwen3next_train.model.norms import ResidualRmsNorm, StreamRmsNorm
+from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.parameters import parameter_table
@@ -35,8 +35,8 @@ CONFIG = small_config(linear_key_head_dim=16, linear_value_head_dim=16, mtp_num_
 
 def triton_kernels() -> KernelSet:
     """Every own Triton operation, which ``select_kernels`` would refuse on CPU."""
-    inputs = selection._load_delta_rule_inputs("triton")
-    return replace(cpu_kernels(), **selection._fused_triton(), delta_rule_inputs=inputs)
+    inputs = selection._load_gdn_prologue("triton")
+    return replace(cpu_kernels(), **selection._fused_triton(), gdn_prologue=inputs)
 
 
 def run(kernels: KernelSet, recompute: Collection[RecomputePart] = ()) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_the_references_and_recompute_changes_no_bit() ->
     assert [name for name in found if not torch.equal(again[name], found[name])] == []
 
 
-@pytest.mark.parametrize("kind", [StreamRmsNorm, ResidualRmsNorm])
+@pytest.mark.parametrize("kind", [RmsNormWithResidual, FusedAddRmsNorm])
 def test_norms_that_are_rebuilt_round_their_gradients_as_often_as_the_others(kind: type[nn.Module]) -> None:
     """In bf16; of integers, because the interpreter cuts off what is rounded on the GPU."""
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def test_norms_that_are_rebuilt_round_their_gradients_as_often_as_the_others(kin
     torch.nn.init.constant_(norm.weight, 0.25)
     gradients = []
     for parts in ((), CHEAP):
-        inputs = [stream.clone().requires_grad_() for stream in streams[: 1 + (kind is ResidualRmsNorm)]]
+        inputs = [stream.clone().requires_grad_() for stream in streams[: 1 + (kind is FusedAddRmsNorm)]]
         with recomputing(parts):
             total_TD, normed_TD = norm(*(1 * stream for stream in inputs))
             loss = (total_TD * upstream[0]).sum() + (normed_TD * normed_TD * upstream[1]).sum()

@@ -51,7 +51,7 @@ def test_references_are_not_compared_with_themselves() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_kernels_pass(dtype: torch.dtype) -> None:
-    for operation in ("gated_delta_rule", "delta_rule_inputs", "gated_rms_norm"):
+    for operation in ("gated_delta_rule", "gdn_prologue", "gated_rms_norm"):
         kernels = chosen(operation, getattr(cpu_kernels(), operation))
         (check,) = gated_delta_net_checks(kernels, MODEL, CPU, dtype)
         assert check.ok, check.detail

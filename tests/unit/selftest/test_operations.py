@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import KernelsConfig
-from qwen3next_train.kernels.gated_add.reference import gated_add_reference
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
 from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from qwen3next_train.selftest.operations import BOUNDS, kernel_checks, kernel_errors, relative_error
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
@@ -38,11 +38,11 @@ class _Scaled(torch.autograd.Function):
         return 1.03 * grad
 
 
-_right_inputs = cpu_kernels().delta_rule_inputs
+_right_inputs = cpu_kernels().gdn_prologue
 
 
-def _one_document(sequences: Sequences) -> Sequences:
-    return Sequences.from_lengths([sequences.num_tokens], CPU)
+def _one_document(sequences: VarlenMetadata) -> VarlenMetadata:
+    return VarlenMetadata.from_lengths([sequences.num_tokens], CPU)
 
 
 def _wrong_behind_a_tile(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -57,7 +57,7 @@ def _wrong_behind_a_tile(kernel: Callable[..., torch.Tensor]) -> Callable[..., t
 
 
 class _WrongPass(RmsNormReference):
-    def pass_and_normalize(
+    def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return _Scaled.apply(x_TD), self.normalize(x_TD, weight_D, eps=eps)
@@ -73,15 +73,15 @@ WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
         lambda sequences, **rest: gated_delta_rule_reference(sequences=_one_document(sequences), **rest),
     ),
     "convolution across documents": (
-        "delta_rule_inputs",
+        "gdn_prologue",
         lambda *inputs, sequences, **rest: _right_inputs(*inputs, sequences=_one_document(sequences), **rest),
     ),
     "filter reversed": (
-        "delta_rule_inputs",
+        "gdn_prologue",
         lambda weight_CW, **rest: _right_inputs(weight_CW=weight_CW.flip(1), **rest),
     ),
     "decay and write strength exchanged": (
-        "delta_rule_inputs",
+        "gdn_prologue",
         lambda ba_TM, **rest: _right_inputs(ba_TM=ba_TM.flip(1), **rest),
     ),
     "attention across documents": (
@@ -105,8 +105,8 @@ WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
         lambda gate, **rest: gated_rms_norm_reference(gate=0 * gate + 1, **rest),
     ),
     "gradient of the residual": (
-        "gated_add",
-        lambda residual_TD, **rest: gated_add_reference(residual_TD=_Scaled.apply(residual_TD), **rest),
+        "shared_expert_combine",
+        lambda residual_TD, **rest: shared_expert_combine_reference(residual_TD=_Scaled.apply(residual_TD), **rest),
     ),
     "gradient of the input beside its norm": ("rms_norm", _WrongPass()),
     "ignored labels counted": (
@@ -154,7 +154,7 @@ def test_a_wrong_and_a_crashing_kernel_fail_alone_and_say_what_to_do() -> None:
     def crash(**inputs):
         raise RuntimeError("no kernel image\nmore")
 
-    kernels = replace(with_wrong("rows to the wrong expert")[1], delta_rule_inputs=crash)
+    kernels = replace(with_wrong("rows to the wrong expert")[1], gdn_prologue=crash)
     choices = tuple(
         replace(choice, backend="grouped_mm") if choice.operation == "grouped_matmul" else choice
         for choice in kernels.choices
@@ -165,9 +165,9 @@ def test_a_wrong_and_a_crashing_kernel_fail_alone_and_say_what_to_do() -> None:
     assert list(checks) == [f"kernel {operation}" for operation in OPERATIONS]
     assert {name for name, check in checks.items() if not check.ok} == {
         "kernel grouped_matmul",
-        "kernel delta_rule_inputs",
+        "kernel gdn_prologue",
     }
-    assert checks["kernel delta_rule_inputs"].detail == "RuntimeError: no kernel image"
+    assert checks["kernel gdn_prologue"].detail == "RuntimeError: no kernel image"
     assert checks["kernel grouped_matmul"].detail.endswith("wrong results; set kernels.grouped_matmul to reference")
     right = checks["kernel gated_delta_rule"].detail
     assert right.startswith("reference (auto: CPU); largest error: fp32 ")
@@ -209,8 +209,8 @@ def test_flash_qla_is_tried_with_all_heads_and_without_states() -> None:
 
 def test_repeats_are_equal_and_leave_generators_and_threads_alone() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    first = kernel_errors("delta_rule_inputs", cpu_kernels(), MODEL, CPU, torch.float32)
-    assert kernel_errors("delta_rule_inputs", cpu_kernels(), MODEL, CPU, torch.float32) == first
+    first = kernel_errors("gdn_prologue", cpu_kernels(), MODEL, CPU, torch.float32)
+    assert kernel_errors("gdn_prologue", cpu_kernels(), MODEL, CPU, torch.float32) == first
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 

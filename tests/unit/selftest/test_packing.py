@@ -10,9 +10,9 @@ import torch
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
-from qwen3next_train.kernels.delta_rule_inputs import RuleInputs
+from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.packing import (
     BOUNDS,
     packing_check,
@@ -22,7 +22,7 @@ from qwen3next_train.selftest.packing import (
 )
 from tests.unit.model.small_models import CPU, cpu_kernels
 
-MIXERS = ("gated_delta_rule", "delta_rule_inputs", "varlen_attention")
+MIXERS = ("gated_delta_rule", "gdn_prologue", "varlen_attention")
 
 
 def leaking(operation: str, kernels: KernelSet) -> KernelSet:
@@ -30,7 +30,7 @@ def leaking(operation: str, kernels: KernelSet) -> KernelSet:
     kernel = getattr(kernels, operation)
 
     def leak(*args, sequences, **rest):
-        one = Sequences.from_lengths([sequences.num_tokens], sequences.cu_seqlens.device)
+        one = VarlenMetadata.from_lengths([sequences.num_tokens], sequences.cu_seqlens.device)
         return kernel(*args, sequences=one, **rest)
 
     return replace(kernels, **{operation: leak})
@@ -95,8 +95,8 @@ def test_a_leak_of_the_backward_alone_is_found(operation: str) -> None:
         outputs = [getattr(kernels, operation)(*args, **rest) for kernels in (right, wrong)]
         if operation == "gated_delta_rule":
             return _LeakingBackward.apply(outputs[0][0], outputs[1][0]), outputs[0][1]
-        if operation == "delta_rule_inputs":
-            return RuleInputs(*_LeakingBackward.apply(*outputs[0], *outputs[1]))
+        if operation == "gdn_prologue":
+            return GdnPrologueOutputs(*_LeakingBackward.apply(*outputs[0], *outputs[1]))
         return _LeakingBackward.apply(*outputs)
 
     model = slowly_forgetting_model(replace(right, **{operation: half}), CPU, torch.float32)
@@ -164,7 +164,7 @@ def test_the_check_takes_fp32_for_references_and_says_what_leaks() -> None:
     good = packing_check(cpu_kernels(), CPU, torch.bfloat16)
     assert good.ok
     assert " in fp32, allowed 1e-05" in good.detail
-    bad = packing_check(leaking("delta_rule_inputs", cpu_kernels()), CPU, torch.bfloat16)
+    bad = packing_check(leaking("gdn_prologue", cpu_kernels()), CPU, torch.bfloat16)
     assert not bad.ok
     assert bad.detail.endswith(
         "documents see each other; find the operation with kernels.OPERATION reference, one by one"

@@ -9,13 +9,13 @@ import torch
 
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.delta_rule_inputs import HeadShape, RuleInputs
-from qwen3next_train.kernels.delta_rule_inputs.reference import SeparateDeltaRuleInputs
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
+from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels.varlen import VarlenMetadata
 from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
-REFERENCE = SeparateDeltaRuleInputs(causal_conv1d_reference)
+REFERENCE = SeparateGdnPrologue(causal_conv1d_reference)
 MODEL_HEADS = HeadShape(16, 32, 128, 128)
 
 
@@ -32,15 +32,15 @@ def make_inputs(heads: HeadShape, tokens: int, width: int, dtype: torch.dtype) -
     ]
 
 
-def triton(*inputs: torch.Tensor, heads: HeadShape, sequences: Sequences) -> RuleInputs:
+def triton(*inputs: torch.Tensor, heads: HeadShape, sequences: VarlenMetadata) -> GdnPrologueOutputs:
     # Not at the top: Triton is imported where its kernels are used.
-    from qwen3next_train.kernels.delta_rule_inputs.triton_backend import delta_rule_inputs_triton
+    from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
 
-    return delta_rule_inputs_triton(*inputs, heads=heads, sequences=sequences)
+    return gdn_prologue_triton(*inputs, heads=heads, sequences=sequences)
 
 
 def check(heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
-    sequences = Sequences.from_lengths(lengths, DEVICE)
+    sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
     found = errors(
         lambda *inputs: triton(*inputs, heads=heads, sequences=sequences),
         lambda *inputs: REFERENCE(*inputs, heads=heads, sequences=sequences),
@@ -53,7 +53,7 @@ def test_reference_is_its_definition_head_by_head() -> None:
     heads, lengths = HeadShape(2, 6, 3, 5), (4, 1, 3)
     inputs = [x.double() for x in make_inputs(heads, 8, 4, torch.float32)]
     qkvz, ba, weight, A_log, dt_bias = inputs
-    out = REFERENCE(*inputs, heads=heads, sequences=Sequences.from_lengths(lengths, DEVICE))
+    out = REFERENCE(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
     starts = [0, 0, 0, 0, 4, 5, 5, 5]
 
     def convolved(t: int, column: int, channel: int) -> float:
@@ -100,7 +100,7 @@ def test_triton_equals_the_reference(
 @pytest.mark.parametrize("lengths", [(31, 1, 1, 5, 34), (71,), (29, 3, 31)])
 def test_the_stretches_of_long_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts on both sides of a stretch's border."""
-    from qwen3next_train.kernels.delta_rule_inputs import triton_backend
+    from qwen3next_train.kernels.gdn_prologue import triton_backend
 
     monkeypatch.setattr(triton_backend, "_FEW_TOKENS", 0)
     monkeypatch.setattr(triton_backend, "_BACKWARD_TOKENS", 32)
@@ -110,7 +110,7 @@ def test_the_stretches_of_long_rows(lengths: tuple[int, ...], monkeypatch: pytes
 def test_no_tokens() -> None:
     heads = HeadShape(1, 2, 4, 4)
     inputs = [x.requires_grad_() for x in make_inputs(heads, 0, 4, torch.float32)]
-    sequences = Sequences(*(torch.zeros(1, dtype=torch.int32, device=device) for device in (DEVICE, "cpu")))
+    sequences = VarlenMetadata(*(torch.zeros(1, dtype=torch.int32, device=device) for device in (DEVICE, "cpu")))
     out = triton(*inputs, heads=heads, sequences=sequences)
     assert out.q_THK.shape == (0, 1, 4)
     sum(x.sum() for x in out).backward()
@@ -123,7 +123,7 @@ def test_small_decays_keep_their_digits() -> None:
     inputs = make_inputs(heads, 3, 4, torch.float32)
     inputs[1] = torch.tensor([[0.0, -30.0], [0.0, -10.0], [0.0, 50.0]], device=DEVICE)
     inputs[3:] = [torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE)]
-    g = triton(*inputs, heads=heads, sequences=Sequences.from_lengths((3,), DEVICE)).g_TN.flatten().tolist()
+    g = triton(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths((3,), DEVICE)).g_TN.flatten().tolist()
     expected = [-math.log1p(math.exp(a)) for a in (-30.0, -10.0, 50.0)]
     assert g == pytest.approx(expected, rel=1e-6)
 
@@ -134,7 +134,7 @@ def test_what_is_beside_a_document_does_not_reach_it() -> None:
     inputs = make_inputs(heads, 12, 4, torch.float32)
     inputs[0][:5] = float("inf")
     inputs[0].requires_grad_()
-    out = triton(*inputs, heads=heads, sequences=Sequences.from_lengths((5, 7), DEVICE))
+    out = triton(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths((5, 7), DEVICE))
     for x in (out.q_THK, out.k_THK, out.v_TNV):
         assert x[5:].isfinite().all()
     (gradient,) = torch.autograd.grad(out.v_TNV[5:].sum(), inputs[0])
@@ -144,7 +144,9 @@ def test_what_is_beside_a_document_does_not_reach_it() -> None:
 def test_a_wide_filter_is_refused_in_a_sentence() -> None:
     heads = HeadShape(1, 1, 4, 4)
     with pytest.raises(KernelUnavailable, match=r"up to 4 wide and model\.linear_conv_kernel_dim is 5; choose 'fla'"):
-        triton(*make_inputs(heads, 3, 5, torch.float32), heads=heads, sequences=Sequences.from_lengths((3,), DEVICE))
+        triton(
+            *make_inputs(heads, 3, 5, torch.float32), heads=heads, sequences=VarlenMetadata.from_lengths((3,), DEVICE)
+        )
 
 
 @pytest.mark.gpu
@@ -155,7 +157,7 @@ def test_at_the_model_s_size(lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 def test_repeated_gradients_are_equal_bit_for_bit() -> None:
-    sequences = Sequences.from_lengths((2500, 2501), DEVICE)
+    sequences = VarlenMetadata.from_lengths((2500, 2501), DEVICE)
     inputs = [x.requires_grad_() for x in make_inputs(MODEL_HEADS, 5001, 4, torch.bfloat16)]
 
     def gradients() -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 
-class NormRotary(Protocol):
+class QkNormRope(Protocol):
     """What every backend computes."""
 
     def __call__(

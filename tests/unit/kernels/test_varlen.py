@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.sequences import gather_rows, scatter_rows
+from qwen3next_train.kernels.varlen import gather_rows, scatter_rows
 from tests.unit.kernels.packing import documents
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 L2_NORM_EPS = 1e-6
 """Added to the sum of squares of q and k, as FLA and transformers do."""
@@ -60,7 +60,7 @@ class HeadShape:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
-class RuleInputs(NamedTuple):
+class GdnPrologueOutputs(NamedTuple):
     """Operands of the delta rule and the gate of the norm behind it.
 
     Args:
@@ -80,7 +80,7 @@ class RuleInputs(NamedTuple):
     beta_TN: torch.Tensor
 
 
-class DeltaRuleInputs(Protocol):
+class GdnPrologue(Protocol):
     """What every backend computes."""
 
     def __call__(
@@ -92,8 +92,8 @@ class DeltaRuleInputs(Protocol):
         dt_bias_N: torch.Tensor,
         *,
         heads: HeadShape,
-        sequences: Sequences,
-    ) -> RuleInputs:
+        sequences: VarlenMetadata,
+    ) -> GdnPrologueOutputs:
         """Causal depthwise convolution, SiLU and l2 norm; decays and write strengths.
 
         q, k and v are ``silu(sum_i weight[:, W-1-i] * x[t-i])`` with x zero before the document's first token; q and

@@ -5,6 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def fan_out_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+def shared_input_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """See the package for the contract."""
     return (x,) * count

@@ -11,19 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.fan_out import MAX_CONSUMERS
 from qwen3next_train.kernels.row_programs import row_warps
+from qwen3next_train.kernels.shared_input import MAX_CONSUMERS
 
 _BLOCK = 2048
 """Elements of a program."""
 
 
-def fan_out_triton(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+def shared_input_triton(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """See the package for the contract."""
-    return _FanOut.apply(x, count)
+    return _SharedInput.apply(x, count)
 
 
-class _FanOut(torch.autograd.Function):
+class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         # No zeros for those that nobody used.

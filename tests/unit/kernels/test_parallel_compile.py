@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from qwen3next_train.kernels.side_by_side import call_side_by_side
+from qwen3next_train.kernels.parallel_compile import call_side_by_side
 
 DEVICE = torch.device("cuda", 3)
 streams: list[str] = []

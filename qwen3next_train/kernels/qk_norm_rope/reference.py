@@ -7,7 +7,7 @@ import torch
 from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
 
 
-def norm_rotary_reference(
+def qk_norm_rope_reference(
     x_TNH: torch.Tensor, weight_H: torch.Tensor, cos_T1r: torch.Tensor, sin_T1r: torch.Tensor, *, eps: float
 ) -> torch.Tensor:
     """See the package for the contract."""

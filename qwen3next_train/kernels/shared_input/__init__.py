@@ -9,7 +9,7 @@ import torch
 MAX_CONSUMERS = 4
 
 
-class FanOut(Protocol):
+class SharedInput(Protocol):
     """What every backend computes."""
 
     def __call__(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.norm_rotary.reference import norm_rotary_reference
-from qwen3next_train.kernels.norm_rotary.triton_backend import norm_rotary_triton
+from qwen3next_train.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from qwen3next_train.kernels.qk_norm_rope.triton_backend import qk_norm_rope_triton
 from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
@@ -25,8 +25,8 @@ def check(x: torch.Tensor, rotated: int) -> None:
     cos, sin = angles(x.shape[0], rotated)
     weight = torch.randn(x.shape[2], device=DEVICE, dtype=x.dtype) / 4
     found = errors(
-        lambda x, w: norm_rotary_triton(x, w, cos, sin, eps=EPS),
-        lambda x, w: norm_rotary_reference(x, w, cos.double(), sin.double(), eps=EPS),
+        lambda x, w: qk_norm_rope_triton(x, w, cos, sin, eps=EPS),
+        lambda x, w: qk_norm_rope_reference(x, w, cos.double(), sin.double(), eps=EPS),
         [x, weight],
     )
     assert max(found) < BOUNDS[x.dtype], found
@@ -48,7 +48,7 @@ def test_the_query_half_of_a_projection() -> None:
 
 def test_no_tokens() -> None:
     x, weight = torch.empty(0, 2, 8, device=DEVICE, requires_grad=True), torch.ones(8, device=DEVICE)
-    out = norm_rotary_triton(x, weight.requires_grad_(), *angles(0, 4), eps=EPS)
+    out = qk_norm_rope_triton(x, weight.requires_grad_(), *angles(0, 4), eps=EPS)
     out.sum().backward()
     assert out.shape == (0, 2, 8)
     assert weight.grad is not None
@@ -57,7 +57,7 @@ def test_no_tokens() -> None:
 
 def test_output_is_contiguous_whatever_the_input() -> None:
     x = torch.randn(3, 4, 64, device=DEVICE)[..., :32]
-    assert norm_rotary_triton(x, torch.zeros(32, device=DEVICE), *angles(3, 8), eps=EPS).is_contiguous()
+    assert qk_norm_rope_triton(x, torch.zeros(32, device=DEVICE), *angles(3, 8), eps=EPS).is_contiguous()
 
 
 @pytest.mark.gpu

@@ -15,14 +15,14 @@ import torch
 import triton
 
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.delta_rule_inputs import L2_NORM_EPS, HeadShape, RuleInputs
-from qwen3next_train.kernels.delta_rule_inputs.convolution_kernels import convolve_backward_kernel, convolve_kernel
-from qwen3next_train.kernels.delta_rule_inputs.gate_kernels import (
+from qwen3next_train.kernels.gdn_prologue import L2_NORM_EPS, GdnPrologueOutputs, HeadShape
+from qwen3next_train.kernels.gdn_prologue.convolution_kernels import convolve_backward_kernel, convolve_kernel
+from qwen3next_train.kernels.gdn_prologue.gate_kernels import (
     gates_backward_kernel,
     gates_kernel,
     place_gate_kernel,
 )
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 _TAPS = 4
 """Columns of the filter; a narrower one has zeros in front."""
@@ -36,7 +36,7 @@ _PLACED_ELEMENTS = 4096
 """Elements of z's gradient that a program puts in their place."""
 
 
-def delta_rule_inputs_triton(
+def gdn_prologue_triton(
     qkvz_TP: torch.Tensor,
     ba_TM: torch.Tensor,
     weight_CW: torch.Tensor,
@@ -44,8 +44,8 @@ def delta_rule_inputs_triton(
     dt_bias_N: torch.Tensor,
     *,
     heads: HeadShape,
-    sequences: Sequences,
-) -> RuleInputs:
+    sequences: VarlenMetadata,
+) -> GdnPrologueOutputs:
     """See the package for the contract.
 
     Raises:
@@ -56,11 +56,11 @@ def delta_rule_inputs_triton(
             f"kernels.causal_conv1d: the fused convolution takes filters up to {_TAPS} wide and "
             f"model.linear_conv_kernel_dim is {weight_CW.shape[1]}; choose 'fla' or 'reference'"
         )
-    outputs = _DeltaRuleInputs.apply(qkvz_TP, ba_TM, weight_CW, A_log_N, dt_bias_N, sequences.starts(), heads)
-    return RuleInputs(*outputs)
+    outputs = _GdnPrologue.apply(qkvz_TP, ba_TM, weight_CW, A_log_N, dt_bias_N, sequences.starts(), heads)
+    return GdnPrologueOutputs(*outputs)
 
 
-class _DeltaRuleInputs(torch.autograd.Function):
+class _GdnPrologue(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, qkvz_TP, ba_TM, weight_CW, A_log_N, dt_bias_N, starts_T, heads: HeadShape

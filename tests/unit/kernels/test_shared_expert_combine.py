@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.gated_add.reference import gated_add_reference
-from qwen3next_train.kernels.gated_add.triton_backend import gated_add_triton
+from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
+from qwen3next_train.kernels.shared_expert_combine.triton_backend import shared_expert_combine_triton
 from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
@@ -15,7 +15,7 @@ def check(*rows: torch.Tensor) -> None:
     """With a gate whose logits have about unit variance."""
     size = rows[0].shape[1]
     weight = 2 * size**-0.5 * torch.randn(1, size, device=DEVICE)
-    found = errors(gated_add_triton, gated_add_reference, [*rows, weight.to(rows[0].dtype)])
+    found = errors(shared_expert_combine_triton, shared_expert_combine_reference, [*rows, weight.to(rows[0].dtype)])
     assert max(found) < BOUNDS[rows[0].dtype], found
 
 
@@ -29,7 +29,7 @@ def test_output_and_gradients(dtype: torch.dtype, shape: tuple[int, int]) -> Non
 def test_bf16_is_rounded_once() -> None:
     """1 + (256 + 2 / 2); the sum in brackets by itself is 256 in bf16."""
     rows = [torch.full((1, 4), value, device=DEVICE, dtype=torch.bfloat16) for value in (1.0, 256.0, 2.0, 0.0)]
-    out = gated_add_triton(*rows, torch.ones(1, 4, device=DEVICE, dtype=torch.bfloat16))
+    out = shared_expert_combine_triton(*rows, torch.ones(1, 4, device=DEVICE, dtype=torch.bfloat16))
     assert out.tolist() == [[258.0] * 4]
 
 
@@ -38,7 +38,7 @@ def test_residual_and_base_are_not_kept_and_get_the_gradient_as_it_is() -> None:
     upstream = torch.randn(3, 8, device=DEVICE)
     before = upstream.clone()
     weight = torch.ones(1, 8, device=DEVICE)
-    out = gated_add_triton(*rows, weight)
+    out = shared_expert_combine_triton(*rows, weight)
     saved = out.grad_fn.saved_tensors
     assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in (*rows[2:], weight)]
     for gradient in torch.autograd.grad(out, rows[:2], upstream):
@@ -54,7 +54,7 @@ def test_views() -> None:
 def test_no_rows() -> None:
     rows = [torch.empty(0, 8, device=DEVICE, requires_grad=True) for _ in range(4)]
     weight = torch.ones(1, 8, device=DEVICE, requires_grad=True)
-    gated_add_triton(*rows, weight).sum().backward()
+    shared_expert_combine_triton(*rows, weight).sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 
@@ -62,7 +62,7 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
 def test_closed_and_open_gates(logit: float) -> None:
     rows = [torch.full((2, 4), value, device=DEVICE) for value in (4.0, 1.0, 2.0, logit)]
-    out = gated_add_triton(*rows, torch.ones(1, 4, device=DEVICE))
+    out = shared_expert_combine_triton(*rows, torch.ones(1, 4, device=DEVICE))
     assert torch.equal(out, torch.full_like(out, 5.0 if logit < 0 else 7.0))
 
 

@@ -20,14 +20,14 @@ _ELEMENTS = 4096
 """Elements of a program's block of heads, at most."""
 
 
-def norm_rotary_triton(
+def qk_norm_rope_triton(
     x_TNH: torch.Tensor, weight_H: torch.Tensor, cos_T1r: torch.Tensor, sin_T1r: torch.Tensor, *, eps: float
 ) -> torch.Tensor:
     """See the package for the contract."""
-    return _NormRotary.apply(x_TNH, weight_H, cos_T1r, sin_T1r, eps)
+    return _QkNormRope.apply(x_TNH, weight_H, cos_T1r, sin_T1r, eps)
 
 
-class _NormRotary(torch.autograd.Function):
+class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TNH, weight_H, cos_T1r, sin_T1r, eps):
         ctx.save_for_backward(x_TNH, weight_H, cos_T1r, sin_T1r)

@@ -61,7 +61,7 @@ class BinLayout:
 
 
 @dataclass(frozen=True, eq=False)
-class Sequences:
+class VarlenMetadata:
     """The documents of a flattened batch.
 
     Args:
@@ -74,7 +74,7 @@ class Sequences:
     _cache: dict[tuple[str, int], object] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> Sequences:
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> VarlenMetadata:
         """Build from document lengths, each at least 1."""
         ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
         return cls(ends.to(device), ends)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.fan_out.reference import fan_out_reference
-from qwen3next_train.kernels.fan_out.triton_backend import fan_out_triton
+from qwen3next_train.kernels.shared_input.reference import shared_input_reference
+from qwen3next_train.kernels.shared_input.triton_backend import shared_input_triton
 from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
 
 def check(x: torch.Tensor, count: int) -> None:
-    found = errors(lambda x: fan_out_triton(x, count), lambda x: fan_out_reference(x, count), [x])
+    found = errors(lambda x: shared_input_triton(x, count), lambda x: shared_input_reference(x, count), [x])
     assert max(found) < BOUNDS[x.dtype], found
     assert max(found[:-1]) == 0.0
 
@@ -28,7 +28,7 @@ def test_sum_of_gradients(dtype: torch.dtype, count: int) -> None:
 def test_bf16_is_rounded_once() -> None:
     x = torch.zeros(1, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     upstream = [torch.tensor([value], device=DEVICE, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
-    torch.autograd.backward(fan_out_triton(x, 3), upstream)
+    torch.autograd.backward(shared_input_triton(x, 3), upstream)
     assert x.grad is not None
     assert x.grad.item() == 258.0
 
@@ -36,13 +36,13 @@ def test_bf16_is_rounded_once() -> None:
 def test_consumers_that_are_not_there() -> None:
     x = torch.ones(5, device=DEVICE, requires_grad=True)
     for used in ([0], [1, 3], [0, 1, 2]):
-        shares = fan_out_triton(x, 4)
+        shares = shared_input_triton(x, 4)
         assert all(share.data_ptr() == x.data_ptr() for share in shares)
         total = torch.stack([(index + 1) * shares[index] for index in used]).sum()
         (grad,) = torch.autograd.grad(total, x)
         assert grad.tolist() == [float(sum(used) + len(used))] * 5
     empty = torch.empty(0, 4, device=DEVICE, requires_grad=True)
-    (grad,) = torch.autograd.grad(torch.stack(fan_out_triton(empty, 2)).sum(), empty)
+    (grad,) = torch.autograd.grad(torch.stack(shared_input_triton(empty, 2)).sum(), empty)
     assert grad.shape == (0, 4)
 
 

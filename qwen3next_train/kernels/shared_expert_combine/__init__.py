@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 
-class GatedAdd(Protocol):
+class SharedExpertCombine(Protocol):
     """What every backend computes."""
 
     def __call__(

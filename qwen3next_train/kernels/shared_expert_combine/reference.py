@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def gated_add_reference(
+def shared_expert_combine_reference(
     residual_TD: torch.Tensor,
     base_TD: torch.Tensor,
     branch_TD: torch.Tensor,

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.kernels.causal_conv1d import CausalConv1d
-from qwen3next_train.kernels.delta_rule_inputs import L2_NORM_EPS, HeadShape, RuleInputs
-from qwen3next_train.kernels.sequences import Sequences
+from qwen3next_train.kernels.gdn_prologue import L2_NORM_EPS, GdnPrologueOutputs, HeadShape
+from qwen3next_train.kernels.varlen import VarlenMetadata
 
 
 @dataclass(frozen=True)
-class SeparateDeltaRuleInputs:
+class SeparateGdnPrologue:
     """One operation after the other; see the package for the contract.
 
     The convolution's output is rounded to the dtype of the input before it is normalised.
@@ -36,9 +36,9 @@ class SeparateDeltaRuleInputs:
         dt_bias_N: torch.Tensor,
         *,
         heads: HeadShape,
-        sequences: Sequences,
-    ) -> RuleInputs:
-        """See :class:`DeltaRuleInputs`."""
+        sequences: VarlenMetadata,
+    ) -> GdnPrologueOutputs:
+        """See :class:`GdnPrologue`."""
         grouped_THX = qkvz_TP.unflatten(-1, (heads.key_heads, -1))
         *parts, z_THX = grouped_THX.split(heads.group_sizes, dim=-1)
         x_TC = torch.cat([part.flatten(1) for part in parts], dim=-1)
@@ -47,7 +47,7 @@ class SeparateDeltaRuleInputs:
         q_T, k_T, v_T = y_TC.split((keys, keys, heads.value_heads * heads.value_dim), dim=-1)
         b_THR, a_THR = ba_TM.unflatten(-1, (heads.key_heads, -1)).chunk(2, dim=-1)
         rate_N = _wide(A_log_N).exp()
-        return RuleInputs(
+        return GdnPrologueOutputs(
             q_THK=_l2_norm(q_T.unflatten(-1, (heads.key_heads, heads.key_dim))),
             k_THK=_l2_norm(k_T.unflatten(-1, (heads.key_heads, heads.key_dim))),
             v_TNV=v_T.unflatten(-1, (heads.value_heads, heads.value_dim)),

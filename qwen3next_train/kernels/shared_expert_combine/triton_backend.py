@@ -17,7 +17,7 @@ import triton.language as tl
 from qwen3next_train.kernels.row_programs import dense_rows, num_row_programs, row_warps
 
 
-def gated_add_triton(
+def shared_expert_combine_triton(
     residual_TD: torch.Tensor,
     base_TD: torch.Tensor,
     branch_TD: torch.Tensor,
@@ -25,10 +25,10 @@ def gated_add_triton(
     weight_1D: torch.Tensor,
 ) -> torch.Tensor:
     """See the package for the contract."""
-    return _GatedAdd.apply(residual_TD, base_TD, branch_TD, x_TD, weight_1D)
+    return _SharedExpertCombine.apply(residual_TD, base_TD, branch_TD, x_TD, weight_1D)
 
 
-class _GatedAdd(torch.autograd.Function):
+class _SharedExpertCombine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
