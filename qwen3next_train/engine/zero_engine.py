@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import deepspeed
@@ -15,9 +14,8 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
+from qwen3next_train.engine.deepspeed_patches import mixed_dtype_partitions, quiet_start, set_group_timeouts
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
-from qwen3next_train.engine.group_timeouts import set_group_timeouts
-from qwen3next_train.engine.mixed_dtype_partitions import mixed_dtype_partitions
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
 from qwen3next_train.kernels.selection import DTYPES, KernelSet
@@ -153,10 +151,7 @@ def _wrap(
     num_micro_batches: int,
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
-    # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    quiet_start()
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, config.optimizer))
     # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
     fused = device.type == "cuda" or config.parallel.offload_optimizer == "cpu"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +20,13 @@ from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.causal_conv1d import CausalConv1d
 from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.fla_import import only_operations_of_fla
+from qwen3next_train.kernels.fla_process import (
+    keep_delta_rule_from_flash_qla,
+    only_operations_of_fla,
+    use_tuned_configs,
+)
 from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_delta_rule.tuned_configs import use_tuned_configs
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.gdn_prologue import GdnPrologue
@@ -360,7 +362,7 @@ def _grouped_triton_fault(place: _Place) -> str | None:
 
 
 _PRODUCT_FAULTS: Mapping[str, _Fault] = {"triton": _grouped_triton_fault, "grouped_mm": _grouped_mm_fault}
-"""The expert products' vendor backends, the fastest first."""
+"""The grouped GEMM's vendor backends, the fastest first."""
 
 
 def _ampere_fault(place: _Place) -> str | None:
@@ -393,8 +395,7 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
 
         return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
-    # Where FlashQLA can be imported, FLA would hand it the rule; here that is a choice of its own.
-    os.environ.setdefault("FLA_FLASH_QLA", "0")
+    keep_delta_rule_from_flash_qla()
     with only_operations_of_fla():
         heads = place.rule_head_dims
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):

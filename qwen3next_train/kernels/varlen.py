@@ -60,9 +60,9 @@ class BinLayout:
     visible_BLL: torch.Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class VarlenMetadata:
-    """The documents of a flattened batch.
+    """The documents of a flattened batch, and what kernels have derived from them so far.
 
     Args:
         cu_seqlens: int32 ``[D + 1]`` document starts and T, strictly increasing, on the activations' device.

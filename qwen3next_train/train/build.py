@@ -113,7 +113,7 @@ def build_run(
         config=config,
         control=context.control,
         engine=engine,
-        steps=loader,
+        batches=loader,
         data_wait_s=lambda: loader.last_wait_s,
         validation=_validation_batches(validation, config, topology),
         bytes_per_token=None if validation is None else validation.bytes_per_token,

@@ -33,8 +33,8 @@ class Run:
         config: the resolved configuration.
         control: agreements between ranks.
         engine: model and optimizer.
-        steps: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
-        data_wait_s: seconds the last step waited for ``steps``.
+        batches: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
+        data_wait_s: seconds the last step waited for ``batches``.
         validation: this rank's validation micro-batches, none without validation.
         bytes_per_token: of the validation text, None where unknown (no bits per byte then).
         checkpoints: where the state is saved.
@@ -50,7 +50,7 @@ class Run:
     config: Config
     control: ControlGroup
     engine: Engine
-    steps: Iterator[list[PackedBatch]]
+    batches: Iterator[list[PackedBatch]]
     data_wait_s: Callable[[], float]
     validation: Sequence[PackedBatch]
     bytes_per_token: float | None
@@ -83,7 +83,7 @@ def train(run: Run) -> str | None:
     while stopped_by is None and run.state.step < run.config.run.steps:
         started_at = time.monotonic()
         step = run.state.step + 1
-        batches = next(run.steps)
+        batches = next(run.batches)
         totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
         result = run.engine.train_step(batches, totals=totals, lr=learning_rate(run.config, step), report=report)

@@ -22,6 +22,7 @@ from fla.ops.gated_delta_rule.wy_fast import recompute_w_u_fwd
 from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.constant import RCP_LN2
 
+from qwen3next_train.kernels.fla_process import shipped_configs_are_used
 from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
     ChunkInputs,
     ChunkStates,
@@ -30,7 +31,6 @@ from qwen3next_train.kernels.gated_delta_rule.chunk_gradients import (
     write_gradients,
 )
 from qwen3next_train.kernels.gated_delta_rule.fla_backend import CHUNK_SIZE
-from qwen3next_train.kernels.gated_delta_rule.tuned_configs import shipped_configs_are_used
 from qwen3next_train.kernels.parallel_compile import call_side_by_side
 from qwen3next_train.kernels.varlen import VarlenMetadata
 
