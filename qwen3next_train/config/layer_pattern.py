@@ -1,14 +1,20 @@
-"""Megatron-LM's ``--linear-attention-freq`` patterns: ``([1,1,1,0]*12)``, parsed without ``eval``."""
+"""Megatron-LM's ``--linear-attention-freq`` patterns: ``([1,1,1,0]*12)``, read by Python's parser, never evaluated."""
 
 from __future__ import annotations
 
+import ast
 import re
+from itertools import accumulate
 
 from qwen3next_train.config.validate import MAX_LAYERS
 
 _MAX_TEXT = 10 * MAX_LAYERS
 _MAX_DEPTH = 20
-_TOKEN = re.compile(r"\s*(0|[1-9][0-9]{0,5}|[-+*()\[\],])")
+_MAX_OPERATORS = 200  # each is a level of the tree, and of the walk over it
+_NUMBER = r"(?:0|[1-9][0-9]{0,5})(?![0-9])"
+_LIST = rf"\[ ?(?:{_NUMBER} ?(?:, ?{_NUMBER} ?)*)?\]"
+# Of all that Python would read, what a pattern is made of; brackets need only match.
+_WORDS = re.compile(rf" ?(?:{_NUMBER}|{_LIST}|[+*()])")
 
 Operand = int | list[int]
 
@@ -25,76 +31,35 @@ def parse_pattern(text: str) -> Operand:
     """
     if len(text) > _MAX_TEXT:
         raise PatternError("too long")
-    tokens, position = [], 0
-    stripped = text.rstrip()
-    while position < len(stripped):
-        match = _TOKEN.match(stripped, position)
-        if not match:
-            raise PatternError(f"unexpected {stripped[position : position + 10].strip()!a}")
-        tokens.append(match[1])
-        position = match.end()
-    parser = _Parser(tokens)
-    value = parser.sum(0)
-    parser.expect("")
-    return value
+    text = " ".join(text.split())
+    position = 0
+    while position < len(text):
+        if not (word := _WORDS.match(text, position)):
+            raise PatternError(f"unexpected {text[position : position + 10].strip()!a}")
+        position = word.end()
+    if max(accumulate((char == "(") - (char == ")") for char in text), default=0) > _MAX_DEPTH:
+        raise PatternError(f"more than {_MAX_DEPTH} nested brackets")
+    if text.count("+") + text.count("*") > _MAX_OPERATORS:
+        raise PatternError(f"more than {_MAX_OPERATORS} operators")
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError as error:
+        raise PatternError(error.msg) from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise PatternError("cannot be read") from error
+    return _value(tree.body)
 
 
-class _Parser:
-    """Recursive descent over ``sum := product ('+' product)*``, ``product := atom ('*' atom)*``."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self._tokens = tokens
-        self._next = 0
-
-    def sum(self, depth: int) -> Operand:
-        value = self._product(depth)
-        while self._peek() == "+":
-            self._next += 1
-            value = _checked(_add(value, self._product(depth)))
-        return value
-
-    def expect(self, token: str) -> None:
-        if self._peek() != token:
-            raise PatternError(f"expected {token or 'the end'} but found {self._peek() or 'the end'}")
-        self._next += 1
-
-    def _product(self, depth: int) -> Operand:
-        value = self._atom(depth)
-        while self._peek() == "*":
-            self._next += 1
-            value = _multiply(value, self._atom(depth))
-        return value
-
-    def _atom(self, depth: int) -> Operand:
-        token = self._peek()
-        if token.isdigit():
-            self._next += 1
-            return int(token)
-        if token == "[":
-            return self._list()
-        self.expect("(")
-        if depth == _MAX_DEPTH:
-            raise PatternError(f"more than {_MAX_DEPTH} nested brackets")
-        value = self.sum(depth + 1)
-        self.expect(")")
-        return value
-
-    def _list(self) -> list[int]:
-        self.expect("[")
-        items: list[int] = []
-        while self._peek() != "]":
-            if items:
-                self.expect(",")
-            token = self._peek()
-            if not token.isdigit():
-                raise PatternError(f"expected 0 or 1 but found {token or 'the end'}")
-            items.append(int(token))
-            self._next += 1
-        self.expect("]")
-        return items
-
-    def _peek(self) -> str:
-        return self._tokens[self._next] if self._next < len(self._tokens) else ""
+def _value(node: ast.expr) -> Operand:
+    match node:
+        case ast.Constant() | ast.List():
+            literal: Operand = ast.literal_eval(node)  # _WORDS let through integers and lists of them only
+            return literal
+        case ast.BinOp(op=ast.Add()):
+            return _checked(_add(_value(node.left), _value(node.right)))
+        case ast.BinOp(op=ast.Mult()):
+            return _checked(_multiply(_value(node.left), _value(node.right)))
+    raise PatternError(f"unexpected {ast.unparse(node)[:20]!a}")
 
 
 def _add(left: Operand, right: Operand) -> Operand:
@@ -106,17 +71,14 @@ def _add(left: Operand, right: Operand) -> Operand:
 
 
 def _multiply(left: Operand, right: Operand) -> Operand:
-    if isinstance(left, list) and isinstance(right, list):
+    if isinstance(left, int):
+        return left * right if isinstance(right, int) else _multiply(right, left)
+    if isinstance(right, list):
         raise PatternError("two lists cannot be multiplied")
-    if isinstance(left, int) and isinstance(right, int):
-        return _checked(left * right)
-    items, count = (left, right) if isinstance(left, list) else (right, left)
-    assert isinstance(items, list)
-    assert isinstance(count, int)
     # Checked before the list is built: [1]*999999*999999 would take all memory.
-    if len(items) * count > MAX_LAYERS:
+    if len(left) * right > MAX_LAYERS:
         raise PatternError(f"more than {MAX_LAYERS} layers")
-    return items * count
+    return left * right
 
 
 def _checked(value: Operand) -> Operand:

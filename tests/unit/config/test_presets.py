@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwen3next_train.config.describe import flatten
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import PRESETS, find_config, preset_file, shipped_folder
 from qwen3next_train.config.resolve import with_layer_types
@@ -9,6 +10,7 @@ from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.parameters import parameter_table
 
+MEGATRON = "megatron_arguments.yaml"
 SHIPPED = sorted(path.name for path in shipped_folder().glob("*.yaml"))
 
 
@@ -20,9 +22,9 @@ def num_parameters(config):
     return sum(parameter.numel for parameter in parameter_table(config.model))
 
 
-def test_every_shipped_file_is_a_preset_or_a_shape_to_measure_and_loads():
+def test_every_shipped_file_is_a_preset_a_shape_to_measure_or_a_spelling_and_loads():
     models = [f"qwen3next_{name}.yaml" for name in sorted(PRESETS)]
-    assert ["bench_ep8_proxy.yaml", "bench_slice4_e512.yaml", *models] == SHIPPED
+    assert ["bench_ep8_proxy.yaml", "bench_slice4_e512.yaml", "megatron_arguments.yaml", *models] == SHIPPED
     for name in SHIPPED:
         load(name)
 
@@ -38,6 +40,26 @@ def test_80b_is_qwen3_next():
     assert (config.data.sequence_length, config.run.global_batch_size, config.run.steps) == (4096, 1024, 75_000)
     assert optimizer.weight_decay == 0.1
     assert optimizer.apply_wd_to_qk_layernorm
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != MEGATRON])
+def test_only_one_shipped_file_has_megatron_spellings(name):
+    assert not [line for line in (shipped_folder() / name).read_text().splitlines() if line.strip().startswith("--")]
+
+
+def test_megatron_arguments_say_the_80b():
+    """Every setting they give is given by the 80B's file too, and has its value; of the model they give all."""
+    native, megatron = (load_config([shipped_folder() / name]) for name in ("qwen3next_80b.yaml", MEGATRON))
+    assert megatron.config.model == native.config.model
+    assert megatron.config.optimizer == native.config.optimizer
+    assert megatron.config.schedule == native.config.schedule
+    assert set(megatron.origins) <= set(native.origins)
+    assert all(origin.flag for origin in megatron.origins.values())
+    ours, theirs = (flatten(loaded.config.model_dump()) for loaded in (native, megatron))
+    assert {key: theirs[key] for key in megatron.origins} == {key: ours[key] for key in megatron.origins}
+    of_model = [{key for key in loaded.origins if key.startswith("model.")} for loaded in (native, megatron)]
+    assert of_model[0] == of_model[1]
+    assert {key.partition(".")[0] for key in megatron.origins} >= {"run", "data", "parallel"}
 
 
 def test_1b_has_about_a_billion_parameters():
