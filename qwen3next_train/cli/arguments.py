@@ -120,7 +120,7 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
     if argument is None:
         known = [*options, *(entry.flag for entry in megatron.arguments()), *(f"--{key}" for key in keys())]
         raise ConfigError(
-            f"{show_name(name)}: unknown option; did you mean {nearest(name, known)}? --help lists every option"
+            f"{show_name(name)}: unknown option; did you mean {nearest(name, known)}? --help all lists every option"
         )
     return argument.is_switch
 

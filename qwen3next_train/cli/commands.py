@@ -41,7 +41,7 @@ CONFIG_OPTIONS = (
 )
 COMMON_OPTIONS = (
     *CONFIG_OPTIONS,
-    Option("--help", "", "print this text and exit"),
+    Option("--help", "", "print this text and exit; --help SECTION prints the keys of a section"),
     Option("--version", "", "print the version and exit"),
 )
 
@@ -52,13 +52,14 @@ class Command:
 
     Args:
         name: the word on the command line.
-        summary: one line.
+        summary: one line of the program's help, no longer than fits beside the name.
         run: does it; returns the exit code.
         usage: what stands after the name in the usage line.
         options: its own options.
         max_words: how many positional words it takes.
         keys: the configuration keys it reads; None for all of them, and for configuration files. What works on
             finished weights takes the rest from the weights.
+        details: further sentences for its own help.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Command:
     options: tuple[Option, ...] = ()
     max_words: int = 0
     keys: tuple[str, ...] | None = None
+    details: str = ""
 
     @property
     def all_options(self) -> tuple[Option, ...]:
@@ -269,13 +271,14 @@ def _number(words: Words, name: str, *, whole: bool = False, at_most: float = ma
 
 TRAIN = Command(
     "train",
-    "train, or go on from the newest complete checkpoint of run.dir (the default)",
+    "train, or go on from the newest checkpoint (the default)",
     _train,
     "--config FILE [--section.key VALUE ...]",
     (
         Option("--dry-run", "", "build everything without allocating it, print plan and first batch, and exit"),
         *LAUNCH_OPTIONS,
     ),
+    details="The newest complete checkpoint of run.dir counts; without one the run starts at step 0.",
 )
 COMMANDS = {
     command.name: command
@@ -307,7 +310,7 @@ COMMANDS = {
         ),
         Command(
             "eval",
-            "loss and bits per byte of a checkpoint or a Hugging Face folder on a text",
+            "loss and bits per byte of a checkpoint or a Hugging Face folder",
             _eval,
             "(--checkpoint DIR | --hf DIR) --data FILE [--json]",
             (
@@ -328,7 +331,7 @@ COMMANDS = {
         ),
         Command(
             "import-hf",
-            "turn a Hugging Face folder into a checkpoint, for checkpoint.init_from and eval",
+            "turn a Hugging Face folder into a checkpoint",
             _import_hf,
             "--hf DIR --output DIR [--mtp-num-layers N]",
             (
@@ -336,10 +339,11 @@ COMMANDS = {
                 Option("--output", "DIR", "folder to create"),
             ),
             keys=("model.mtp_num_layers", "run.seed"),
+            details="checkpoint.init_from and eval take what it writes.",
         ),
         Command(
             "export-hf",
-            "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
+            "turn a checkpoint into a Hugging Face folder",
             _export_hf,
             "--checkpoint DIR --output DIR [--dtype bf16|fp32]",
             (
@@ -350,6 +354,7 @@ COMMANDS = {
                 TOKENIZER,
             ),
             keys=(),
+            details="transformers and vLLM load what it writes.",
         ),
         Command(
             "checkpoint",
@@ -360,10 +365,11 @@ COMMANDS = {
         ),
         Command(
             "doctor",
-            "check versions, devices, kernels, packing, collectives, cache and wandb of this machine",
+            "check this machine: versions, devices, kernels, collectives",
             _doctor,
             "[--config FILE] [--json]",
             (JSON,),
+            details="One line a check; packing, cache and wandb are checked too.",
         ),
     )
 }

@@ -1,61 +1,140 @@
-"""``--help``: usage, subcommands, every configuration key, every Megatron-LM spelling."""
+"""``--help``: one screen first, the rest by topic: a subcommand, a section of the configuration, Megatron's names."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import textwrap
 from collections.abc import Iterable
 
-from qwen3next_train.cli.arguments import Option
-from qwen3next_train.cli.commands import COMMANDS, TRAIN, Command
+from qwen3next_train.cli.commands import COMMANDS, Command
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys, sections
+from qwen3next_train.config.faults import show
 from qwen3next_train.config.presets import PRESETS
 from qwen3next_train.config.settings import PRESET_KEY
+from qwen3next_train.errors import ConfigError
 
-_WIDTH = 42
-
-
-def help_text(command: Command) -> str:
-    """The help of a subcommand; that of ``train`` is the program's and lists every key."""
-    lines = [f"usage: qwen3next-train {'' if command is TRAIN else command.name + ' '}{command.usage}", ""]
-    lines += [command.summary[0].upper() + command.summary[1:] + ".", ""]
-    if command is TRAIN:
-        lines += ["subcommands (qwen3next-train SUBCOMMAND --help):"]
-        lines += _rows((each.name, each.summary) for each in COMMANDS.values())
-        lines += [""]
-    lines += ["options:", *_option_rows(command.all_options), ""]
-    if command is not TRAIN:
-        return "\n".join([*lines, *_keys_of_subcommand(command), ""])
-    lines += ["Configuration keys, in YAML as 'section:' and 'key: value' below it."]
-    lines += ["Precedence: model.preset < files in order < command line.", ""]
-    for section, description in sections():
-        lines += [f"{section}: {description}", *_key_rows(section), ""]
-    lines += ["Megatron-LM's arguments, on the command line or in YAML, and the key each one sets:"]
-    lines += _rows((entry.flag, entry.effect) for entry in megatron.arguments())
-    return "\n".join([*lines, ""])
+_NARROWEST = 50  # the longest names stay whole
+_PROGRAM = "qwen3next-train"
+_SET_MOST = (
+    *("run.dir", "run.steps", "run.global_batch_size", "run.micro_batch_size"),
+    *("data.sources", "data.tokenizer", "data.sequence_length"),
+    *("optimizer.lr", "parallel.expert_parallel_size", "parallel.recompute"),
+)
+_OTHER_TOPICS = {
+    "megatron": "Megatron-LM's arguments, understood too, and what each sets",
+    "all": "everything",
+}
 
 
-def _keys_of_subcommand(command: Command) -> list[str]:
+def help_text(words: list[str]) -> str:
+    """The help that a command line asks for.
+
+    Args:
+        words: the command line; a word right after ``--help`` is a topic, unless a subcommand came before it.
+
+    Raises:
+        ConfigError: when there is no such topic.
+    """
+    width = max(shutil.get_terminal_size().columns, _NARROWEST)
+    position = next(index for index, word in enumerate(words) if word in ("--help", "-h"))
+    if before := [word for word in words[:position] if word in COMMANDS]:
+        return _text(_command(COMMANDS[before[0]], width))
+    topic, *rest = [*words[position + 1 :], ""]
+    if topic and not topic.startswith("-"):
+        return _text(_topic(topic, width))
+    if after := [word for word in rest if word in COMMANDS]:
+        return _text(_command(COMMANDS[after[0]], width))
+    return _text(_overview(width))
+
+
+def _topic(topic: str, width: int) -> list[str]:
+    descriptions = dict(sections())
+    if topic == "all":
+        parts = [_command(command, width) for command in COMMANDS.values()]
+        return _joined([*parts, *(_section(section, width) for section in descriptions), _megatron(width)])
+    if topic == "megatron":
+        return _megatron(width)
+    # Two words, eval and checkpoint, name a subcommand and a section: both are shown.
+    found = [_command(COMMANDS[topic], width)] if topic in COMMANDS else []
+    found += [_section(topic, width)] if topic in descriptions else []
+    if not found:
+        raise ConfigError(
+            f"--help: no such section (got {show(topic)}); give one of {', '.join([*descriptions, *_OTHER_TOPICS])}, "
+            "or a subcommand"
+        )
+    return _joined(found)
+
+
+def _overview(width: int) -> list[str]:
+    # To the first colon or semicolon: the rest is for who has chosen the key.
+    descriptions = {key.name: re.split("[:;] ", key.description)[0] for key in keys().values()}
+    return [
+        *_wrapped(f"usage: {_PROGRAM} [SUBCOMMAND] --config FILE [--section.key VALUE ...]", width),
+        "",
+        *_wrapped("Subcommands (SUBCOMMAND --help lists the options of one):", width),
+        *_rows(((each.name, each.summary) for each in COMMANDS.values()), width),
+        "",
+        *_wrapped("Sections of the configuration (--help SECTION lists its keys):", width),
+        *_rows((*sections(), *_OTHER_TOPICS.items()), width),
+        "",
+        *_wrapped("Keys that are set most, here or in YAML:", width),
+        *_rows(((f"--{name}", descriptions[name]) for name in _SET_MOST), width),
+    ]
+
+
+def _command(command: Command, width: int) -> list[str]:
+    lines = _wrapped(f"usage: {_PROGRAM} {command.name} {command.usage}", width)
+    lines += ["", *_wrapped(f"{command.summary[0].upper()}{command.summary[1:]}.", width)]
+    lines += _wrapped(command.details, width)
+    options = [(f"{option.name} {option.metavar}".strip(), option.help) for option in command.all_options]
+    lines += ["", "Options:", *_rows(options, width), ""]
     if command.keys is None:
-        return ["Every configuration key works here too: qwen3next-train --help lists them."]
+        lines += _wrapped(f"Every configuration key works here too: {_PROGRAM} --help SECTION, or --help all.", width)
+        return lines + _wrapped("Precedence: model.preset < files in order < command line.", width)
     if not command.keys:
-        return ["No configuration key works here."]
-    rows = _rows((f"--{name}", f"{keys()[name].description} [{keys()[name].type_text}]") for name in command.keys)
-    return ["Of the configuration keys and their Megatron-LM names, these work here too:", *rows]
+        return [*lines, "No configuration key works here."]
+    lines += _wrapped("Of the configuration keys and their Megatron-LM names, these work here too:", width)
+    rows = [(f"--{name}", f"{keys()[name].description} [{keys()[name].type_text}]") for name in command.keys]
+    return lines + _rows(rows, width)
 
 
-def _key_rows(section: str) -> list[str]:
+def _section(section: str, width: int) -> list[str]:
     rows = []
     if PRESET_KEY.startswith(f"{section}."):
         rows.append((f"--{PRESET_KEY}", f"start from a shipped model shape [{'|'.join(PRESETS)}; default none]"))
     for key in keys().values():
         if key.name.startswith(f"{section}."):
             rows.append((f"--{key.name}", f"{key.description} [{key.type_text}; default {key.default}]"))
-    return _rows(rows)
+    return [*_wrapped(f"{section}: {dict(sections())[section]}", width), *_rows(rows, width)]
 
 
-def _option_rows(options: Iterable[Option]) -> list[str]:
-    return _rows((f"{option.name} {option.metavar}".strip(), option.help) for option in options)
+def _megatron(width: int) -> list[str]:
+    lines = _wrapped("Megatron-LM's arguments, on the command line or in YAML, and the key each one sets:", width)
+    return lines + _rows(((entry.flag, entry.effect) for entry in megatron.arguments()), width)
 
 
-def _rows(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    return [f"  {left:<{_WIDTH}} {right}" for left, right in pairs]
+def _rows(pairs: Iterable[tuple[str, str]], width: int) -> list[str]:
+    """Two columns; where the first would take more than half, what it names follows on lines of its own."""
+    pairs = list(pairs)
+    column = max(len(left) for left, _ in pairs) + 4
+    lines = []
+    for left, right in pairs:
+        if column <= width // 2:
+            lines += _wrapped(f"  {left:<{column - 2}}{right}", width, column)
+        else:
+            lines += [f"  {left}", *_wrapped(f"      {right}", width, 6)]
+    return lines
+
+
+def _wrapped(text: str, width: int, indent: int = 2) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _joined(parts: list[list[str]]) -> list[str]:
+    return [line for part in parts for line in (*part, "")][:-1]
+
+
+def _text(lines: list[str]) -> str:
+    return "\n".join([*lines, ""])

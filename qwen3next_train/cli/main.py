@@ -51,7 +51,7 @@ def _run(argv: list[str]) -> int:
     if "--version" in argv:
         return _print(f"qwen3next-train {__version__}\n")
     if "--help" in argv or "-h" in argv:
-        return _print(help_text(next((COMMANDS[word] for word in argv if word in COMMANDS), TRAIN)))
+        return _print(help_text(argv))
     words = parse_words(argv, OPTIONS)
     command = _take_command(words)
     if "--print-config" in words.options:
@@ -74,7 +74,7 @@ def _take_command(words: Words) -> Command:
         if stray.endswith((".yaml", ".yml")):
             remedy = "name a configuration with --config"
         raise ConfigError(
-            f"qwen3next-train: unexpected word {show(stray)}; {remedy} --help lists subcommands and options"
+            f"qwen3next-train: unexpected word {show(stray)}; {remedy} --help lists subcommands and sections"
         )
     own = {option.name for option in command.all_options}
     for name in words.options:

@@ -82,7 +82,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
     """The part of the line after the key for a key that does not exist."""
-    return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help lists every key"
+    return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help all lists every key"
 
 
 def schema_fault(error: ErrorDetails, remedy: str) -> str:

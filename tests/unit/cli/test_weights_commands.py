@@ -144,7 +144,7 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         ),
         (
             [*EXPORT, "--run.stpes", "0"],
-            "--run.stpes: unknown key (got 0); did you mean run.steps? --help lists every key",
+            "--run.stpes: unknown key (got 0); did you mean run.steps? --help all lists every key",
         ),
         ([*EVAL, "--output", "x"], "--output: not an option of eval; it belongs to tokenize, import-hf, export-hf"),
         (
@@ -158,7 +158,7 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         (["--hf", "a"], "--hf: not an option of train; it belongs to eval, import-hf"),
         (
             [*IMPORT, "more"],
-            "qwen3next-train: unexpected word 'more'; did you mean import-hf? --help lists subcommands and options",
+            "qwen3next-train: unexpected word 'more'; did you mean import-hf? --help lists subcommands and sections",
         ),
     ],
 )

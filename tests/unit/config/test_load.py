@@ -187,7 +187,7 @@ TYPE_FAULTS = [
     ("data: {sources: [{source: a, weight: 0}]}", "data.sources[0].weight: too small (got 0); give a number > 0"),
     (
         "data: {sources: [{source: a, wieght: 1}]}",
-        "data.sources[0].wieght: unknown key (got 1); did you mean weight? --help lists every key",
+        "data.sources[0].wieght: unknown key (got 1); did you mean weight? --help all lists every key",
     ),
     ("logging: {wandb: off}", "logging.wandb: not a mapping (got 'off'); put its keys below it, or remove the line"),
     ("logging: {wandb: {tags: a}}", "logging.wandb.tags: not a list (got 'a'); give a list of text"),
@@ -220,7 +220,7 @@ def test_unknown_key_names_the_nearest(write, text, key, suggestion):
     file = write(text + "\n")
     (line,) = lines_of([file])
     assert line.startswith(f"{file}: {key}: unknown key (got ")
-    meant = re.search(r"did you mean (\S+)\? --help lists every key$", line)
+    meant = re.search(r"did you mean (\S+)\? --help all lists every key$", line)
     assert meant
     if suggestion:
         assert meant[1] == suggestion
