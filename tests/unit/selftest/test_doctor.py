@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
+from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.selftest import doctor
 from qwen3next_train.selftest.doctor import doctor_command
 from tests.integration.launching import run
@@ -33,6 +36,31 @@ def own_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[object, Any]:
+    """What the kernels' and the packing check found, by the arguments that decide it."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def each_measurement_once(measured: dict[object, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two checks that take seconds run for real, but once for the same kernels, model, device and precision."""
+
+    def once(name: str) -> Callable[..., Any]:
+        check = getattr(doctor, name)
+
+        def remembered(kernels: KernelSet, *where: object) -> Any:
+            key = (name, kernels.choices, *map(repr, where))
+            if key not in measured:
+                measured[key] = check(kernels, *where)
+            return measured[key]
+
+        return remembered
+
+    for name in ("kernel_checks", "packing_check"):
+        monkeypatch.setattr(doctor, name, once(name))
 
 
 def small(**overrides: str) -> Config:
