@@ -66,29 +66,23 @@ def test_wrong_value(tmp_path, capsys, section):
             )
 
 
-def _last_part(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*(f"qwen3next_{name}.yaml" for name in PRESETS), "megatron_arguments.yaml"])
 def test_one_letter_wrong_in_any_key(tmp_path, capsys, name):
     rng = random.Random(0)
-    lines = (shipped_folder() / f"qwen3next_{name}.yaml").read_text().splitlines()
+    lines = (shipped_folder() / name).read_text().splitlines()
     path = tmp_path / "c.yaml"
     for number, line in enumerate(lines):
         match = re.match(r"( *(?:--)?)([\w-]+)(:.*)", line)
         if not match:
             continue
         start, key, rest = match.groups()
-        position = rng.randrange(1, len(key))
+        # A letter: the digit is all that tells beta1 from beta2.
+        position = rng.choice([index for index in range(1, len(key)) if not key[index].isdigit()])
         mutated = f"{start}{key[:position]}{'x' if key[position] != 'x' else 'y'}{key[position + 1 :]}{rest}"
         path.write_text("\n".join([*lines[:number], mutated, *lines[number + 1 :]]))
         text = one_line(capsys, path)
         assert "unknown key" in text
-        # The right one is suggested, or its twin where the wrong letter is all that tells them apart (beta1, beta2).
-        twins = re.compile(f"{re.escape(key[:position])}.{re.escape(key[position + 1 :])}")
-        right = {key} | {twin for twin in map(_last_part, keys()) if twins.fullmatch(twin)}
-        assert any(name.replace("_", "-") in text.replace("_", "-") for name in right), text
+        assert key.replace("_", "-") in text.replace("_", "-"), text  # the right one is suggested
 
 
 def test_structure_mutations(tmp_path, capsys):
