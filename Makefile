@@ -3,15 +3,20 @@
 #   make PYTHON=python3.12 ...      another interpreter for .venv
 #   make VENV=/path/to/venv ...     an environment of your own (your CUDA torch, say): used as it is, never changed;
 #                                   prepare it once with  pip install -e '.[dev]'
+#   make JOBS=1 test                so many tests at a time instead of one per core
 
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= qwen3next_tiny.yaml
 PLAN_CONFIG ?= qwen3next_80b.yaml
 ARGS ?=
+JOBS ?= $(shell nproc)
 
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest
+# A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those
+# that take longest come first.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 ifeq ($(VENV),.venv)
@@ -81,13 +86,13 @@ contracts: $(ENV)  ## who may import whom (setup.cfg)
 	$(VENV)/bin/lint-imports
 
 test: test-fast  ## all tests that need no GPU, the fast ones first
-	$(PYTEST) -m "not gpu and (dist or slow)"
+	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)"
 
 test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
-	$(PYTEST) -m "not gpu and not dist and not slow"
+	$(PYTEST) $(PARALLEL) -m "not gpu and not dist and not slow"
 
 test-dist: $(ENV)  ## the tests that start several processes, on CPU
-	$(PYTEST) -m "dist and not gpu"
+	$(PYTEST) $(PARALLEL) -m "dist and not gpu"
 
 test-gpu: $(ENV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

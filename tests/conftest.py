@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Environment variables that libraries read when they are imported are set before anything is imported, and
 # every process a test starts inherits them. One thread: results and times then do not depend on how many cores
@@ -24,6 +25,9 @@ if not torch.cuda.is_available():
     # The Triton kernels' tests then run on the CPU; triton reads this once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+TOGETHER = ("tests/unit/engine/",)
+"""Folders that one worker does in one go: DeepSpeed keeps the first process group it has seen in a process."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the GPU tests where there is no GPU, and say so."""
@@ -35,9 +39,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile``, a whole folder goes to one worker where its files share a fixture or a resource."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrFolder(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return ByFileOrFolder(config, log)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The user's cache folder as this test session sees it: tokenised once, read by all tests."""
+    """The user's cache folder as this test session sees it, or this worker of it: tokenised once, read by all tests."""
     return tmp_path_factory.mktemp("cache")
 
 
