@@ -1,4 +1,12 @@
-"""One decoder layer: norm, mixer, norm, mixture of experts. Letters: T tokens, D hidden."""
+"""One decoder layer: ``x = x + mixer(norm(x)); x = x + moe(norm(x))``. Letters: T tokens, D hidden.
+
+Neither sum stands in this file, because each is computed by the kernel that reads it or writes it next:
+
+* ``x + mixer(norm(x))`` by the second norm (``post_attention_layernorm``), a fused add + RMSNorm. The first norm hands
+  x through beside its result, so that the two gradients of x are added in the norm's backward.
+* ``x + moe(norm(x))`` at the end of the MoE block, inside the kernel that weighs the shared expert
+  (``kernels/shared_expert_combine``); without a gated shared expert by a plain sum there.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +42,7 @@ class BatchContext:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer with a Gated DeltaNet or a gated attention mixer.
+    """Pre-norm layer with a Gated DeltaNet or a gated attention mixer: two residual sums, see the module.
 
     Args:
         config: model section.
@@ -66,10 +74,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, RouterStats]:
         """``[T, D]`` to ``[T, D]`` and the router's statistics."""
+        # x = x + mixer(norm(x)): x comes through the first norm unchanged, the second norm adds.
         x_TD, normed_TD = self.input_layernorm(x_TD)
-        if self.layer_type == "linear_attention":
-            y_TD = self.linear_attn(normed_TD, context.sequences)
-        else:
-            y_TD = self.self_attn(normed_TD, context.sequences, context.rotary)
-        x_TD, normed_TD = self.post_attention_layernorm(x_TD, y_TD)
+        mixed_TD = self._mixer(normed_TD, context)
+        x_TD, normed_TD = self.post_attention_layernorm(x_TD, mixed_TD)
+        # x = x + moe(norm(x)): the MoE block adds, inside the shared expert's kernel.
         return self.mlp(normed_TD, context.num_rows, residual_TD=x_TD)
+
+    def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
+        if self.layer_type == "linear_attention":
+            return self.linear_attn(normed_TD, context.sequences)
+        return self.self_attn(normed_TD, context.sequences, context.rotary)
