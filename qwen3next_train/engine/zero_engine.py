@@ -31,6 +31,9 @@ from qwen3next_train.topology import Topology
 class ZeroEngine:
     """Model, AdamW and ZeRO of one rank.
 
+    Mixed precision with ``run.precision: bf16``: bf16 weights (the router, ``A_log`` and ``dt_bias`` fp32), fp32
+    gradients and master weights.
+
     torch.distributed is initialised before. Every run goes through ZeRO stage >= 1, one process included:
     DeepSpeed's stage 0 clips experts by a wrong norm.
 
@@ -82,7 +85,7 @@ class ZeroEngine:
     def train_step(
         self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer update.
+        """Gradient accumulation: forward and backward over this rank's micro-batches, then one optimizer update.
 
         The loss is normalised once, by counts of the whole global batch (:class:`LossScales`), so a
         micro-batch's loss is its exact share of the step's loss. DeepSpeed averages gradients over ranks;
@@ -108,6 +111,8 @@ class ZeroEngine:
                 collected.add(output)
             # Or the graph of this micro-batch would live through the forward pass of the next.
             del output
+            # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
+            # the weights and clears the gradients; the calls before it do none of that.
             self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
         if report is Report.NONE:
