@@ -124,7 +124,11 @@ class SharedExpertGate(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router, routed experts and shared expert of one layer, added to the residual stream.
+    """The second half of a layer: ``residual + (routed experts + gate * shared expert)``.
+
+    In order: the router chooses K experts per token; tokens are sent to the ranks of their experts; the shared expert
+    computes while they travel; the routed experts compute (grouped GEMM); their outputs come back and are summed per
+    token; the gate weighs the shared expert, and one kernel adds all three terms.
 
     ``dispatcher`` is replaced from outside for expert parallelism; the block knows no process group.
 
@@ -151,16 +155,18 @@ class SparseMoeBlock(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
     ) -> tuple[torch.Tensor, RouterStats]:
-        """Send tokens through their experts and add the results to the residual stream.
+        """``x = x + moe(norm(x))`` of the layer, given x and ``norm(x)``.
 
         Args:
-            x_TD: ``[T, D]``, what the experts read.
+            x_TD: ``norm(x)``, ``[T, D]``: read by router, routed experts, shared expert and its gate.
             num_rows: rows the T tokens consist of.
-            residual_TD: ``[T, D]``, added here because the last sum of the block can take it along.
+            residual_TD: x, ``[T, D]``. Added here and not by the layer: the kernel that adds routed and shared
+                experts adds it in the same pass over memory.
 
         Returns:
-            the stream ``[T, D]`` and the router's statistics.
+            the new x, ``[T, D]``, and the router's statistics.
         """
+        # Four readers of one tensor: their gradients are added by one kernel in the backward pass.
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
         sent = self.dispatcher.send(to_experts_TD, ids_TK, weights_TK)
