@@ -1,6 +1,6 @@
 """Gated softmax attention, the mixer of the full-attention layers (q/k norm, partial RoPE, output gate).
 
-Letters: T tokens, D hidden, N query heads, G key/value heads, H head dim.
+Letters: T tokens, D hidden, N query heads, G key/value heads, H head dim, X = 2H with the output gate, else H.
 """
 
 from __future__ import annotations

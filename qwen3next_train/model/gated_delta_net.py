@@ -1,7 +1,8 @@
 """Gated DeltaNet, the mixer of the linear-attention layers (arXiv 2412.06464; Megatron-LM PR 1989).
 
 Letters: T tokens, D hidden, H key heads, N value heads, R = N / H, K key head dim, V value head dim,
-C = 2HK + NV convolution channels, P = C + NV columns of the large projection, W convolution width.
+C = 2HK + NV convolution channels, P = C + NV columns of the large projection, M = 2N columns of the small one, W
+convolution width.
 """
 
 from __future__ import annotations
