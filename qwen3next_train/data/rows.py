@@ -1,4 +1,4 @@
-"""Cuts a stream of documents into packed rows: row ``j`` of epoch ``e`` is a pure function of (seed, j, e).
+"""Sequence packing: cuts a stream of documents into full rows; row ``j`` of epoch ``e`` depends on (seed, j, e) only.
 
 The documents of a source, in stored order, form one stream of tokens (each document ends with its end-of-document
 token). Epoch ``e`` cuts it into rows of S tokens after an offset in ``[0, S)`` that changes from epoch to epoch,

@@ -1,7 +1,8 @@
-"""Expert products by Triton on Hopper: tiles arrive by its bulk copy engine, row counts are read on the device.
+"""Grouped GEMM of the experts as a persistent kernel in Triton, for Hopper.
 
-Rows of an expert are cut into tiles, whose number only the device knows. Every multiprocessor gets one program, which
-takes every n-th tile and fetches the next one's operands while it stores: the compiler makes one loop of tiles and
+Tiles travel by TMA (tensor descriptors), row counts are read on the device. Rows of an expert are cut into tiles,
+whose number only the device knows. The kernel is persistent: every multiprocessor gets one program, which takes every
+n-th tile and fetches the next one's operands while it stores: the compiler makes one loop of tiles and
 steps, where there is no condition between them. So an expert's last tile is moved up until it ends where the expert's
 rows do; rows that it shares with the tile before are computed in both, to the same bits. Experts with less than a tile
 have a kernel of their own, which stores under a mask. In the gradient of the weights, where rows are summed, an

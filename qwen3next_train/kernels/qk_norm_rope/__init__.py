@@ -1,4 +1,4 @@
-"""RMSNorm of queries or keys and their partial rotary embedding: contract of its backends.
+"""Fused QK norm + RoPE: RMSNorm of queries or keys, then partial rotary embedding. Contract of its backends.
 
 Letters: T tokens, N heads, H head dim, r rotated dims (the first of each head).
 """

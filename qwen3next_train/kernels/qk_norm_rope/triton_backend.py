@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding by one Triton kernel each way.
+"""Fused QK norm + RoPE by one Triton kernel each way.
 
 A program takes several heads, of one token or of several. The partner of a rotated dim is read again, from the cache.
 The backward adds up in fp32 what plain torch rounds in between.

@@ -1,4 +1,4 @@
-"""Zero-centred RMSNorm, alone, beside its input and behind a residual sum: contract of its backends.
+"""Zero-centred RMSNorm: alone, beside its input, and as fused add + RMSNorm. Contract of its backends.
 
 Letters: T tokens, D hidden.
 """
@@ -28,7 +28,7 @@ class RmsNorm(Protocol):
     def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x`` as it is and normalised: who uses both leaves the sum of their gradients to the norm's backward.
+        """``x`` as it is and normalised; the norm's backward adds the gradients of both.
 
         Args:
             x_TD: ``[T, D]``; must not be changed in place afterwards.
@@ -42,7 +42,7 @@ class RmsNorm(Protocol):
     def fused_add_rms_norm(
         self, x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x + y``, rounded, and that sum normalised.
+        """Fused add + RMSNorm: ``x + y``, rounded, and that sum normalised.
 
         Args:
             x_TD: ``[T, D]``.

@@ -1,4 +1,4 @@
-"""Zero-centred RMSNorm by Triton kernels: one pass forward, one pass backward.
+"""Zero-centred RMSNorm and fused add + RMSNorm by Triton kernels: one pass forward, one pass backward.
 
 The backward computes the root mean square again, since it reads the input anyway; its programs each sum the weight's
 gradient over their rows, and the partial sums are added up in a fixed order. The gradient of an input that is passed on
