@@ -30,11 +30,11 @@ LAUNCHER = """
         worker = subprocess.Popen([sys.executable, "-c", '''if True:
             import signal
             signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
-            for number in signals:
-                signal.signal(number, lambda number, frame: print("worker", signal.Signals(number).name, flush=True))
+            # Blocked and waited for: one that comes between a handler and a pause would be slept over.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             print("worker ready", flush=True)
             for _ in range(2):
-                signal.pause()
+                print("worker", signal.sigwait(signals).name, flush=True)
             raise SystemExit(75)'''])
         code = worker.wait()
         requested = forwarding.requested
