@@ -18,8 +18,6 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d import CausalConv1d
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qwen3next_train.kernels.fla_process import (
     keep_delta_rule_from_flash_qla,
     only_operations_of_fla,
@@ -30,7 +28,7 @@ from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_
 from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
 from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qwen3next_train.kernels.gdn_prologue import GdnPrologue
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels.gdn_prologue.reference import gdn_prologue_reference
 from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
 from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
 from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
@@ -119,7 +117,7 @@ def select_kernels(
     Args:
         config: backend names; ``auto`` is the reference on CPU and the fastest vendor backend that runs on CUDA.
         device: where the model will live.
-        dtype: of weights and activations; the vendor backends take no fp32, save for the convolution.
+        dtype: of weights and activations; the vendor backends take no fp32.
         model: whose heads the backends have to take; None: one that takes only some sizes is not chosen.
 
     Raises:
@@ -132,12 +130,10 @@ def select_kernels(
         "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
     }
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
-    operations["gdn_prologue"] = _gdn_prologue_choice(config, place, fused_choice)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
         gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
-        gdn_prologue=_load_gdn_prologue(operations["gdn_prologue"].backend),
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_product(operations["grouped_matmul"].backend),
         **fused,
@@ -198,17 +194,10 @@ def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _P
     return KernelChoice(operation, "reference", reason, operation)
 
 
-def _gdn_prologue_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
-    """The fused operation, or one after the other around the convolution that was asked for by name."""
-    if fused.backend == "triton" and config.causal_conv1d == "auto":
-        return replace(fused, operation="gdn_prologue")
-    choice = _resolve("causal_conv1d", config.causal_conv1d, {"fla": _fla_fault}, place)
-    return replace(choice, operation="gdn_prologue")
-
-
 class _Fused(TypedDict):
     """The operations that ``kernels.fused`` chooses together."""
 
+    gdn_prologue: GdnPrologue
     rms_norm: RmsNorm
     gated_rms_norm: GatedRmsNorm
     qk_norm_rope: QkNormRope
@@ -223,6 +212,7 @@ class _Fused(TypedDict):
 
 def _fused_reference() -> _Fused:
     return {
+        "gdn_prologue": gdn_prologue_reference,
         "rms_norm": RmsNormReference(),
         "gated_rms_norm": gated_rms_norm_reference,
         "qk_norm_rope": qk_norm_rope_reference,
@@ -238,6 +228,7 @@ def _fused_reference() -> _Fused:
 
 def _fused_triton() -> _Fused:
     from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
+    from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
     from qwen3next_train.kernels.linear_cross_entropy.triton_backend import linear_cross_entropy_triton
     from qwen3next_train.kernels.output_gate.triton_backend import output_gate_triton
     from qwen3next_train.kernels.qk_norm_rope.triton_backend import qk_norm_rope_triton
@@ -249,6 +240,7 @@ def _fused_triton() -> _Fused:
     from qwen3next_train.kernels.top_k_routing.triton_backend import top_k_routing_triton
 
     return {
+        "gdn_prologue": gdn_prologue_triton,
         "rms_norm": RmsNormTriton(),
         "gated_rms_norm": gated_rms_norm_triton,
         "qk_norm_rope": qk_norm_rope_triton,
@@ -271,17 +263,12 @@ def _triton_fault(place: _Place) -> str | None:
     return _ampere_fault(place)
 
 
-def _fla_fault(place: _Place) -> str | None:
-    """Why FLA cannot run, or None."""
+def _fla_rule_fault(place: _Place) -> str | None:
+    """Why FLA's gated delta rule cannot be trusted here, or None."""
     for module, package in (("triton", "triton"), ("fla", "flash-linear-attention")):
         if importlib.util.find_spec(module) is None:
             return f"needs the package {package}, which is not installed: pip install {package}"
-    return None
-
-
-def _fla_rule_fault(place: _Place) -> str | None:
-    """Why FLA's gated delta rule cannot be trusted here, or None."""
-    fault = _fla_fault(place) or _half_precision_fault(place)
+    fault = _half_precision_fault(place)
     if fault is not None:
         return fault
     import triton
@@ -405,21 +392,6 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
         from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
 
         return gated_delta_rule_fla
-
-
-def _load_gdn_prologue(backend: str) -> GdnPrologue:
-    if backend == "triton":
-        from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
-
-        return gdn_prologue_triton
-    return SeparateGdnPrologue(_load_fla_conv() if backend == "fla" else causal_conv1d_reference)
-
-
-def _load_fla_conv() -> CausalConv1d:
-    with only_operations_of_fla():
-        from qwen3next_train.kernels.causal_conv1d.fla_backend import causal_conv1d_fla
-
-    return causal_conv1d_fla
 
 
 def _load_attention(backend: str) -> VarlenAttention:

@@ -53,8 +53,8 @@ def gdn_prologue_triton(
     """
     if weight_CW.shape[1] > _TAPS:
         raise KernelUnavailable(
-            f"kernels.causal_conv1d: the fused convolution takes filters up to {_TAPS} wide and "
-            f"model.linear_conv_kernel_dim is {weight_CW.shape[1]}; choose 'fla' or 'reference'"
+            f"kernels.fused: the fused convolution takes filters up to {_TAPS} wide and "
+            f"model.linear_conv_kernel_dim is {weight_CW.shape[1]}; choose 'reference'"
         )
     outputs = _GdnPrologue.apply(qkvz_TP, ba_TM, weight_CW, A_log_N, dt_bias_N, sequences.starts(), heads)
     return GdnPrologueOutputs(*outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qwen3next_train.kernels.gdn_prologue.reference import causal_conv1d_reference
 from tests.unit.kernels.packing import documents, spans
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels.gdn_prologue.reference import gdn_prologue_reference
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
-REFERENCE = SeparateGdnPrologue(causal_conv1d_reference)
 MODEL_HEADS = HeadShape(16, 32, 128, 128)
 
 
@@ -43,7 +41,7 @@ def check(heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.d
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
     found = errors(
         lambda *inputs: triton(*inputs, heads=heads, sequences=sequences),
-        lambda *inputs: REFERENCE(*inputs, heads=heads, sequences=sequences),
+        lambda *inputs: gdn_prologue_reference(*inputs, heads=heads, sequences=sequences),
         make_inputs(heads, sum(lengths), width, dtype),
     )
     assert max(found) < BOUNDS[dtype], found
@@ -53,7 +51,7 @@ def test_reference_is_its_definition_head_by_head() -> None:
     heads, lengths = HeadShape(2, 6, 3, 5), (4, 1, 3)
     inputs = [x.double() for x in make_inputs(heads, 8, 4, torch.float32)]
     qkvz, ba, weight, A_log, dt_bias = inputs
-    out = REFERENCE(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
+    out = gdn_prologue_reference(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
     starts = [0, 0, 0, 0, 4, 5, 5, 5]
 
     def convolved(t: int, column: int, channel: int) -> float:
@@ -143,7 +141,9 @@ def test_what_is_beside_a_document_does_not_reach_it() -> None:
 
 def test_a_wide_filter_is_refused_in_a_sentence() -> None:
     heads = HeadShape(1, 1, 4, 4)
-    with pytest.raises(KernelUnavailable, match=r"up to 4 wide and model\.linear_conv_kernel_dim is 5; choose 'fla'"):
+    with pytest.raises(
+        KernelUnavailable, match=r"up to 4 wide and model\.linear_conv_kernel_dim is 5; choose 'reference'"
+    ):
         triton(
             *make_inputs(heads, 3, 5, torch.float32), heads=heads, sequences=VarlenMetadata.from_lengths((3,), DEVICE)
         )

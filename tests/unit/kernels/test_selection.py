@@ -15,18 +15,16 @@ from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qwen3next_train.kernels.selection import format_choices, select_kernels
 
-RULE_ALONE = KernelsConfig(
-    causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
-)
+RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VENDORS = {
     "gated_delta_rule": "fla",
-    "causal_conv1d": "fla",
     "varlen_attention": "flash",
     "grouped_matmul": "grouped_mm",
     "fused": "triton",
 }
 FUSED = {
+    "gdn_prologue",
     "rms_norm",
     "qk_norm_rope",
     "output_gate",
@@ -89,13 +87,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_flas_rule_is_refused_on_hopper_with_a_wrong_triton(hopper: types.ModuleType, version: str) -> None:
     hopper.__version__ = version  # type: ignore[attr-defined]
     with pytest.raises(KernelUnavailable, match=r"wrong backward on Hopper with triton .*: install triton >= 3\.7\.1"):
-        select_kernels(KernelsConfig(gated_delta_rule="fla", causal_conv1d="reference"), CUDA)
+        select_kernels(KernelsConfig(gated_delta_rule="fla"), CUDA)
 
 
 def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(
-        gated_delta_rule="reference", causal_conv1d="reference", grouped_matmul="reference", fused="reference"
-    )
+    config = KernelsConfig(gated_delta_rule="reference", grouped_matmul="reference", fused="reference")
     with pytest.raises(KernelUnavailable, match=r"kernels.varlen_attention: 'flash' takes bf16 .* run\.precision"):
         select_kernels(config.model_copy(update={"varlen_attention": "flash"}), CUDA, dtype=torch.float32)
     kernels = select_kernels(config, CUDA, dtype=torch.float32)
@@ -122,7 +118,7 @@ def flash_qla(hopper: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> type
 
 def rule_fault(model: ModelConfig | None) -> str:
     """Why FlashQLA, asked for by name, is refused."""
-    config = KernelsConfig(gated_delta_rule="flash_qla", causal_conv1d="reference")
+    config = KernelsConfig(gated_delta_rule="flash_qla")
     with pytest.raises(KernelUnavailable) as caught:
         select_kernels(config, CUDA, model=model)
     return str(caught.value)
@@ -215,16 +211,14 @@ def test_own_expert_products_are_taken_on_hopper(
     backend_module.grouped_matmul_triton = object()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.grouped_matmul.triton_backend", backend_module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    config = KernelsConfig(
-        gated_delta_rule="reference", causal_conv1d="reference", varlen_attention="reference", fused="reference"
-    )
+    config = KernelsConfig(gated_delta_rule="reference", varlen_attention="reference", fused="reference")
     choices = select_kernels(config, CUDA, model=model).choices
     assert next(choice.backend for choice in choices if choice.operation == "grouped_matmul") == backend
 
 
 def test_torchs_own_backends_are_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference", fused="reference")
+    config = KernelsConfig(gated_delta_rule="reference", fused="reference")
     chosen = {choice.operation: choice.backend for choice in select_kernels(config, CUDA).choices}
     assert (chosen["varlen_attention"], chosen["grouped_matmul"]) == ("flash", "grouped_mm")
 
@@ -243,7 +237,6 @@ def test_one_key_chooses_all_fused_operations(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = KernelsConfig(
         gated_delta_rule="reference",
-        causal_conv1d="reference",
         varlen_attention="reference",
         grouped_matmul="reference",
     )
