@@ -18,39 +18,34 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.fla_process import (
+from qwen3next_train.kernels.attention import VarlenAttention, varlen_attention_reference
+from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy_chunked
+from qwen3next_train.kernels.fla.process import (
     keep_delta_rule_from_flash_qla,
     only_operations_of_fla,
     use_tuned_configs,
 )
-from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.gdn_prologue import GdnPrologue
-from qwen3next_train.kernels.gdn_prologue.reference import gdn_prologue_reference
-from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
-from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
-from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
-from qwen3next_train.kernels.output_gate import OutputGate
-from qwen3next_train.kernels.output_gate.reference import output_gate_reference
-from qwen3next_train.kernels.qk_norm_rope import QkNormRope
-from qwen3next_train.kernels.qk_norm_rope.reference import qk_norm_rope_reference
-from qwen3next_train.kernels.rms_norm import RmsNorm
-from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
-from qwen3next_train.kernels.shared_expert_combine import SharedExpertCombine
-from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
-from qwen3next_train.kernels.shared_input import SharedInput
-from qwen3next_train.kernels.shared_input.reference import shared_input_reference
-from qwen3next_train.kernels.swiglu import SwiGlu
-from qwen3next_train.kernels.swiglu.reference import swiglu_reference
-from qwen3next_train.kernels.token_permutation import TokenPermutation
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
-from qwen3next_train.kernels.top_k_routing import TopKRouting
-from qwen3next_train.kernels.top_k_routing.reference import top_k_routing_reference
-from qwen3next_train.kernels.varlen_attention import VarlenAttention
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
+from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, gated_delta_rule_reference
+from qwen3next_train.kernels.gates import (
+    OutputGate,
+    SharedExpertCombine,
+    SharedInput,
+    SwiGlu,
+    output_gate_reference,
+    shared_expert_combine_reference,
+    shared_input_reference,
+    swiglu_reference,
+)
+from qwen3next_train.kernels.gdn_prologue import GdnPrologue, gdn_prologue_reference
+from qwen3next_train.kernels.grouped_gemm import GroupedMatmul, grouped_matmul_reference
+from qwen3next_train.kernels.norms import (
+    GatedRmsNorm,
+    QkNormRope,
+    RmsNorm,
+    gated_rms_norm_reference,
+    qk_norm_rope_reference,
+)
+from qwen3next_train.kernels.routing import TokenPermutation, TopKRouting, top_k_routing_reference
 
 HOPPER = 9
 """Major compute capability of H100, H200 and their like."""
@@ -213,13 +208,13 @@ class _Fused(TypedDict):
 def _fused_reference() -> _Fused:
     return {
         "gdn_prologue": gdn_prologue_reference,
-        "rms_norm": RmsNormReference(),
+        "rms_norm": RmsNorm(),
         "gated_rms_norm": gated_rms_norm_reference,
         "qk_norm_rope": qk_norm_rope_reference,
         "output_gate": output_gate_reference,
         "linear_cross_entropy": linear_cross_entropy_chunked,
         "top_k_routing": top_k_routing_reference,
-        "token_permutation": TokenPermutationReference(),
+        "token_permutation": TokenPermutation(),
         "swiglu": swiglu_reference,
         "shared_expert_combine": shared_expert_combine_reference,
         "shared_input": shared_input_reference,
@@ -227,17 +222,17 @@ def _fused_reference() -> _Fused:
 
 
 def _fused_triton() -> _Fused:
-    from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
-    from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
-    from qwen3next_train.kernels.linear_cross_entropy.triton_backend import linear_cross_entropy_triton
-    from qwen3next_train.kernels.output_gate.triton_backend import output_gate_triton
-    from qwen3next_train.kernels.qk_norm_rope.triton_backend import qk_norm_rope_triton
-    from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
-    from qwen3next_train.kernels.shared_expert_combine.triton_backend import shared_expert_combine_triton
-    from qwen3next_train.kernels.shared_input.triton_backend import shared_input_triton
-    from qwen3next_train.kernels.swiglu.triton_backend import swiglu_triton
-    from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
-    from qwen3next_train.kernels.top_k_routing.triton_backend import top_k_routing_triton
+    from qwen3next_train.kernels.triton.gated_rms_norm import gated_rms_norm_triton
+    from qwen3next_train.kernels.triton.gdn_prologue import gdn_prologue_triton
+    from qwen3next_train.kernels.triton.linear_cross_entropy import linear_cross_entropy_triton
+    from qwen3next_train.kernels.triton.output_gate import output_gate_triton
+    from qwen3next_train.kernels.triton.qk_norm_rope import qk_norm_rope_triton
+    from qwen3next_train.kernels.triton.rms_norm import RmsNormTriton
+    from qwen3next_train.kernels.triton.shared_expert_combine import shared_expert_combine_triton
+    from qwen3next_train.kernels.triton.shared_input import shared_input_triton
+    from qwen3next_train.kernels.triton.swiglu import swiglu_triton
+    from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
+    from qwen3next_train.kernels.triton.top_k_routing import top_k_routing_triton
 
     return {
         "gdn_prologue": gdn_prologue_triton,
@@ -304,7 +299,7 @@ def _flash_qla_import_fault() -> str | None:
 
         if not CUDA_HOME:
             return "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME"
-        importlib.import_module("qwen3next_train.kernels.gated_delta_rule.flash_qla_backend")
+        importlib.import_module("qwen3next_train.kernels.flash_qla")
     except Exception as error:  # noqa: BLE001 - whatever importing other people's compilers may raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"cannot be imported ({reason}): pip install --upgrade flash-qla tilelang"
@@ -378,7 +373,7 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
     if backend == "reference":
         return gated_delta_rule_reference
     if backend == "flash_qla":
-        from qwen3next_train.kernels.gated_delta_rule.flash_qla_backend import gated_delta_rule_flash_qla
+        from qwen3next_train.kernels.flash_qla import gated_delta_rule_flash_qla
 
         return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
@@ -386,10 +381,10 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
     with only_operations_of_fla():
         heads = place.rule_head_dims
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
-            from qwen3next_train.kernels.gated_delta_rule.fla_hopper_backend import gated_delta_rule_fla_hopper
+            from qwen3next_train.kernels.fla.gated_delta_rule_hopper import gated_delta_rule_fla_hopper
 
             return gated_delta_rule_fla_hopper
-        from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
+        from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
 
         return gated_delta_rule_fla
 
@@ -397,7 +392,7 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
 def _load_attention(backend: str) -> VarlenAttention:
     if backend == "reference":
         return varlen_attention_reference
-    from qwen3next_train.kernels.varlen_attention.flash_backend import varlen_attention_flash
+    from qwen3next_train.kernels.torch_attention import varlen_attention_flash
 
     return varlen_attention_flash
 
@@ -406,9 +401,9 @@ def _load_product(backend: str) -> GroupedMatmul:
     if backend == "reference":
         return grouped_matmul_reference
     if backend == "triton":
-        from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+        from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
 
         return grouped_matmul_triton
-    from qwen3next_train.kernels.grouped_matmul.torch_backend import grouped_matmul_grouped_mm
+    from qwen3next_train.kernels.grouped_gemm import grouped_matmul_grouped_mm
 
     return grouped_matmul_grouped_mm

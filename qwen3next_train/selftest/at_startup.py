@@ -18,11 +18,9 @@ import torch
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.gdn_prologue import HeadShape
-from qwen3next_train.kernels.gdn_prologue.reference import gdn_prologue_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue import HeadShape, gdn_prologue_reference
+from qwen3next_train.kernels.norms import GatedRmsNorm, gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger

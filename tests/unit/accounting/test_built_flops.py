@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape, reference
+from qwen3next_train.kernels import gdn_prologue
+from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.init import initialize
@@ -70,8 +71,8 @@ def counted_delta_rule(
 
 def counted_prologue(*inputs: torch.Tensor, heads: HeadShape, sequences: VarlenMetadata) -> GdnPrologueOutputs:
     """The reference around the convolution that is counted."""
-    with mock.patch.object(reference, "causal_conv1d_reference", counted_convolution):
-        return reference.gdn_prologue_reference(*inputs, heads=heads, sequences=sequences)
+    with mock.patch.object(gdn_prologue, "causal_conv1d_reference", counted_convolution):
+        return gdn_prologue.gdn_prologue_reference(*inputs, heads=heads, sequences=sequences)
 
 
 def counted_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
+from qwen3next_train.kernels.attention import varlen_attention_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from tests.unit.kernels.packing import relative_error
 
 pytestmark = pytest.mark.gpu

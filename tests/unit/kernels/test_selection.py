@@ -12,7 +12,7 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
 from qwen3next_train.kernels.selection import format_choices, select_kernels
 
 RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
@@ -127,7 +127,7 @@ def rule_fault(model: ModelConfig | None) -> str:
 def test_flash_qla_is_taken_where_it_runs(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = types.ModuleType("backend")
     backend.gated_delta_rule_flash_qla = object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.gated_delta_rule.flash_qla_backend", backend)
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.flash_qla", backend)
     kernels = select_kernels(RULE_ALONE, CUDA, model=ModelConfig())
     assert kernels.gated_delta_rule is backend.gated_delta_rule_flash_qla
     assert "gated_delta_rule      flash_qla   auto: runs on this device" in format_choices(kernels.choices)
@@ -157,11 +157,12 @@ def test_own_kernels_do_a_part_of_flas_rule_on_hopper(
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rules = {}
-    for name in ("fla", "fla_hopper"):
+    modules = {"fla": "gated_delta_rule", "fla_hopper": "gated_delta_rule_hopper"}
+    for name, module in modules.items():
         backend = types.ModuleType(name)
         rules[name] = object()
         setattr(backend, f"gated_delta_rule_{name}", rules[name])
-        monkeypatch.setitem(sys.modules, f"qwen3next_train.kernels.gated_delta_rule.{name}_backend", backend)
+        monkeypatch.setitem(sys.modules, f"qwen3next_train.kernels.fla.{module}", backend)
     kernels = select_kernels(RULE_ALONE, CUDA, model=model)
     assert kernels.gated_delta_rule is rules["fla_hopper" if own else "fla"]
     assert next(choice.backend for choice in kernels.choices if choice.operation == "gated_delta_rule") == "fla"
@@ -209,7 +210,7 @@ def test_own_expert_products_are_taken_on_hopper(
     hopper.__version__ = triton  # type: ignore[attr-defined]
     backend_module = types.ModuleType("backend")
     backend_module.grouped_matmul_triton = object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.grouped_matmul.triton_backend", backend_module)
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.triton.grouped_matmul", backend_module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = KernelsConfig(gated_delta_rule="reference", varlen_attention="reference", fused="reference")
     choices = select_kernels(config, CUDA, model=model).choices
