@@ -120,17 +120,17 @@ def select_kernels(
     """
     place = _Place(device, dtype, model)
     operations = {
-        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_FAULTS, place),
-        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, {"flash": _flash_fault}, place),
-        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
+        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_VENDORS, place),
+        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, _ATTENTION_VENDORS, place),
+        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _GROUPED_GEMM_VENDORS, place),
     }
-    fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
+    fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
-        gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
+        gated_delta_rule=_load_gated_delta_rule(operations["gated_delta_rule"].backend, place),
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
-        grouped_matmul=_load_product(operations["grouped_matmul"].backend),
+        grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
         choices=(*operations.values(), *fused_choices),
     )
@@ -166,26 +166,26 @@ class _Place:
         return None if self.model is None else (self.model.linear_key_head_dim, self.model.linear_value_head_dim)
 
 
-_Fault = Callable[[_Place], str | None]
-"""Why a backend cannot run at a place, or None."""
+_UnavailableReason = Callable[[_Place], str | None]
+"""Why a backend cannot run at a place, with a hint what to do about it, or None."""
 
 
-def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _Place) -> KernelChoice:
+def _resolve(operation: str, asked: str, vendors: Mapping[str, _UnavailableReason], place: _Place) -> KernelChoice:
     """Choose between the reference and the operation's vendor backends, of which the first is preferred."""
     if asked == "reference":
         return KernelChoice(operation, "reference", "asked for by name", operation)
     kind = place.device.type
-    problems = []
-    for vendor in faults if asked == "auto" else (asked,):
-        problem = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else faults[vendor](place)
-        if problem is None:
+    unavailable = []
+    for vendor in vendors if asked == "auto" else (asked,):
+        why_not = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else vendors[vendor](place)
+        if why_not is None:
             reason = "auto: runs on this device" if asked == "auto" else "asked for by name"
             return KernelChoice(operation, vendor, reason, operation)
-        problems.append(f"{vendor} {problem}")
+        unavailable.append(f"{vendor} {why_not}")
     if asked != "auto":
-        raise KernelUnavailable(f"kernels.{operation}: {asked!r} {problem}; or choose 'auto' or 'reference'")
+        raise KernelUnavailable(f"kernels.{operation}: {asked!r} {why_not}; or choose 'auto' or 'reference'")
     # The backend that comes with the package first, then those that are faster and optional.
-    reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(problems))}"
+    reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(unavailable))}"
     return KernelChoice(operation, "reference", reason, operation)
 
 
@@ -249,23 +249,23 @@ def _fused_triton() -> _Fused:
     }
 
 
-def _triton_fault(place: _Place) -> str | None:
+def _triton_unavailable_reason(place: _Place) -> str | None:
     """Why own Triton kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed: pip install triton"
     if place.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bf16 or fp32 and the model is {place.dtype}"
-    return _ampere_fault(place)
+    return _needs_ampere(place)
 
 
-def _fla_rule_fault(place: _Place) -> str | None:
+def _fla_unavailable_reason(place: _Place) -> str | None:
     """Why FLA's gated delta rule cannot be trusted here, or None."""
     for module, package in (("triton", "triton"), ("fla", "flash-linear-attention")):
         if importlib.util.find_spec(module) is None:
             return f"needs the package {package}, which is not installed: pip install {package}"
-    fault = _half_precision_fault(place)
-    if fault is not None:
-        return fault
+    reason = _needs_half_precision(place)
+    if reason is not None:
+        return reason
     import triton
 
     if place.capability[0] == HOPPER and miscompiles_gated_backward(triton.__version__):
@@ -273,7 +273,7 @@ def _fla_rule_fault(place: _Place) -> str | None:
     return None
 
 
-def _flash_qla_fault(place: _Place) -> str | None:
+def _flash_qla_unavailable_reason(place: _Place) -> str | None:
     """Why FlashQLA's gated delta rule cannot run, or None."""
     if importlib.util.find_spec("flash_qla") is None:
         return f"needs the package flash-qla, which is not installed: {_INSTALL_FLASH_QLA}"
@@ -289,10 +289,10 @@ def _flash_qla_fault(place: _Place) -> str | None:
     if heads != (_FLASH_QLA_HEAD_DIM, _FLASH_QLA_HEAD_DIM):
         found = "unknown here" if heads is None else f"of {heads[0]} (keys) and {heads[1]} (values)"
         return f"takes heads of {_FLASH_QLA_HEAD_DIM} and the model's are {found}"
-    return _half_precision_fault(place) or _flash_qla_import_fault()
+    return _needs_half_precision(place) or _flash_qla_import_error()
 
 
-def _flash_qla_import_fault() -> str | None:
+def _flash_qla_import_error() -> str | None:
     """Why FlashQLA cannot be imported, or its kernels not be compiled, or None."""
     try:
         from tilelang.env import CUDA_HOME
@@ -306,34 +306,41 @@ def _flash_qla_import_fault() -> str | None:
     return None
 
 
-_RULE_FAULTS: Mapping[str, _Fault] = {"flash_qla": _flash_qla_fault, "fla": _fla_rule_fault}
+_RULE_VENDORS: Mapping[str, _UnavailableReason] = {
+    "flash_qla": _flash_qla_unavailable_reason,
+    "fla": _fla_unavailable_reason,
+}
 """The gated delta rule's vendor backends, the fastest first."""
 
 
-def _flash_fault(place: _Place) -> str | None:
+def _flash_unavailable_reason(place: _Place) -> str | None:
     """Why torch's variable-length attention cannot run, or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch.nn.attention.varlen, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _ampere_fault(place) or _half_precision_fault(place)
+    return _needs_ampere(place) or _needs_half_precision(place)
 
 
-def _grouped_mm_fault(place: _Place) -> str | None:
+_ATTENTION_VENDORS: Mapping[str, _UnavailableReason] = {"flash": _flash_unavailable_reason}
+"""The attention's only vendor backend."""
+
+
+def _grouped_mm_unavailable_reason(place: _Place) -> str | None:
     """Why torch's grouped GEMM cannot run, or None."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _bf16_fault(place) or _ampere_fault(place)
+    return _needs_bf16(place) or _needs_ampere(place)
 
 
-def _grouped_triton_fault(place: _Place) -> str | None:
-    """Why own grouped products cannot run, or are not the fastest, or None."""
-    fault = _triton_fault(place) or _bf16_fault(place)
-    if fault is not None:
-        return fault
+def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
+    """Why our grouped GEMM cannot run, or is not the fastest, or None."""
+    reason = _triton_unavailable_reason(place) or _needs_bf16(place)
+    if reason is not None:
+        return reason
     if place.capability[0] != HOPPER:
         return f"is written for GPUs of compute capability 9 and this one has {place.capability}"
     import triton
 
-    # They have turned products of transposed operands into wrong numbers before, and were not tried here.
+    # Older ones have turned products of transposed operands into wrong numbers before, and were not tried here.
     if miscompiles_gated_backward(triton.__version__):
         return f"is not trusted to triton {triton.__version__}: install triton >= 3.7.1"
     sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
@@ -343,23 +350,26 @@ def _grouped_triton_fault(place: _Place) -> str | None:
     return None
 
 
-_PRODUCT_FAULTS: Mapping[str, _Fault] = {"triton": _grouped_triton_fault, "grouped_mm": _grouped_mm_fault}
+_GROUPED_GEMM_VENDORS: Mapping[str, _UnavailableReason] = {
+    "triton": _grouped_triton_unavailable_reason,
+    "grouped_mm": _grouped_mm_unavailable_reason,
+}
 """The grouped GEMM's vendor backends, the fastest first."""
 
 
-def _ampere_fault(place: _Place) -> str | None:
+def _needs_ampere(place: _Place) -> str | None:
     if place.capability[0] < 8:
         return f"needs a GPU of compute capability 8.0 or newer and this one has {place.capability}"
     return None
 
 
-def _bf16_fault(place: _Place) -> str | None:
+def _needs_bf16(place: _Place) -> str | None:
     if place.dtype != torch.bfloat16:
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     return None
 
 
-def _half_precision_fault(place: _Place) -> str | None:
+def _needs_half_precision(place: _Place) -> str | None:
     if place.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     return None
@@ -369,7 +379,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
+def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
     if backend == "reference":
         return gated_delta_rule_reference
     if backend == "flash_qla":
@@ -397,7 +407,7 @@ def _load_attention(backend: str) -> VarlenAttention:
     return varlen_attention_flash
 
 
-def _load_product(backend: str) -> GroupedMatmul:
+def _load_grouped_matmul(backend: str) -> GroupedMatmul:
     if backend == "reference":
         return grouped_matmul_reference
     if backend == "triton":

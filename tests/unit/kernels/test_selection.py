@@ -116,7 +116,7 @@ def flash_qla(hopper: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> type
     return sys.modules["tilelang.env"]
 
 
-def rule_fault(model: ModelConfig | None) -> str:
+def refusal(model: ModelConfig | None) -> str:
     """Why FlashQLA, asked for by name, is refused."""
     config = KernelsConfig(gated_delta_rule="flash_qla")
     with pytest.raises(KernelUnavailable) as caught:
@@ -170,16 +170,16 @@ def test_own_kernels_do_a_part_of_flas_rule_on_hopper(
 
 def test_flash_qla_says_what_it_misses(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = ModelConfig(linear_key_head_dim=64)
-    assert "takes heads of 128 and the model's are of 64 (keys) and 128 (values)" in rule_fault(narrow)
-    assert "takes heads of 128 and the model's are unknown here" in rule_fault(None)
+    assert "takes heads of 128 and the model's are of 64 (keys) and 128 (values)" in refusal(narrow)
+    assert "takes heads of 128 and the model's are unknown here" in refusal(None)
     flash_qla.CUDA_HOME = ""  # type: ignore[attr-defined]
-    assert "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME" in rule_fault(ModelConfig())
+    assert "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME" in refusal(ModelConfig())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "has a backward for GPUs of compute capability 9 and 10 and this one has (8, 0)" in rule_fault(ModelConfig())
+    assert "has a backward for GPUs of compute capability 9 and 10 and this one has (8, 0)" in refusal(ModelConfig())
     monkeypatch.setattr(importlib.metadata, "version", {"flash-qla": "0.1.2"}.get)
-    assert "needs flash-qla 0.1.3 or a later 0.1 and this is 0.1.2" in rule_fault(ModelConfig())
+    assert "needs flash-qla 0.1.3 or a later 0.1 and this is 0.1.2" in refusal(ModelConfig())
     monkeypatch.delitem(sys.modules, "flash_qla")
-    assert "needs the package flash-qla, which is not installed: pip install 'flash-qla" in rule_fault(ModelConfig())
+    assert "needs the package flash-qla, which is not installed: pip install 'flash-qla" in refusal(ModelConfig())
 
 
 def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
@@ -199,7 +199,7 @@ def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
         (None, (9, 0), "3.7.1", "grouped_mm"),
     ],
 )
-def test_own_expert_products_are_taken_on_hopper(
+def test_own_grouped_gemm_is_taken_on_hopper(
     hopper: types.ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     model: ModelConfig | None,
