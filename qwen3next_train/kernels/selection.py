@@ -18,41 +18,34 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d import CausalConv1d
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.fla_process import (
+from qwen3next_train.kernels.attention import VarlenAttention, varlen_attention_reference
+from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy_chunked
+from qwen3next_train.kernels.fla.process import (
     keep_delta_rule_from_flash_qla,
     only_operations_of_fla,
     use_tuned_configs,
 )
-from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.gdn_prologue import GdnPrologue
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
-from qwen3next_train.kernels.grouped_matmul import GroupedMatmul
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
-from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
-from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
-from qwen3next_train.kernels.output_gate import OutputGate
-from qwen3next_train.kernels.output_gate.reference import output_gate_reference
-from qwen3next_train.kernels.qk_norm_rope import QkNormRope
-from qwen3next_train.kernels.qk_norm_rope.reference import qk_norm_rope_reference
-from qwen3next_train.kernels.rms_norm import RmsNorm
-from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
-from qwen3next_train.kernels.shared_expert_combine import SharedExpertCombine
-from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
-from qwen3next_train.kernels.shared_input import SharedInput
-from qwen3next_train.kernels.shared_input.reference import shared_input_reference
-from qwen3next_train.kernels.swiglu import SwiGlu
-from qwen3next_train.kernels.swiglu.reference import swiglu_reference
-from qwen3next_train.kernels.token_permutation import TokenPermutation
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
-from qwen3next_train.kernels.top_k_routing import TopKRouting
-from qwen3next_train.kernels.top_k_routing.reference import top_k_routing_reference
-from qwen3next_train.kernels.varlen_attention import VarlenAttention
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
+from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, gated_delta_rule_reference
+from qwen3next_train.kernels.gates import (
+    OutputGate,
+    SharedExpertCombine,
+    SharedInput,
+    SwiGlu,
+    output_gate_reference,
+    shared_expert_combine_reference,
+    shared_input_reference,
+    swiglu_reference,
+)
+from qwen3next_train.kernels.gdn_prologue import GdnPrologue, gdn_prologue_reference
+from qwen3next_train.kernels.grouped_gemm import GroupedMatmul, grouped_matmul_reference
+from qwen3next_train.kernels.norms import (
+    GatedRmsNorm,
+    QkNormRope,
+    RmsNorm,
+    gated_rms_norm_reference,
+    qk_norm_rope_reference,
+)
+from qwen3next_train.kernels.routing import TokenPermutation, TopKRouting, top_k_routing_reference
 
 HOPPER = 9
 """Major compute capability of H100, H200 and their like."""
@@ -119,7 +112,7 @@ def select_kernels(
     Args:
         config: backend names; ``auto`` is the reference on CPU and the fastest vendor backend that runs on CUDA.
         device: where the model will live.
-        dtype: of weights and activations; the vendor backends take no fp32, save for the convolution.
+        dtype: of weights and activations; the vendor backends take no fp32.
         model: whose heads the backends have to take; None: one that takes only some sizes is not chosen.
 
     Raises:
@@ -127,19 +120,17 @@ def select_kernels(
     """
     place = _Place(device, dtype, model)
     operations = {
-        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_FAULTS, place),
-        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, {"flash": _flash_fault}, place),
-        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
+        "gated_delta_rule": _resolve("gated_delta_rule", config.gated_delta_rule, _RULE_VENDORS, place),
+        "varlen_attention": _resolve("varlen_attention", config.varlen_attention, _ATTENTION_VENDORS, place),
+        "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _GROUPED_GEMM_VENDORS, place),
     }
-    fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
-    operations["gdn_prologue"] = _gdn_prologue_choice(config, place, fused_choice)
+    fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
-        gated_delta_rule=_load_rule(operations["gated_delta_rule"].backend, place),
-        gdn_prologue=_load_gdn_prologue(operations["gdn_prologue"].backend),
+        gated_delta_rule=_load_gated_delta_rule(operations["gated_delta_rule"].backend, place),
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
-        grouped_matmul=_load_product(operations["grouped_matmul"].backend),
+        grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
         choices=(*operations.values(), *fused_choices),
     )
@@ -175,40 +166,33 @@ class _Place:
         return None if self.model is None else (self.model.linear_key_head_dim, self.model.linear_value_head_dim)
 
 
-_Fault = Callable[[_Place], str | None]
-"""Why a backend cannot run at a place, or None."""
+_UnavailableReason = Callable[[_Place], str | None]
+"""Why a backend cannot run at a place, with a hint what to do about it, or None."""
 
 
-def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _Place) -> KernelChoice:
+def _resolve(operation: str, asked: str, vendors: Mapping[str, _UnavailableReason], place: _Place) -> KernelChoice:
     """Choose between the reference and the operation's vendor backends, of which the first is preferred."""
     if asked == "reference":
         return KernelChoice(operation, "reference", "asked for by name", operation)
     kind = place.device.type
-    problems = []
-    for vendor in faults if asked == "auto" else (asked,):
-        problem = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else faults[vendor](place)
-        if problem is None:
+    unavailable = []
+    for vendor in vendors if asked == "auto" else (asked,):
+        why_not = f"needs CUDA and the model runs on {kind}" if kind != "cuda" else vendors[vendor](place)
+        if why_not is None:
             reason = "auto: runs on this device" if asked == "auto" else "asked for by name"
             return KernelChoice(operation, vendor, reason, operation)
-        problems.append(f"{vendor} {problem}")
+        unavailable.append(f"{vendor} {why_not}")
     if asked != "auto":
-        raise KernelUnavailable(f"kernels.{operation}: {asked!r} {problem}; or choose 'auto' or 'reference'")
+        raise KernelUnavailable(f"kernels.{operation}: {asked!r} {why_not}; or choose 'auto' or 'reference'")
     # The backend that comes with the package first, then those that are faster and optional.
-    reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(problems))}"
+    reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(unavailable))}"
     return KernelChoice(operation, "reference", reason, operation)
-
-
-def _gdn_prologue_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
-    """The fused operation, or one after the other around the convolution that was asked for by name."""
-    if fused.backend == "triton" and config.causal_conv1d == "auto":
-        return replace(fused, operation="gdn_prologue")
-    choice = _resolve("causal_conv1d", config.causal_conv1d, {"fla": _fla_fault}, place)
-    return replace(choice, operation="gdn_prologue")
 
 
 class _Fused(TypedDict):
     """The operations that ``kernels.fused`` chooses together."""
 
+    gdn_prologue: GdnPrologue
     rms_norm: RmsNorm
     gated_rms_norm: GatedRmsNorm
     qk_norm_rope: QkNormRope
@@ -223,13 +207,14 @@ class _Fused(TypedDict):
 
 def _fused_reference() -> _Fused:
     return {
-        "rms_norm": RmsNormReference(),
+        "gdn_prologue": gdn_prologue_reference,
+        "rms_norm": RmsNorm(),
         "gated_rms_norm": gated_rms_norm_reference,
         "qk_norm_rope": qk_norm_rope_reference,
         "output_gate": output_gate_reference,
         "linear_cross_entropy": linear_cross_entropy_chunked,
         "top_k_routing": top_k_routing_reference,
-        "token_permutation": TokenPermutationReference(),
+        "token_permutation": TokenPermutation(),
         "swiglu": swiglu_reference,
         "shared_expert_combine": shared_expert_combine_reference,
         "shared_input": shared_input_reference,
@@ -237,18 +222,20 @@ def _fused_reference() -> _Fused:
 
 
 def _fused_triton() -> _Fused:
-    from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
-    from qwen3next_train.kernels.linear_cross_entropy.triton_backend import linear_cross_entropy_triton
-    from qwen3next_train.kernels.output_gate.triton_backend import output_gate_triton
-    from qwen3next_train.kernels.qk_norm_rope.triton_backend import qk_norm_rope_triton
-    from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
-    from qwen3next_train.kernels.shared_expert_combine.triton_backend import shared_expert_combine_triton
-    from qwen3next_train.kernels.shared_input.triton_backend import shared_input_triton
-    from qwen3next_train.kernels.swiglu.triton_backend import swiglu_triton
-    from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
-    from qwen3next_train.kernels.top_k_routing.triton_backend import top_k_routing_triton
+    from qwen3next_train.kernels.triton.gated_rms_norm import gated_rms_norm_triton
+    from qwen3next_train.kernels.triton.gdn_prologue import gdn_prologue_triton
+    from qwen3next_train.kernels.triton.linear_cross_entropy import linear_cross_entropy_triton
+    from qwen3next_train.kernels.triton.output_gate import output_gate_triton
+    from qwen3next_train.kernels.triton.qk_norm_rope import qk_norm_rope_triton
+    from qwen3next_train.kernels.triton.rms_norm import RmsNormTriton
+    from qwen3next_train.kernels.triton.shared_expert_combine import shared_expert_combine_triton
+    from qwen3next_train.kernels.triton.shared_input import shared_input_triton
+    from qwen3next_train.kernels.triton.swiglu import swiglu_triton
+    from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
+    from qwen3next_train.kernels.triton.top_k_routing import top_k_routing_triton
 
     return {
+        "gdn_prologue": gdn_prologue_triton,
         "rms_norm": RmsNormTriton(),
         "gated_rms_norm": gated_rms_norm_triton,
         "qk_norm_rope": qk_norm_rope_triton,
@@ -262,28 +249,23 @@ def _fused_triton() -> _Fused:
     }
 
 
-def _triton_fault(place: _Place) -> str | None:
+def _triton_unavailable_reason(place: _Place) -> str | None:
     """Why own Triton kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed: pip install triton"
     if place.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bf16 or fp32 and the model is {place.dtype}"
-    return _ampere_fault(place)
+    return _needs_ampere(place)
 
 
-def _fla_fault(place: _Place) -> str | None:
-    """Why FLA cannot run, or None."""
+def _fla_unavailable_reason(place: _Place) -> str | None:
+    """Why FLA's gated delta rule cannot be trusted here, or None."""
     for module, package in (("triton", "triton"), ("fla", "flash-linear-attention")):
         if importlib.util.find_spec(module) is None:
             return f"needs the package {package}, which is not installed: pip install {package}"
-    return None
-
-
-def _fla_rule_fault(place: _Place) -> str | None:
-    """Why FLA's gated delta rule cannot be trusted here, or None."""
-    fault = _fla_fault(place) or _half_precision_fault(place)
-    if fault is not None:
-        return fault
+    reason = _needs_half_precision(place)
+    if reason is not None:
+        return reason
     import triton
 
     if place.capability[0] == HOPPER and miscompiles_gated_backward(triton.__version__):
@@ -291,7 +273,7 @@ def _fla_rule_fault(place: _Place) -> str | None:
     return None
 
 
-def _flash_qla_fault(place: _Place) -> str | None:
+def _flash_qla_unavailable_reason(place: _Place) -> str | None:
     """Why FlashQLA's gated delta rule cannot run, or None."""
     if importlib.util.find_spec("flash_qla") is None:
         return f"needs the package flash-qla, which is not installed: {_INSTALL_FLASH_QLA}"
@@ -307,51 +289,58 @@ def _flash_qla_fault(place: _Place) -> str | None:
     if heads != (_FLASH_QLA_HEAD_DIM, _FLASH_QLA_HEAD_DIM):
         found = "unknown here" if heads is None else f"of {heads[0]} (keys) and {heads[1]} (values)"
         return f"takes heads of {_FLASH_QLA_HEAD_DIM} and the model's are {found}"
-    return _half_precision_fault(place) or _flash_qla_import_fault()
+    return _needs_half_precision(place) or _flash_qla_import_error()
 
 
-def _flash_qla_import_fault() -> str | None:
+def _flash_qla_import_error() -> str | None:
     """Why FlashQLA cannot be imported, or its kernels not be compiled, or None."""
     try:
         from tilelang.env import CUDA_HOME
 
         if not CUDA_HOME:
             return "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME"
-        importlib.import_module("qwen3next_train.kernels.gated_delta_rule.flash_qla_backend")
+        importlib.import_module("qwen3next_train.kernels.flash_qla")
     except Exception as error:  # noqa: BLE001 - whatever importing other people's compilers may raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"cannot be imported ({reason}): pip install --upgrade flash-qla tilelang"
     return None
 
 
-_RULE_FAULTS: Mapping[str, _Fault] = {"flash_qla": _flash_qla_fault, "fla": _fla_rule_fault}
+_RULE_VENDORS: Mapping[str, _UnavailableReason] = {
+    "flash_qla": _flash_qla_unavailable_reason,
+    "fla": _fla_unavailable_reason,
+}
 """The gated delta rule's vendor backends, the fastest first."""
 
 
-def _flash_fault(place: _Place) -> str | None:
+def _flash_unavailable_reason(place: _Place) -> str | None:
     """Why torch's variable-length attention cannot run, or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch.nn.attention.varlen, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _ampere_fault(place) or _half_precision_fault(place)
+    return _needs_ampere(place) or _needs_half_precision(place)
 
 
-def _grouped_mm_fault(place: _Place) -> str | None:
+_ATTENTION_VENDORS: Mapping[str, _UnavailableReason] = {"flash": _flash_unavailable_reason}
+"""The attention's only vendor backend."""
+
+
+def _grouped_mm_unavailable_reason(place: _Place) -> str | None:
     """Why torch's grouped GEMM cannot run, or None."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _bf16_fault(place) or _ampere_fault(place)
+    return _needs_bf16(place) or _needs_ampere(place)
 
 
-def _grouped_triton_fault(place: _Place) -> str | None:
-    """Why own grouped products cannot run, or are not the fastest, or None."""
-    fault = _triton_fault(place) or _bf16_fault(place)
-    if fault is not None:
-        return fault
+def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
+    """Why our grouped GEMM cannot run, or is not the fastest, or None."""
+    reason = _triton_unavailable_reason(place) or _needs_bf16(place)
+    if reason is not None:
+        return reason
     if place.capability[0] != HOPPER:
         return f"is written for GPUs of compute capability 9 and this one has {place.capability}"
     import triton
 
-    # They have turned products of transposed operands into wrong numbers before, and were not tried here.
+    # Older ones have turned products of transposed operands into wrong numbers before, and were not tried here.
     if miscompiles_gated_backward(triton.__version__):
         return f"is not trusted to triton {triton.__version__}: install triton >= 3.7.1"
     sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
@@ -361,23 +350,26 @@ def _grouped_triton_fault(place: _Place) -> str | None:
     return None
 
 
-_PRODUCT_FAULTS: Mapping[str, _Fault] = {"triton": _grouped_triton_fault, "grouped_mm": _grouped_mm_fault}
+_GROUPED_GEMM_VENDORS: Mapping[str, _UnavailableReason] = {
+    "triton": _grouped_triton_unavailable_reason,
+    "grouped_mm": _grouped_mm_unavailable_reason,
+}
 """The grouped GEMM's vendor backends, the fastest first."""
 
 
-def _ampere_fault(place: _Place) -> str | None:
+def _needs_ampere(place: _Place) -> str | None:
     if place.capability[0] < 8:
         return f"needs a GPU of compute capability 8.0 or newer and this one has {place.capability}"
     return None
 
 
-def _bf16_fault(place: _Place) -> str | None:
+def _needs_bf16(place: _Place) -> str | None:
     if place.dtype != torch.bfloat16:
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     return None
 
 
-def _half_precision_fault(place: _Place) -> str | None:
+def _needs_half_precision(place: _Place) -> str | None:
     if place.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bf16 and the model is {place.dtype}: set run.precision to bf16"
     return None
@@ -387,11 +379,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
+def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
     if backend == "reference":
         return gated_delta_rule_reference
     if backend == "flash_qla":
-        from qwen3next_train.kernels.gated_delta_rule.flash_qla_backend import gated_delta_rule_flash_qla
+        from qwen3next_train.kernels.flash_qla import gated_delta_rule_flash_qla
 
         return gated_delta_rule_flash_qla
     use_tuned_configs(place.capability)
@@ -399,44 +391,29 @@ def _load_rule(backend: str, place: _Place) -> GatedDeltaRule:
     with only_operations_of_fla():
         heads = place.rule_head_dims
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
-            from qwen3next_train.kernels.gated_delta_rule.fla_hopper_backend import gated_delta_rule_fla_hopper
+            from qwen3next_train.kernels.fla.gated_delta_rule_hopper import gated_delta_rule_fla_hopper
 
             return gated_delta_rule_fla_hopper
-        from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
+        from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
 
         return gated_delta_rule_fla
-
-
-def _load_gdn_prologue(backend: str) -> GdnPrologue:
-    if backend == "triton":
-        from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
-
-        return gdn_prologue_triton
-    return SeparateGdnPrologue(_load_fla_conv() if backend == "fla" else causal_conv1d_reference)
-
-
-def _load_fla_conv() -> CausalConv1d:
-    with only_operations_of_fla():
-        from qwen3next_train.kernels.causal_conv1d.fla_backend import causal_conv1d_fla
-
-    return causal_conv1d_fla
 
 
 def _load_attention(backend: str) -> VarlenAttention:
     if backend == "reference":
         return varlen_attention_reference
-    from qwen3next_train.kernels.varlen_attention.flash_backend import varlen_attention_flash
+    from qwen3next_train.kernels.torch_attention import varlen_attention_flash
 
     return varlen_attention_flash
 
 
-def _load_product(backend: str) -> GroupedMatmul:
+def _load_grouped_matmul(backend: str) -> GroupedMatmul:
     if backend == "reference":
         return grouped_matmul_reference
     if backend == "triton":
-        from qwen3next_train.kernels.grouped_matmul.triton_backend import grouped_matmul_triton
+        from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
 
         return grouped_matmul_triton
-    from qwen3next_train.kernels.grouped_matmul.torch_backend import grouped_matmul_grouped_mm
+    from qwen3next_train.kernels.grouped_gemm import grouped_matmul_grouped_mm
 
     return grouped_matmul_grouped_mm

@@ -5,7 +5,7 @@ Neither sum stands in this file, because each is computed by the kernel that rea
 * ``x + mixer(norm(x))`` by the second norm (``post_attention_layernorm``), a fused add + RMSNorm. The first norm hands
   x through beside its result, so that the two gradients of x are added in the norm's backward.
 * ``x + moe(norm(x))`` at the end of the MoE block, inside the kernel that weighs the shared expert
-  (``kernels/shared_expert_combine``); without a gated shared expert by a plain sum there.
+  (``shared_expert_combine`` of ``kernels/gates.py``); without a gated shared expert by a plain sum there.
 """
 
 from __future__ import annotations

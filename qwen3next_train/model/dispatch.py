@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
+from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.model.recompute import recomputed
 
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.gates import SharedExpertCombine, SwiGlu
+from qwen3next_train.kernels.routing import TopKRouting
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.shared_expert_combine import SharedExpertCombine
-from qwen3next_train.kernels.swiglu import SwiGlu
-from qwen3next_train.kernels.top_k_routing import TopKRouting
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.router_losses import RouterStats

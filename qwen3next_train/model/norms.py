@@ -8,9 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.qk_norm_rope import QkNormRope
-from qwen3next_train.kernels.rms_norm import RmsNorm
+from qwen3next_train.kernels.norms import GatedRmsNorm, QkNormRope, RmsNorm
 from qwen3next_train.model.recompute import is_recomputed, recomputed
 from qwen3next_train.model.rope import RotaryTable
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
-from qwen3next_train.kernels.linear_cross_entropy import LinearCrossEntropy
+from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
+from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.model.dispatch import ExpertRows
 from qwen3next_train.model.recompute import recomputed
 

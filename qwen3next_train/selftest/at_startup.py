@@ -18,12 +18,9 @@ import torch
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_rms_norm import GatedRmsNorm
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.gdn_prologue import HeadShape
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue import HeadShape, gdn_prologue_reference
+from qwen3next_train.kernels.norms import GatedRmsNorm, gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger
@@ -136,11 +133,10 @@ def _packings(device: torch.device) -> Iterator[VarlenMetadata]:
 
 def _gdn_prologue(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     heads = HeadShape.of(model)
-    separate = SeparateGdnPrologue(causal_conv1d_reference)
     inputs = projection_tensors(random, heads, _NUM_TOKENS, model.linear_conv_kernel_dim)
     for sequences in _packings(random.device):
         kernel = partial(kernels.gdn_prologue, heads=heads, sequences=sequences)
-        reference = partial(separate, heads=heads, sequences=sequences)
+        reference = partial(gdn_prologue_reference, heads=heads, sequences=sequences)
         yield Case(inputs, kernel, reference, frozenset({"A_log_N", "dt_bias_N"}))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
+from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata

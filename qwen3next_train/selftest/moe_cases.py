@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.gates import MAX_CONSUMERS
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.shared_input import MAX_CONSUMERS
 from qwen3next_train.selftest.case import NUM_TOKENS, Case, Outputs, RandomInputs, capped
 
 

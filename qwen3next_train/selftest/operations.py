@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.linear_cross_entropy import IGNORE_INDEX
+from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
 from qwen3next_train.selftest.case import CANCELLATION, EPS, NUM_TOKENS, Case, Outputs, RandomInputs, capped
 from qwen3next_train.selftest.check import Check, try_check

@@ -20,7 +20,7 @@ from qwen3next_train.config.huggingface import model_config_to_hf
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.config.schema import Config
-from qwen3next_train.kernels.fla_process import use_tuned_configs
+from qwen3next_train.kernels.fla.process import use_tuned_configs
 
 SHAPES = ("bench_slice4_e512.yaml", "bench_ep8_proxy.yaml")
 ITERATIONS = 8

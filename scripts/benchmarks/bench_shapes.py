@@ -9,8 +9,8 @@ from torch import nn
 from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES, forward_flops
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
+from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.kernels.selection import DTYPES, KernelSet
-from qwen3next_train.kernels.token_permutation import Permutation, TokenPermutation
 from qwen3next_train.model.init import initial_value
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import ParamSpec, parameter_table

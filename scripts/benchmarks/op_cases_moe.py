@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from op_case import BF16_BYTES, FP32_BYTES, INT64_BYTES, Inputs, OpCase, Outputs, Work, normal
 
+from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.token_permutation import Permutation
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, FFN = 16384, 2048, 512, 10, 512
 ROWS = TOKENS * TOP_K
@@ -64,7 +63,7 @@ def unpermute() -> OpCase:
     """Sum of each token's rows."""
 
     def inputs(device: torch.device) -> Inputs:
-        order = TokenPermutationReference().sort(_choices(device), EXPERTS, ROWS)
+        order = TokenPermutation().sort(_choices(device), EXPERTS, ROWS)
         return {"rows_RD": normal(device, ROWS, HIDDEN), **vars(order)}
 
     def run(kernels: KernelSet, inputs: Inputs) -> Outputs:

@@ -3,7 +3,7 @@
 ``python scripts/benchmarks/tune_fla.py FOLDER`` lets Triton try every configuration for the rule as training calls it
 (4 x 4096 tokens, heads of the 80B model; minutes with an empty Triton cache) and writes one JSON file a kernel in the
 form that FLA reads (``FLA_CONFIG_DIR``). Files meant to be shipped go to
-``qwen3next_train/kernels/gated_delta_rule/tuned/sm90/``. The table printed says how long tuning took, what the rule
+``qwen3next_train/kernels/fla/tuned/sm90/``. The table printed says how long tuning took, what the rule
 takes forward and backward, and whether rows as a batch would be faster than rows as packed documents.
 """
 
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     # Before FLA is imported, which reads it then: the shipped configurations must not be found instead.
     os.environ["FLA_CACHE_MODE"] = "disabled"
     os.environ["FLA_FLASH_QLA"] = "0"
-    from qwen3next_train.kernels.gated_delta_rule.fla_backend import gated_delta_rule_fla
+    from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
 
     device = torch.device("cuda")
     inputs = operands(device)

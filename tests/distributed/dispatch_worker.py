@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
-from qwen3next_train.kernels.token_permutation.triton_backend import TokenPermutationTriton
+from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
+from qwen3next_train.kernels.routing import TokenPermutation
+from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
 from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher
 from qwen3next_train.parallel.process_groups import process_context
@@ -89,9 +89,9 @@ def largest_error(routed: Routed, num_tokens: int, device: torch.device) -> floa
     own = slice(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
     group = dist.group.WORLD
     assert group is not None
-    permutation = TokenPermutationReference() if device.type == "cpu" else TokenPermutationTriton()
+    permutation = TokenPermutation() if device.type == "cpu" else TokenPermutationTriton()
     found = run(AllToAllDispatcher(group, EXPERTS, permutation), weight[own], inputs, ids)
-    expected = run(LocalDispatcher(EXPERTS, TokenPermutationReference()), weight, inputs, ids)
+    expected = run(LocalDispatcher(EXPERTS, TokenPermutation()), weight, inputs, ids)
     dist.all_reduce(expected[3])
     expected[3] = expected[3][own]
     return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3next_train.accounting.flops import TRAINING_PASSES, forward_flops
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels import gdn_prologue
+from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.init import initialize
@@ -67,6 +69,12 @@ def counted_delta_rule(
     return torch.stack(outputs), torch.stack(finals)
 
 
+def counted_prologue(*inputs: torch.Tensor, heads: HeadShape, sequences: VarlenMetadata) -> GdnPrologueOutputs:
+    """The reference around the convolution that is counted."""
+    with mock.patch.object(gdn_prologue, "causal_conv1d_reference", counted_convolution):
+        return gdn_prologue.gdn_prologue_reference(*inputs, heads=heads, sequences=sequences)
+
+
 def counted_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:
     """Both products over each document's whole square, of which a causal kernel needs half."""
     ratio, rows = q.shape[1] // k.shape[1], []
@@ -94,7 +102,7 @@ def build(config: ModelConfig, kernels: KernelSet) -> Qwen3NextForCausalLM:
 def counted_kernels() -> KernelSet:
     return replace(
         cpu_kernels(),
-        gdn_prologue=SeparateGdnPrologue(counted_convolution),
+        gdn_prologue=counted_prologue,
         gated_delta_rule=counted_delta_rule,
         varlen_attention=counted_attention,
         linear_cross_entropy=counted_head,

@@ -14,8 +14,7 @@ from qwen3next_train.accounting.activations import kept_tensors, saved_tensors
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
-from qwen3next_train.kernels.top_k_routing import Routing
+from qwen3next_train.kernels.routing import Routing, TokenPermutation
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -131,7 +130,7 @@ KERNELS: Any = SimpleNamespace(
     varlen_attention=_attention,
     output_gate=lambda x, gate: _Kept.apply((x,), x, gate),
     top_k_routing=_routing,
-    token_permutation=TokenPermutationReference(),
+    token_permutation=TokenPermutation(),
     grouped_matmul=lambda x, weight, *, counts_e: _Kept.apply(
         (_meta(x.shape[0], weight.shape[1], dtype=x.dtype),), x, weight
     ),

@@ -12,7 +12,7 @@ import torch
 
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
+from qwen3next_train.kernels.routing import TokenPermutation
 from tests.architecture.tree import ROOT
 
 SCRIPTS = ROOT / "scripts" / "benchmarks"
@@ -46,7 +46,7 @@ def test_flops_are_those_of_published_comparisons(name: str, whole: float, layer
 def test_balanced_routing_gives_every_expert_the_same_rows_and_no_token_an_expert_twice() -> None:
     from bench_shapes import Routing
 
-    routing = Routing(TokenPermutationReference())
+    routing = Routing(TokenPermutation())
     ids_TK = torch.zeros(64, 3, dtype=torch.int64)
     assert routing.sort(ids_TK, 8, 192).counts_E.tolist() == [192, 0, 0, 0, 0, 0, 0, 0]
     routing.balanced = True

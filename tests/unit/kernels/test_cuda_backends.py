@@ -9,13 +9,11 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
+from qwen3next_train.kernels.attention import varlen_attention_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from tests.unit.kernels.packing import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -110,17 +108,6 @@ def test_grouped_matmul(backend: str, counts: list[int]) -> None:
         assert truth.grad is not None
         if truth.grad.numel():
             assert relative_error(value.grad, truth.grad) < TOLERANCE
-
-
-def test_fla_convolution() -> None:
-    torch.manual_seed(0)
-    kernel, sequences = kernels_with(causal_conv1d="fla").gdn_prologue, documents()
-    assert isinstance(kernel, SeparateGdnPrologue)
-    compare(
-        lambda x, w: kernel.convolution(x, w, sequences=sequences),
-        lambda x, w: causal_conv1d_reference(x, w, sequences=sequences),
-        [normal(TOKENS, 96), normal(96, 4)],
-    )
 
 
 @pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("fla", 256), ("flash_qla", 128)])

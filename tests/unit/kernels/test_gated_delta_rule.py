@@ -11,11 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from qwen3next_train.kernels.gated_delta_rule.reference import (
-    CHUNK_SIZE,
-    gated_delta_rule_reference,
-    recurrent_gated_delta_rule,
-)
+from qwen3next_train.kernels.gated_delta_rule import CHUNK_SIZE, gated_delta_rule_reference, recurrent_gated_delta_rule
 from tests.unit.kernels.packing import documents, relative_error, spans
 
 

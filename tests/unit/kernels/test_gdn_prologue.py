@@ -1,4 +1,4 @@
-"""The delta rule's inputs: plain torch against the definition, Triton against plain torch."""
+"""The delta rule's inputs in plain torch, and its causal convolution by itself: loops, isolation of documents."""
 
 from __future__ import annotations
 
@@ -7,53 +7,60 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
-from qwen3next_train.kernels.gdn_prologue.reference import SeparateGdnPrologue
+from qwen3next_train.kernels.gdn_prologue import HeadShape, causal_conv1d_reference, gdn_prologue_reference
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
+from tests.unit.kernels.packing import documents, spans
+from tests.unit.kernels.projections import make_inputs
 
-REFERENCE = SeparateGdnPrologue(causal_conv1d_reference)
-MODEL_HEADS = HeadShape(16, 32, 128, 128)
+
+def looped(x_TC: torch.Tensor, weight_CW: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """The definition, one output at a time."""
+    width = weight_CW.shape[1]
+    rows = []
+    for span in spans(lengths):
+        for t in range(span.start, span.stop):
+            total = torch.zeros_like(x_TC[0])
+            for back in range(min(width, t - span.start + 1)):
+                total = total + weight_CW[:, width - 1 - back] * x_TC[t - back]
+            rows.append(total * torch.sigmoid(total))
+    return torch.stack(rows)
 
 
-def make_inputs(heads: HeadShape, tokens: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Projections, filters, log rates and biases, the last two in fp32 as in the model."""
+@pytest.mark.parametrize("width", [2, 3, 4, 7])
+@pytest.mark.parametrize("lengths", [(1,), (2, 1, 1, 3), (5, 20, 2)])
+def test_convolution_equals_the_definition_with_gradients(lengths: tuple[int, ...], width: int) -> None:
     torch.manual_seed(0)
-    columns = heads.key_heads * sum(heads.group_sizes)
-    return [
-        torch.randn(tokens, columns, device=DEVICE).to(dtype),
-        torch.randn(tokens, 2 * heads.value_heads, device=DEVICE).to(dtype),
-        torch.randn(heads.channels, width, device=DEVICE).to(dtype),
-        torch.randn(heads.value_heads, device=DEVICE),
-        torch.randn(heads.value_heads, device=DEVICE),
-    ]
+    x = torch.randn(sum(lengths), 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, width, dtype=torch.float64, requires_grad=True)
+    out = causal_conv1d_reference(x, weight, sequences=documents(*lengths))
+    expected = looped(x, weight, lengths)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(out)
+    for value, truth in zip(
+        torch.autograd.grad(out, (x, weight), upstream),
+        torch.autograd.grad(expected, (x, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-14)
 
 
-def triton(*inputs: torch.Tensor, heads: HeadShape, sequences: VarlenMetadata) -> GdnPrologueOutputs:
-    # Not at the top: Triton is imported where its kernels are used.
-    from qwen3next_train.kernels.gdn_prologue.triton_backend import gdn_prologue_triton
-
-    return gdn_prologue_triton(*inputs, heads=heads, sequences=sequences)
-
-
-def check(heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
-    sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
-    found = errors(
-        lambda *inputs: triton(*inputs, heads=heads, sequences=sequences),
-        lambda *inputs: REFERENCE(*inputs, heads=heads, sequences=sequences),
-        make_inputs(heads, sum(lengths), width, dtype),
-    )
-    assert max(found) < BOUNDS[dtype], found
+def test_convolution_of_a_document_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 3), torch.randn(3, 4)
+    changed = x.clone()
+    changed[:4] += 1
+    before = causal_conv1d_reference(x, weight, sequences=documents(4, 5))
+    after = causal_conv1d_reference(changed, weight, sequences=documents(4, 5))
+    assert torch.equal(before[4:], after[4:])
+    assert not torch.equal(before[:4], after[:4])
 
 
-def test_reference_is_its_definition_head_by_head() -> None:
+def test_prologue_is_its_definition_head_by_head() -> None:
     heads, lengths = HeadShape(2, 6, 3, 5), (4, 1, 3)
     inputs = [x.double() for x in make_inputs(heads, 8, 4, torch.float32)]
     qkvz, ba, weight, A_log, dt_bias = inputs
-    out = REFERENCE(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
+    out = gdn_prologue_reference(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
     starts = [0, 0, 0, 0, 4, 5, 5, 5]
 
     def convolved(t: int, column: int, channel: int) -> float:
@@ -78,92 +85,3 @@ def test_reference_is_its_definition_head_by_head() -> None:
                 g = -math.exp(float(A_log[n])) * math.log1p(math.exp(a + float(dt_bias[n])))
                 assert float(out.g_TN[t, n]) == pytest.approx(g, rel=1e-12)
                 assert float(out.beta_TN[t, n]) == pytest.approx(1 / (1 + math.exp(-b)), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("heads", "lengths", "width", "dtype"),
-    [
-        (HeadShape(1, 2, 8, 8), (5, 1, 11, 1, 2), 4, torch.float32),
-        (HeadShape(2, 2, 4, 6), (6,), 3, torch.bfloat16),
-        (HeadShape(1, 1, 5, 3), (1,), 2, torch.float32),
-        (HeadShape(1, 1, 4, 4), (40,), 4, torch.float32),
-        *((HeadShape(1, 1, 4, 4), (first, 24 - first), 4, torch.float32) for first in range(5, 12)),
-    ],
-)
-def test_triton_equals_the_reference(
-    heads: HeadShape, lengths: tuple[int, ...], width: int, dtype: torch.dtype
-) -> None:
-    """Documents shorter than the filter, cuts at every place of four, sizes that fill no vector."""
-    check(heads, lengths, width, dtype)
-
-
-@pytest.mark.parametrize("lengths", [(31, 1, 1, 5, 34), (71,), (29, 3, 31)])
-def test_the_stretches_of_long_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts on both sides of a stretch's border."""
-    from qwen3next_train.kernels.gdn_prologue import triton_backend
-
-    monkeypatch.setattr(triton_backend, "_FEW_TOKENS", 0)
-    monkeypatch.setattr(triton_backend, "_BACKWARD_TOKENS", 32)
-    check(HeadShape(1, 1, 4, 4), lengths, 4, torch.float32)
-
-
-def test_no_tokens() -> None:
-    heads = HeadShape(1, 2, 4, 4)
-    inputs = [x.requires_grad_() for x in make_inputs(heads, 0, 4, torch.float32)]
-    sequences = VarlenMetadata(*(torch.zeros(1, dtype=torch.int32, device=device) for device in (DEVICE, "cpu")))
-    out = triton(*inputs, heads=heads, sequences=sequences)
-    assert out.q_THK.shape == (0, 1, 4)
-    sum(x.sum() for x in out).backward()
-    assert all(x.grad is not None and not x.grad.any() for x in inputs)
-
-
-def test_small_decays_keep_their_digits() -> None:
-    """``softplus`` of -30 is 9e-14, far below the rounding error of 1."""
-    heads = HeadShape(1, 1, 4, 4)
-    inputs = make_inputs(heads, 3, 4, torch.float32)
-    inputs[1] = torch.tensor([[0.0, -30.0], [0.0, -10.0], [0.0, 50.0]], device=DEVICE)
-    inputs[3:] = [torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE)]
-    g = triton(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths((3,), DEVICE)).g_TN.flatten().tolist()
-    expected = [-math.log1p(math.exp(a)) for a in (-30.0, -10.0, 50.0)]
-    assert g == pytest.approx(expected, rel=1e-6)
-
-
-def test_what_is_beside_a_document_does_not_reach_it() -> None:
-    """Not even an infinity."""
-    heads = HeadShape(1, 1, 4, 4)
-    inputs = make_inputs(heads, 12, 4, torch.float32)
-    inputs[0][:5] = float("inf")
-    inputs[0].requires_grad_()
-    out = triton(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths((5, 7), DEVICE))
-    for x in (out.q_THK, out.k_THK, out.v_TNV):
-        assert x[5:].isfinite().all()
-    (gradient,) = torch.autograd.grad(out.v_TNV[5:].sum(), inputs[0])
-    assert gradient[5:].isfinite().all()
-
-
-def test_a_wide_filter_is_refused_in_a_sentence() -> None:
-    heads = HeadShape(1, 1, 4, 4)
-    with pytest.raises(KernelUnavailable, match=r"up to 4 wide and model\.linear_conv_kernel_dim is 5; choose 'fla'"):
-        triton(
-            *make_inputs(heads, 3, 5, torch.float32), heads=heads, sequences=VarlenMetadata.from_lengths((3,), DEVICE)
-        )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(1001,), (4096, 1, 2, 3, 4090, 17, 63, 64, 65, 3000), (1027, 2000, 2041)])
-def test_at_the_model_s_size(lengths: tuple[int, ...]) -> None:
-    check(MODEL_HEADS, lengths, 4, torch.bfloat16)
-
-
-@pytest.mark.gpu
-def test_repeated_gradients_are_equal_bit_for_bit() -> None:
-    sequences = VarlenMetadata.from_lengths((2500, 2501), DEVICE)
-    inputs = [x.requires_grad_() for x in make_inputs(MODEL_HEADS, 5001, 4, torch.bfloat16)]
-
-    def gradients() -> tuple[torch.Tensor, ...]:
-        out = triton(*inputs, heads=MODEL_HEADS, sequences=sequences)
-        return torch.autograd.grad(sum(x.float().square().sum() for x in out), inputs)
-
-    first = gradients()
-    for _ in range(2):
-        assert all(torch.equal(x, y) for x, y in zip(first, gradients(), strict=True))

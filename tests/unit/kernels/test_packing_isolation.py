@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from qwen3next_train.kernels.causal_conv1d.reference import causal_conv1d_reference
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.attention import varlen_attention_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue import causal_conv1d_reference
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from tests.unit.kernels.packing import documents, relative_error, spans
 
 TOLERANCE = 1e-5

@@ -12,21 +12,19 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
 from qwen3next_train.kernels.selection import format_choices, select_kernels
 
-RULE_ALONE = KernelsConfig(
-    causal_conv1d="reference", varlen_attention="reference", grouped_matmul="reference", fused="reference"
-)
+RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VENDORS = {
     "gated_delta_rule": "fla",
-    "causal_conv1d": "fla",
     "varlen_attention": "flash",
     "grouped_matmul": "grouped_mm",
     "fused": "triton",
 }
 FUSED = {
+    "gdn_prologue",
     "rms_norm",
     "qk_norm_rope",
     "output_gate",
@@ -89,13 +87,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_flas_rule_is_refused_on_hopper_with_a_wrong_triton(hopper: types.ModuleType, version: str) -> None:
     hopper.__version__ = version  # type: ignore[attr-defined]
     with pytest.raises(KernelUnavailable, match=r"wrong backward on Hopper with triton .*: install triton >= 3\.7\.1"):
-        select_kernels(KernelsConfig(gated_delta_rule="fla", causal_conv1d="reference"), CUDA)
+        select_kernels(KernelsConfig(gated_delta_rule="fla"), CUDA)
 
 
 def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleType) -> None:
-    config = KernelsConfig(
-        gated_delta_rule="reference", causal_conv1d="reference", grouped_matmul="reference", fused="reference"
-    )
+    config = KernelsConfig(gated_delta_rule="reference", grouped_matmul="reference", fused="reference")
     with pytest.raises(KernelUnavailable, match=r"kernels.varlen_attention: 'flash' takes bf16 .* run\.precision"):
         select_kernels(config.model_copy(update={"varlen_attention": "flash"}), CUDA, dtype=torch.float32)
     kernels = select_kernels(config, CUDA, dtype=torch.float32)
@@ -120,9 +116,9 @@ def flash_qla(hopper: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> type
     return sys.modules["tilelang.env"]
 
 
-def rule_fault(model: ModelConfig | None) -> str:
+def refusal(model: ModelConfig | None) -> str:
     """Why FlashQLA, asked for by name, is refused."""
-    config = KernelsConfig(gated_delta_rule="flash_qla", causal_conv1d="reference")
+    config = KernelsConfig(gated_delta_rule="flash_qla")
     with pytest.raises(KernelUnavailable) as caught:
         select_kernels(config, CUDA, model=model)
     return str(caught.value)
@@ -131,7 +127,7 @@ def rule_fault(model: ModelConfig | None) -> str:
 def test_flash_qla_is_taken_where_it_runs(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = types.ModuleType("backend")
     backend.gated_delta_rule_flash_qla = object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.gated_delta_rule.flash_qla_backend", backend)
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.flash_qla", backend)
     kernels = select_kernels(RULE_ALONE, CUDA, model=ModelConfig())
     assert kernels.gated_delta_rule is backend.gated_delta_rule_flash_qla
     assert "gated_delta_rule      flash_qla   auto: runs on this device" in format_choices(kernels.choices)
@@ -161,11 +157,12 @@ def test_own_kernels_do_a_part_of_flas_rule_on_hopper(
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rules = {}
-    for name in ("fla", "fla_hopper"):
+    modules = {"fla": "gated_delta_rule", "fla_hopper": "gated_delta_rule_hopper"}
+    for name, module in modules.items():
         backend = types.ModuleType(name)
         rules[name] = object()
         setattr(backend, f"gated_delta_rule_{name}", rules[name])
-        monkeypatch.setitem(sys.modules, f"qwen3next_train.kernels.gated_delta_rule.{name}_backend", backend)
+        monkeypatch.setitem(sys.modules, f"qwen3next_train.kernels.fla.{module}", backend)
     kernels = select_kernels(RULE_ALONE, CUDA, model=model)
     assert kernels.gated_delta_rule is rules["fla_hopper" if own else "fla"]
     assert next(choice.backend for choice in kernels.choices if choice.operation == "gated_delta_rule") == "fla"
@@ -173,16 +170,16 @@ def test_own_kernels_do_a_part_of_flas_rule_on_hopper(
 
 def test_flash_qla_says_what_it_misses(flash_qla: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = ModelConfig(linear_key_head_dim=64)
-    assert "takes heads of 128 and the model's are of 64 (keys) and 128 (values)" in rule_fault(narrow)
-    assert "takes heads of 128 and the model's are unknown here" in rule_fault(None)
+    assert "takes heads of 128 and the model's are of 64 (keys) and 128 (values)" in refusal(narrow)
+    assert "takes heads of 128 and the model's are unknown here" in refusal(None)
     flash_qla.CUDA_HOME = ""  # type: ignore[attr-defined]
-    assert "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME" in rule_fault(ModelConfig())
+    assert "needs nvcc, which is not found: install the CUDA toolkit or set CUDA_HOME" in refusal(ModelConfig())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "has a backward for GPUs of compute capability 9 and 10 and this one has (8, 0)" in rule_fault(ModelConfig())
+    assert "has a backward for GPUs of compute capability 9 and 10 and this one has (8, 0)" in refusal(ModelConfig())
     monkeypatch.setattr(importlib.metadata, "version", {"flash-qla": "0.1.2"}.get)
-    assert "needs flash-qla 0.1.3 or a later 0.1 and this is 0.1.2" in rule_fault(ModelConfig())
+    assert "needs flash-qla 0.1.3 or a later 0.1 and this is 0.1.2" in refusal(ModelConfig())
     monkeypatch.delitem(sys.modules, "flash_qla")
-    assert "needs the package flash-qla, which is not installed: pip install 'flash-qla" in rule_fault(ModelConfig())
+    assert "needs the package flash-qla, which is not installed: pip install 'flash-qla" in refusal(ModelConfig())
 
 
 def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
@@ -202,7 +199,7 @@ def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
         (None, (9, 0), "3.7.1", "grouped_mm"),
     ],
 )
-def test_own_expert_products_are_taken_on_hopper(
+def test_own_grouped_gemm_is_taken_on_hopper(
     hopper: types.ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     model: ModelConfig | None,
@@ -213,18 +210,16 @@ def test_own_expert_products_are_taken_on_hopper(
     hopper.__version__ = triton  # type: ignore[attr-defined]
     backend_module = types.ModuleType("backend")
     backend_module.grouped_matmul_triton = object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.grouped_matmul.triton_backend", backend_module)
+    monkeypatch.setitem(sys.modules, "qwen3next_train.kernels.triton.grouped_matmul", backend_module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    config = KernelsConfig(
-        gated_delta_rule="reference", causal_conv1d="reference", varlen_attention="reference", fused="reference"
-    )
+    config = KernelsConfig(gated_delta_rule="reference", varlen_attention="reference", fused="reference")
     choices = select_kernels(config, CUDA, model=model).choices
     assert next(choice.backend for choice in choices if choice.operation == "grouped_matmul") == backend
 
 
 def test_torchs_own_backends_are_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = KernelsConfig(gated_delta_rule="reference", causal_conv1d="reference", fused="reference")
+    config = KernelsConfig(gated_delta_rule="reference", fused="reference")
     chosen = {choice.operation: choice.backend for choice in select_kernels(config, CUDA).choices}
     assert (chosen["varlen_attention"], chosen["grouped_matmul"]) == ("flash", "grouped_mm")
 
@@ -243,7 +238,6 @@ def test_one_key_chooses_all_fused_operations(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = KernelsConfig(
         gated_delta_rule="reference",
-        causal_conv1d="reference",
         varlen_attention="reference",
         grouped_matmul="reference",
     )

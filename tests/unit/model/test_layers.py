@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.kernels.qk_norm_rope.reference import rotate
-from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
+from qwen3next_train.kernels.norms import RmsNorm, rotate
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.rope import rotary_table
 
 
 def test_norm_with_zero_weight_has_unit_mean_square() -> None:
-    norm = ZeroCenteredRmsNorm(16, 1e-6, RmsNormReference())
+    norm = ZeroCenteredRmsNorm(16, 1e-6, RmsNorm())
     torch.nn.init.zeros_(norm.weight)
     y = norm(5 * torch.randn(7, 16))
     torch.testing.assert_close(y.square().mean(-1), torch.ones(7), rtol=1e-5, atol=0)
@@ -23,7 +22,7 @@ def test_norm_with_zero_weight_has_unit_mean_square() -> None:
 
 
 def test_norm_computes_bf16_in_fp32() -> None:
-    norm = ZeroCenteredRmsNorm(64, 1e-6, RmsNormReference()).bfloat16()
+    norm = ZeroCenteredRmsNorm(64, 1e-6, RmsNorm()).bfloat16()
     torch.nn.init.constant_(norm.weight, 0.25)
     x = (100 * torch.randn(50, 64)).bfloat16()
     exact = 1.25 * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.routing import TokenPermutation
 from qwen3next_train.kernels.selection import KernelSet
-from qwen3next_train.kernels.token_permutation.reference import TokenPermutationReference
 from qwen3next_train.model.dispatch import ExpertRows, LocalDispatcher
 from qwen3next_train.model.moe import RoutedExperts, SparseMoeBlock
 from tests.unit.model.small_models import cpu_kernels, small_config
@@ -137,7 +137,7 @@ def test_another_dispatcher_can_take_the_seam() -> None:
     block = block_of(config)
     x = torch.randn(6, config.hidden_size)
     expected = block(x, 1, residual_TD=x)[0]
-    recorder = Recorder(LocalDispatcher(config.num_experts, TokenPermutationReference()))
+    recorder = Recorder(LocalDispatcher(config.num_experts, TokenPermutation()))
     block.dispatcher = recorder
     assert torch.equal(block(x, 1, residual_TD=x)[0], expected)
     assert recorder.calls == ["send", "receive", "combine"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qwen3next_train.kernels.top_k_routing.reference import route_logits
+from qwen3next_train.kernels.routing import route_logits
 from qwen3next_train.model.router_losses import ExpertLoads, RouterStats, load_balancing_loss
 from tests.unit.model.small_models import batch_of, build, scales_of, small_config
 

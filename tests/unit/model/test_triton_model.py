@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import RecomputePart
 from qwen3next_train.kernels import selection
-from qwen3next_train.kernels.rms_norm.triton_backend import RmsNormTriton
 from qwen3next_train.kernels.selection import KernelSet
+from qwen3next_train.kernels.triton.rms_norm import RmsNormTriton
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.qk_norm_rope.reference import rotate
-from qwen3next_train.kernels.top_k_routing.reference import top_k_routing_reference
+from qwen3next_train.kernels.norms import gated_rms_norm_reference, rotate
+from qwen3next_train.kernels.routing import top_k_routing_reference
 from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.model.rope import rotary_table

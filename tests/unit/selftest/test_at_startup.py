@@ -11,9 +11,9 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.gated_rms_norm.triton_backend import gated_rms_norm_triton
+from qwen3next_train.kernels.norms import gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
+from qwen3next_train.kernels.triton.gated_rms_norm import gated_rms_norm_triton
 from qwen3next_train.parallel.control import Json, SingleProcess
 from qwen3next_train.selftest import at_startup
 from qwen3next_train.selftest.at_startup import (

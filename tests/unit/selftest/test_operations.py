@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import KernelsConfig
-from qwen3next_train.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from qwen3next_train.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from qwen3next_train.kernels.grouped_matmul.reference import grouped_matmul_reference
-from qwen3next_train.kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
-from qwen3next_train.kernels.rms_norm.reference import RmsNormReference
+from qwen3next_train.kernels.attention import varlen_attention_reference
+from qwen3next_train.kernels.cross_entropy import linear_cross_entropy_chunked
+from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gates import shared_expert_combine_reference
+from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
+from qwen3next_train.kernels.norms import RmsNorm, gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
-from qwen3next_train.kernels.shared_expert_combine.reference import shared_expert_combine_reference
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.kernels.varlen_attention.reference import varlen_attention_reference
 from qwen3next_train.selftest.operations import BOUNDS, kernel_checks, kernel_errors, relative_error
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
@@ -56,14 +55,14 @@ def _wrong_behind_a_tile(kernel: Callable[..., torch.Tensor]) -> Callable[..., t
     return product
 
 
-class _WrongPass(RmsNormReference):
+class _WrongPass(RmsNorm):
     def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return _Scaled.apply(x_TD), self.normalize(x_TD, weight_D, eps=eps)
 
 
-WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
+WRONG: dict[str, tuple[str, Callable | RmsNorm]] = {
     "gradient of k": (
         "gated_delta_rule",
         lambda k_THK, **rest: gated_delta_rule_reference(k_THK=_Scaled.apply(k_THK), **rest),
@@ -96,7 +95,7 @@ WRONG: dict[str, tuple[str, Callable | RmsNormReference]] = {
         "grouped_matmul",
         lambda weight_eOI, **rest: grouped_matmul_reference(weight_eOI=weight_eOI.flip(0), **rest),
     ),
-    "expert products behind the first tile": (
+    "grouped GEMM behind the first tile": (
         "grouped_matmul",
         _wrong_behind_a_tile(grouped_matmul_reference),
     ),

@@ -1,0 +1,120 @@
+"""Triton token permutation against plain torch, with pairs that have no expert here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3next_train.kernels.routing import TokenPermutation
+from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
+from tests.unit.kernels.comparison import BOUNDS, errors, uninitialized_is_nan
+from tests.unit.kernels.interpreted import DEVICE
+
+REFERENCE = TokenPermutation()
+TRITON = TokenPermutationTriton()
+
+
+def random_ids(tokens: int, top_k: int, experts: int, *, absent: float = 0.0) -> torch.Tensor:
+    """Different experts for each token, a share of them absent."""
+    torch.manual_seed(0)
+    ids = torch.rand(tokens, experts, device=DEVICE).topk(top_k).indices
+    return ids.masked_fill(torch.rand(tokens, top_k, device=DEVICE) < absent, -1)
+
+
+def check_triton(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtype) -> None:
+    routed = int((ids >= 0).sum())
+    truth = REFERENCE.sort(ids, experts, routed)
+    with uninitialized_is_nan():
+        order = TRITON.sort(ids, experts, routed)
+    for field in ("token_R", "row_TK", "counts_E"):
+        assert torch.equal(getattr(order, field), getattr(truth, field)), field
+    x = torch.randn(len(ids), hidden, device=DEVICE, dtype=dtype)
+    rows = torch.randn(routed, hidden, device=DEVICE, dtype=dtype)
+    weights = torch.rand(ids.shape, device=DEVICE)
+    found = errors(lambda x: TRITON.permute(x, order), lambda x: REFERENCE.permute(x, order), [x])
+    found += errors(lambda rows: TRITON.unpermute(rows, order), lambda rows: REFERENCE.unpermute(rows, order), [rows])
+    assert max(found) < BOUNDS[dtype], found
+    moved = errors(
+        lambda weights: TRITON.permute_weights(weights, order),
+        lambda weights: REFERENCE.permute_weights(weights, order),
+        [weights],
+    )
+    assert moved == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "absent"),
+    [(37, 3, 5, 0.0), (50, 4, 70, 0.3), (3, 1, 1, 0.0), (1, 10, 300, 0.5), (2, 2, 4, 0.0)],
+)
+def test_triton_equals_the_reference(dtype: torch.dtype, tokens: int, top_k: int, experts: int, absent: float) -> None:
+    check_triton(random_ids(tokens, top_k, experts, absent=absent), experts, 24, dtype)
+
+
+def test_triton_with_more_blocks_of_pairs_than_are_scanned_at_once() -> None:
+    ids = torch.randint(0, 3, (5700, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    order, truth = TRITON.sort(ids, 3, ids.numel()), REFERENCE.sort(ids, 3, ids.numel())
+    assert torch.equal(order.row_TK, truth.row_TK)
+    assert torch.equal(order.token_R, truth.token_R)
+
+
+def test_triton_without_any_row() -> None:
+    ids = torch.full((3, 2), -1, device=DEVICE)
+    order = TRITON.sort(ids, 5, 0)
+    assert order.row_TK.tolist() == ids.tolist()
+    assert order.counts_E.tolist() == [0] * 5
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    weights = torch.rand(3, 2, device=DEVICE, requires_grad=True)
+    rows = TRITON.permute(x, order)
+    assert rows.shape == (0, 8)
+    sums = TRITON.unpermute(rows, order)
+    (sums.sum() + TRITON.permute_weights(weights, order).sum()).backward()
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert not sums.any()
+    assert not x.grad.any()
+    assert not weights.grad.any()
+
+
+def test_triton_does_not_read_what_lies_outside_of_views() -> None:
+    """Columns of wider tensors, and a gradient that is one number for all of them."""
+    ids = random_ids(9, 2, 4)
+    order = TRITON.sort(ids, 4, 18)
+    found = errors(
+        lambda x: TRITON.permute(x, order),
+        lambda x: REFERENCE.permute(x, order),
+        [torch.randn(9, 40, device=DEVICE)[:, 3:19]],
+    )
+    found += errors(
+        lambda rows: TRITON.unpermute(rows, order),
+        lambda rows: REFERENCE.unpermute(rows, order),
+        [torch.randn(18, 40, device=DEVICE)[:, 3:19]],
+    )
+    found += errors(
+        lambda weights: TRITON.permute_weights(weights, order),
+        lambda weights: REFERENCE.permute_weights(weights, order),
+        [torch.rand(9, 4, device=DEVICE)[:, 1:3]],
+    )
+    assert max(found) < BOUNDS[torch.float32]
+    x = torch.randn(9, 16, device=DEVICE, requires_grad=True)
+    TRITON.permute(x, order).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "absent"), [(512, 0.0), (64, 0.4)])
+def test_triton_at_the_model_s_size(experts: int, absent: float) -> None:
+    check_triton(random_ids(1001, 10, experts, absent=absent), experts, 2048, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_triton_with_more_than_two_to_the_31_elements() -> None:
+    ids = random_ids(110_000, 10, 64)
+    order = TRITON.sort(ids, 64, ids.numel())
+    x = torch.randn(len(ids), 2048, device=DEVICE, dtype=torch.bfloat16)
+    rows = TRITON.permute(x, order)
+    for first in range(0, len(rows), 200_000):
+        assert torch.equal(rows[first : first + 200_000], x[order.token_R[first : first + 200_000]])
+    sums = TRITON.unpermute(rows, order)
+    assert torch.equal(sums, (x.float() * 10).bfloat16())
