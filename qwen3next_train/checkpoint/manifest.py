@@ -19,6 +19,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen3next_train.checkpoint.train_state import Count, TrainState
+from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.parameters import ParamSpec
@@ -182,7 +183,7 @@ def encode_manifest(
 
 
 def parse_manifest(raw: bytes, *, step: int) -> Manifest:
-    """Check every byte of a manifest and return it.
+    """Check every byte of a manifest and return it, its configuration under the names of this version.
 
     Args:
         raw: content of the file.
@@ -214,7 +215,8 @@ def parse_manifest(raw: bytes, *, step: int) -> Manifest:
         raise CheckpointError(f"{MANIFEST_NAME}: config is nested too deeply") from error
     if manifest.step != step:
         raise CheckpointError(f"{MANIFEST_NAME} is of step {manifest.step}, not of step {step}")
-    return manifest
+    # The stored hashes are those of what was written, so names are translated after they have been compared.
+    return manifest.model_copy(update={"config": with_current_names(manifest.config)})
 
 
 def _check_fragments(file: FileEntry, sizes: Sequence[int]) -> None:

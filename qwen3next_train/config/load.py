@@ -18,6 +18,7 @@ from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import hint_at, keys
 from qwen3next_train.config.error_lines import raise_errors, schema_error, show, show_name, unknown_key
 from qwen3next_train.config.presets import preset_file
+from qwen3next_train.config.renamed import renamed_choice
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.config.settings import PRESET_KEY, Origin, Setting, from_command_line, from_file
@@ -157,7 +158,7 @@ def _schema_errors(error: ValidationError, origins: Mapping[str, Origin]) -> lis
         if detail["type"] == "extra_forbidden":
             text = unknown_key(str(location[-1]), detail["input"], SourceConfig.model_fields)
         else:
-            text = schema_error(detail, hint_at(location))
+            text = renamed_choice(key, detail["input"]) or schema_error(detail, hint_at(location))
         origin = origins[key]
         origin = dataclasses.replace(origin, spelled=origin.spelled + inner)
         lines.append(f"{origin.label(key + inner)}: {text}")

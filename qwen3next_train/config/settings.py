@@ -10,6 +10,7 @@ from qwen3next_train.config import huggingface, megatron
 from qwen3next_train.config.describe import keys, subsections
 from qwen3next_train.config.error_lines import RejectedValue, show, show_name, unknown_key
 from qwen3next_train.config.megatron import MegatronArgument
+from qwen3next_train.config.renamed import renamed_key
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import Value, parse_scalar, read_yaml
 from qwen3next_train.errors import ConfigError
@@ -163,7 +164,9 @@ class _Reader:
         if self._file and "." not in name:
             candidates += [*subsections()]
         section, _, leaf = name.partition(".")
-        if self._file and name in keys():
+        if renamed := renamed_key(name, value):
+            text = renamed
+        elif self._file and name in keys():
             text = f"a dotted key (got {show(value)}); write '{leaf}:' below '{section}:'"
         else:
             # A hyphen means Megatron-LM's spelling was meant.

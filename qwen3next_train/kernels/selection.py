@@ -132,7 +132,7 @@ def select_kernels(
         "grouped_matmul": _resolve("grouped_matmul", config.grouped_matmul, _PRODUCT_FAULTS, place),
     }
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_fault}, place)
-    operations["gdn_prologue"] = _gdn_prologue_choice(config, place, fused_choice)
+    operations["gdn_prologue"] = replace(fused_choice, operation="gdn_prologue")
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     return KernelSet(
@@ -196,14 +196,6 @@ def _resolve(operation: str, asked: str, faults: Mapping[str, _Fault], place: _P
     # The backend that comes with the package first, then those that are faster and optional.
     reason = "auto: CPU" if kind == "cpu" else f"auto: {'; '.join(reversed(problems))}"
     return KernelChoice(operation, "reference", reason, operation)
-
-
-def _gdn_prologue_choice(config: KernelsConfig, place: _Place, fused: KernelChoice) -> KernelChoice:
-    """The fused operation, or one after the other around the convolution that was asked for by name."""
-    if fused.backend == "triton" and config.causal_conv1d == "auto":
-        return replace(fused, operation="gdn_prologue")
-    choice = _resolve("causal_conv1d", config.causal_conv1d, {"fla": _fla_fault}, place)
-    return replace(choice, operation="gdn_prologue")
 
 
 class _Fused(TypedDict):

@@ -16,7 +16,7 @@ from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu,
 from qwen3next_train.config.schema import Config, ModelConfig, MomentsDtype, OptimizerConfig, RecomputePart
 from qwen3next_train.config.validate import MAX_BF16_BETA
 
-CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
+CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
 """Recompute without large matrix products: cheaper than keeping the results."""
 USABLE_FRACTION = 0.95
 """Share of the device memory a plan may fill; the allocator loses the rest to fragmentation."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
 from qwen3next_train.config.describe import sections, to_yaml
+from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import read_yaml
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
@@ -163,7 +164,8 @@ class RunDirectory:
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the attempt before, None when none has logged a step here or the file is damaged.
 
-        Keys are not checked, an earlier version may have had others. A checkpoint has a copy of its own.
+        Keys are not checked, an earlier version may have had others; those it has renamed have their new names. A
+        checkpoint has a copy of its own.
         """
         path = self.path / "config.yaml"
         if not path.is_file() or not self.metrics_path.is_file() or not self.metrics_path.stat().st_size:
@@ -178,7 +180,7 @@ class RunDirectory:
         if lost:
             get_logger().warning("%s: %s missing; only the checkpoint's own copy is compared", path, ", ".join(lost))
             return None
-        return tree
+        return with_current_names(tree)
 
     def finish(self, code: ExitCode, reason: str, *, step: int | None = None) -> bool:
         """Say in ``exit.json`` how this attempt ended. The first rank that fails is the one that is heard.
