@@ -1,4 +1,4 @@
-"""The subcommands: what each takes and whom it calls. Heavy imports happen only when one runs."""
+"""The subcommands: what each takes and calls. Heavy imports happen only when one runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration files and command line to one :class:`Config`.
+"""Merges configuration files and command line into one :class:`Config`.
 
 Precedence: model preset < files in order < command line; within one of these, giving a setting under two
 names with two values is an error. Every error is one line that names the place it came from.

@@ -185,7 +185,7 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
         sorted({layout.offload_optimizer, True}),
     ):
         if offload and zero_stage == 3:
-            continue  # a combination that config.validate refuses
+            continue  # a combination that config.validate rejects
         yield replace(
             layout,
             expert_parallel_size=expert_parallel_size,
