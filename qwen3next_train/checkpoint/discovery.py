@@ -5,7 +5,7 @@ Names inside the checkpoints directory:
 * ``step_00001000`` - published;
 * ``.replaced-step_00001000-1a2b3c4d`` - published earlier and moved aside while the same step was published
   again. Between those two renames it is the only one of its step, so it counts as a checkpoint too;
-* ``.tmp-step_...`` being written, ``.trash-step_...`` being deleted - never candidates.
+* ``.tmp-step_...`` being written, ``.trash-step_...`` being deleted - not checkpoints.
 
 Time stamps and the ``latest`` hint are never consulted.
 """
@@ -35,13 +35,13 @@ from qwen3next_train.checkpoint.manifest import (
 from qwen3next_train.errors import CheckpointError
 
 _PUBLISHED = re.compile(r"step_([0-9]{8})")
-_SET_ASIDE = re.compile(r"\.replaced-step_([0-9]{8})-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.replaced-step_([0-9]{8})-[0-9a-f]{8}")
 _LEFTOVER = re.compile(r"\.(?:tmp|trash|replaced)-step_[0-9]{8}-[0-9a-f]{8}")
 MAX_STEP = 10**8 - 1
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointInfo:
     """A name that may be a checkpoint.
 
     Args:
@@ -56,7 +56,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """What one rank found when it checked its share of a checkpoint.
 
     Args:
@@ -80,15 +80,15 @@ def list_names(fs: Filesystem, directory: Path) -> list[str]:
     return [] if fs.entry(directory) is None else fs.list_dir(directory)
 
 
-def candidates(names: Iterable[str]) -> list[Candidate]:
+def list_checkpoints(names: Iterable[str]) -> list[CheckpointInfo]:
     """The checkpoints among directory names, newest step first, a published one before one moved aside."""
     found = []
     for name in names:
         if match := _PUBLISHED.fullmatch(name):
-            found.append(Candidate(name, int(match[1]), published=True))
-        elif match := _SET_ASIDE.fullmatch(name):
-            found.append(Candidate(name, int(match[1]), published=False))
-    return sorted(found, key=lambda candidate: (-candidate.step, not candidate.published, candidate.name))
+            found.append(CheckpointInfo(name, int(match[1]), published=True))
+        elif match := _REPLACED.fullmatch(name):
+            found.append(CheckpointInfo(name, int(match[1]), published=False))
+    return sorted(found, key=lambda checkpoint: (-checkpoint.step, not checkpoint.published, checkpoint.name))
 
 
 def is_leftover(name: str) -> bool:
@@ -99,41 +99,41 @@ def is_leftover(name: str) -> bool:
 def verify(
     fs: Filesystem,
     directory: Path,
-    candidate: Candidate,
+    checkpoint: CheckpointInfo,
     *,
     rank: int = 0,
     world_size: int = 1,
     hashes: bool = True,
     timeout_s: float = 0.0,
-) -> Verdict:
+) -> VerifyResult:
     """Check a checkpoint's manifest and every ``world_size``-th of its files.
 
     Args:
         fs: where it lies.
         directory: the checkpoints directory.
-        candidate: what to check.
+        checkpoint: what to check.
         rank: which share of the files.
         world_size: number of shares.
         hashes: also read and hash the files, not just compare sizes.
         timeout_s: how long to wait for the directory to become visible here.
     """
-    path = directory / candidate.name
+    path = directory / checkpoint.name
     try:
         wait_for_directory(fs, path, timeout_s=timeout_s)
         entry = fs.entry(path)
         if entry is None or entry.kind != "directory":
-            return Verdict(f"is a {entry.kind if entry else 'missing directory'}, not a directory")
-        manifest = _read_manifest(fs, path, candidate.step)
+            return VerifyResult(f"is a {entry.kind if entry else 'missing directory'}, not a directory")
+        manifest = _read_manifest(fs, path, checkpoint.step)
     except NewerFormatError as error:
-        return Verdict(str(error), newer=True)
+        return VerifyResult(str(error), newer=True)
     except CheckpointError as error:
-        return Verdict(str(error))
+        return VerifyResult(str(error))
     except OSError as error:
-        return Verdict(describe_os_error(error))
+        return VerifyResult(describe_os_error(error))
     for file in manifest.files[rank::world_size]:
-        if reason := _file_fault(fs, path, file, hashes=hashes):
-            return Verdict(f"{file.name} {reason}", manifest)
-    return Verdict(None, manifest)
+        if reason := _file_error(fs, path, file, hashes=hashes):
+            return VerifyResult(f"{file.name} {reason}", manifest)
+    return VerifyResult(None, manifest)
 
 
 def _read_manifest(fs: Filesystem, path: Path, step: int) -> Manifest:
@@ -147,7 +147,7 @@ def _read_manifest(fs: Filesystem, path: Path, step: int) -> Manifest:
     return parse_manifest(b"".join(read_chunks(fs, path / MANIFEST_NAME)), step=step)
 
 
-def _file_fault(fs: Filesystem, path: Path, file: FileEntry, *, hashes: bool) -> str | None:
+def _file_error(fs: Filesystem, path: Path, file: FileEntry, *, hashes: bool) -> str | None:
     try:
         entry = fs.entry(path / file.name)
         if entry is None:

@@ -182,17 +182,17 @@ class FragmentReader:
         """
         wanted = {spec.name: list(spec.shape) for spec in parameters}
         stored = {name: entry.shape for name, entry in self._index.parameters.items()}
-        faults = [f"{name} is missing" for name in wanted if name not in stored]
-        faults += [f"{name} is not part of the model" for name in stored if name not in wanted]
-        faults += [
+        differences = [f"{name} is missing" for name in wanted if name not in stored]
+        differences += [f"{name} is not part of the model" for name in stored if name not in wanted]
+        differences += [
             f"{name} has shape {stored[name]}, the model wants {shape}"
             for name, shape in wanted.items()
             if name in stored and stored[name] != shape
         ]
-        if faults:
-            more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
+        if differences:
+            more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
             raise CheckpointError(
-                f"{self._directory}: checkpoint of another model: {faults[0]}{more}; "
+                f"{self._directory}: checkpoint of another model: {differences[0]}{more}; "
                 "use the model section of the run that wrote it"
             )
 

@@ -1,11 +1,11 @@
-"""The ``checkpoint`` subcommand: what a run has saved, and whether it can be trusted."""
+"""The ``checkpoint`` subcommand: what a run has saved, and whether it is intact."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from qwen3next_train.checkpoint.discovery import Candidate, Verdict, candidates, list_names, verify
+from qwen3next_train.checkpoint.discovery import CheckpointInfo, VerifyResult, list_checkpoints, list_names, verify
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, format_bytes
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 
@@ -30,7 +30,7 @@ def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
         raise ConfigError(f"checkpoint {action}: {run_dir} is not a directory; give the run.dir of a run")
     directory = run_dir / CHECKPOINTS_NAME
     try:
-        found = candidates(list_names(LOCAL_FILESYSTEM, directory))
+        found = list_checkpoints(list_names(LOCAL_FILESYSTEM, directory))
     except OSError as error:
         raise StorageError(f"checkpoint {action}: {directory}: {describe_os_error(error)}") from error
     if not found:
@@ -38,32 +38,32 @@ def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
         return ExitCode.FINISHED
     print(_line(_HEADINGS))
     damaged = 0
-    for candidate in found:
-        verdict = verify(LOCAL_FILESYSTEM, directory, candidate, hashes=action == "verify")
-        damaged += verdict.reason is not None
-        print(_line(_row(candidate, verdict, action)), flush=True)
+    for checkpoint in found:
+        result = verify(LOCAL_FILESYSTEM, directory, checkpoint, hashes=action == "verify")
+        damaged += result.reason is not None
+        print(_line(_row(checkpoint, result, action)), flush=True)
     if damaged:
         print(f"{damaged} of {len(found)} checkpoints cannot be used")
         return ExitCode.DATA
     return ExitCode.FINISHED
 
 
-def _row(candidate: Candidate, verdict: Verdict, action: Literal["list", "verify"]) -> tuple[str, ...]:
+def _row(checkpoint: CheckpointInfo, result: VerifyResult, action: Literal["list", "verify"]) -> tuple[str, ...]:
     state = "verified" if action == "verify" else "complete"
-    if verdict.newer:
-        state = f"unreadable: {verdict.reason}"
-    elif verdict.reason is not None:
-        state = f"damaged: {verdict.reason}"
-    if not candidate.published:
-        state += f" (moved aside as {candidate.name})"
-    if verdict.manifest is None:
-        return (str(candidate.step), "-", "-", "-", state)
-    manifest = verdict.manifest
+    if result.newer:
+        state = f"unreadable: {result.reason}"
+    elif result.reason is not None:
+        state = f"damaged: {result.reason}"
+    if not checkpoint.published:
+        state += f" (moved aside as {checkpoint.name})"
+    if result.manifest is None:
+        return (str(checkpoint.step), "-", "-", "-", state)
+    manifest = result.manifest
     layout = manifest.layout
     ranks = "rank" if layout.world_size == 1 else "ranks"
     written_by = f"{layout.world_size} {ranks}, ep {layout.expert_parallel_size}, zero {layout.zero_stage}"
     saved_at = manifest.created_at.removesuffix("+00:00").replace("T", " ")
-    return (str(candidate.step), format_bytes(manifest.num_bytes), written_by, saved_at, state)
+    return (str(checkpoint.step), format_bytes(manifest.num_bytes), written_by, saved_at, state)
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -16,7 +16,15 @@ import torch
 
 from qwen3next_train.checkpoint import publication
 from qwen3next_train.checkpoint.agreement import StageFailed, run_together
-from qwen3next_train.checkpoint.discovery import MAX_STEP, Candidate, Verdict, candidates, list_names, step_name, verify
+from qwen3next_train.checkpoint.discovery import (
+    MAX_STEP,
+    CheckpointInfo,
+    VerifyResult,
+    list_checkpoints,
+    list_names,
+    step_name,
+    verify,
+)
 from qwen3next_train.checkpoint.filesystem import (
     LOCAL_FILESYSTEM,
     Filesystem,
@@ -52,7 +60,7 @@ class SaveReport:
 
 
 @dataclass(frozen=True)
-class Found:
+class VerifiedCheckpoint:
     """A checkpoint that all ranks together have verified.
 
     Args:
@@ -92,7 +100,7 @@ class CheckpointManager:
         self._keep = keep
         self._fs = filesystem
         self._visibility_timeout_s = visibility_timeout_s
-        # Verdicts of this process; equal on all ranks because only agreed ones are entered.
+        # By name, what this process has verified; equal on all ranks because only agreed results are entered.
         self._intact: dict[str, bool] = {}
 
     def save(
@@ -139,45 +147,45 @@ class CheckpointManager:
         get_logger().info(
             "checkpoint: step %d saved, %s in %.1f s: %s", step, format_bytes(num_bytes), duration_s, path
         )
-        self._tidy(step)
+        self._clean_up(step)
         return SaveReport(step, path, num_bytes, duration_s)
 
-    def find_latest(self) -> Found | None:
+    def find_latest(self) -> VerifiedCheckpoint | None:
         """The newest intact checkpoint, the same on every rank; None when there is no checkpoint at all.
 
         Raises:
             CheckpointError: there are checkpoints and none is intact, or the newest is of a newer format.
             StorageError: the directory cannot be listed.
         """
-        faults = []
-        for candidate in self._list():
-            verdict = self._verify(candidate)
-            if verdict.manifest is not None and verdict.reason is None:
-                return Found(candidate.step, self._directory / candidate.name, verdict.manifest)
-            if verdict.newer:
-                raise CheckpointError(f"{self._directory / candidate.name}: {verdict.reason}")
-            get_logger().warning("checkpoint: %s is damaged and skipped: %s", candidate.name, verdict.reason)
-            faults.append(f"{candidate.name}: {verdict.reason}")
-        if faults:
+        damaged = []
+        for checkpoint in self._list():
+            result = self._verify(checkpoint)
+            if result.manifest is not None and result.reason is None:
+                return VerifiedCheckpoint(checkpoint.step, self._directory / checkpoint.name, result.manifest)
+            if result.newer:
+                raise CheckpointError(f"{self._directory / checkpoint.name}: {result.reason}")
+            get_logger().warning("checkpoint: %s is damaged and skipped: %s", checkpoint.name, result.reason)
+            damaged.append(f"{checkpoint.name}: {result.reason}")
+        if damaged:
             raise CheckpointError(
-                f"{self._directory}: no intact checkpoint: {'; '.join(faults)}; "
+                f"{self._directory}: no intact checkpoint: {'; '.join(damaged)}; "
                 "restore one, or choose another run.dir to start over"
             )
         return None
 
-    def find(self, candidate: Candidate) -> Found:
+    def find(self, checkpoint: CheckpointInfo) -> VerifiedCheckpoint:
         """One checkpoint, verified; the same on every rank.
 
         Raises:
             CheckpointError: it is damaged or of a newer format.
         """
-        verdict = self._verify(candidate)
-        path = self._directory / candidate.name
-        if verdict.manifest is None or verdict.reason is not None:
-            raise CheckpointError(f"{path}: {verdict.reason}")
-        return Found(candidate.step, path, verdict.manifest)
+        result = self._verify(checkpoint)
+        path = self._directory / checkpoint.name
+        if result.manifest is None or result.reason is not None:
+            raise CheckpointError(f"{path}: {result.reason}")
+        return VerifiedCheckpoint(checkpoint.step, path, result.manifest)
 
-    def restore_rng(self, found: Found, reader: FragmentReader) -> bool:
+    def restore_rng(self, found: VerifiedCheckpoint, reader: FragmentReader) -> bool:
         """Put this rank's random generators where they were, if the checkpoint was written by as many ranks.
 
         Returns:
@@ -239,19 +247,19 @@ class CheckpointManager:
         except OSError as error:
             get_logger().warning("checkpoint: could not tidy up %s: %s", self._directory, describe_os_error(error))
 
-    def _list(self) -> list[Candidate]:
+    def _list(self) -> list[CheckpointInfo]:
         try:
-            return candidates(self._on_rank_0(lambda: list_names(self._fs, self._directory)))
+            return list_checkpoints(self._on_rank_0(lambda: list_names(self._fs, self._directory)))
         except StageFailed as failed:
             raise failed.to_error(f"{self._directory}: checkpoints cannot be listed") from failed
 
-    def _verify(self, candidate: Candidate) -> Verdict:
-        """Each rank checks its share; the verdict is the same on all ranks."""
+    def _verify(self, checkpoint: CheckpointInfo) -> VerifyResult:
+        """Each rank checks its share; the result is the same on all ranks."""
         started_at = time.monotonic()
         own = verify(
             self._fs,
             self._directory,
-            candidate,
+            checkpoint,
             rank=self._control.rank,
             world_size=self._control.world_size,
             timeout_s=self._visibility_timeout_s if self._control.rank else 0.0,
@@ -261,48 +269,48 @@ class CheckpointManager:
         reason: str | None = next((reply["reason"] for reply in replies if reply["reason"]), None)
         if reason is None and len({reply["digest"] for reply in replies}) > 1:
             reason = "the ranks see different manifests"
-        self._intact[candidate.name] = reason is None
+        self._intact[checkpoint.name] = reason is None
         if reason is None and own.manifest is not None:
             size, duration_s = format_bytes(own.manifest.num_bytes), time.monotonic() - started_at
-            get_logger().info("checkpoint: %s verified, %s in %.1f s", candidate.name, size, duration_s)
-        return Verdict(reason, own.manifest, newer=any(reply["newer"] for reply in replies))
+            get_logger().info("checkpoint: %s verified, %s in %.1f s", checkpoint.name, size, duration_s)
+        return VerifyResult(reason, own.manifest, newer=any(reply["newer"] for reply in replies))
 
-    def _tidy(self, step: int) -> None:
+    def _clean_up(self, step: int) -> None:
         """After a publication: hint, leftovers, retention. Nothing here can fail the save."""
         if self._control.rank == 0:
             self._best_effort(lambda: publication.write_latest_hint(self._fs, self._directory, step))
-            self._best_effort(lambda: publication.sweep(self._fs, self._directory))
+            self._best_effort(lambda: publication.remove_leftovers(self._fs, self._directory))
         try:
-            doomed = self._surplus(step)
+            stale = self._stale_checkpoints(step)
         except StorageError as error:
             get_logger().warning("%s", error)
             return
         if self._control.rank == 0:
-            self._best_effort(lambda: publication.delete(self._fs, self._directory, doomed))
+            self._best_effort(lambda: publication.delete(self._fs, self._directory, stale))
 
-    def _surplus(self, step: int) -> list[str]:
+    def _stale_checkpoints(self, step: int) -> list[str]:
         """Published checkpoints that are no longer among the ``keep`` newest intact ones up to ``step``.
 
         Those of an earlier process are verified once before they count, so that a damaged one never pushes out
         an intact one; a damaged one goes when it has become old. Steps after ``step`` (left by a run that went
         further before it had to fall back) are neither counted nor deleted.
         """
-        older = [candidate for candidate in self._list() if candidate.published and candidate.step < step]
+        older = [checkpoint for checkpoint in self._list() if checkpoint.published and checkpoint.step < step]
         num_kept = 1
-        doomed = []
-        for position, candidate in enumerate(older):
+        stale = []
+        for position, checkpoint in enumerate(older):
             if num_kept == self._keep:
-                doomed += [candidate.name for candidate in older[position:]]
+                stale += [checkpoint.name for checkpoint in older[position:]]
                 break
             if num_kept + len(older) - position <= self._keep:
                 break
-            num_kept += self._is_intact(candidate)
-        return doomed
+            num_kept += self._is_intact(checkpoint)
+        return stale
 
-    def _is_intact(self, candidate: Candidate) -> bool:
-        if candidate.name not in self._intact:
-            self._verify(candidate)
-        return self._intact[candidate.name]
+    def _is_intact(self, checkpoint: CheckpointInfo) -> bool:
+        if checkpoint.name not in self._intact:
+            self._verify(checkpoint)
+        return self._intact[checkpoint.name]
 
 
 def _collect(fragments: Iterable[Fragment], rank_tensors: Mapping[str, torch.Tensor]) -> tuple[RankShare, Json]:

@@ -1,9 +1,9 @@
-"""MANIFEST.json: what a checkpoint consists of, written last and believed only after it has been checked.
+"""MANIFEST.json: what a checkpoint consists of, written last, used only after it has been checked.
 
 The last field, ``self_xxh3_128``, is the hash of every byte before its value, so a single flipped bit anywhere in
 the file shows; that envelope stays the same in all format versions, which is how an intact manifest of a newer
 version can be told from a damaged one. The hashes protect against accident, not against somebody who can write
-to the directory and recompute them; against hostile content stand the caps and the strict schema below.
+to the directory and recompute them; the caps and the strict schema below protect against hostile content.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen3next_train.checkpoint.train_state import Count, TrainState
+from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.parameters import ParamSpec
@@ -157,7 +158,7 @@ def encode_manifest(
     """The bytes of a manifest, self-hash included; one line per field and per file, for people.
 
     Raises:
-        CheckpointError: a value that :func:`parse_manifest` would refuse, so that no such file is ever published.
+        CheckpointError: a value that :func:`parse_manifest` would reject, so that no such file is ever published.
     """
     fields = {
         "format": FORMAT,
@@ -182,7 +183,7 @@ def encode_manifest(
 
 
 def parse_manifest(raw: bytes, *, step: int) -> Manifest:
-    """Check every byte of a manifest and return it.
+    """Check every byte of a manifest and return it, its configuration under the names of this version.
 
     Args:
         raw: content of the file.
@@ -209,12 +210,13 @@ def parse_manifest(raw: bytes, *, step: int) -> Manifest:
     try:
         manifest = Manifest.model_validate(value)
     except ValidationError as error:
-        raise CheckpointError(f"{MANIFEST_NAME}: {_first_fault(error)}") from error
+        raise CheckpointError(f"{MANIFEST_NAME}: {_first_error(error)}") from error
     except RecursionError as error:
         raise CheckpointError(f"{MANIFEST_NAME}: config is nested too deeply") from error
     if manifest.step != step:
         raise CheckpointError(f"{MANIFEST_NAME} is of step {manifest.step}, not of step {step}")
-    return manifest
+    # The stored hashes are those of what was written, so names are translated after they have been compared.
+    return manifest.model_copy(update={"config": with_current_names(manifest.config)})
 
 
 def _check_fragments(file: FileEntry, sizes: Sequence[int]) -> None:
@@ -232,7 +234,7 @@ def _load_json(raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST_NAME} has more than {_MAX_CONTAINERS} lists")
     try:
         value = json.loads(
-            raw.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
+            raw.decode(), parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=_unique_keys
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST_NAME} is not valid JSON: {error}") from error
@@ -241,7 +243,7 @@ def _load_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(text: str) -> float:
+def _reject_constant(text: str) -> float:
     raise ValueError(f"{text} is not a finite number")
 
 
@@ -259,11 +261,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
+def _first_error(error: ValidationError) -> str:
+    detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in detail["loc"])
     # Keys come from the file, so they are shown escaped.
-    return ascii(f"{where}: {fault['msg']}" if where else fault["msg"])[1:-1][:300]
+    return ascii(f"{where}: {detail['msg']}" if where else detail["msg"])[1:-1][:300]
 
 
 def _compact(value: Any) -> str:

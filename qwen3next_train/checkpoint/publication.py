@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen3next_train.checkpoint.discovery import candidates, is_leftover, step_name
+from qwen3next_train.checkpoint.discovery import is_leftover, list_checkpoints, step_name
 from qwen3next_train.checkpoint.filesystem import Filesystem, make_dirs, remove_tree, write_file
 from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
 from qwen3next_train.log import get_logger
@@ -40,15 +40,15 @@ def publish(fs: Filesystem, directory: Path, staging: str, step: int, manifest: 
     write_file(fs, directory / staging / MANIFEST_NAME, manifest)
     fs.fsync_dir(directory / staging)
     target = directory / step_name(step)
-    aside = directory / _hidden_name("replaced", step_name(step))
+    replaced = directory / _hidden_name("replaced", step_name(step))
     replaces = fs.entry(target) is not None
     if replaces:
-        fs.rename(target, aside)
+        fs.rename(target, replaced)
     try:
         fs.rename(directory / staging, target)
     except OSError:
         if replaces:
-            fs.rename(aside, target)
+            fs.rename(replaced, target)
         raise
     fs.fsync_dir(directory)
 
@@ -60,16 +60,16 @@ def write_latest_hint(fs: Filesystem, directory: Path, step: int) -> None:
     fs.rename(temporary, directory / LATEST_NAME)
 
 
-def sweep(fs: Filesystem, directory: Path) -> None:
+def remove_leftovers(fs: Filesystem, directory: Path) -> None:
     """Remove what interrupted saves and deletions left; put back what a cut publication had moved aside."""
     names = fs.list_dir(directory)
-    known = candidates(names)
-    published = {candidate.step for candidate in known if candidate.published}
-    for candidate in known:
-        if not candidate.published and candidate.step not in published:
-            fs.rename(directory / candidate.name, directory / step_name(candidate.step))
-            published.add(candidate.step)
-            names.remove(candidate.name)
+    known = list_checkpoints(names)
+    published = {checkpoint.step for checkpoint in known if checkpoint.published}
+    for checkpoint in known:
+        if not checkpoint.published and checkpoint.step not in published:
+            fs.rename(directory / checkpoint.name, directory / step_name(checkpoint.step))
+            published.add(checkpoint.step)
+            names.remove(checkpoint.name)
     for name in names:
         if is_leftover(name):
             remove_tree(fs, directory / name)
@@ -77,12 +77,12 @@ def sweep(fs: Filesystem, directory: Path) -> None:
 
 def delete(fs: Filesystem, directory: Path, names: Iterable[str]) -> None:
     """Delete published checkpoints; each loses its name before its content."""
-    doomed = {name: _hidden_name("trash", name) for name in names}
-    for name, trash in doomed.items():
+    stale = {name: _hidden_name("trash", name) for name in names}
+    for name, trash in stale.items():
         fs.rename(directory / name, directory / trash)
-    if doomed:
+    if stale:
         fs.fsync_dir(directory)
-    for name, trash in doomed.items():
+    for name, trash in stale.items():
         remove_tree(fs, directory / trash)
         get_logger().info("checkpoint: %s deleted (checkpoint.keep)", name)
 

@@ -1,4 +1,4 @@
-"""Where a run stands: the counters every rank shares, and each rank's random number generators."""
+"""Progress of a run: the counters every rank shares, and each rank's random number generators."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
-from qwen3next_train.checkpoint.discovery import candidates
+from qwen3next_train.checkpoint.discovery import list_checkpoints
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
-from qwen3next_train.checkpoint.manager import CheckpointManager, Found
+from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
@@ -51,7 +51,7 @@ class Weights:
     read: ReadWeight
 
 
-def find_checkpoint(path: Path, control: ControlGroup) -> Found:
+def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     """The checkpoint that a path names, every byte of it verified. Collective.
 
     Args:
@@ -75,7 +75,7 @@ def find_checkpoint(path: Path, control: ControlGroup) -> Found:
         if found is None:
             raise ConfigError(f"{path}: no checkpoint in it; name a run directory or one of its checkpoints")
         return found
-    named = candidates([path.name])
+    named = list_checkpoints([path.name])
     if not named:
         raise ConfigError(f"{path}: a checkpoint under another name; call it step_ and its step in eight digits")
     return CheckpointManager(path.parent, control=control, keep=1).find(named[0])
@@ -103,7 +103,7 @@ def weights_of_checkpoint(path: Path) -> Weights:
 class _Reader:
     """Weights of a checkpoint, with a bounded part of its files mapped."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: VerifiedCheckpoint) -> None:
         self._found = found
         self._fragments = FragmentReader(found.path, found.manifest)
         self._num_read = 0
@@ -122,13 +122,13 @@ class _Reader:
         return self._fragments.read(name, "master", start, stop)
 
 
-def _section(found: Found, name: str, section: type[SectionT]) -> SectionT:
+def _section(found: VerifiedCheckpoint, name: str, section: type[SectionT]) -> SectionT:
     value: Any = found.manifest.config.get(name)
     try:
         return section.model_validate(value)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ascii(".".join(map(str, (name, *fault["loc"]))))[1:-1]
+        detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ascii(".".join(map(str, (name, *detail["loc"]))))[1:-1]
         raise CheckpointError(
-            f"{found.path}: {where}: {fault['msg']}; use the version of qwen3next_train that wrote the checkpoint"
+            f"{found.path}: {where}: {detail['msg']}; use the version of qwen3next_train that wrote the checkpoint"
         ) from error

@@ -1,7 +1,7 @@
-"""The command line as words: options of the program, configuration overrides, positional words.
+"""Parses the command line: options of the program, configuration overrides, positional arguments.
 
 Not argparse: the keys of the schema, with dots, values that begin with a minus and Megatron-LM's switches would
-each have to be declared to it, and its error texts name neither the nearest key nor a remedy.
+each have to be declared to it, and its error texts name neither the nearest key nor a hint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys
-from qwen3next_train.config.faults import nearest, raise_faults, show, show_name
+from qwen3next_train.config.error_lines import nearest, raise_errors, show, show_name
 from qwen3next_train.errors import ConfigError
 
 
@@ -31,13 +31,13 @@ class Option:
 
 
 @dataclass
-class Words:
+class Arguments:
     """A parsed command line.
 
     Args:
         options: values of the program's options in the order given, by name; a switch has "".
         overrides: configuration overrides as (name without dashes, text); Megatron-LM switches have "true".
-        positional: words that belong to no option.
+        positional: arguments that belong to no option.
     """
 
     options: dict[str, list[str]] = field(default_factory=dict)
@@ -49,22 +49,22 @@ class Words:
         return self.options[name][-1] if name in self.options else None
 
 
-def parse_words(argv: Sequence[str], options: Mapping[str, Option]) -> Words:
+def parse_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> Arguments:
     """Split a command line.
 
     Raises:
-        ConfigError: one line per word that is no option, lacks its value or has one too many.
+        ConfigError: one line per argument that is not an option, lacks its value or has one too many.
     """
-    words = Words()
-    faults: list[str] = []
+    args = Arguments()
+    errors: list[str] = []
     position = 0
     while position < len(argv):
-        word = argv[position]
+        arg = argv[position]
         position += 1
-        if not word.startswith("-") or word == "-":
-            words.positional.append(word)
+        if not arg.startswith("-") or arg == "-":
+            args.positional.append(arg)
             continue
-        name, has_value, value = word.partition("=")
+        name, has_value, value = arg.partition("=")
         name = "--help" if name == "-h" else name
         try:
             if _is_switch(name, options):
@@ -76,34 +76,34 @@ def parse_words(argv: Sequence[str], options: Mapping[str, Option]) -> Words:
                     raise ConfigError(f"{show_name(name)}: no value; write {show_name(name)} VALUE")
                 value = argv[position]
                 position += 1
-            _take(words, name, value, options)
+            _take(args, name, value, options)
         except ConfigError as error:
-            faults.append(str(error))
-    raise_faults(faults)
-    return words
+            errors.append(str(error))
+    raise_errors(errors)
+    return args
 
 
 def without_option(argv: Sequence[str], name: str) -> list[str]:
     """The command line less an option that takes a value."""
     rest: list[str] = []
     skip = False
-    for word in argv:
+    for arg in argv:
         if skip:
             skip = False
-        elif word == name:
+        elif arg == name:
             skip = True
-        elif not word.startswith(f"{name}="):
-            rest.append(word)
+        elif not arg.startswith(f"{name}="):
+            rest.append(arg)
     return rest
 
 
-def _take(words: Words, name: str, value: str, options: Mapping[str, Option]) -> None:
+def _take(args: Arguments, name: str, value: str, options: Mapping[str, Option]) -> None:
     if name in options:
-        words.options.setdefault(name, []).append(value)
+        args.options.setdefault(name, []).append(value)
     elif "." in name:
-        words.overrides.append((name.removeprefix("--"), value))
+        args.overrides.append((name.removeprefix("--"), value))
     elif argument := megatron.find(name):
-        words.overrides.append((name.removeprefix("--"), "true" if argument.is_switch else value))
+        args.overrides.append((name.removeprefix("--"), "true" if argument.is_switch else value))
 
 
 def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
@@ -128,7 +128,7 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
 def _check_switch(name: str, value: str, attached: bool, options: Mapping[str, Option]) -> None:
     if not attached and value.lower() not in ("true", "false"):
         return
-    remedy = "leave the value out"
+    hint = "leave the value out"
     if name not in options and (argument := megatron.find(name)):
-        remedy = f"{remedy}, or use our own key ({argument.effect})"
-    raise ConfigError(f"{show_name(name)}: takes no value (got {show(value)}); {remedy}")
+        hint = f"{hint}, or use our own key ({argument.effect})"
+    raise ConfigError(f"{show_name(name)}: takes no value (got {show(value)}); {hint}")

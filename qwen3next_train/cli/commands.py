@@ -1,4 +1,4 @@
-"""The subcommands: what each takes and whom it calls. Heavy imports happen only when one runs."""
+"""The subcommands: what each takes and calls. Heavy imports happen only when one runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-from qwen3next_train.cli.arguments import Option, Words
+from qwen3next_train.cli.arguments import Arguments, Option
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
-from qwen3next_train.config.faults import raise_faults, show, show_name
+from qwen3next_train.config.error_lines import raise_errors, show, show_name
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
@@ -51,12 +51,12 @@ class Command:
     """One subcommand.
 
     Args:
-        name: the word on the command line.
+        name: as on the command line.
         summary: one line of the program's help, no longer than fits beside the name.
         run: does it; returns the exit code.
         usage: what stands after the name in the usage line.
         options: its own options.
-        max_words: how many positional words it takes.
+        max_positional: how many positional arguments it takes.
         keys: the configuration keys it reads; None for all of them, and for configuration files. What works on
             finished weights takes the rest from the weights.
         details: further sentences for its own help.
@@ -64,10 +64,10 @@ class Command:
 
     name: str
     summary: str
-    run: Callable[[Words], int]
+    run: Callable[[Arguments], int]
     usage: str
     options: tuple[Option, ...] = ()
-    max_words: int = 0
+    max_positional: int = 0
     keys: tuple[str, ...] | None = None
     details: str = ""
 
@@ -77,16 +77,16 @@ class Command:
         shared = (option for option in COMMON_OPTIONS if self.keys is None or option not in CONFIG_OPTIONS)
         return (*shared, *self.options)
 
-    def check_keys(self, words: Words) -> None:
-        """Refuse a configuration key that would have no effect.
+    def check_keys(self, args: Arguments) -> None:
+        """Reject a configuration key that would have no effect.
 
         Raises:
             ConfigError: names the key and those that have one.
         """
         if self.keys is None:
             return
-        given = from_command_line(words.overrides, 1)
-        raise_faults(given.faults)
+        given = from_command_line(args.overrides, 1)
+        raise_errors(given.errors)
         for setting in given.settings:
             if setting.key not in self.keys:
                 reads = f"of the configuration it reads {', '.join(self.keys)}" if self.keys else "it reads none"
@@ -95,20 +95,20 @@ class Command:
                 )
 
 
-def load(words: Words) -> LoadedConfig:
+def load(args: Arguments) -> LoadedConfig:
     """The configuration a command line asks for."""
-    files = [find_config(name) for name in words.options.get("--config", [])]
-    return load_config(files, words.overrides)
+    files = [find_config(name) for name in args.options.get("--config", [])]
+    return load_config(files, args.overrides)
 
 
-def _train(words: Words) -> int:
-    if not words.options.get("--config") and not any(name == "model.preset" for name, _ in words.overrides):
+def _train(args: Arguments) -> int:
+    if not args.options.get("--config") and not any(name == "model.preset" for name, _ in args.overrides):
         raise ConfigError("--config: missing; name a YAML file, such as the shipped qwen3next_tiny.yaml (see --help)")
-    loaded = load(words)
-    if "--dry-run" in words.options:
-        return _dry_run(loaded.config, world_size(words))
-    check_world = partial(loaded.check_world, world_size(words))
-    if (processes := processes_to_start(words)) is not None:
+    loaded = load(args)
+    if "--dry-run" in args.options:
+        return _dry_run(loaded.config, world_size(args))
+    check_world = partial(loaded.check_world, world_size(args))
+    if (processes := processes_to_start(args)) is not None:
         from qwen3next_train.cli.launch import run_processes
 
         return run_processes(processes, Path(loaded.config.run.dir), check_world)
@@ -131,76 +131,76 @@ def _dry_run(config: Config, num_processes: int) -> int:
     return dry_run(config)
 
 
-def _plan(words: Words) -> int:
-    gpus = _number(words, "--gpus", whole=True)
-    mfu = _number(words, "--mfu", at_most=1.0)
-    tokens = _number(words, "--tokens")
-    config = load(words).config
+def _plan(args: Arguments) -> int:
+    gpus = _number(args, "--gpus", whole=True)
+    mfu = _number(args, "--mfu", at_most=1.0)
+    tokens = _number(args, "--tokens")
+    config = load(args).config
     from qwen3next_train.planner.report import plan_command
 
-    gpu = words.last("--gpu") or DEFAULT_GPU
+    gpu = args.last("--gpu") or DEFAULT_GPU
     num_gpus = config.parallel.expert_parallel_size if gpus is None else int(gpus)
-    return plan_command(config, gpus=num_gpus, gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in words.options)
+    return plan_command(config, gpus=num_gpus, gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in args.options)
 
 
-def _tokenize(words: Words) -> int:
-    output = words.last("--output")
+def _tokenize(args: Arguments) -> int:
+    output = args.last("--output")
     if output == "":
         raise ConfigError("--output: not a file name (got ''); give the prefix of the .bin and .idx files")
-    config = load(words).config
+    config = load(args).config
     from qwen3next_train.data.prepare import tokenize
 
     return tokenize(config, None if output is None else Path(output))
 
 
-def _checkpoint(words: Words) -> int:
-    if not words.positional or words.positional[0] not in ("list", "verify"):
-        got = show(words.positional[0]) if words.positional else "nothing"
+def _checkpoint(args: Arguments) -> int:
+    if not args.positional or args.positional[0] not in ("list", "verify"):
+        got = show(args.positional[0]) if args.positional else "nothing"
         raise ConfigError(f"checkpoint: which action? (got {got}); give list or verify")
-    action: Literal["list", "verify"] = "list" if words.positional[0] == "list" else "verify"
-    folders = words.positional[1:]
-    run_dir = Path(folders[0]) if folders else Path(load(words).config.run.dir)
+    action: Literal["list", "verify"] = "list" if args.positional[0] == "list" else "verify"
+    folders = args.positional[1:]
+    run_dir = Path(folders[0]) if folders else Path(load(args).config.run.dir)
     from qwen3next_train.checkpoint.inspection import checkpoint_command
 
     return checkpoint_command(action, run_dir)
 
 
-def _doctor(words: Words) -> int:
-    config = load(words).config
+def _doctor(args: Arguments) -> int:
+    config = load(args).config
     from qwen3next_train.selftest.doctor import doctor_command
 
-    return doctor_command(config, as_json="--json" in words.options)
+    return doctor_command(config, as_json="--json" in args.options)
 
 
-def _eval(words: Words) -> int:
-    _require_one_process("eval", words)
-    checkpoint, hf = words.last("--checkpoint"), words.last("--hf")
+def _eval(args: Arguments) -> int:
+    _require_one_process("eval", args)
+    checkpoint, hf = args.last("--checkpoint"), args.last("--hf")
     if (checkpoint is None) == (hf is None):
         got = "neither" if hf is None else "both"
         raise ConfigError(f"eval: which model? (got {got} of --checkpoint and --hf); give one of the two")
-    data = _text(words, "--data", "the file, token store or dataset to evaluate on")
-    device = _choice(words, "--device", DEVICES) or "auto"
-    precision = _choice(words, "--precision", PRECISIONS)
-    loaded = load(words)
+    data = _text(args, "--data", "the file, token store or dataset to evaluate on")
+    device = _choice(args, "--device", DEVICES) or "auto"
+    precision = _choice(args, "--precision", PRECISIONS)
+    loaded = load(args)
     from qwen3next_train.train.evaluate import evaluate_command
 
     return evaluate_command(
-        checkpoint=None if checkpoint is None else _folder(words, "--checkpoint"),
-        hf=None if hf is None else _folder(words, "--hf"),
+        checkpoint=None if checkpoint is None else _folder(args, "--checkpoint"),
+        hf=None if hf is None else _folder(args, "--hf"),
         data=data,
-        as_json="--json" in words.options,
+        as_json="--json" in args.options,
         device=device,
         precision=precision,
         sequence_length=loaded.config.data.sequence_length if "data.sequence_length" in loaded.origins else None,
-        tokenizer=words.last("--tokenizer"),
-        text_field=words.last("--text-field") or "text",
+        tokenizer=args.last("--tokenizer"),
+        text_field=args.last("--text-field") or "text",
     )
 
 
-def _import_hf(words: Words) -> int:
-    _require_one_process("import-hf", words)
-    source, output = _folder(words, "--hf"), _folder(words, "--output")
-    loaded = load(words)
+def _import_hf(args: Arguments) -> int:
+    _require_one_process("import-hf", args)
+    source, output = _folder(args, "--hf"), _folder(args, "--output")
+    loaded = load(args)
     from qwen3next_train.huggingface.import_folder import import_hf
 
     if "model.mtp_num_layers" not in loaded.origins:
@@ -212,11 +212,11 @@ def _import_hf(words: Words) -> int:
     return import_hf(source, output, mtp_num_layers=loaded.config.model.mtp_num_layers, initial_value=draw)
 
 
-def _export_hf(words: Words) -> int:
-    _require_one_process("export-hf", words)
-    checkpoint, output = _folder(words, "--checkpoint"), _folder(words, "--output")
-    dtype = _choice(words, "--dtype", PRECISIONS) or "bf16"
-    max_shard_bytes = _number(words, "--max-shard-bytes", whole=True)
+def _export_hf(args: Arguments) -> int:
+    _require_one_process("export-hf", args)
+    checkpoint, output = _folder(args, "--checkpoint"), _folder(args, "--output")
+    dtype = _choice(args, "--dtype", PRECISIONS) or "bf16"
+    max_shard_bytes = _number(args, "--max-shard-bytes", whole=True)
     from qwen3next_train.huggingface.export_folder import MAX_SHARD_BYTES, export_hf
 
     return export_hf(
@@ -224,46 +224,46 @@ def _export_hf(words: Words) -> int:
         output,
         dtype=dtype,
         max_shard_bytes=MAX_SHARD_BYTES if max_shard_bytes is None else int(max_shard_bytes),
-        tokenizer=words.last("--tokenizer"),
+        tokenizer=args.last("--tokenizer"),
     )
 
 
-def _require_one_process(command: str, words: Words) -> None:
-    count = world_size(words)
+def _require_one_process(command: str, args: Arguments) -> None:
+    count = world_size(args)
     if count > 1:
         raise ConfigError(f"{command}: started as {count} processes (WORLD_SIZE); it is one, start it without torchrun")
 
 
-def _text(words: Words, name: str, meaning: str) -> str:
+def _text(args: Arguments, name: str, meaning: str) -> str:
     """The value of an option that must be there."""
-    text = words.last(name)
+    text = args.last(name)
     if not text:
         raise ConfigError(f"{name}: {'missing' if text is None else 'empty'}; give {meaning}")
     return text
 
 
-def _folder(words: Words, name: str) -> Path:
-    return Path(_text(words, name, "a folder"))
+def _folder(args: Arguments, name: str) -> Path:
+    return Path(_text(args, name, "a folder"))
 
 
-def _choice(words: Words, name: str, choices: Sequence[ChoiceT]) -> ChoiceT | None:
+def _choice(args: Arguments, name: str, choices: Sequence[ChoiceT]) -> ChoiceT | None:
     """One of the choices, or None when the option is absent."""
-    text = words.last(name)
+    text = args.last(name)
     chosen = next((choice for choice in choices if choice == text), None)
     if chosen is None and text is not None:
         raise ConfigError(f"{name}: not one of the choices (got {show(text)}); give one of {', '.join(choices)}")
     return chosen
 
 
-def _number(words: Words, name: str, *, whole: bool = False, at_most: float = math.inf) -> float | None:
+def _number(args: Arguments, name: str, *, whole: bool = False, at_most: float = math.inf) -> float | None:
     """A positive number given to an option, or None when it is absent."""
-    text = words.last(name)
+    text = args.last(name)
     if text is None:
         return None
     value = plain_value(text)
     wanted = "whole number > 0" if whole else "number > 0" + (f" and <= {at_most:g}" if at_most < math.inf else "")
     is_number = type(value) is int or (type(value) is float and not whole)
-    # The comparison also refuses a value that is not a number at all (.nan).
+    # The comparison also rejects a value that is not a number at all (.nan).
     if not is_number or not 0 < float(value or 0) <= at_most or math.isinf(float(value or 0)):
         raise ConfigError(f"{show_name(name)}: not a {wanted} (got {show(text)}); give a {wanted}")
     return float(value or 0)
@@ -361,7 +361,7 @@ COMMANDS = {
             "list or verify the checkpoints of a run",
             _checkpoint,
             "list|verify [RUN_DIR] [--config FILE]",
-            max_words=2,
+            max_positional=2,
         ),
         Command(
             "doctor",

@@ -1,7 +1,7 @@
-"""Signals to the launcher go on to the processes it has started, and end it only while there are none.
+"""Forwards signals from the launcher to the processes it has started; while there are none, they end the launcher.
 
-torchrun would do it otherwise: an echo of the first signal (schedulers send to the launcher, to its process group and
-through its parent) would end it while the workers save, and until they are started it does not look at signals.
+Left to torchrun, an echo of the first signal (schedulers send to the launcher, to its process group and through its
+parent) would end it while the workers save, and it does not look at signals until the workers are started.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class SignalForwarding:
     """Context manager that passes on the signals that ask a run to stop.
 
     A thread reads them, as the main thread may wait inside a rendezvous. SIGINT and SIGHUP that the process was
-    started to ignore stay ignored. To be entered by the main thread; when it is left, the signals are ignored from
-    then on, so that the exit code stays what it is.
+    started to ignore stay ignored. The main thread must enter it; after it exits, the
+    signals are ignored, so that the exit code does not change.
 
     Args:
-        conclude_early: told the signal's name when nothing is started yet; the process then ends with the code it
-            returns. Called in the watching thread.
+        conclude_early: called in the watching thread with the signal's name when no process has started yet; the
+            launcher then exits with the code it returns.
     """
 
     def __init__(self, conclude_early: Callable[[str], int]) -> None:
@@ -97,4 +97,4 @@ def _is_live_child(path: Path) -> bool:
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
-    """A handler there must be, or the kernel acts by itself."""
+    """Does nothing, but there must be a handler, or the signal has its default effect."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from qwen3next_train.cli.commands import COMMANDS, Command
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys, sections
-from qwen3next_train.config.faults import show
+from qwen3next_train.config.error_lines import show
 from qwen3next_train.config.presets import PRESETS
 from qwen3next_train.config.settings import PRESET_KEY
 from qwen3next_train.errors import ConfigError
@@ -28,23 +28,23 @@ _OTHER_TOPICS = {
 }
 
 
-def help_text(words: list[str]) -> str:
+def help_text(argv: list[str]) -> str:
     """The help that a command line asks for.
 
     Args:
-        words: the command line; a word right after ``--help`` is a topic, unless a subcommand came before it.
+        argv: the command line; an argument right after ``--help`` is a topic, unless a subcommand came before it.
 
     Raises:
         ConfigError: when there is no such topic.
     """
     width = max(shutil.get_terminal_size().columns, _NARROWEST)
-    position = next(index for index, word in enumerate(words) if word in ("--help", "-h"))
-    if before := [word for word in words[:position] if word in COMMANDS]:
+    position = next(index for index, arg in enumerate(argv) if arg in ("--help", "-h"))
+    if before := [arg for arg in argv[:position] if arg in COMMANDS]:
         return _text(_command(COMMANDS[before[0]], width))
-    topic, *rest = [*words[position + 1 :], ""]
+    topic, *rest = [*argv[position + 1 :], ""]
     if topic and not topic.startswith("-"):
         return _text(_topic(topic, width))
-    if after := [word for word in rest if word in COMMANDS]:
+    if after := [arg for arg in rest if arg in COMMANDS]:
         return _text(_command(COMMANDS[after[0]], width))
     return _text(_overview(width))
 
@@ -56,7 +56,7 @@ def _topic(topic: str, width: int) -> list[str]:
         return _joined([*parts, *(_section(section, width) for section in descriptions), _megatron(width)])
     if topic == "megatron":
         return _megatron(width)
-    # Two words, eval and checkpoint, name a subcommand and a section: both are shown.
+    # Two argv, eval and checkpoint, name a subcommand and a section: both are shown.
     found = [_command(COMMANDS[topic], width)] if topic in COMMANDS else []
     found += [_section(topic, width)] if topic in descriptions else []
     if not found:

@@ -1,4 +1,4 @@
-"""Entry point: from words to exit code. Nothing heavy is imported before a subcommand needs it."""
+"""Entry point: runs a command line, returns its exit code. Nothing heavy is imported before a subcommand needs it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from qwen3next_train import __version__
-from qwen3next_train.cli.arguments import Words, parse_words
+from qwen3next_train.cli.arguments import Arguments, parse_arguments
 from qwen3next_train.cli.commands import COMMANDS, OPTIONS, TRAIN, Command, load
 from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
-from qwen3next_train.config.faults import nearest, show
+from qwen3next_train.config.error_lines import nearest, show
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
 from qwen3next_train.log import get_logger
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        argv: words after the program's name; None takes ``sys.argv``.
+        argv: arguments after the program's name; None takes ``sys.argv``.
 
     Returns:
         The exit code (``errors.ExitCode``, or 130 after Ctrl-C outside of training).
@@ -52,36 +52,36 @@ def _run(argv: list[str]) -> int:
         return _print(f"qwen3next-train {__version__}\n")
     if "--help" in argv or "-h" in argv:
         return _print(help_text(argv))
-    words = parse_words(argv, OPTIONS)
-    command = _take_command(words)
-    if "--print-config" in words.options:
-        return _print(to_yaml(load(words).config))
-    return command.run(words)
+    args = parse_arguments(argv, OPTIONS)
+    command = _take_command(args)
+    if "--print-config" in args.options:
+        return _print(to_yaml(load(args).config))
+    return command.run(args)
 
 
-def _take_command(words: Words) -> Command:
-    """The subcommand; its word leaves ``words.positional``.
+def _take_command(args: Arguments) -> Command:
+    """The subcommand; its name is taken out of ``args.positional``.
 
     Raises:
-        ConfigError: on a stray word, or an option or configuration key of another subcommand.
+        ConfigError: on an unexpected argument, or an option or configuration key of another subcommand.
     """
     command = TRAIN
-    if words.positional and words.positional[0] in COMMANDS:
-        command = COMMANDS[words.positional.pop(0)]
-    if len(words.positional) > command.max_words:
-        stray = words.positional[command.max_words]
-        remedy = f"did you mean {nearest(stray, COMMANDS)}?"
-        if stray.endswith((".yaml", ".yml")):
-            remedy = "name a configuration with --config"
+    if args.positional and args.positional[0] in COMMANDS:
+        command = COMMANDS[args.positional.pop(0)]
+    if len(args.positional) > command.max_positional:
+        extra = args.positional[command.max_positional]
+        hint = f"did you mean {nearest(extra, COMMANDS)}?"
+        if extra.endswith((".yaml", ".yml")):
+            hint = "name a configuration with --config"
         raise ConfigError(
-            f"qwen3next-train: unexpected word {show(stray)}; {remedy} --help lists subcommands and sections"
+            f"qwen3next-train: unexpected argument {show(extra)}; {hint} --help lists subcommands and sections"
         )
     own = {option.name for option in command.all_options}
-    for name in words.options:
+    for name in args.options:
         if name not in own:
             owners = [each.name for each in COMMANDS.values() if name in {option.name for option in each.all_options}]
             raise ConfigError(f"{name}: not an option of {command.name}; it belongs to {', '.join(owners)}")
-    command.check_keys(words)
+    command.check_keys(args)
     return command
 
 

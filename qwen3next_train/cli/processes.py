@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from qwen3next_train.cli.arguments import Option, Words
-from qwen3next_train.config.faults import show
+from qwen3next_train.cli.arguments import Arguments, Option
+from qwen3next_train.config.error_lines import show
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
 
@@ -42,22 +42,22 @@ class Processes:
         return self.num_nodes * self.per_node
 
 
-def processes_to_start(words: Words) -> Processes | None:
+def processes_to_start(args: Arguments) -> Processes | None:
     """What the launch options ask for; None without them.
 
     Raises:
         ConfigError: a value that cannot be, or options that do not go together.
     """
-    given = [option.name for option in LAUNCH_OPTIONS if option.name in words.options]
+    given = [option.name for option in LAUNCH_OPTIONS if option.name in args.options]
     if not given:
         return None
     if PER_NODE.name not in given:
         raise ConfigError(f"{given[0]}: only together with {PER_NODE.name}; give the processes of a node, or torchrun")
-    per_node = _whole_number(words, PER_NODE, default="1", at_least=1, meaning="the number of processes")
+    per_node = _whole_number(args, PER_NODE, default="1", at_least=1, meaning="the number of processes")
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(f"{PER_NODE.name}: already started by a launcher; leave the option out, or torchrun")
-    num_nodes = _whole_number(words, NODES, default="1", at_least=1, meaning="the number of nodes")
-    node_rank = _whole_number(words, NODE_RANK, default="0", at_least=0, meaning="the number of this node")
+    num_nodes = _whole_number(args, NODES, default="1", at_least=1, meaning="the number of nodes")
+    node_rank = _whole_number(args, NODE_RANK, default="0", at_least=0, meaning="the number of this node")
     if node_rank >= num_nodes:
         raise ConfigError(f"{NODE_RANK.name}: {node_rank} of {num_nodes} nodes; give 0 to {num_nodes - 1}")
     if num_nodes == 1:
@@ -65,21 +65,21 @@ def processes_to_start(words: Words) -> Processes | None:
     for option in (NODE_RANK, ENDPOINT):
         if option.name not in given:
             raise ConfigError(f"{option.name}: missing with {NODES.name} {num_nodes}; give {option.help}")
-    return Processes(per_node, num_nodes, node_rank, _endpoint(words))
+    return Processes(per_node, num_nodes, node_rank, _endpoint(args))
 
 
-def world_size(words: Words) -> int:
+def world_size(args: Arguments) -> int:
     """Processes the run will have: those asked for, or those a launcher started.
 
     Raises:
         ConfigError: see :func:`processes_to_start`.
     """
-    processes = processes_to_start(words)
+    processes = processes_to_start(args)
     return int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes.world_size
 
 
-def _whole_number(words: Words, option: Option, *, default: str, at_least: int, meaning: str) -> int:
-    text = words.last(option.name) or default
+def _whole_number(args: Arguments, option: Option, *, default: str, at_least: int, meaning: str) -> int:
+    text = args.last(option.name) or default
     count = plain_value(text)
     if type(count) is not int or count < at_least:
         bound = f">= {at_least}" if at_least != 1 else "> 0"
@@ -87,8 +87,8 @@ def _whole_number(words: Words, option: Option, *, default: str, at_least: int, 
     return count
 
 
-def _endpoint(words: Words) -> str:
-    text = words.last(ENDPOINT.name) or ""
+def _endpoint(args: Arguments) -> str:
+    text = args.last(ENDPOINT.name) or ""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= _LARGEST_PORT:
         raise ConfigError(f"{ENDPOINT.name}: not HOST:PORT (got {show(text)}); give {ENDPOINT.help}")

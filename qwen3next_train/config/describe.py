@@ -51,7 +51,7 @@ class Key:
         name: dotted name, ``section.key``.
         annotation: the Python type of its value.
         type_text: the type in words, bounds included.
-        remedy: what to do when the value is wrong: ``give a whole number > 0``.
+        hint: what to do when the value is wrong: ``give a whole number > 0``.
         default: default as ``--help`` shows it.
         description: one line.
     """
@@ -59,7 +59,7 @@ class Key:
     name: str
     annotation: Any
     type_text: str
-    remedy: str
+    hint: str
     default: str
     description: str
 
@@ -110,7 +110,7 @@ def subsections() -> frozenset[str]:
     return frozenset(names)
 
 
-def remedy_at(location: tuple[int | str, ...]) -> str:
+def hint_at(location: tuple[int | str, ...]) -> str:
     """What a wrong value at a place in the schema (pydantic's ``loc``, list indices included) should become."""
     annotation: Any = Config
     field: FieldInfo | None = None
@@ -120,7 +120,7 @@ def remedy_at(location: tuple[int | str, ...]) -> str:
         else:
             field = annotation.model_fields[part]
             annotation = field.annotation
-    return _remedy(annotation, field)
+    return _hint(annotation, field)
 
 
 def to_yaml(config: Config) -> str:
@@ -222,7 +222,7 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[Key]:
             name=prefix + name,
             annotation=annotation,
             type_text=_type_text(annotation, field),
-            remedy=_remedy(annotation, field),
+            hint=_hint(annotation, field),
             default=_default_text(field),
             description=field.description or "",
         )
@@ -263,7 +263,7 @@ def _type_text(annotation: Any, field: FieldInfo | None = None) -> str:
     return f"{name} {_bounds(field)}".strip()
 
 
-def _remedy(annotation: Any, field: FieldInfo | None) -> str:
+def _hint(annotation: Any, field: FieldInfo | None) -> str:
     text = _type_text(annotation, field)
     if get_origin(annotation) is Literal:
         return (

@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen3next_train.config.describe import remedy_at
-from qwen3next_train.config.faults import Converted, RefusedValue, raise_faults, schema_fault, show, show_name
+from qwen3next_train.config.describe import hint_at
+from qwen3next_train.config.error_lines import Converted, RejectedValue, raise_errors, schema_error, show, show_name
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.config.strict_yaml import Value
-from qwen3next_train.config.validate import expand_interval, layer_faults, model_faults
+from qwen3next_train.config.validate import expand_interval, layer_violations, model_violations
 from qwen3next_train.errors import ConfigError
 
 MTP_KEY = "mtp_num_hidden_layers"
@@ -53,7 +53,7 @@ def convert(name: str, value: Value) -> Converted:
     """Settings that such a key gives, by dotted name.
 
     Raises:
-        RefusedValue: when the value is not what Qwen3-Next here is.
+        RejectedValue: when the value is not what Qwen3-Next here is.
     """
     if name == MTP_KEY:
         return {"model.mtp_num_layers": value}
@@ -61,7 +61,7 @@ def convert(name: str, value: Value) -> Converted:
         return _rope(value)
     if name in _FIXED and not any(_same(value, accepted) for accepted in _FIXED[name]):
         expected = show(_FIXED[name][0])
-        raise RefusedValue(f"only {expected} is supported (got {show(value)}); give {expected} or leave the key out")
+        raise RejectedValue(f"only {expected} is supported (got {show(value)}); give {expected} or leave the key out")
     return {}
 
 
@@ -87,23 +87,23 @@ def model_config_from_hf(data: Mapping[str, Any], origin: str, *, mtp_num_layers
         if tolerates(name):
             try:
                 settings |= {key.removeprefix("model."): item for key, item in convert(name, value).items()}
-            except RefusedValue as error:
+            except RejectedValue as error:
                 lines.append(f"{where}: {name}: {error}")
         elif name in ModelConfig.model_fields and not (name == "layer_types" and value is None):
             settings[name] = value
     try:
         model = ModelConfig.model_validate(settings)
     except ValidationError as error:
-        for fault in error.errors():
-            name = ".".join(map(str, fault["loc"]))
-            lines.append(f"{where}: {name}: {schema_fault(fault, remedy_at(('model', *fault['loc'])))}")
-        raise_faults(lines)
+        for detail in error.errors():
+            name = ".".join(map(str, detail["loc"]))
+            lines.append(f"{where}: {name}: {schema_error(detail, hint_at(('model', *detail['loc'])))}")
+        raise_errors(lines)
         raise
-    faults = list(layer_faults(model))
-    if not faults:
+    violations = list(layer_violations(model))
+    if not violations:
         model = with_layer_types(model)
-        faults = list(model_faults(model))
-    raise_faults([*lines, *(f"{where}: {fault.keys[0]}: {fault.message}" for fault in faults)])
+        violations = list(model_violations(model))
+    raise_errors([*lines, *(f"{where}: {violation.keys[0]}: {violation.message}" for violation in violations)])
     return model
 
 
@@ -121,7 +121,7 @@ def model_config_to_hf(model: ModelConfig) -> dict[str, Any]:
             "model.shared_expert_gate: a model without a gated shared expert cannot be exported; transformers' "
             "Qwen3-Next always has it"
         )
-    raise_faults(lines)
+    raise_errors(lines)
     # Ours alone: how the model is trained, and what transformers cannot vary.
     ours = {"attention_output_gate", "shared_expert_gate", "router_aux_loss_scope", "router_z_loss_coef"}
     ours |= {"mtp_num_layers", "mtp_loss_scaling_factor", "rope_theta", "partial_rotary_factor"}
@@ -150,16 +150,16 @@ def model_config_to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(value: Value) -> Converted:
-    remedy = "give rope_type default, rope_theta and partial_rotary_factor"
+    hint = "give rope_type default, rope_theta and partial_rotary_factor"
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise RefusedValue(f"not a mapping (got {show(value)}); {remedy}")
+        raise RejectedValue(f"not a mapping (got {show(value)}); {hint}")
     names = {"rope_theta", "partial_rotary_factor"}
     unknown = sorted(value.keys() - names - {"rope_type"})
     if unknown or value.get("rope_type", "default") != "default":
         got = show(value.get(unknown[0]) if unknown else value["rope_type"])
-        raise RefusedValue(f"{unknown[0] if unknown else 'rope_type'} is not supported (got {got}); {remedy}")
+        raise RejectedValue(f"{unknown[0] if unknown else 'rope_type'} is not supported (got {got}); {hint}")
     return {f"model.{name}": value[name] for name in sorted(names & value.keys())}
 
 

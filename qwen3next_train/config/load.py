@@ -1,7 +1,7 @@
-"""Configuration files and command line to one :class:`Config`.
+"""Merges configuration files and command line into one :class:`Config`.
 
 Precedence: model preset < files in order < command line; within one of these, giving a setting under two
-names with two values is an error. Every fault is one line that names the place it came from.
+names with two values is an error. Every error is one line that names the place it came from.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from qwen3next_train.config import megatron
-from qwen3next_train.config.describe import keys, remedy_at
-from qwen3next_train.config.faults import raise_faults, schema_fault, show, show_name, unknown_key
+from qwen3next_train.config.describe import hint_at, keys
+from qwen3next_train.config.error_lines import raise_errors, schema_error, show, show_name, unknown_key
 from qwen3next_train.config.presets import preset_file
+from qwen3next_train.config.renamed import renamed_choice
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.config.settings import PRESET_KEY, Origin, Setting, from_command_line, from_file
-from qwen3next_train.config.validate import Fault, expand_interval, layer_faults, validate, world_faults
+from qwen3next_train.config.validate import RuleViolation, expand_interval, layer_violations, validate, world_violations
 from qwen3next_train.errors import ConfigError
 
 _INTERVAL, _PATTERN = "model.full_attention_interval", "model.layer_types"
@@ -45,7 +46,7 @@ class LoadedConfig:
         Raises:
             ConfigError: one line per broken rule.
         """
-        raise_faults([_located(fault, self.origins) for fault in world_faults(self.config, world_size)])
+        raise_errors([_located(violation, self.origins) for violation in world_violations(self.config, world_size)])
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> LoadedConfig:
@@ -57,38 +58,38 @@ def load_config(files: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()
             (``run.steps``) or Megatron-LM's (``num-layers``); a switch has the text ``true``.
 
     Raises:
-        ConfigError: one line per fault.
+        ConfigError: one line per error.
     """
     # Level 0 is the preset, which is only known once everything else is read.
     given = [from_file(path, level) for level, path in enumerate(files, start=1)]
     given.append(from_command_line(overrides, len(files) + 1))
-    faults = [line for each in given for line in each.faults]
+    lines = [line for each in given for line in each.errors]
     preset, preset_lines = _preset([setting for each in given for setting in each.settings])
-    faults += preset_lines
+    lines += preset_lines
     levels = [preset, *([s for s in each.settings if s.key != PRESET_KEY] for each in given)]
     for settings in levels:
-        faults += _conflicts(settings)
+        lines += _conflicts(settings)
     winners = _merge(levels)
     origins = {key: setting.origin for key, setting in winners.items()}
     multiple = winners.pop(megatron.VOCAB_MULTIPLE, None)
-    faults += [line for setting in winners.values() for line in _disguised_choice(setting)]
+    lines += [line for setting in winners.values() for line in _disguised_choice(setting)]
     try:
         config = Config.model_validate(_nested(winners.values()))
     except ValidationError as error:
-        faults += _schema_faults(error, origins)
-        raise_faults(faults)
+        lines += _schema_errors(error, origins)
+        raise_errors(lines)
         raise
-    raise_faults(faults)
+    raise_errors(lines)
     config, broken = _resolved(config, origins)
     flags = {key: origin.flag for key, origin in origins.items()}
     if not broken:
-        broken = [*validate(config), *megatron.usage_faults(config, flags, multiple.value if multiple else None)]
-    raise_faults([_located(fault, origins) for fault in broken])
+        broken = [*validate(config), *megatron.usage_violations(config, flags, multiple.value if multiple else None)]
+    raise_errors([_located(violation, origins) for violation in broken])
     return LoadedConfig(config, origins)
 
 
 def _preset(settings: Sequence[Setting]) -> tuple[list[Setting], list[str]]:
-    """Model settings of the last preset named, at level 0, and fault lines."""
+    """Model settings of the last preset named, at level 0, and error lines."""
     chosen = [setting for setting in settings if setting.key == PRESET_KEY]
     if not chosen:
         return [], []
@@ -98,7 +99,7 @@ def _preset(settings: Sequence[Setting]) -> tuple[list[Setting], list[str]]:
         return [], [f"{chosen[-1].origin.place}: {error}"]
     given = from_file(path, 0)
     model = [setting for setting in given.settings if setting.key.startswith("model.") and setting.key != PRESET_KEY]
-    return model, given.faults
+    return model, given.errors
 
 
 def _conflicts(settings: Sequence[Setting]) -> list[str]:
@@ -146,18 +147,18 @@ def _nested(settings: Iterable[Setting]) -> dict[str, Any]:
     return tree
 
 
-def _schema_faults(error: ValidationError, origins: Mapping[str, Origin]) -> list[str]:
+def _schema_errors(error: ValidationError, origins: Mapping[str, Origin]) -> list[str]:
     lines = []
-    for fault in error.errors():
-        location = fault["loc"]
+    for detail in error.errors():
+        location = detail["loc"]
         key = next(name for name in _prefixes(location) if name in keys())
         depth = key.count(".") + 1
         # Inside a list the place alone does not say which entry: name it as the spelling goes on.
         inner = "".join(f"[{part}]" if isinstance(part, int) else f".{show_name(part)}" for part in location[depth:])
-        if fault["type"] == "extra_forbidden":
-            text = unknown_key(str(location[-1]), fault["input"], SourceConfig.model_fields)
+        if detail["type"] == "extra_forbidden":
+            text = unknown_key(str(location[-1]), detail["input"], SourceConfig.model_fields)
         else:
-            text = schema_fault(fault, remedy_at(location))
+            text = renamed_choice(key, detail["input"]) or schema_error(detail, hint_at(location))
         origin = origins[key]
         origin = dataclasses.replace(origin, spelled=origin.spelled + inner)
         lines.append(f"{origin.label(key + inner)}: {text}")
@@ -171,7 +172,7 @@ def _disguised_choice(setting: Setting) -> list[str]:
     equal = [choice for choice in choices if choice == setting.value]
     if not equal or type(equal[0]) is type(setting.value):
         return []
-    return [f"{setting.origin.label(key.name)}: not one of the choices (got {show(setting.value)}); {key.remedy}"]
+    return [f"{setting.origin.label(key.name)}: not one of the choices (got {show(setting.value)}); {key.hint}"]
 
 
 def _prefixes(location: tuple[int | str, ...]) -> Iterable[str]:
@@ -179,12 +180,12 @@ def _prefixes(location: tuple[int | str, ...]) -> Iterable[str]:
     return (".".join(names[:count]) for count in range(len(names), 0, -1))
 
 
-def _resolved(config: Config, origins: Mapping[str, Origin]) -> tuple[Config, list[Fault]]:
+def _resolved(config: Config, origins: Mapping[str, Origin]) -> tuple[Config, list[RuleViolation]]:
     """The configuration with an explicit layer pattern, or what is wrong with the pattern."""
     model = config.model
-    faults = list(layer_faults(model))
-    if faults:
-        return config, faults
+    violations = list(layer_violations(model))
+    if violations:
+        return config, violations
     if model.layer_types and _INTERVAL in origins:
         expanded = expand_interval(model.full_attention_interval, model.num_hidden_layers)
         if expanded != model.layer_types:
@@ -193,15 +194,15 @@ def _resolved(config: Config, origins: Mapping[str, Origin]) -> tuple[Config, li
                 f"{_INTERVAL} {model.full_attention_interval} makes layer {differing} {expanded[differing]} but "
                 f"{_PATTERN} says {model.layer_types[differing]}; keep one of the two settings"
             )
-            return config, [Fault((_PATTERN, _INTERVAL), text)]
+            return config, [RuleViolation((_PATTERN, _INTERVAL), text)]
     return config.model_copy(update={"model": with_layer_types(model)}), []
 
 
-def _located(fault: Fault, origins: Mapping[str, Origin]) -> str:
+def _located(violation: RuleViolation, origins: Mapping[str, Origin]) -> str:
     """The line of a broken rule, at the place of the involved setting that was given last."""
-    given = [key for key in fault.keys if key in origins]
+    given = [key for key in violation.keys if key in origins]
     if not given:
-        return f"{fault.keys[0]}: {fault.message}"
+        return f"{violation.keys[0]}: {violation.message}"
     key = max(given, key=lambda name: origins[name].level)
     label = origins[key].label(key) if key in keys() else origins[key].place
-    return f"{label}: {fault.message}"
+    return f"{label}: {violation.message}"

@@ -2,7 +2,7 @@
 
 Covers the arguments of Megatron-LM's Qwen3-Next support (PR 1989 with 2751, 2752 and 2753), what a full
 Qwen3-Next run needs besides, and the ordinary training arguments. An argument either gives one of our
-settings, or states something the model fixes (accepted with that value, refused with another), or chooses
+settings, or states something the model fixes (accepted with that value, rejected with another), or chooses
 between implementations that compute the same (accepted, without effect).
 """
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from qwen3next_train.config.faults import Converted, RefusedValue, show
+from qwen3next_train.config.error_lines import Converted, RejectedValue, show
 from qwen3next_train.config.layer_pattern import PatternError, parse_pattern
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import Value
-from qwen3next_train.config.validate import Fault
+from qwen3next_train.config.validate import RuleViolation
 
 VOCAB_MULTIPLE = "megatron.make_vocab_size_divisible_by"
 """Not a setting: checked against ``model.vocab_size`` once that is known."""
@@ -27,7 +27,7 @@ class MegatronArgument:
 
     Args:
         flag: as on Megatron-LM's command line, ``--num-layers``.
-        convert: value to our settings by dotted key; raises :class:`RefusedValue`.
+        convert: value to our settings by dotted key; raises :class:`RejectedValue`.
         effect: what ``--help`` says it does.
         is_switch: takes no value on the command line.
         is_text: the command line word is taken as it stands, not read as a YAML scalar.
@@ -52,7 +52,7 @@ def arguments() -> Iterator[MegatronArgument]:
     yield from _TABLE
 
 
-def usage_faults(config: Config, flags: Mapping[str, str], vocab_multiple: Value) -> Iterator[Fault]:
+def usage_violations(config: Config, flags: Mapping[str, str], vocab_multiple: Value) -> Iterator[RuleViolation]:
     """Broken rules that hold only for settings given under a Megatron-LM name.
 
     Args:
@@ -63,12 +63,12 @@ def usage_faults(config: Config, flags: Mapping[str, str], vocab_multiple: Value
     """
     width = "model.shared_expert_intermediate_size"
     if flags.get("model.shared_expert_gate") and config.model.shared_expert_gate and width not in flags:
-        yield Fault(
+        yield RuleViolation(
             ("model.shared_expert_gate",),
             "--moe-shared-expert-gate without a shared expert; give --moe-shared-expert-intermediate-size too",
         )
     if config.schedule.kind == "wsd" and flags.get("schedule.decay_steps") == "--lr-decay-iters":
-        yield Fault(
+        yield RuleViolation(
             ("schedule.decay_steps",),
             f"--lr-decay-iters {config.schedule.decay_steps} has no meaning with a wsd schedule, which ends at "
             "run.steps; give the length of its final decay as --lr-wsd-decay-iters",
@@ -78,11 +78,11 @@ def usage_faults(config: Config, flags: Mapping[str, str], vocab_multiple: Value
     vocab = config.model.vocab_size
     if not isinstance(vocab_multiple, int) or isinstance(vocab_multiple, bool) or vocab_multiple < 1:
         text = f"not a whole number > 0 (got {show(vocab_multiple)}); give a divisor of model.vocab_size {vocab}"
-        yield Fault((VOCAB_MULTIPLE,), text)
+        yield RuleViolation((VOCAB_MULTIPLE,), text)
     elif vocab % vocab_multiple:
         padded = -(-vocab // vocab_multiple) * vocab_multiple
         text = f"{vocab_multiple} would pad model.vocab_size {vocab} to {padded}; set model.vocab_size to {padded}"
-        yield Fault((VOCAB_MULTIPLE,), f"{text} or leave the argument out (nothing is padded silently)")
+        yield RuleViolation((VOCAB_MULTIPLE,), f"{text} or leave the argument out (nothing is padded silently)")
 
 
 def _bare(name: str) -> str:
@@ -106,7 +106,7 @@ def _choice(flag: str, choices: Mapping[str, Converted]) -> MegatronArgument:
     def convert(value: Value) -> Converted:
         if isinstance(value, str) and value.lower() in choices:
             return dict(choices[value.lower()])
-        raise RefusedValue(f"not supported (got {show(value)}); give one of {', '.join(choices)}")
+        raise RejectedValue(f"not supported (got {show(value)}); give one of {', '.join(choices)}")
 
     first = next(iter(choices.values()))
     keys = ", ".join(dict.fromkeys(key for settings in choices.values() for key in settings))
@@ -119,7 +119,7 @@ def _fixed(flag: str, value: Value, why: str, *others: Value, section: str = "mo
         for accepted in (value, *others):
             if type(given) is not bool and (given == accepted or given == str(accepted)):
                 return {}
-        raise RefusedValue(f"only {show(value)} is supported (got {show(given)}); {why}")
+        raise RejectedValue(f"only {show(value)} is supported (got {show(given)}); {why}")
 
     values = "|".join(str(each) for each in (value, *others))
     return MegatronArgument(flag, convert, f"only {values}: {why}", is_text=isinstance(value, str), section=section)
@@ -129,9 +129,9 @@ def _fixed_switch(flag: str, on: bool, why: str, section: str = "model") -> Mega
     def convert(given: Value) -> Converted:
         if _truth(given) is on:
             return {}
-        raise RefusedValue(f"only {show(on)} is supported (got {show(given)}); {why}")
+        raise RejectedValue(f"only {show(on)} is supported (got {show(given)}); {why}")
 
-    effect = f"accepted: {why}" if on else f"refused: {why}"
+    effect = f"accepted: {why}" if on else f"rejected: {why}"
     return MegatronArgument(flag, convert, effect, is_switch=True, section=section)
 
 
@@ -142,21 +142,21 @@ def _without_effect(flag: str, why: str, *, is_switch: bool = False, section: st
 def _truth(value: Value) -> bool:
     if isinstance(value, bool):
         return value
-    raise RefusedValue(f"neither true nor false (got {show(value)}); give true or false")
+    raise RejectedValue(f"neither true nor false (got {show(value)}); give true or false")
 
 
 def _layer_pattern(value: Value) -> Converted:
-    remedy = "give N (every N-th layer softmax) or a list of 1 (linear) and 0 (softmax) such as ([1,1,1,0]*12)"
+    hint = "give N (every N-th layer softmax) or a list of 1 (linear) and 0 (softmax) such as ([1,1,1,0]*12)"
     if isinstance(value, str):
         try:
             value = [*parsed] if isinstance(parsed := parse_pattern(value), list) else parsed
         except PatternError as error:
-            raise RefusedValue(f"not a layer pattern (got {show(value)}): {error}; {remedy}") from error
+            raise RejectedValue(f"not a layer pattern (got {show(value)}): {error}; {hint}") from error
     if isinstance(value, list) and value and all(type(item) is int and item in (0, 1) for item in value):
         return {"model.layer_types": ["linear_attention" if item else "full_attention" for item in value]}
     if type(value) is int and value > 0:
         return {"model.full_attention_interval": value}
-    raise RefusedValue(f"not a layer pattern (got {show(value)}); {remedy}")
+    raise RejectedValue(f"not a layer pattern (got {show(value)}); {hint}")
 
 
 _ONE_MODEL_RANK = "every rank holds all of the model but experts; see parallel.expert_parallel_size"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
-from qwen3next_train.config.faults import show, show_name
+from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.errors import ConfigError
 
 PRESETS = ("tiny", "1b", "80b")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 LayerType = Literal["linear_attention", "full_attention"]
-RecomputePart = Literal["norms", "activations", "conv_gates", "layer"]
+RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -167,7 +167,7 @@ class ParallelConfig(Section):
     recompute: list[RecomputePart] = Field(
         default_factory=list,
         description="what the backward pass computes again instead of keeping it: norms, activations (SwiGLU products, "
-        "copies of tokens for their experts, output gates, gated norm), conv_gates (GDN convolution and gates), or "
+        "copies of tokens for their experts, output gates, gated norm), gdn_prologue (GDN convolution and gates), or "
         "layer (whole layers)",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
@@ -181,9 +181,6 @@ class KernelsConfig(Section):
     gated_delta_rule: Literal["auto", "reference", "fla", "flash_qla"] = Field(
         "auto",
         description="gated delta rule; auto takes flash_qla where that is installed and the model's heads have 128",
-    )
-    causal_conv1d: Literal["auto", "reference", "fla"] = Field(
-        "auto", description="GDN short convolution; auto is a part of what kernels.fused chooses, where that is triton"
     )
     varlen_attention: Literal["auto", "reference", "flash"] = Field("auto", description="softmax attention")
     grouped_matmul: Literal["auto", "reference", "grouped_mm", "triton"] = Field(

@@ -1,4 +1,4 @@
-"""Settings as they were given: files and command line words, whatever their spelling, as dotted keys with origin."""
+"""Settings as they were given: files and command line, under any accepted spelling, as dotted keys with origin."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qwen3next_train.config import huggingface, megatron
 from qwen3next_train.config.describe import keys, subsections
-from qwen3next_train.config.faults import RefusedValue, show, show_name, unknown_key
+from qwen3next_train.config.error_lines import RejectedValue, show, show_name, unknown_key
 from qwen3next_train.config.megatron import MegatronArgument
+from qwen3next_train.config.renamed import renamed_key
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import Value, parse_scalar, read_yaml
 from qwen3next_train.errors import ConfigError
@@ -59,14 +60,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Given:
-    """What one source gave: settings in order, and one line per fault."""
+    """What one source gave: settings in order, and one line per error."""
 
     settings: list[Setting]
-    faults: list[str]
+    errors: list[str]
 
 
 def from_file(path: Path, level: int) -> Given:
-    """Read one configuration file; faults of single keys are collected.
+    """Read one configuration file; errors of single keys are collected.
 
     Raises:
         ConfigError: when the file is unreadable or not strict YAML.
@@ -92,12 +93,12 @@ def from_command_line(overrides: Sequence[tuple[str, str]], level: int) -> Given
         try:
             reader.override(name, text)
         except ConfigError as error:
-            reader.given.faults.append(str(error))
+            reader.given.errors.append(str(error))
     return reader.given
 
 
 class _Reader:
-    """Collects the settings and faults of one source."""
+    """Collects the settings and errors of one source."""
 
     def __init__(self, level: int, file: str) -> None:
         self.given = Given([], [])
@@ -108,7 +109,7 @@ class _Reader:
         """A section of a file, its subsections included."""
         if not isinstance(value, dict):
             text = f"not a mapping (got {show(value)}); put its keys below it, or remove the line"
-            self.given.faults.append(f"{self._file}: {section}: {text}")
+            self.given.errors.append(f"{self._file}: {section}: {text}")
             return
         for name, item in value.items():
             key = f"{section}.{name}"
@@ -135,8 +136,8 @@ class _Reader:
         origin = Origin(self._level, self._file, spelled, argument.flag)
         try:
             converted = argument.convert(value)
-        except RefusedValue as error:
-            self.given.faults.append(f"{origin.place}: {error}")
+        except RejectedValue as error:
+            self.given.errors.append(f"{origin.place}: {error}")
             return
         for key, item in converted.items():
             self._add(key, item, origin)
@@ -158,26 +159,28 @@ class _Reader:
             self.unknown(key, text)
 
     def unknown(self, name: str, value: Value) -> None:
-        """A key that nobody knows."""
+        """A key that does not exist."""
         candidates = [*keys(), PRESET_KEY]
         if self._file and "." not in name:
             candidates += [*subsections()]
         section, _, leaf = name.partition(".")
-        if self._file and name in keys():
+        if renamed := renamed_key(name, value):
+            text = renamed
+        elif self._file and name in keys():
             text = f"a dotted key (got {show(value)}); write '{leaf}:' below '{section}:'"
         else:
             # A hyphen means Megatron-LM's spelling was meant.
             flags = [argument.flag for argument in megatron.arguments()]
             text = unknown_key(name, value, flags if "-" in name.strip("-") and "." not in name else candidates + flags)
         shown = show_name(name)
-        self.given.faults.append(f"{self._file}: {shown}: {text}" if self._file else f"--{shown}: {text}")
+        self.given.errors.append(f"{self._file}: {shown}: {text}" if self._file else f"--{shown}: {text}")
 
     def _huggingface(self, key: str, name: str, value: Value) -> None:
         origin = Origin(self._level, self._file, self._spelled(key))
         try:
             converted = huggingface.convert(name, value)
-        except RefusedValue as error:
-            self.given.faults.append(f"{origin.place}: {error}")
+        except RejectedValue as error:
+            self.given.errors.append(f"{origin.place}: {error}")
             return
         for target, item in converted.items():
             self._add(target, item, origin)

@@ -2,7 +2,7 @@
 
 PyYAML follows YAML 1.1, where ``1e-3`` is text, ``no`` is false, ``0123`` is 83, ``12:30`` is 750, a repeated
 key silently wins, and a few hundred bytes of aliases unfold into gigabytes. Here scalars follow the core
-schema of YAML 1.2 without octal and hexadecimal numbers, and everything else is refused with its line.
+schema of YAML 1.2 without octal and hexadecimal numbers, and everything else is rejected with its line.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def dump_yaml(value: Value) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses everything beyond plain trees while the node tree is composed."""
+    """Rejects everything beyond plain trees while the node tree is composed."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -120,19 +120,19 @@ class _StrictLoader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         self._depth += 1
         self._num_nodes += 1
-        refusal = ""
+        rejection = ""
         if isinstance(event, yaml.AliasEvent):
-            refusal = "aliases (*name) are not supported; write the value out"
+            rejection = "aliases (*name) are not supported; write the value out"
         elif event.anchor is not None:
-            refusal = "anchors (&name) are not supported; write the value where it is used"
+            rejection = "anchors (&name) are not supported; write the value where it is used"
         elif event.tag is not None:
-            refusal = "tags (!name) are not supported; write the plain value"
+            rejection = "tags (!name) are not supported; write the plain value"
         elif self._depth > MAX_DEPTH:
-            refusal = f"nested deeper than {MAX_DEPTH} levels; flatten it"
+            rejection = f"nested deeper than {MAX_DEPTH} levels; flatten it"
         elif self._num_nodes > MAX_NODES:
-            refusal = f"more than {MAX_NODES} values; a configuration is a few hundred"
-        if refusal:
-            raise yaml.composer.ComposerError(None, None, refusal, event.start_mark)
+            rejection = f"more than {MAX_NODES} values; a configuration is a few hundred"
+        if rejection:
+            raise yaml.composer.ComposerError(None, None, rejection, event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -142,7 +142,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that would be read as something else, keeps lists of scalars on one line."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Never write aliases: the reader refuses them."""
+        """Never write aliases: the reader rejects them."""
         return True
 
 

@@ -14,12 +14,12 @@ MAX_BF16_BETA = 0.99
 
 
 @dataclass(frozen=True)
-class Fault:
+class RuleViolation:
     """One broken rule.
 
     Args:
         keys: the settings involved, the one to name first at the front.
-        message: a whole sentence with values and remedy.
+        message: a whole sentence with values and hint.
     """
 
     keys: tuple[str, ...]
@@ -41,24 +41,24 @@ def wsd_decay_steps(schedule: ScheduleConfig, run_steps: int) -> int:
     return schedule.decay_steps or max(run_steps // 10, 1)
 
 
-def validate(config: Config) -> list[Fault]:
+def validate(config: Config) -> list[RuleViolation]:
     """All broken rules of a configuration whose ``layer_types`` are resolved, whatever the world size."""
     return [
-        *model_faults(config.model),
-        *_run_faults(config),
-        *_optimizer_faults(config.optimizer),
-        *_schedule_faults(config),
-        *_data_faults(config),
+        *model_violations(config.model),
+        *_run_violations(config),
+        *_optimizer_violations(config.optimizer),
+        *_schedule_violations(config),
+        *_data_violations(config),
     ]
 
 
-def world_faults(config: Config, world_size: int) -> list[Fault]:
+def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
     """Broken rules of running the configuration on ``world_size`` processes."""
-    faults = []
+    violations = []
     run, parallel = config.run, config.parallel
     if world_size % parallel.expert_parallel_size:
-        faults.append(
-            Fault(
+        violations.append(
+            RuleViolation(
                 ("parallel.expert_parallel_size",),
                 f"{parallel.expert_parallel_size} does not divide the world size {world_size}; choose a divisor or "
                 "start another number of processes",
@@ -66,15 +66,15 @@ def world_faults(config: Config, world_size: int) -> list[Fault]:
         )
     rows = world_size * run.micro_batch_size
     if run.global_batch_size % rows:
-        faults.append(
-            Fault(
+        violations.append(
+            RuleViolation(
                 ("run.global_batch_size", "run.micro_batch_size"),
                 f"run.global_batch_size {run.global_batch_size} is not a multiple of world size {world_size} x "
                 f"run.micro_batch_size {run.micro_batch_size} = {rows}; choose a multiple of {rows}, "
                 "a smaller micro batch or another number of processes",
             )
         )
-    return faults
+    return violations
 
 
 def validate_for_world(config: Config, world_size: int) -> None:
@@ -83,29 +83,29 @@ def validate_for_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: one line per broken rule.
     """
-    faults = world_faults(config, world_size)
-    if faults:
-        raise ConfigError("\n".join(f"{fault.keys[0]}: {fault.message}" for fault in faults))
+    violations = world_violations(config, world_size)
+    if violations:
+        raise ConfigError("\n".join(f"{violation.keys[0]}: {violation.message}" for violation in violations))
 
 
-def layer_faults(model: ModelConfig) -> Iterator[Fault]:
+def layer_violations(model: ModelConfig) -> Iterator[RuleViolation]:
     """Broken rules of the layer pattern; checked before a pattern is expanded."""
     if model.num_hidden_layers > MAX_LAYERS:
-        yield Fault(
+        yield RuleViolation(
             ("model.num_hidden_layers",),
             f"model.num_hidden_layers {model.num_hidden_layers} is more than {MAX_LAYERS}; choose a smaller number",
         )
     elif model.layer_types and len(model.layer_types) != model.num_hidden_layers:
-        yield Fault(
+        yield RuleViolation(
             ("model.layer_types", "model.num_hidden_layers"),
             f"model.layer_types has {len(model.layer_types)} entries for model.num_hidden_layers "
             f"{model.num_hidden_layers}; give one per layer, or model.full_attention_interval instead",
         )
 
 
-def model_faults(model: ModelConfig) -> Iterator[Fault]:
+def model_violations(model: ModelConfig) -> Iterator[RuleViolation]:
     """Broken rules inside the model section."""
-    yield from layer_faults(model)
+    yield from layer_violations(model)
     pairs = (
         ("num_attention_heads", "num_key_value_heads"),
         ("linear_num_value_heads", "linear_num_key_heads"),
@@ -113,73 +113,73 @@ def model_faults(model: ModelConfig) -> Iterator[Fault]:
     values = model.model_dump(include={name for pair in pairs for name in pair})
     for heads, groups in pairs:
         if values[heads] % values[groups]:
-            yield Fault(
+            yield RuleViolation(
                 (f"model.{heads}", f"model.{groups}"),
                 f"model.{heads} {values[heads]} is not a multiple of model.{groups} {values[groups]}; "
                 "change one of them",
             )
     rotated = rotary_dim(model)
     if rotated % 2 or rotated == 0:
-        yield Fault(
+        yield RuleViolation(
             ("model.partial_rotary_factor", "model.head_dim"),
             f"model.partial_rotary_factor {model.partial_rotary_factor} x model.head_dim {model.head_dim} rotates "
             f"{rotated} dimensions; RoPE rotates pairs, so make it an even number above 0",
         )
     if model.num_experts_per_tok > model.num_experts:
-        yield Fault(
+        yield RuleViolation(
             ("model.num_experts_per_tok", "model.num_experts"),
             f"model.num_experts_per_tok {model.num_experts_per_tok} is more than model.num_experts "
             f"{model.num_experts}; send each token to fewer experts",
         )
     if model.shared_expert_gate and not model.shared_expert_intermediate_size:
-        yield Fault(
+        yield RuleViolation(
             ("model.shared_expert_gate", "model.shared_expert_intermediate_size"),
             "model.shared_expert_gate true needs a shared expert but model.shared_expert_intermediate_size is 0; "
             "give a width, or set model.shared_expert_gate to false",
         )
 
 
-def _run_faults(config: Config) -> Iterator[Fault]:
+def _run_violations(config: Config) -> Iterator[RuleViolation]:
     run, model, parallel = config.run, config.model, config.parallel
     if run.global_batch_size % run.micro_batch_size:
-        yield Fault(
+        yield RuleViolation(
             ("run.global_batch_size", "run.micro_batch_size"),
             f"run.global_batch_size {run.global_batch_size} is not a multiple of run.micro_batch_size "
             f"{run.micro_batch_size}; change one of them",
         )
     if model.num_experts % parallel.expert_parallel_size:
-        yield Fault(
+        yield RuleViolation(
             ("parallel.expert_parallel_size", "model.num_experts"),
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
     if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
         # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
-        yield Fault(
+        yield RuleViolation(
             ("parallel.offload_optimizer", "parallel.zero_stage"),
             "parallel.offload_optimizer cpu clips by a wrong gradient norm with parallel.zero_stage 3; set "
             "parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
         )
     if not run.dir.strip() or "\0" in run.dir:
-        yield Fault(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
+        yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
 
 
-def _optimizer_faults(optimizer: OptimizerConfig) -> Iterator[Fault]:
+def _optimizer_violations(optimizer: OptimizerConfig) -> Iterator[RuleViolation]:
     if optimizer.moments_dtype != "bf16":
         return
     for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
         if beta > MAX_BF16_BETA:
-            yield Fault(
+            yield RuleViolation(
                 (f"optimizer.{name}", "optimizer.moments_dtype"),
                 f"optimizer.{name} {beta} changes a moment by less than bf16 can hold; with "
                 f"optimizer.moments_dtype bf16 give at most {MAX_BF16_BETA}, or set optimizer.moments_dtype to fp32",
             )
 
 
-def _schedule_faults(config: Config) -> Iterator[Fault]:
+def _schedule_violations(config: Config) -> Iterator[RuleViolation]:
     steps, schedule, peak = config.run.steps, config.schedule, config.optimizer.lr
     if schedule.warmup_steps > steps:
-        yield Fault(
+        yield RuleViolation(
             ("schedule.warmup_steps", "run.steps"),
             f"schedule.warmup_steps {schedule.warmup_steps} is more than run.steps {steps}; "
             "lower schedule.warmup_steps",
@@ -187,44 +187,48 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     if schedule.kind == "constant":
         return
     if schedule.min_lr > peak:
-        yield Fault(
+        yield RuleViolation(
             ("schedule.min_lr", "optimizer.lr"),
             f"schedule.min_lr {schedule.min_lr} is more than optimizer.lr {peak}; lower schedule.min_lr",
         )
     if schedule.kind == "wsd":
         decay = wsd_decay_steps(schedule, steps)
         if schedule.warmup_steps <= steps < schedule.warmup_steps + decay:
-            yield Fault(
+            yield RuleViolation(
                 ("schedule.decay_steps", "schedule.warmup_steps", "run.steps"),
                 f"schedule.warmup_steps {schedule.warmup_steps} + schedule.decay_steps {decay} is more than run.steps "
                 f"{steps}; shorten the warm-up or the decay",
             )
     elif 0 < schedule.decay_steps < schedule.warmup_steps:
-        yield Fault(
+        yield RuleViolation(
             ("schedule.decay_steps", "schedule.warmup_steps"),
             f"schedule.decay_steps {schedule.decay_steps} ends the decay before schedule.warmup_steps "
             f"{schedule.warmup_steps}; it counts from step 0, warm-up included",
         )
 
 
-def _data_faults(config: Config) -> Iterator[Fault]:
+def _data_violations(config: Config) -> Iterator[RuleViolation]:
     data, model = config.data, config.model
     if data.sequence_length > model.max_position_embeddings:
-        yield Fault(
+        yield RuleViolation(
             ("data.sequence_length", "model.max_position_embeddings"),
             f"data.sequence_length {data.sequence_length} is more than model.max_position_embeddings "
             f"{model.max_position_embeddings}; shorten the rows or raise the limit",
         )
     if data.sequence_length <= model.mtp_num_layers:
-        yield Fault(
+        yield RuleViolation(
             ("data.sequence_length", "model.mtp_num_layers"),
             f"data.sequence_length {data.sequence_length} leaves no target for model.mtp_num_layers "
             f"{model.mtp_num_layers}; make rows longer than the MTP depth",
         )
     if not data.sources:
-        yield Fault(("data.sources",), "no source (got []); name at least one, such as builtin:python-stdlib")
+        yield RuleViolation(("data.sources",), "no source (got []); name at least one, such as builtin:python-stdlib")
     for key, sources in (("data.sources", data.sources), ("data.validation_sources", data.validation_sources)):
         if any(not source.source.strip() for source in sources):
-            yield Fault((key,), "a source without a name (got ''); name a file, a data set or builtin:python-stdlib")
+            yield RuleViolation(
+                (key,), "a source without a name (got ''); name a file, a data set or builtin:python-stdlib"
+            )
     if not data.tokenizer.strip():
-        yield Fault(("data.tokenizer",), "no tokenizer (got ''); name a tokenizer.json, a folder or builtin:python-4k")
+        yield RuleViolation(
+            ("data.tokenizer",), "no tokenizer (got ''); name a tokenizer.json, a folder or builtin:python-4k"
+        )

@@ -1,4 +1,4 @@
-"""What data is, by content: digests of source files, remembered while size and modification time stay the same."""
+"""Digests of the content of source files, remembered while size and modification time stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the documents of a source's files, one at a time, in bounded memory; every fault names file and line."""
+"""Reads the documents of a source's files, one at a time, in bounded memory; every error names file and line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen3next_train.data.sources import FileSource, SourceFile
 from qwen3next_train.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 30
-"""Longest document read into memory; a longer line or file is refused instead of exhausting the machine."""
+"""Longest document read into memory; a longer line or file is rejected instead of exhausting the machine."""
 
 _ROWS_PER_BATCH = 1024
 _MAX_TOKEN_ID = (1 << 31) - 1

@@ -1,4 +1,4 @@
-"""From configured sources to opened token stores: tokenise once, split, check that all belongs together."""
+"""Turns configured sources into opened token stores: tokenises once, splits, checks that all belongs together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far tokenisation is: a live line on a terminal, a plain line now and then elsewhere, nothing on other ranks."""
+"""Progress of tokenisation: a live line on a terminal, a plain line now and then elsewhere, nothing on other ranks."""
 
 from __future__ import annotations
 

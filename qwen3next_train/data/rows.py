@@ -122,7 +122,7 @@ class RowSampler:
 
 
 def require_one_row(documents: DocumentRange, sequence_length: int) -> None:
-    """Refuse a stream that cannot fill one row.
+    """Reject a stream that cannot fill one row.
 
     Raises:
         DataError: fewer than ``sequence_length + 1`` tokens.

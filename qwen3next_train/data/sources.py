@@ -52,7 +52,7 @@ class FileSource:
         label: the source as the user wrote it.
         files: at least one.
         text_field: column or JSON key with the text.
-        lenient: text files that are not UTF-8 are skipped and counted instead of refused.
+        lenient: text files that are not UTF-8 are skipped and counted instead of rejected.
     """
 
     label: str

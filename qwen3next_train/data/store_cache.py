@@ -27,7 +27,7 @@ from qwen3next_train.log import get_logger
 # The cache may be a folder that holds other things as well.
 _STAGING_NAME = re.compile(r"\.(?P<key>[0-9a-f]{32})-[a-z0-9_]+")
 _ABANDONED_AFTER_S = 24 * 3600.0
-_REMEDY = "free space or set data.cache_dir to a folder that can be written"
+_HINT = "free space or set data.cache_dir to a folder that can be written"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def get_or_build(cache_dir: Path, key: str, label: str, build: Callable[[Path], 
     found = _open_or_report(cache_dir / key)
     if found is not None:
         return found
-    with storage_errors(cache_dir, _REMEDY):
+    with storage_errors(cache_dir, _HINT):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f".{key}.lock", label) as is_locked:
             found = _open_or_report(cache_dir / key)

@@ -105,13 +105,13 @@ class StoreWriter:
 
 
 @contextmanager
-def storage_errors(where: Path, remedy: str) -> Iterator[None]:
+def storage_errors(where: Path, hint: str) -> Iterator[None]:
     """Turn an :class:`OSError` of the block (permission, disk full) into a one-line :class:`StorageError`."""
     try:
         yield
     except OSError as error:
         path = error.filename if isinstance(error.filename, str) else where
-        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {remedy}") from None
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {hint}") from None
 
 
 @contextmanager

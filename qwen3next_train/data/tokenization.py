@@ -1,4 +1,4 @@
-"""Text to token ids through a Hugging Face ``tokenizer.json``."""
+"""Converts text to token ids with a Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Tokenizer:
         """Hash of the file; equal for equal tokenizers wherever they lie."""
 
     def require_vocab_size(self, vocab_size: int) -> None:
-        """Refuse a model whose embedding is smaller than the vocabulary.
+        """Reject a model whose embedding is smaller than the vocabulary.
 
         Raises:
             ConfigError: some token has no row in the embedding.

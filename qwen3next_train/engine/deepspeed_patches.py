@@ -1,4 +1,4 @@
-"""What leans on DeepSpeed's insides: replaced functions, private names, and what its import does to the process.
+"""What depends on DeepSpeed's internals: replaced functions, private names, and what its import does to the process.
 
 DeepSpeed is pinned for their sake; each says what it replaces and why. Expert layers, which DeepSpeed knows by their
 class, are in ``engine.expert_block``.

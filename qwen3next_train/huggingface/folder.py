@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
 from qwen3next_train.checkpoint.tensor_file import open_tensor_file
-from qwen3next_train.config.faults import show, show_name
+from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.errors import CheckpointError, DataError
 
 CONFIG_NAME = "config.json"

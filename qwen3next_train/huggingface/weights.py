@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights
-from qwen3next_train.config.faults import show, show_name
+from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.config.huggingface import MTP_KEY, model_config_from_hf
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import DataError

@@ -1,4 +1,4 @@
-"""What people read: a line per logged step, a live bar on a terminal, and ``log.txt``."""
+"""Console output: a line per logged step, a live bar on a terminal, and ``log.txt``."""
 
 from __future__ import annotations
 

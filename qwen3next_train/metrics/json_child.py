@@ -1,4 +1,4 @@
-"""A child process that is talked to in JSON lines and never trusted to answer."""
+"""A child process that exchanges JSON lines with its parent, which never depends on an answer."""
 
 from __future__ import annotations
 

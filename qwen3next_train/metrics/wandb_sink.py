@@ -1,4 +1,4 @@
-"""Weights & Biases, kept at arm's length: wandb runs in a process of its own and can neither stop nor stall training.
+"""Weights & Biases: wandb runs in a process of its own, so that it can neither stop nor stall training.
 
 Inside the training process, wandb 0.31 would hold the interpreter during its import, replace ``sys.excepthook``,
 refuse an offline run after a failed online one ("run ID is in use"), and wait at exit for as long as its server

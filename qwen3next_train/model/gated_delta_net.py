@@ -48,7 +48,7 @@ class ShortConvolution(nn.Module):
         ) -> GdnPrologueOutputs:
             return self.kernel(qkvz_TP, ba_TM, weight.squeeze(1), *gates, heads=self.heads, sequences=sequences)
 
-        return recomputed("conv_gates", convolve, qkvz_TP, ba_TM, self.weight, A_log_N, dt_bias_N)
+        return recomputed("gdn_prologue", convolve, qkvz_TP, ba_TM, self.weight, A_log_N, dt_bias_N)
 
 
 class GatedDeltaNet(nn.Module):

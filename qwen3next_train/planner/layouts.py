@@ -16,7 +16,7 @@ from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu,
 from qwen3next_train.config.schema import Config, ModelConfig, MomentsDtype, OptimizerConfig, RecomputePart
 from qwen3next_train.config.validate import MAX_BF16_BETA
 
-CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
+CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
 """Recompute without large matrix products: cheaper than keeping the results."""
 USABLE_FRACTION = 0.95
 """Share of the device memory a plan may fill; the allocator loses the rest to fragmentation."""
@@ -185,7 +185,7 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
         sorted({layout.offload_optimizer, True}),
     ):
         if offload and zero_stage == 3:
-            continue  # a combination that config.validate refuses
+            continue  # a combination that config.validate rejects
         yield replace(
             layout,
             expert_parallel_size=expert_parallel_size,

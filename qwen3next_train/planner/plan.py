@@ -97,7 +97,7 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         tokens: tokens to train on; None takes ``run.steps``.
 
     Raises:
-        ConfigError: a number out of range, or a layout that training would refuse.
+        ConfigError: a number out of range, or a layout that training would reject.
     """
     _check_inputs(config, gpus=gpus, mfu=mfu, tokens=tokens)
     layout = Layout.of(config, gpus)

@@ -52,7 +52,7 @@ def extra_work(recompute: frozenset[RecomputePart], workload: Workload) -> float
     if "layer" in recompute:
         again = sum(count for part, count in flops.items() if part not in PARTS_OUTSIDE_LAYERS)
     else:
-        again = flops["gdn_conv"] if "conv_gates" in recompute else 0
+        again = flops["gdn_conv"] if "gdn_prologue" in recompute else 0
     return again / TRAINING_PASSES / workload.flops_per_step
 
 

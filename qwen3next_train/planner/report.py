@@ -38,7 +38,7 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
         The exit code; a layout that does not fit is an answer, not a failure.
 
     Raises:
-        ConfigError: an unknown GPU, a number out of range, or a layout that training would refuse.
+        ConfigError: an unknown GPU, a number out of range, or a layout that training would reject.
     """
     if gpu != NO_GPU and find_device(gpu) is None:
         known = ", ".join(device.name for device in DEVICES)

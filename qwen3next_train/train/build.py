@@ -1,4 +1,4 @@
-"""All wiring of a run and no logic of training: configuration and context in, ``loop.Run`` out."""
+"""Builds a ``loop.Run`` from configuration and process context; holds no logic of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.workload import workload_of
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import CheckpointManager, Found
+from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import compare_configs
@@ -54,7 +54,7 @@ class _Restored:
     """
 
     state: TrainState
-    found: Found | None
+    found: VerifiedCheckpoint | None
     initial: InitialWeights | None
 
 
@@ -72,7 +72,7 @@ def build_run(
 ) -> Run:
     """Prepare data, find the newest checkpoint, build model and engine, restore.
 
-    What can be refused is refused before the model is built, wrong kernels right after it.
+    What can be rejected is rejected before the model is built, wrong kernels right after it.
 
     Args:
         config: the resolved configuration.
@@ -135,16 +135,16 @@ def _restore_state(
     run_dir: RunDirectory,
     context: ProcessContext,
 ) -> _Restored:
-    """Progress of the newest checkpoint, refused when it belongs to another configuration or other data."""
+    """Progress of the newest checkpoint, rejected when it belongs to another configuration or other data."""
     # Before a terabyte is verified for nothing, as if there were a checkpoint of the first step; what depends on the
     # step is looked at again below.
     recorded = run_dir.read_config()
     if recorded is not None:
-        _refuse_other_configuration(run_dir, recorded, config, step=1)
+        _check_same_configuration(run_dir, recorded, config, step=1)
     found = checkpoints.find_latest()
     if found is None:
         if recorded is not None:
-            _refuse_other_configuration(run_dir, recorded, config, step=0)
+            _check_same_configuration(run_dir, recorded, config, step=0)
         wandb_id: str = context.control.broadcast_json(run_dir.read_info().get("wandb_id") or new_run_id())
         new = TrainState(
             step=0,
@@ -158,7 +158,7 @@ def _restore_state(
         )
         return _Restored(new, None, find_initial_weights(config, context.control))
     state = found.manifest.train_state
-    _refuse_other_configuration(run_dir, found.manifest.config, config, step=found.step)
+    _check_same_configuration(run_dir, found.manifest.config, config, step=found.step)
     if state.data_fingerprint != prepared.fingerprint:
         raise DataError(
             f"run.dir: {found.path}: the training data is not what the run started with (fingerprint "
@@ -167,9 +167,7 @@ def _restore_state(
     return _Restored(state, found, None)
 
 
-def _refuse_other_configuration(
-    run_dir: RunDirectory, recorded: Mapping[str, Any], config: Config, *, step: int
-) -> None:
+def _check_same_configuration(run_dir: RunDirectory, recorded: Mapping[str, Any], config: Config, *, step: int) -> None:
     """Raise when ``config`` would not continue the curve that ``recorded`` has begun in the directory."""
     changes = compare_configs(recorded, config, step=step)
     decisive = [*changes.shape, *changes.trajectory]

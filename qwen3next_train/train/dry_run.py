@@ -19,7 +19,7 @@ def dry_run(config: Config) -> int:
     """Build the model on the meta device and print it, the kernels and the first rows.
 
     Raises:
-        TrainError: whatever a real run would refuse: device, kernels, data.
+        TrainError: whatever a real run would reject: device, kernels, data.
     """
     device = select_device(config.run.device, local_rank=0)
     dtype = DTYPES[config.run.precision]

@@ -1,4 +1,4 @@
-"""The training loop: one paragraph per step."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def train(run: Run) -> str | None:
         if report is not Report.NONE:
             _log(run, result.metrics | speed)
         run.progress(step)
-        _refuse_divergence(run)
+        _check_divergence(run)
         stopped_by = _agree_to_stop(run)
         if stopped_by or _save_due(run.config, step):
             save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
@@ -182,7 +182,7 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
         sink.log(record)
 
 
-def _refuse_divergence(run: Run) -> None:
+def _check_divergence(run: Run) -> None:
     if run.consecutive_skips >= run.config.run.max_skipped_steps:
         raise DivergedError(
             f"step {run.state.step}: gradients were not finite for {run.consecutive_skips} steps in a row "

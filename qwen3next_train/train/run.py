@@ -95,7 +95,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
             opened.callback(run_dir.close)
             if rank == 0:
                 opened.callback(open_run_log(run_dir.log_path, Redactor(os.environ)).close)
-            # All ranks would be refused alike. When another one were first, torchrun would end rank 0, which
+            # All ranks would be rejected alike. When another one were first, torchrun would end rank 0, which
             # holds the directory, before it has said why.
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
                 check_world()

@@ -15,6 +15,7 @@ from typing import Any
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
 from qwen3next_train.config.describe import sections, to_yaml
+from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import read_yaml
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
@@ -87,7 +88,7 @@ class RunDirectory:
     def name_attempt(self, control: ControlGroup) -> None:
         """Give the attempt a name of its own; to be called on all ranks, once they have found each other.
 
-        Until then its name is how it was launched, which a second start that is about to be refused can share.
+        Until then its name is how it was launched, which a second start that is about to be rejected can share.
 
         Raises:
             StorageError: the lock file cannot be written.
@@ -118,7 +119,7 @@ class RunDirectory:
         wandb_id: str,
         command: Sequence[str],
     ) -> None:
-        """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once nothing speaks against the attempt.
+        """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once all checks of the attempt have passed.
 
         Args:
             config: the resolved configuration.
@@ -163,7 +164,8 @@ class RunDirectory:
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the attempt before, None when none has logged a step here or the file is damaged.
 
-        Keys are not checked, an earlier version may have had others. A checkpoint has a copy of its own.
+        Keys are not checked, an earlier version may have had others; those it has renamed have their new names. A
+        checkpoint has a copy of its own.
         """
         path = self.path / "config.yaml"
         if not path.is_file() or not self.metrics_path.is_file() or not self.metrics_path.stat().st_size:
@@ -178,12 +180,12 @@ class RunDirectory:
         if lost:
             get_logger().warning("%s: %s missing; only the checkpoint's own copy is compared", path, ", ".join(lost))
             return None
-        return tree
+        return with_current_names(tree)
 
     def finish(self, code: ExitCode, reason: str, *, step: int | None = None) -> bool:
-        """Say in ``exit.json`` how this attempt ended. The first rank that fails is the one that is heard.
+        """Record in ``exit.json`` how this attempt ended. If several ranks fail, the first one's reason is kept.
 
-        Success is rank 0's to say. Never raises: there is already something to report. Writes nothing when the
+        Only rank 0 reports success. Never raises: there is already something to report. Writes nothing when the
         directory belongs to another attempt, such as the one whose lock ended this one.
 
         Args:
@@ -305,9 +307,9 @@ class RunDirectory:
 
 
 def record_end(path: Path, error: TrainError) -> None:
-    """Say in ``exit.json`` of a run directory how an attempt ended of which no process is left to say it.
+    """Record in ``exit.json`` of a run directory how an attempt ended when none of its processes can.
 
-    What stands there is replaced. A directory that is in use or cannot be written is left alone.
+    The file's content is replaced. A directory that is in use or cannot be written is left alone.
     """
     run_dir = RunDirectory(path, rank=0)
     try:

@@ -22,7 +22,7 @@ from op_cases_delta_net import delta_net_cases
 from op_cases_dense import dense_cases
 from op_cases_moe import moe_cases
 
-from qwen3next_train.cli.arguments import Option, parse_words
+from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import ConfigError, TrainError
@@ -177,11 +177,11 @@ def _all_cases() -> Iterator[OpCase]:
 
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; 1 when an operation is wrong."""
-    words = parse_words(argv, OPTIONS)
+    args = parse_arguments(argv, OPTIONS)
     if not torch.cuda.is_available():
         raise ConfigError("run.device: cuda is not available on this machine; operations are measured on a GPU")
     device = torch.device("cuda", 0)
-    config = load_config([], words.overrides).config
+    config = load_config([], args.overrides).config
     kernels = select_kernels(config.kernels, device, model=config.model)
     references = select_kernels(
         KernelsConfig.model_validate(dict.fromkeys(KernelsConfig.model_fields, "reference")), device
@@ -192,11 +192,11 @@ def main(argv: list[str]) -> int:
     print(f"{format_choices(kernels.choices)}\n{HEADER}", flush=True)
     rows = []
     for case in _all_cases():
-        if (words.last("--only") or "") in case.name:
-            rows.append(measure_case(case, kernels, references, device, rates, int(words.last("--iters") or 20)))
+        if (args.last("--only") or "") in case.name:
+            rows.append(measure_case(case, kernels, references, device, rates, int(args.last("--iters") or 20)))
             print(rows[-1].line(), flush=True)
             torch.cuda.empty_cache()
-    target = words.last("--json")
+    target = args.last("--json")
     if target is not None:
         report = {"versions": software_versions(), "rates": asdict(rates), "rows": [asdict(row) for row in rows]}
         Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

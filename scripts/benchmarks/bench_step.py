@@ -31,7 +31,7 @@ from bench_shapes import Routing, model_flops, random_batch, random_model
 from device_timing import GIB, AdamWTimer, Timing, device_name, measure
 
 from qwen3next_train.accounting.hardware import find_device
-from qwen3next_train.cli.arguments import Option, parse_words
+from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.cli.commands import load
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.engine.base import Report, StepTotals
@@ -281,21 +281,21 @@ def bench(config: Config, name: str, words: Sequence[str], *, iterations: int, w
 
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for."""
-    words = parse_words(argv, OPTIONS)
-    iterations = int(words.last("--iters") or 10)
+    args = parse_arguments(argv, OPTIONS)
+    iterations = int(args.last("--iters") or 10)
     if iterations < 1:
         raise ConfigError("--iters: give a whole number > 0")
-    only = (words.last("--only") or "").replace("/", ",").split(",")
-    target = words.last("--json")
-    if "--config" not in words.options:
+    only = (args.last("--only") or "").replace("/", ",").split(",")
+    target = args.last("--json")
+    if "--config" not in args.options:
         results = _each_shape_by_itself(argv)
     else:
-        files = list(words.options["--config"])
+        files = list(args.options["--config"])
         print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
         wanted = [word for word in only if word]
         name = "+".join(Path(file).stem for file in files)
-        profile = "--profile" in words.options
-        results = [bench(load(words).config, name, wanted, iterations=iterations, with_profile=profile)]
+        profile = "--profile" in args.options
+        results = [bench(load(args).config, name, wanted, iterations=iterations, with_profile=profile)]
     if target is not None:
         report = {"date": time.strftime("%Y-%m-%d"), "versions": software_versions(), "results": results}
         Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from qwen3next_train.cli.arguments import parse_words
+from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.cli.commands import OPTIONS, load
 from qwen3next_train.data.prepare import PreparedSource, prepare_stores
 
@@ -26,7 +26,7 @@ DISCOUNT = 0.75
 
 def main(argv: list[str]) -> int:
     """Print one line per baseline."""
-    config = load(parse_words(argv, OPTIONS)).config
+    config = load(parse_arguments(argv, OPTIONS)).config
     prepared = prepare_stores(config)
     vocab_size = config.model.vocab_size
     asset = files("qwen3next_train.data").joinpath("assets", "python-4k", "tokenizer.json")

@@ -89,7 +89,6 @@ parallel.recompute
 parallel.offload_optimizer
 
 kernels.gated_delta_rule
-kernels.causal_conv1d
 kernels.varlen_attention
 kernels.grouped_matmul
 kernels.fused

@@ -36,7 +36,7 @@ def _losses(corpus: Path, run_dir: Path, **overrides: object) -> list[float]:
     [
         {"parallel__offload_optimizer": "cpu"},
         {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": 2, "optimizer__moments_dtype": "bf16"},
-        {"optimizer__moments_dtype": "bf16", "parallel__recompute": "[norms, activations, conv_gates]"},
+        {"optimizer__moments_dtype": "bf16", "parallel__recompute": "[norms, activations, gdn_prologue]"},
         {"parallel__zero_stage": 3, "parallel__recompute": "[layer]"},
     ],
     ids=["offload", "offload bf16", "bf16 recompute", "zero-3 layer"],

@@ -63,7 +63,7 @@ def test_sources_exist_and_are_kept() -> None:
         assert len(set(names)) == len(names)
         assert all(set(tensor.sources) <= set(names) for tensor in tensors)
         assert kept_tensors(tensors, ()) == tensors
-        everything = kept_tensors(tensors, ("norms", "activations", "conv_gates"))
+        everything = kept_tensors(tensors, ("norms", "activations", "gdn_prologue"))
         assert everything == tuple(tensor for tensor in tensors if tensor.part is None)
 
 
@@ -101,7 +101,7 @@ def test_parts_besides_whole_layers_count_outside_of_layers() -> None:
 def test_each_part_saves_what_it_rebuilds() -> None:
     """TINY in bf16 by hand: width 8, 6 key and 10 value channels, 2 heads, 4 query columns, 4 key columns."""
     none = _with()
-    norms, activations, gates = _with("norms"), _with("activations"), _with("conv_gates")
+    norms, activations, gates = _with("norms"), _with("activations"), _with("gdn_prologue")
     for kind, saved in (
         ("gdn", 16 * 2 * 8),
         ("attention", 2 * 16 * 2 * (8 + 8 + 4)),
@@ -116,7 +116,7 @@ def test_each_part_saves_what_it_rebuilds() -> None:
 
 def test_rebuilt_tensors_of_one_layer_exist_again() -> None:
     """Of the kind of layer that recomputes most."""
-    none, cheap = _with(), _with("norms", "activations", "conv_gates")
+    none, cheap = _with(), _with("norms", "activations", "gdn_prologue")
     gdn = none["activations_gdn"] - cheap["activations_gdn"]
     attention = (none["activations_attention"] - cheap["activations_attention"]) // 2
     moe = (none["activations_moe"] - cheap["activations_moe"]) // 3
@@ -129,7 +129,7 @@ def test_recomputing_never_keeps_more(precision: Precision) -> None:
     """More parts, fewer bytes."""
     layout = Layout(64, 8, 1, precision, 1, 4096)
     ladder: tuple[tuple[RecomputePart, ...], ...] = (
-        *((), ("norms",), ("norms", "activations"), ("norms", "activations", "conv_gates"), ("layer",)),
+        *((), ("norms",), ("norms", "activations"), ("norms", "activations", "gdn_prologue"), ("layer",)),
         ("layer", "norms"),
     )
     totals = [

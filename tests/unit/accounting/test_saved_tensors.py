@@ -173,8 +173,8 @@ def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int, recompute: Colle
 
 
 SUBSETS: tuple[tuple[RecomputePart, ...], ...] = (
-    *((), ("norms",), ("activations",), ("conv_gates",), ("norms", "activations"), ("norms", "conv_gates")),
-    *(("activations", "conv_gates"), ("norms", "activations", "conv_gates")),
+    *((), ("norms",), ("activations",), ("gdn_prologue",), ("norms", "activations"), ("norms", "gdn_prologue")),
+    *(("activations", "gdn_prologue"), ("norms", "activations", "gdn_prologue")),
 )
 
 

@@ -65,7 +65,7 @@ def test_it_measures_the_tiny_model(tmp_path: Path) -> None:
     outcomes = json.loads(target.read_text())["results"][0]["outcomes"]
     assert [outcome["case"]["part"] for outcome in outcomes] == ["whole", "layers", *["again"] * 5, "step"]
     again = [outcome["case"]["recompute"] for outcome in outcomes if outcome["case"]["part"] == "again"]
-    assert again == [["norms"], ["activations"], ["conv_gates"], ["norms", "activations", "conv_gates"], ["layer"]]
+    assert again == [["norms"], ["activations"], ["gdn_prologue"], ["norms", "activations", "gdn_prologue"], ["layer"]]
     assert all(outcome["timing"]["ms"][0] > 0 for outcome in outcomes)
     assert "2 micro-batches; AdamW" in done.stdout
 

@@ -18,7 +18,7 @@ import xxhash
 
 from qwen3next_train.checkpoint.filesystem import Filesystem, LocalFilesystem
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import CheckpointManager, Found, SaveReport
+from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, VerifiedCheckpoint
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
@@ -100,7 +100,7 @@ def save(checkpoints: CheckpointManager, step: int, *, rank: int = 0, world_size
     )
 
 
-def assert_holds(found: Found | None, step: int, *, of: int = 0) -> None:
+def assert_holds(found: VerifiedCheckpoint | None, step: int, *, of: int = 0) -> None:
     """The checkpoint is of ``step`` and reads back the state of step ``of``, every element."""
     assert found is not None
     assert found.step == step

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import Found
+from qwen3next_train.checkpoint.manager import VerifiedCheckpoint
 from qwen3next_train.errors import StorageError
 from tests.unit.checkpoint.support import (
     CutFilesystem,
@@ -56,7 +56,7 @@ def _check(directory: Path, scenario: str) -> str:
     return "new" if found.step == NEWER else "old"
 
 
-def _content(found: Found) -> int:
+def _content(found: VerifiedCheckpoint) -> int:
     stored = FragmentReader(found.path, found.manifest).read("norm.weight", "master", 0, 5)
     return OLD_CONTENT if stored.equal(logical_state(OLD_CONTENT)["norm.weight"]["master"]) else NEWER
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import CheckpointManager, Found, SaveReport
+from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, VerifiedCheckpoint
 from qwen3next_train.checkpoint.train_state import rng_state
 from qwen3next_train.engine.base import Fragment
 from qwen3next_train.errors import CheckpointError, DivergedError, PeerLostError, StorageError
@@ -51,13 +51,13 @@ def test_the_report_tells_where_and_how_much(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_many_ranks_write_what_one_reads(tmp_path: Path, world_size: int) -> None:
-    def act(control: ThreadControl) -> Found | None:
+    def act(control: ThreadControl) -> VerifiedCheckpoint | None:
         mine = manager(tmp_path / "c", control=control)
         save(mine, 5, rank=control.rank, world_size=world_size)
         return mine.find_latest()
 
     found = on_ranks(world_size, act)
-    assert [entry.step for entry in found if isinstance(entry, Found)] == [5] * world_size
+    assert [entry.step for entry in found if isinstance(entry, VerifiedCheckpoint)] == [5] * world_size
     assert_holds(manager(tmp_path / "c").find_latest(), 5)
 
 
@@ -247,13 +247,13 @@ def test_damage_only_one_rank_sees_is_skipped_by_all(tmp_path: Path) -> None:
         if name == "open" and arguments[0].parent.name == "step_00000002" and "rank" in arguments[0].name:
             raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
 
-    def act(control: ThreadControl) -> Found | None:
+    def act(control: ThreadControl) -> VerifiedCheckpoint | None:
         filesystem = HookedFilesystem(refuse) if control.rank else HookedFilesystem()
         return manager(tmp_path, control=control, filesystem=filesystem).find_latest()
 
     with collected_log() as lines:
         found = on_ranks(2, act)
-    assert [entry.step for entry in found if isinstance(entry, Found)] == [1, 1]
+    assert [entry.step for entry in found if isinstance(entry, VerifiedCheckpoint)] == [1, 1]
     assert "rank_00001.safetensors cannot be read: Input/output error" in lines[0]
 
 
@@ -265,7 +265,7 @@ def test_ranks_that_see_different_checkpoints_of_one_name_take_neither(tmp_path:
         (tmp_path / disk).mkdir()
         assert all(isinstance(report, SaveReport) for report in on_ranks(2, partial(write, disk=disk, of=of)))
 
-    def look(control: ThreadControl) -> Found | None:
+    def look(control: ThreadControl) -> VerifiedCheckpoint | None:
         return manager(tmp_path / "ab"[control.rank], control=control).find_latest()
 
     errors = on_ranks(2, look)
@@ -287,17 +287,17 @@ def test_a_checkpoint_another_node_sees_late_is_waited_for(tmp_path: Path) -> No
                 return lambda path: None
             return super().__getattr__(name)
 
-    def act(control: ThreadControl) -> Found | None:
+    def act(control: ThreadControl) -> VerifiedCheckpoint | None:
         filesystem = Stale() if control.rank else HookedFilesystem()
         return manager(tmp_path, control=control, filesystem=filesystem).find_latest()
 
-    assert [entry.step for entry in on_ranks(2, act) if isinstance(entry, Found)] == [1, 1]
+    assert [entry.step for entry in on_ranks(2, act) if isinstance(entry, VerifiedCheckpoint)] == [1, 1]
 
 
 def test_a_directory_that_cannot_be_listed_is_a_storage_error_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("not a directory")
 
-    def act(control: ThreadControl) -> Found | None:
+    def act(control: ThreadControl) -> VerifiedCheckpoint | None:
         return manager(tmp_path / "c", control=control).find_latest()
 
     errors = on_ranks(2, act)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen3next_train.cli.arguments import Option, parse_words, without_option
+from qwen3next_train.cli.arguments import Option, parse_arguments, without_option
 from qwen3next_train.errors import ConfigError
 
 OPTIONS = {
@@ -13,12 +13,12 @@ OPTIONS = {
 
 def fault(*argv: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse_words(argv, OPTIONS)
+        parse_arguments(argv, OPTIONS)
     return str(caught.value).splitlines()
 
 
 def test_options_overrides_and_words_in_any_order():
-    words = parse_words(
+    words = parse_arguments(
         ["plan", "--run.steps", "4", "--config", "a", "--json", "--lr=1e-3", "x", "--config=b", "--bf16", "-h"], OPTIONS
     )
     assert words.positional == ["plan", "x"]
@@ -30,12 +30,12 @@ def test_options_overrides_and_words_in_any_order():
 
 @pytest.mark.parametrize("value", ["-1", "-1e-3", "-.5", "-", "-x", "", " ", "a=b", "a b", "[1, 2]", "true"])
 def test_values_are_taken_as_they_stand(value):
-    assert parse_words(["--optimizer.lr", value], OPTIONS).overrides == [("optimizer.lr", value)]
-    assert parse_words([f"--optimizer.lr={value}"], OPTIONS).overrides == [("optimizer.lr", value)]
+    assert parse_arguments(["--optimizer.lr", value], OPTIONS).overrides == [("optimizer.lr", value)]
+    assert parse_arguments([f"--optimizer.lr={value}"], OPTIONS).overrides == [("optimizer.lr", value)]
 
 
 def test_a_value_may_begin_with_two_dashes_after_an_equals_sign():
-    assert parse_words(["--run.dir=--odd"], OPTIONS).overrides == [("run.dir", "--odd")]
+    assert parse_arguments(["--run.dir=--odd"], OPTIONS).overrides == [("run.dir", "--odd")]
 
 
 def test_missing_value():

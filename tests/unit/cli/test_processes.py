@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen3next_train.cli.arguments import parse_words
+from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.cli.commands import OPTIONS
 from qwen3next_train.cli.processes import Processes, processes_to_start, world_size
 from qwen3next_train.errors import ConfigError
@@ -14,7 +14,7 @@ def no_launcher(monkeypatch):
 
 
 def words(line: str):
-    return parse_words(line.split(), OPTIONS)
+    return parse_arguments(line.split(), OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         (["--hf", "a"], "--hf: not an option of train; it belongs to eval, import-hf"),
         (
             [*IMPORT, "more"],
-            "qwen3next-train: unexpected word 'more'; did you mean import-hf? --help lists subcommands and sections",
+            "qwen3next-train: unexpected argument 'more'; did you mean import-hf? "
+            "--help lists subcommands and sections",
         ),
     ],
 )

@@ -46,7 +46,7 @@ def test_every_field_is_a_key_with_type_default_and_description():
         assert key.description, key.name
         assert "\n" not in key.description
         assert key.type_text
-        assert key.remedy.startswith("give ")
+        assert key.hint.startswith("give ")
         assert key.default
 
 

@@ -253,7 +253,7 @@ def test_every_fault_has_a_line_from_its_own_place(write):
 def test_many_faults_are_cut(write):
     lines = lines_of([write("".join(f"key{i}: 1\n" for i in range(100)))])
     assert len(lines) == 31
-    assert lines[-1] == "... and 70 more faults; mend these first"
+    assert lines[-1] == "... and 70 more errors; fix these first"
 
 
 def test_section_on_the_command_line():

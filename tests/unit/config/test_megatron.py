@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.cli.arguments import parse_words
+from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.config import megatron
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.strict_yaml import dump_yaml
@@ -140,7 +140,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def from_words(base: Path, *words: str):
-    return load_config([base], parse_words(words, {}).overrides).config
+    return load_config([base], parse_arguments(words, {}).overrides).config
 
 
 def line_of(base: Path, *words: str) -> str:
@@ -325,7 +325,7 @@ def test_a_whole_megatron_command_line(tmp_path):
         "model: {preset: tiny, vocab_size: 151936, "
         "attention_output_gate: false, shared_expert_gate: false, tie_word_embeddings: true}\n"
     )
-    config = load_config([path], parse_words(line.split(), {}).overrides).config
+    config = load_config([path], parse_arguments(line.split(), {}).overrides).config
     default = load_config([]).config
     assert config.model == default.model
     assert config.optimizer == default.optimizer

@@ -7,7 +7,7 @@ import pytest
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.config.schema import Config, ModelConfig
-from qwen3next_train.config.validate import expand_interval, layer_faults, rotary_dim, validate, validate_for_world
+from qwen3next_train.config.validate import expand_interval, layer_violations, rotary_dim, validate, validate_for_world
 from qwen3next_train.errors import ConfigError
 
 TINY = shipped_folder() / "qwen3next_tiny.yaml"
@@ -181,7 +181,7 @@ def test_zero_stages_are_the_engines_business():
 def test_unresolved_configuration_is_noticed():
     config = Config(model=ModelConfig(layer_types=["linear_attention"]))
     assert [fault.keys[0] for fault in validate(config)] == ["model.layer_types"]
-    assert not list(layer_faults(ModelConfig()))
+    assert not list(layer_violations(ModelConfig()))
 
 
 def test_interval_is_megatrons():

@@ -36,7 +36,7 @@ def _reader(state: State) -> ReadFragment:
     return lambda name, kind, start, stop: state[name, kind][start:stop]
 
 
-@pytest.mark.parametrize("recompute", [["norms", "activations", "conv_gates"], ["layer"]])
+@pytest.mark.parametrize("recompute", [["norms", "activations", "gdn_prologue"], ["layer"]])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_recompute_trains_bit_for_bit_the_same(context: ProcessContext, zero_stage: int, recompute: list[str]) -> None:
     """Micro-batches are accumulated; under stage 3 weights are gathered for the recomputation too."""

@@ -21,7 +21,7 @@ from qwen3next_train.model.recompute import recomputed, recomputed_layer, recomp
 from tests.unit.model.live_storages import LiveStorages
 from tests.unit.model.small_models import batch_of, build, cpu_kernels, scales_of, small_config
 
-PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates", "layer")
+PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue", "layer")
 SUBSETS = [subset for size in range(1, 5) for subset in combinations(PARTS, size)]
 MODEL = small_config(router_z_loss_coef=1e-2, mtp_num_layers=2, router_aux_loss_scope="global")
 

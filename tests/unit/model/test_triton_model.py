@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels are compiled for the GPU here"),
 ]
 
-CHEAP: tuple[RecomputePart, ...] = ("norms", "activations", "conv_gates")
+CHEAP: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
 CONFIG = small_config(linear_key_head_dim=16, linear_value_head_dim=16, mtp_num_layers=0)
 
 

@@ -163,8 +163,8 @@ def test_recompute_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
     assert [view.recompute for view in plan.recompute] == [
         ("norms",),
         ("activations",),
-        ("conv_gates",),
-        ("norms", "activations", "conv_gates"),
+        ("gdn_prologue",),
+        ("norms", "activations", "gdn_prologue"),
         ("layer",),
     ]
     *_, cheap, full = plan.recompute
@@ -193,8 +193,8 @@ def test_recompute_that_is_set_is_planned_with() -> None:
     some = make_plan(config_80b(recompute=["norms"]), gpus=64, gpu="h100", mfu=None, tokens=None)
     assert [view.recompute for view in some.recompute] == [
         ("norms", "activations"),
-        ("norms", "conv_gates"),
-        ("norms", "activations", "conv_gates"),
+        ("norms", "gdn_prologue"),
+        ("norms", "activations", "gdn_prologue"),
         ("layer",),
     ]
     stated = make_plan(config_80b(recompute=["layer"]), gpus=64, gpu="h100", mfu=0.2, tokens=None)

@@ -32,7 +32,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
     assert report["memory_per_gpu"]["total_bytes"] == sum(report["memory_per_gpu"]["by_part"].values())
     assert report["memory_per_gpu"]["fits"] is False
     recompute = report["memory_per_gpu"]["with_recompute"]
-    assert [view["recompute"] for view in recompute][-2:] == [["norms", "activations", "conv_gates"], ["layer"]]
+    assert [view["recompute"] for view in recompute][-2:] == [["norms", "activations", "gdn_prologue"], ["layer"]]
     for view in recompute:
         assert view.keys() == {"recompute", "total_bytes", "by_part", "fits"}
         assert sum(view["by_part"].values()) == view["total_bytes"] < report["memory_per_gpu"]["total_bytes"]
@@ -78,7 +78,7 @@ def test_recompute_is_said_as_it_is_written() -> None:
     start = next(index for index, line in enumerate(lines) if line.startswith("recompute"))
     assert lines[start].startswith("recompute    []; activations take 31.")
     assert lines[start + 2].endswith("does not fit")
-    assert "[norms, activations, conv_gates] would leave " in lines[start + 3]
+    assert "[norms, activations, gdn_prologue] would leave " in lines[start + 3]
     assert lines[start + 3].endswith(" GB, fits")
     assert "[layer] would leave 1.61 GB" in lines[start + 4]
     assert lines[start + 4].endswith("fits, 28% more work")

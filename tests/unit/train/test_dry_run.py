@@ -50,7 +50,7 @@ def test_dry_run_of_a_shipped_configuration(
     ("argv", "code", "line"),
     [
         (["--data.sources", "missing.txt"], 65, "missing.txt"),
-        (["--kernels.causal_conv1d", "fla", "--run.device", "cpu"], 2, "kernels.causal_conv1d"),
+        (["--kernels.fused", "triton", "--run.device", "cpu"], 2, "kernels.fused"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import pytest
 
-from qwen3next_train.config.describe import compare_configs, to_yaml
-from qwen3next_train.config.schema import Config, RunConfig
+from qwen3next_train.config.describe import ConfigChanges, compare_configs, to_yaml
+from qwen3next_train.config.schema import Config, ParallelConfig, RunConfig
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 from qwen3next_train.parallel.control import SingleProcess
 from qwen3next_train.train.run_directory import RunDirectory, record_end
@@ -248,6 +248,19 @@ def test_configuration_of_the_attempt_before(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_configuration_of_an_earlier_version_resumes_without_a_difference(tmp_path):
+    config = Config(run=CONFIG.run, parallel=ParallelConfig(recompute=["norms", "gdn_prologue"]))
+    text = (
+        to_yaml(config).replace("gdn_prologue", "conv_gates").replace("kernels:\n", "kernels:\n  causal_conv1d: fla\n")
+    )
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    recorded = recorded_configuration(tmp_path, text)
+    assert compare_configs(recorded, config) == ConfigChanges((), (), ())
+    # What the old file says is still compared, under its new name.
+    (change,) = compare_configs(recorded, Config(run=CONFIG.run)).harmless
+    assert (change.key, change.old, change.new) == ("parallel.recompute", ["norms", "gdn_prologue"], [])
+
+
 @pytest.mark.parametrize("text", ["", "\0", "run: [", "- a", "run:\n  seed: 5\n", to_yaml(CONFIG)[:200]])
 def test_damaged_configuration_does_not_stop_a_resume(tmp_path, capsys, text):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
@@ -403,7 +416,7 @@ DYING = """
 import os, sys
 from pathlib import Path
 from qwen3next_train.checkpoint.filesystem import LocalFilesystem
-from qwen3next_train.config.schema import Config, RunConfig
+from qwen3next_train.config.schema import Config, ParallelConfig, RunConfig
 from qwen3next_train.errors import ExitCode
 from qwen3next_train.train.run_directory import RunDirectory
 

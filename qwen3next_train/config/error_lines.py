@@ -1,4 +1,4 @@
-"""How configuration faults read: one line each, with the value and the remedy."""
+"""Texts of configuration errors: one line each, with the value and a hint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WRONG_TYPE = {
 }
 
 
-class RefusedValue(ValueError):
+class RejectedValue(ValueError):
     """A value of a foreign spelling that cannot be honoured; the text is the line after the key."""
 
 
@@ -85,17 +85,17 @@ def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
     return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help all lists every key"
 
 
-def schema_fault(error: ErrorDetails, remedy: str) -> str:
+def schema_error(error: ErrorDetails, hint: str) -> str:
     """The part of the line after the key for one of pydantic's errors."""
     problem = _WRONG_TYPE.get(error["type"], error["msg"])
-    return f"{problem} (got {show(error['input'])}); {remedy}"
+    return f"{problem} (got {show(error['input'])}); {hint}"
 
 
-def raise_faults(lines: Sequence[str]) -> None:
+def raise_errors(lines: Sequence[str]) -> None:
     """Raise all lines as one error, if there are any."""
     if not lines:
         return
     unique = list(dict.fromkeys(lines))
     if len(unique) > MAX_LINES:
-        unique = [*unique[:MAX_LINES], f"... and {len(unique) - MAX_LINES} more faults; mend these first"]
+        unique = [*unique[:MAX_LINES], f"... and {len(unique) - MAX_LINES} more errors; fix these first"]
     raise ConfigError("\n".join(unique))
