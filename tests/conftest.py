@@ -25,8 +25,9 @@ if not torch.cuda.is_available():
     # The Triton kernels' tests then run on the CPU; triton reads this once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-TOGETHER = ("tests/unit/engine/",)
-"""Folders that one worker does in one go: DeepSpeed keeps the first process group it has seen in a process."""
+TOGETHER = ("tests/distributed/", "tests/unit/engine/")
+"""Folders that one worker does in one go: ranks that stay (``tests.distributed.ranks``); in unit tests of the engine,
+DeepSpeed keeps the first process group it has seen in a process."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

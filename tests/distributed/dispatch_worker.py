@@ -1,14 +1,13 @@
 """Routed experts over an all-to-all against all experts on one rank, for routings of every kind of imbalance.
 
-Run as ``torchrun --nproc-per-node P -m tests.distributed.dispatch_worker OUT DEVICE``; rank 0 writes the largest error
-of output and gradients over all ranks by name of routing. On ``cpu`` in fp64; on ``cuda`` in fp32, with the Triton
+A task of :mod:`tests.distributed.ranks`; rank 0 writes the largest error of output and gradients over all ranks by name
+of routing. On ``cpu`` in fp64; on ``cuda`` in fp32, with the Triton
 permutation, all ranks on one GPU and gloo between them.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from qwen3next_train.kernels.routing import TokenPermutation
 from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
 from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher
-from qwen3next_train.parallel.process_groups import process_context
+from qwen3next_train.parallel.process_groups import ProcessContext
 
 EXPERTS, TOP_K, HIDDEN = 8, 3, 6
 Routed = Callable[[int, torch.Generator], torch.Tensor]
@@ -97,16 +96,11 @@ def largest_error(routed: Routed, num_tokens: int, device: torch.device) -> floa
     return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
 
 
-def main(out: Path, device: torch.device) -> None:
+def perform(context: ProcessContext, out: str, device: str) -> None:
     """Try every routing with various numbers of tokens, differing between ranks."""
-    with process_context("cpu") as context:
-        worst = {}
-        for name, routed in ROUTINGS.items():
-            errors = [largest_error(routed, tokens + context.rank, device) for tokens in (1, 16, 33)]
-            worst[name] = max(context.control.gather_json(max(errors)))
-        if context.rank == 0:
-            out.write_text(json.dumps(worst))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), torch.device(sys.argv[2]))
+    worst = {}
+    for name, routed in ROUTINGS.items():
+        errors = [largest_error(routed, tokens + context.rank, torch.device(device)) for tokens in (1, 16, 33)]
+        worst[name] = max(context.control.gather_json(max(errors)))
+    if context.rank == 0:
+        Path(out).write_text(json.dumps(worst))

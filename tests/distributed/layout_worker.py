@@ -1,7 +1,7 @@
 """Train a few steps at the layout torchrun gives, and write losses and the full training state.
 
-Run as ``torchrun --nproc-per-node N -m tests.distributed.layout_worker JOBS.json``: a list of ``{config, packed,
-load, save, out, first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
+A task of :mod:`tests.distributed.ranks` whose argument names a file: a list of ``{config, packed, load, save, out,
+first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
 directories or empty; training starts at the step of the checkpoint. Each folder ``out`` receives ``metrics.json`` and
 ``margins.json`` of the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors and ``loaded_<r>.pt`` of those
 right after loading.
@@ -10,7 +10,6 @@ right after loading.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Engine, Report, StepTotals
 from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.optim.schedule import learning_rate
-from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
 
@@ -155,13 +154,7 @@ def _save(engine: Engine, directory: str, config: Config, context: ProcessContex
     )
 
 
-def main(jobs_path: Path) -> None:
+def perform(context: ProcessContext, jobs_path: str) -> None:
     """Do one job after the other."""
-    torch.set_num_threads(1)
-    with process_context("cpu") as context:
-        for job in json.loads(jobs_path.read_text()):
-            train(Config.model_validate(job["config"]), context, job)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for job in json.loads(Path(jobs_path).read_text()):
+        train(Config.model_validate(job["config"]), context, job)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.parameters import parameter_table
-from tests.integration.launching import REPOSITORY, environment
+from tests.distributed.ranks import perform
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,7 @@ def train_all(jobs: Sequence[Job], folder: Path, *, num_processes: int, timeout:
         rows = {"packed": job.packed, "first_sample": job.first_sample}
         listed.append({"config": job.config.model_dump(), **rows, **folders})
     (folder / "jobs.json").write_text(json.dumps(listed))
-    worker = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    done = subprocess.run(
-        [*worker, "-m", "tests.distributed.layout_worker", str(folder / "jobs.json")],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    perform("layout_worker", folder / "jobs.json", num_processes=num_processes, timeout=timeout)
     return [_read(job, out, num_processes) for job, out in zip(jobs, outs, strict=True)]
 
 

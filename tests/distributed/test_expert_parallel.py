@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen3next_train.parallel.expert_parallel import _without_repeats
-from tests.integration.launching import REPOSITORY, environment
+from tests.distributed.ranks import perform
 
 
 def test_a_token_goes_once_to_each_rank() -> None:
@@ -20,17 +18,7 @@ def test_a_token_goes_once_to_each_rank() -> None:
 
 
 def _errors(out: Path, world_size: int, device: str) -> dict[str, float]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.distributed.dispatch_worker", str(out), device],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    perform("dispatch_worker", out, device, num_processes=world_size)
     errors: dict[str, float] = json.loads(out.read_text())
     assert len(errors) == 5
     return errors

@@ -21,7 +21,7 @@ def _config(zero_stage: int, **parallel: Any) -> Config:
     return Config.model_validate(values)
 
 
-PARTS: list[list[str]] = [["norms", "activations", "conv_gates"], ["layer"]]
+PARTS: list[list[str]] = [["norms", "activations", "gdn_prologue"], ["layer"]]
 
 
 @pytest.fixture(scope="module")

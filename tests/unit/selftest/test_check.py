@@ -18,9 +18,9 @@ def test_a_check_that_breaks_off_is_a_failed_check_of_one_line() -> None:
     assert try_check("kernels", broken) == [Check("kernels", False, "RuntimeError: CUDA error: illegal access")]
 
     def refused() -> list[Check]:
-        raise KernelUnavailable("kernels.causal_conv1d: 'fla' needs CUDA; choose 'auto'")
+        raise KernelUnavailable("kernels.gated_delta_rule: 'fla' needs CUDA; choose 'auto'")
 
-    assert try_check("x", refused)[0].detail == "kernels.causal_conv1d: 'fla' needs CUDA; choose 'auto'"
+    assert try_check("x", refused)[0].detail == "kernels.gated_delta_rule: 'fla' needs CUDA; choose 'auto'"
 
     def silent() -> list[Check]:
         raise AssertionError
