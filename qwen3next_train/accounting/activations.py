@@ -213,7 +213,7 @@ def _saved_moe(model: ModelConfig, element_bytes: int, expert_parallel_size: int
         between_ranks = (SavedTensor(copied, rows, routed=True, only_as_source=True),)
     shared_tensors = (
         SavedTensor("shared gate, up", element_bytes * 2 * shared),
-        SavedTensor("shared product", element_bytes * shared, part="activations", sources=("shared gate, up",)),
+        SavedTensor("shared SwiGLU output", element_bytes * shared, part="activations", sources=("shared gate, up",)),
         SavedTensor("joined weights of shared gate, up", 0, bytes_per_layer=2 * shared * row),
         SavedTensor("shared expert output", row),
     )
@@ -226,7 +226,7 @@ def _saved_moe(model: ModelConfig, element_bytes: int, expert_parallel_size: int
         *between_ranks,
         SavedTensor("expert rows in", row * top_k, routed=True, part="activations", sources=(copied,)),
         SavedTensor("expert gate, up", 2 * inner, routed=True),
-        SavedTensor("expert product", inner, routed=True, part="activations", sources=("expert gate, up",)),
+        SavedTensor("expert SwiGLU output", inner, routed=True, part="activations", sources=("expert gate, up",)),
         *(shared_tensors if shared else ()),
     )
 

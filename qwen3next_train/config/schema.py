@@ -184,7 +184,7 @@ class KernelsConfig(Section):
     )
     varlen_attention: Literal["auto", "reference", "flash"] = Field("auto", description="softmax attention")
     grouped_matmul: Literal["auto", "reference", "grouped_mm", "triton"] = Field(
-        "auto", description="expert matrix products"
+        "auto", description="grouped GEMM of the experts"
     )
     fused: Literal["auto", "reference", "triton"] = Field(
         "auto", description="norms, activations, routing and other work between the large matrix products"

@@ -15,15 +15,18 @@ from itertools import groupby
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
 
 
 def quiet_start() -> None:
-    """Keep DeepSpeed from compiling C++ when it is first used, and from a warning at every collective."""
+    """Keep DeepSpeed from compilers when it is first used, and from a warning at every collective."""
     # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO imports the Muon optimizer, decorated with torch.compile, whose import takes seconds of every rank's start.
+    compiler.compile = lambda: compiler.dummy_decorator
     # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 

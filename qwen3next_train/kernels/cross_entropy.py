@@ -43,16 +43,16 @@ def linear_cross_entropy_chunked(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        sum_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=sum_dtype, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        # Wide, because the sum over chunks would be rounded after every chunk.
-        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else None
+        # At least fp32, because the sum over chunks would be rounded after every chunk.
+        grad_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_grad else None
         rows = max(_CHUNK_LOGITS[hidden_TD.device.type] // weight_VD.shape[0], 1)
         for start in range(0, hidden_TD.shape[0], rows):
             chunk = slice(start, start + rows)
             hidden_cD, labels_c1 = hidden_TD[chunk], labels_T[chunk].unsqueeze(1)
-            log_probs_cV = torch.log_softmax((hidden_cD @ weight_VD.t()).to(wide), dim=-1)
+            log_probs_cV = torch.log_softmax((hidden_cD @ weight_VD.t()).to(sum_dtype), dim=-1)
             real_c1 = labels_c1 != IGNORE_INDEX
             safe_c1 = labels_c1.where(real_c1, 0)
             total -= (log_probs_cV.gather(1, safe_c1) * real_c1).sum()

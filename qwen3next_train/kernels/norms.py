@@ -30,9 +30,9 @@ class RmsNorm:
         Returns:
             the shape and dtype of ``x``.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normed * (1 + weight_D.to(wide.dtype))).to(x.dtype)
+        x_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        return (normed * (1 + weight_D.to(x_fp32.dtype))).to(x.dtype)
 
     def rms_norm_with_residual(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, *, eps: float
@@ -112,7 +112,7 @@ def gated_rms_norm_reference(x: torch.Tensor, gate: torch.Tensor, weight: torch.
     Returns:
         ``[..., V]`` in the dtype of ``gate``.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(wide)
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
-    return (normed * F.silu(gate.to(wide))).to(gate.dtype)
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(compute_dtype)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(compute_dtype)
+    return (normed * F.silu(gate.to(compute_dtype))).to(gate.dtype)

@@ -1,7 +1,7 @@
 """Partial rotary position embedding (RoFormer, arXiv 2104.09864; half-rotation layout of GPT-NeoX and HF).
 
 Letters: T tokens, N heads, H head dim, r rotated dims (the first of each head), 1 the axis that all heads share,
-X = r / 2 pairs of dims that turn together (``turn_T1X`` in the trials: the pairs' turns as complex numbers).
+X = r / 2 pairs of dims that turn together (``turn_T1X`` in the test cases: the pairs' turns as complex numbers).
 """
 
 from __future__ import annotations

@@ -39,17 +39,17 @@ _GIB = 2**30
 def version_check() -> Check:
     """Whether python and every required package are there, in the ranges of ``setup.cfg``."""
     python_range, requirements = _requirements()
-    faults = []
+    errors = []
     if not SpecifierSet(python_range).contains(platform.python_version(), prereleases=True):
-        faults.append(f"python {platform.python_version()} is not {python_range}")
+        errors.append(f"python {platform.python_version()} is not {python_range}")
     for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        fault = _version_fault(requirement)
-        if fault is not None:
-            faults.append(fault)
-    if faults:
-        return Check("versions", False, "; ".join(faults))
+        error = _version_error(requirement)
+        if error is not None:
+            errors.append(error)
+    if errors:
+        return Check("versions", False, "; ".join(errors))
     found = (f"{name} {version}" for name, version in software_versions().items() if version is not None)
     return Check("versions", True, ", ".join(found))
 
@@ -152,7 +152,7 @@ def _requirements() -> tuple[str, list[Requirement]]:
     return options["python_requires"], [Requirement(line) for line in lines]
 
 
-def _version_fault(requirement: Requirement) -> str | None:
+def _version_error(requirement: Requirement) -> str | None:
     """Why a package does not satisfy its requirement, or None."""
     try:
         version = importlib.metadata.version(requirement.name)

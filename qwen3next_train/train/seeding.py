@@ -54,6 +54,8 @@ def use_deterministic_kernels(device: torch.device) -> None:
     """On CPU, let torch refuse operations whose result depends on the order of threads; CUDA is left as it is."""
     if device.type != "cpu":
         return
-    torch.use_deterministic_algorithms(True)
+    # Not use_deterministic_algorithms: that sets an option of torch.compile too, which is not used here and whose
+    # import takes seconds of every rank's start.
+    torch.set_deterministic_debug_mode("error")
     # Filling every fresh tensor with NaN finds bugs and costs time; it is not needed for determinism.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -78,8 +78,8 @@ class _GdnPrologue(torch.autograd.Function):
                 BLOCK_T=_FORWARD_TOKENS,
                 num_warps=4,
             )
-        wide = torch.promote_types(qkvz_TP.dtype, torch.float32)
-        g_TN = torch.empty(num_tokens, heads.value_heads, dtype=wide, device=qkvz_TP.device)
+        gate_dtype = torch.promote_types(qkvz_TP.dtype, torch.float32)
+        g_TN = torch.empty(num_tokens, heads.value_heads, dtype=gate_dtype, device=qkvz_TP.device)
         beta_TN = qkvz_TP.new_empty(num_tokens, heads.value_heads)
         gates_kernel[(triton.cdiv(num_tokens, _GATE_TOKENS),)](
             ba_TM, A_log_N, dt_bias_N, g_TN, beta_TN, num_tokens, **_gate_constants(heads)

@@ -180,7 +180,7 @@ def test_zero_stages_are_the_engines_business():
 
 def test_unresolved_configuration_is_noticed():
     config = Config(model=ModelConfig(layer_types=["linear_attention"]))
-    assert [fault.keys[0] for fault in validate(config)] == ["model.layer_types"]
+    assert [violation.keys[0] for violation in validate(config)] == ["model.layer_types"]
     assert not list(layer_violations(ModelConfig()))
 
 

@@ -91,9 +91,9 @@ def test_a_resume_goes_on_bit_for_bit(
 
 def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None:
     """Widened exactly, or rounded once; master weights are untouched."""
-    narrow, _ = _train(_config(moments_dtype="bf16"), context)
-    wide, _ = _train(_config(), context)
-    for source, moments_dtype in ((narrow, "fp32"), (wide, "bf16")):
+    bf16, _ = _train(_config(moments_dtype="bf16"), context)
+    fp32, _ = _train(_config(), context)
+    for source, moments_dtype in ((bf16, "fp32"), (fp32, "bf16")):
         saved = _state(source)
         engine = _engine(_config(moments_dtype=moments_dtype), context)
         engine.load_state(_reader(saved), 2)
@@ -105,9 +105,9 @@ def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None
 
 
 def test_bf16_moments_follow_the_curve_of_fp32_ones(context: ProcessContext) -> None:
-    _, wide = _train(_config(), context, 4)
-    _, narrow = _train(_config(moments_dtype="bf16"), context, 4)
-    assert wide[0] == narrow[0]
-    assert wide[-1] != narrow[-1]
-    for expected, found in zip(wide, narrow, strict=True):
+    _, fp32 = _train(_config(), context, 4)
+    _, bf16 = _train(_config(moments_dtype="bf16"), context, 4)
+    assert fp32[0] == bf16[0]
+    assert fp32[-1] != bf16[-1]
+    for expected, found in zip(fp32, bf16, strict=True):
         assert found["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-4)

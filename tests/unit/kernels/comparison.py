@@ -32,7 +32,9 @@ def errors(kernel: Operation, reference: Operation, inputs: Sequence[torch.Tenso
         torch.autograd.backward(outputs, upstream)
     expected = _as_tuple(reference(*(view for _, view in exact)))
     torch.autograd.backward(expected, [gradient.double() for gradient in upstream])
-    found = [relative_error(value.detach(), truth.detach()) for value, truth in zip(outputs, expected, strict=True)]
+    found = [
+        relative_error(value.detach(), reference.detach()) for value, reference in zip(outputs, expected, strict=True)
+    ]
     for (base, _), (true_base, _) in zip(narrow, exact, strict=True):
         assert base.grad is not None
         assert true_base.grad is not None

@@ -37,10 +37,10 @@ def test_equals_softmax_written_out_with_gradients(lengths: tuple[int, ...]) -> 
     expected = written_out(*leaves, lengths)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     upstream = torch.randn_like(out)
-    for value, truth in zip(
+    for value, reference in zip(
         torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-11)
 
 
 def test_a_document_does_not_depend_on_its_neighbours() -> None:

@@ -30,12 +30,12 @@ def test_sum_and_gradients_equal_torch(rows_per_chunk: int, monkeypatch: pytest.
     value = linear_cross_entropy_chunked(hidden, weight, labels)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(value, expected)
-    for got, truth in zip(
+    for got, reference in zip(
         torch.autograd.grad(0.37 * value, (hidden, weight)),
         torch.autograd.grad(0.37 * expected, (hidden, weight)),
         strict=True,
     ):
-        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-12)
 
 
 def test_two_heads_sharing_a_weight_add_their_gradients() -> None:
@@ -45,10 +45,10 @@ def test_two_heads_sharing_a_weight_add_their_gradients() -> None:
     total = total + 0.1 * linear_cross_entropy_chunked(hidden.tanh(), weight, further) / 15
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum") / 16
     expected = expected + 0.1 * F.cross_entropy(hidden.tanh() @ weight.T, further, reduction="sum") / 15
-    for got, truth in zip(
+    for got, reference in zip(
         torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
-        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-12)
 
 
 def test_no_real_label_is_a_zero_loss_with_zero_gradients() -> None:

@@ -46,17 +46,17 @@ def compare(
     backend: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> None:
     """Run ``backend`` on the inputs and ``reference`` on their fp64 copies."""
-    narrow = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    out, expected = backend(*narrow), reference(*wide)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out, expected = backend(*leaves), reference(*exact)
     upstream = torch.randn_like(expected)
     out.backward(upstream.to(out.dtype))
     expected.backward(upstream)
     assert relative_error(out.detach(), expected.detach()) < TOLERANCE
-    for index, (value, truth) in enumerate(zip(narrow, wide, strict=True)):
+    for index, (value, twin) in enumerate(zip(leaves, exact, strict=True)):
         assert value.grad is not None
-        assert truth.grad is not None
-        assert relative_error(value.grad, truth.grad) < TOLERANCE, index
+        assert twin.grad is not None
+        assert relative_error(value.grad, twin.grad) < TOLERANCE, index
 
 
 def test_flash_attention() -> None:
@@ -96,18 +96,18 @@ def test_grouped_matmul(backend: str, counts: list[int]) -> None:
     kernel = kernels_with(grouped_matmul=backend).grouped_matmul
     counts_e = torch.tensor(counts, device="cuda")
     rows = sum(counts)
-    narrow = [normal(rows, 64).requires_grad_(), normal(4, 128, 64).requires_grad_()]
-    wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
-    out = kernel(*narrow, counts_e=counts_e)
-    expected = grouped_matmul_reference(*wide, counts_e=counts_e)
+    leaves = [normal(rows, 64).requires_grad_(), normal(4, 128, 64).requires_grad_()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    out = kernel(*leaves, counts_e=counts_e)
+    expected = grouped_matmul_reference(*exact, counts_e=counts_e)
     assert out.shape == expected.shape
     out.float().square().sum().backward()
     expected.square().sum().backward()
-    for value, truth in zip(narrow, wide, strict=True):
+    for value, twin in zip(leaves, exact, strict=True):
         assert value.grad is not None
-        assert truth.grad is not None
-        if truth.grad.numel():
-            assert relative_error(value.grad, truth.grad) < TOLERANCE
+        assert twin.grad is not None
+        if twin.grad.numel():
+            assert relative_error(value.grad, twin.grad) < TOLERANCE
 
 
 @pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("fla", 256), ("flash_qla", 128)])

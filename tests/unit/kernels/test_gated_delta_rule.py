@@ -84,10 +84,10 @@ def test_equals_the_recurrence_at_every_length_and_packing(lengths: tuple[int, .
     inputs = make_inputs(sum(lengths), len(lengths), mild)
     expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
-        for name, value, truth in zip(
+        for name, value, reference in zip(
             NAMES, run(gated_delta_rule_reference, inputs, lengths, dtype), expected, strict=True
         ):
-            assert relative_error(value, truth) < tolerance, (name, dtype)
+            assert relative_error(value, reference) < tolerance, (name, dtype)
 
 
 GATES = {
@@ -107,9 +107,9 @@ def test_stays_accurate_at_extreme_gates(gate: str, lengths: tuple[int, ...]) ->
     expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         values = run(gated_delta_rule_reference, inputs, lengths, dtype)
-        for name, value, truth in zip(NAMES, values, expected, strict=True):
+        for name, value, reference in zip(NAMES, values, expected, strict=True):
             assert torch.isfinite(value).all(), (name, dtype)
-            assert relative_error(value, truth) < tolerance, (name, dtype)
+            assert relative_error(value, reference) < tolerance, (name, dtype)
 
 
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 1), (3, 3), (2, 8)])
@@ -120,8 +120,8 @@ def test_any_heads_and_dimensions(key_heads: int, value_heads: int, key_dim: int
     inputs = make_inputs(sum(lengths), len(lengths), mild, shape=shape)
     expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
     values = run(gated_delta_rule_reference, inputs, lengths, torch.float64)
-    for name, value, truth in zip(NAMES, values, expected, strict=True):
-        assert relative_error(value, truth) < 1e-11, name
+    for name, value, reference in zip(NAMES, values, expected, strict=True):
+        assert relative_error(value, reference) < 1e-11, name
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -136,8 +136,8 @@ def test_equals_the_recurrence_for_random_cuts_and_gates(seed: int) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), gates, seed)
     expected = run(recurrent_gated_delta_rule, inputs, lengths, torch.float64)
     values = run(gated_delta_rule_reference, inputs, lengths, torch.float64)
-    for name, value, truth in zip(NAMES, values, expected, strict=True):
-        assert relative_error(value, truth) < 1e-11, name
+    for name, value, reference in zip(NAMES, values, expected, strict=True):
+        assert relative_error(value, reference) < 1e-11, name
 
 
 def test_gradients_equal_finite_differences() -> None:
@@ -164,8 +164,8 @@ def test_full_write_strength_of_one_repeated_key_does_not_blow_up() -> None:
     inputs = [q, k[:1].expand_as(k).clone(), v, g, torch.ones_like(beta), state]
     expected = run(recurrent_gated_delta_rule, inputs, (96,), torch.float64)
     values = run(gated_delta_rule_reference, inputs, (96,), torch.float32)
-    for name, value, truth in zip(NAMES, values, expected, strict=True):
-        assert relative_error(value, truth) < 1e-5, name
+    for name, value, reference in zip(NAMES, values, expected, strict=True):
+        assert relative_error(value, reference) < 1e-5, name
 
 
 def test_recurrence_equals_a_loop_over_scalars() -> None:

@@ -37,12 +37,12 @@ def test_convolution_equals_the_definition_with_gradients(lengths: tuple[int, ..
     expected = looped(x, weight, lengths)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
     upstream = torch.randn_like(out)
-    for value, truth in zip(
+    for value, reference in zip(
         torch.autograd.grad(out, (x, weight), upstream),
         torch.autograd.grad(expected, (x, weight), upstream),
         strict=True,
     ):
-        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-14)
 
 
 def test_convolution_of_a_document_does_not_depend_on_its_neighbours() -> None:

@@ -86,15 +86,15 @@ def _measure(case: ParityCase) -> ParityResult:
     ours, theirs = _ours(model, batch), _transformers(model, batch)
     with _EverythingInFloat64():
         model.double()
-        exact, their_exact, truth = _ours(model, batch), _transformers(model, batch), _written(model, batch)
+        exact, their_exact, reference = _ours(model, batch), _transformers(model, batch), _written(model, batch)
     model.float()
     slow_down(model)
     return ParityResult(
         fp32=_errors(_ours(model, batch), _transformers(model, batch)),
         float64=_errors(exact, their_exact),
-        written=_errors(exact, truth),
-        our_rounding=_errors(ours, truth),
-        their_rounding=_errors(theirs, truth),
+        written=_errors(exact, reference),
+        our_rounding=_errors(ours, reference),
+        their_rounding=_errors(theirs, reference),
     )
 
 
@@ -151,16 +151,16 @@ def _values(model: nn.Module, logits: torch.Tensor, loss: torch.Tensor) -> Value
     return values
 
 
-def _errors(values: Values, truth: Values) -> Errors:
-    """Norm of the difference over the norm of the truth.
+def _errors(values: Values, reference: Values) -> Errors:
+    """Norm of the difference over the norm of the reference.
 
     Where a gradient is 0 but for rounding, over the largest gradient's norm. A row of one token is such a place: there
     is no earlier state to decay and no earlier key to look at; and a single expert whose weight is normalised to 1.
     """
-    assert values.keys() == truth.keys()
-    scale = max(tensor.double().norm() for name, tensor in truth.items() if name.startswith("grad "))
+    assert values.keys() == reference.keys()
+    scale = max(tensor.double().norm() for name, tensor in reference.items() if name.startswith("grad "))
     errors = {}
-    for name, expected in truth.items():
+    for name, expected in reference.items():
         if name.startswith("grad ") and expected.double().norm() < _NOISE * scale:
             errors[name] = float((values[name].double() - expected.double()).norm() / scale)
         else:

@@ -72,11 +72,11 @@ def test_distributions(init: Init, mean: float, std: float, low: float, high: fl
 
 
 def test_dtype_is_a_rounding_of_the_same_draw() -> None:
-    wide, narrow = built(range(6)), built(range(6), dtype=torch.bfloat16)
+    in_fp32, in_bf16 = built(range(6)), built(range(6), dtype=torch.bfloat16)
     for spec in parameter_table(small_config()):
-        expected = wide[spec.name] if spec.fp32 else wide[spec.name].bfloat16()
-        assert narrow[spec.name].dtype == expected.dtype
-        assert torch.equal(narrow[spec.name], expected), spec.name
+        expected = in_fp32[spec.name] if spec.fp32 else in_fp32[spec.name].bfloat16()
+        assert in_bf16[spec.name].dtype == expected.dtype
+        assert torch.equal(in_bf16[spec.name], expected), spec.name
 
 
 def test_a_rank_s_bf16_parameters_are_each_the_fp32_draw_rounded_once() -> None:

@@ -67,10 +67,10 @@ def test_equals_the_definition_with_gradients(changes: dict[str, Any]) -> None:
     value, expected = block(x, 2, residual_TD=residual)[0], residual + token_by_token(block, config, x)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
-    for got, truth in zip(
+    for got, reference in zip(
         torch.autograd.grad(value, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
-        torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_without_tokens_get_a_zero_gradient() -> None:

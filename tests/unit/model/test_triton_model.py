@@ -56,8 +56,8 @@ def run(kernels: KernelSet, recompute: Collection[RecomputePart] = ()) -> dict[s
 
 def test_loss_and_gradients_are_the_references_and_recompute_changes_no_bit() -> None:
     expected, found = run(cpu_kernels()), run(triton_kernels())
-    for name, truth in expected.items():
-        assert float((found[name] - truth).norm()) <= 1e-5 * float(truth.norm()), name
+    for name, reference in expected.items():
+        assert float((found[name] - reference).norm()) <= 1e-5 * float(reference.norm()), name
     again = run(triton_kernels(), CHEAP)
     assert [name for name in found if not torch.equal(again[name], found[name])] == []
 

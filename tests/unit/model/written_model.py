@@ -1,7 +1,7 @@
 """Qwen3-Next's next-token logits written out in float64, sharing no code with the package or with transformers.
 
 The recurrence runs token by token, attention is a softmax of a score matrix, the convolution a sum over its taps and
-every expert sees every token. Slow, and there to be the truth that two fp32 implementations are measured against.
+every expert sees every token. Slow, and there to be the reference that two fp32 implementations are measured against.
 
 Letters: T tokens of one document, D hidden, N heads, K key head dim, V value head dim, H head dim.
 """

@@ -32,25 +32,25 @@ def _train(optimizer: torch.optim.Optimizer, num_steps: int) -> list[torch.Tenso
 
 
 def _both(num_steps: int, numel: int = 100) -> tuple[list[torch.Tensor], list[torch.Tensor], Bf16MomentsAdamW]:
-    wide = build_adamw(_groups(numel), SETTINGS, fused=False)
-    narrow = build_adamw(_groups(numel), SETTINGS.model_copy(update={"moments_dtype": "bf16"}), fused=False)
-    assert isinstance(wide, torch.optim.AdamW)
-    assert isinstance(narrow, Bf16MomentsAdamW)
-    return _train(wide, num_steps), _train(narrow, num_steps), narrow
+    in_fp32 = build_adamw(_groups(numel), SETTINGS, fused=False)
+    in_bf16 = build_adamw(_groups(numel), SETTINGS.model_copy(update={"moments_dtype": "bf16"}), fused=False)
+    assert isinstance(in_fp32, torch.optim.AdamW)
+    assert isinstance(in_bf16, Bf16MomentsAdamW)
+    return _train(in_fp32, num_steps), _train(in_bf16, num_steps), in_bf16
 
 
 def test_the_first_step_is_torchs() -> None:
     """Moments are used before they are rounded, and decay is decoupled."""
-    wide, narrow, _ = _both(1)
-    for expected, found in zip(wide, narrow, strict=True):
+    in_fp32, in_bf16, _ = _both(1)
+    for expected, found in zip(in_fp32, in_bf16, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_many_steps_stay_close_and_the_state_is_bf16() -> None:
     """Each weight moved by about 1; rounding moments leaves it within a few per mille of that."""
-    wide, narrow, optimizer = _both(100)
+    in_fp32, in_bf16, optimizer = _both(100)
     for before, expected, found in zip(
-        _train(Bf16MomentsAdamW(_groups(100), lr=0.0, betas=(0.9, 0.95), eps=1e-8), 0), wide, narrow, strict=True
+        _train(Bf16MomentsAdamW(_groups(100), lr=0.0, betas=(0.9, 0.95), eps=1e-8), 0), in_fp32, in_bf16, strict=True
     ):
         assert (expected - before).abs().mean() > 0.3
         assert 0 < (found - expected).abs().max() < 0.03

@@ -244,7 +244,7 @@ def test_one_gpu_sends_nothing() -> None:
     ],
 )
 def test_impossible_inputs_are_one_line(gpus: int, mfu: float | None, tokens: float | None, match: str) -> None:
-    """Foreseen faults name the setting and the value."""
+    """Foreseen errors name the setting and the value."""
     with pytest.raises(ConfigError, match=match) as caught:
         make_plan(config_80b(), gpus=gpus, gpu="h100", mfu=mfu, tokens=tokens)
     assert "\n" not in str(caught.value)

@@ -91,10 +91,10 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    fault = "rank_00000.safetensors does not match its hash"
+    error = "rank_00000.safetensors does not match its hash"
     for path, line in (
-        (checkpoint, f"{checkpoint}: {fault}"),
-        (tmp_path, f"{tmp_path}/checkpoints: no intact checkpoint: step_00000003: {fault}; restore one, or choose "),
+        (checkpoint, f"{checkpoint}: {error}"),
+        (tmp_path, f"{tmp_path}/checkpoints: no intact checkpoint: step_00000003: {error}; restore one, or choose "),
     ):
         refused = on_ranks(2, lambda control, path=path: find_initial_weights(config(path), control))
         assert [type(error) for error in refused] == [CheckpointError] * 2

@@ -110,9 +110,9 @@ def check(
         rounded(torch.rand(tokens, heads)),
     ]
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
-    truth = forward(leaves, lengths, chunk_size)
-    do_TNV = torch.randn(truth.out_TNV.shape, dtype=torch.float64).to(dtype).to(DEVICE)
-    truth.out_TNV.backward(do_TNV.double())
+    reference = forward(leaves, lengths, chunk_size)
+    do_TNV = torch.randn(reference.out_TNV.shape, dtype=torch.float64).to(dtype).to(DEVICE)
+    reference.out_TNV.backward(do_TNV.double())
 
     def by_token(chunks: list[list[torch.Tensor]]) -> torch.Tensor:
         return torch.cat([torch.stack(heads, 1) for heads in chunks]).to(dtype)
@@ -123,18 +123,18 @@ def check(
     narrow = [leaf.detach().to(dtype) for leaf in leaves]
     inputs = ChunkInputs(
         *narrow[:3],
-        (truth.G_TN.detach() / math.log(2)).float(),
+        (reference.G_TN.detach() / math.log(2)).float(),
         narrow[4],
-        truth.A_TNC.detach().to(dtype),
+        reference.A_TNC.detach().to(dtype),
         do_TNV,
         sequences.cu_seqlens,
         sequences.chunk_indices(chunk_size),
     )
     states = ChunkStates(
-        by_token([[v.detach() for v in chunk] for chunk in truth.v_new]),
-        by_chunk([[h.detach() for h in chunk] for chunk in truth.before]),
-        by_token([[gradient_or_zero(v) for v in chunk] for chunk in truth.v_new]),
-        by_chunk([[gradient_or_zero(h) for h in chunk] for chunk in truth.after]),
+        by_token([[v.detach() for v in chunk] for chunk in reference.v_new]),
+        by_chunk([[h.detach() for h in chunk] for chunk in reference.before]),
+        by_token([[gradient_or_zero(v) for v in chunk] for chunk in reference.v_new]),
+        by_chunk([[gradient_or_zero(h) for h in chunk] for chunk in reference.after]),
     )
     with uninitialized_is_nan():
         outputs = output_gradients(inputs, states)

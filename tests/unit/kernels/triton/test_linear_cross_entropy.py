@@ -13,7 +13,7 @@ from tests.unit.kernels.comparison import BOUNDS, errors
 from tests.unit.kernels.interpreted import DEVICE
 
 
-def truth(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -30,7 +30,9 @@ def inputs(num_tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) ->
 def check(num_tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
     x, weight, labels = inputs(num_tokens, vocabulary, hidden, dtype)
     found = errors(
-        lambda x, w: linear_cross_entropy_triton(x, w, labels) / 64, lambda x, w: truth(x, w, labels) / 64, [x, weight]
+        lambda x, w: linear_cross_entropy_triton(x, w, labels) / 64,
+        lambda x, w: reference(x, w, labels) / 64,
+        [x, weight],
     )
     assert max(found) < BOUNDS[dtype], found
 
@@ -51,7 +53,7 @@ def test_large_logits() -> None:
     x, weight, labels = inputs(5, 70, 8, torch.float32)
     found = errors(
         lambda x, w: linear_cross_entropy_triton(x, w, labels),
-        lambda x, w: truth(x, w, labels),
+        lambda x, w: reference(x, w, labels),
         [1000 * x, 10 * weight],
     )
     assert max(found) < 1e-5, found
@@ -88,7 +90,7 @@ def test_a_label_outside_of_the_vocabulary_is_not_a_number() -> None:
 
 def test_without_gradients_nothing_is_kept() -> None:
     x, weight, labels = inputs(6, 50, 8, torch.float32)
-    expected = truth(x, weight, labels)
+    expected = reference(x, weight, labels)
     with torch.no_grad():
         value = linear_cross_entropy_triton(x.requires_grad_(), weight, labels)
     assert not value.requires_grad

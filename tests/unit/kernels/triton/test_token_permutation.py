@@ -23,11 +23,11 @@ def random_ids(tokens: int, top_k: int, experts: int, *, absent: float = 0.0) ->
 
 def check_triton(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtype) -> None:
     routed = int((ids >= 0).sum())
-    truth = REFERENCE.sort(ids, experts, routed)
+    reference = REFERENCE.sort(ids, experts, routed)
     with uninitialized_is_nan():
         order = TRITON.sort(ids, experts, routed)
     for field in ("token_R", "row_TK", "counts_E"):
-        assert torch.equal(getattr(order, field), getattr(truth, field)), field
+        assert torch.equal(getattr(order, field), getattr(reference, field)), field
     x = torch.randn(len(ids), hidden, device=DEVICE, dtype=dtype)
     rows = torch.randn(routed, hidden, device=DEVICE, dtype=dtype)
     weights = torch.rand(ids.shape, device=DEVICE)
@@ -53,9 +53,9 @@ def test_triton_equals_the_reference(dtype: torch.dtype, tokens: int, top_k: int
 
 def test_triton_with_more_blocks_of_pairs_than_are_scanned_at_once() -> None:
     ids = torch.randint(0, 3, (5700, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    order, truth = TRITON.sort(ids, 3, ids.numel()), REFERENCE.sort(ids, 3, ids.numel())
-    assert torch.equal(order.row_TK, truth.row_TK)
-    assert torch.equal(order.token_R, truth.token_R)
+    order, reference = TRITON.sort(ids, 3, ids.numel()), REFERENCE.sort(ids, 3, ids.numel())
+    assert torch.equal(order.row_TK, reference.row_TK)
+    assert torch.equal(order.token_R, reference.token_R)
 
 
 def test_triton_without_any_row() -> None:

@@ -50,11 +50,11 @@ def check(case: tuple[int, int, int, int, int, bool], dtype: torch.dtype, with_z
     options = {"top_k": top_k, "renormalize": renormalize, "num_rows": rows}
     with uninitialized_is_nan():
         found = top_k_routing_triton(x, weight, with_z_grad=with_z_grad, **options)
-    truth = top_k_routing_reference(x.double(), weight.double(), with_z_grad=with_z_grad, **options)
-    assert torch.equal(found.ids_TK, truth.ids_TK)
-    assert torch.equal(found.counts_rE, truth.counts_rE)
+    reference = top_k_routing_reference(x.double(), weight.double(), with_z_grad=with_z_grad, **options)
+    assert torch.equal(found.ids_TK, reference.ids_TK)
+    assert torch.equal(found.counts_rE, reference.counts_rE)
     for name in ("z", "entropy"):
-        torch.testing.assert_close(getattr(found, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(found, name).double(), getattr(reference, name), rtol=1e-5, atol=1e-6)
     kernel, reference = (
         partial(differentiable, kernel, with_z_grad=with_z_grad, **options)
         for kernel in (top_k_routing_triton, top_k_routing_reference)
