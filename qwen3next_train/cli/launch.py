@@ -119,8 +119,12 @@ def _is_not_routine(record: logging.LogRecord) -> bool:
 
 
 def _first_failure(error: ChildFailedError) -> TrainError | _WorkerFailed:
-    # Times are whole seconds; a worker that a signal killed (negative) is the cause of what others ended with.
-    rank, failure = min(error.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
+    # Times are whole seconds; a worker that a signal killed (negative) is the cause of what others ended with, except
+    # by SIGTERM: torchrun sends it to the others once one has failed, maybe before they handle it.
+    rank, failure = min(
+        error.failures.items(),
+        key=lambda item: (item[1].timestamp, item[1].exitcode == -signal.SIGTERM, item[1].exitcode),
+    )
     if failure.exitcode > 0:
         return _WorkerFailed(failure.exitcode)
     number = -failure.exitcode

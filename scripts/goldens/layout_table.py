@@ -36,9 +36,9 @@ from tests.integration.launching import REPOSITORY
 _PAGE = """\
 # The same curve at every layout
 
-The tiny model (fp32, CPU, z-loss on, aux loss of scope `sequence`, MTP, clipping active) trained for {steps} steps of
-the same global batches at every layout, against one rank with four micro-batches. Written by
-`scripts/goldens/layout_table.py` on {date} with torch {torch} and DeepSpeed {deepspeed}.
+The tiny model at half its width and an eighth of its vocabulary (fp32, CPU, z-loss on, aux loss of scope `sequence`,
+MTP, clipping active) trained for {steps} steps of the same global batches at every layout, against one rank with four
+micro-batches. Written by `scripts/goldens/layout_table.py` on {date} with torch {torch} and DeepSpeed {deepspeed}.
 `tests/distributed/test_layout_matrix.py` runs a quarter of it, every pair of two settings included.
 
 * The rows are such that no routing decision of the one-rank run is narrower than {narrowest:g} in logits. The choice of

@@ -108,6 +108,8 @@ def failures(*exitcodes: int) -> ChildFailedError:
         (failures(69), '{"code": 65}', None, 65),
         (failures(70), '{"code": 70}', "SIGTERM", 70),
         (failures(2), None, None, 2),
+        # torchrun's SIGTERM reached the other one before it handled it.
+        (failures(2, -15), None, None, 2),
         (failures(69, -9), '{"code": 69}', None, 69),
         (failures(-9), None, None, 69),
         # torchrun's SIGTERM to the survivors is not a request to stop.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.distributed.ranks import perform
 
 
 @pytest.mark.dist
@@ -24,11 +25,8 @@ import pytest
     ],
     ids=lambda settings: "-".join(settings) if isinstance(settings, tuple) else str(settings),
 )
-def test_states_are_what_deepspeed_allocates(processes: int, settings: tuple[str, ...]) -> None:
+def test_states_are_what_deepspeed_allocates(tmp_path: Path, processes: int, settings: tuple[str, ...]) -> None:
     """Weights, accumulated gradients in the middle of a step, master and moments after it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    worker = ["-m", "tests.unit.accounting.allocated_worker", *settings]
-    done = subprocess.run([*command, *worker], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    perform("allocated_worker", *settings, tmp_path / "report.json", num_processes=processes)
+    report = json.loads((tmp_path / "report.json").read_text())
     assert report["allocated"] == report["counted"]

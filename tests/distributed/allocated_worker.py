@@ -1,14 +1,13 @@
-"""Train one step of a small run and print what DeepSpeed holds, in bytes, beside what accounting says.
+"""Train one step of a small run and write what DeepSpeed holds, in bytes, beside what accounting says.
 
-Run as ``torchrun --nproc-per-node N -m tests.unit.accounting.allocated_worker PRECISION ZERO_STAGE MOMENTS OFFLOAD
-EXPERT_PARALLEL_SIZE``.
+A task of :mod:`tests.distributed.ranks`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
-from qwen3next_train.parallel.process_groups import process_context
+from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.topology import Topology
 from tests.distributed.layout_worker import rank_batches
 from tests.unit.accounting.shapes import TINY
@@ -64,57 +63,59 @@ def host_bytes(zero: Any) -> int:
     )
 
 
-def main(precision: Any, zero_stage: Any, moments_dtype: Any, offload: Any, expert_parallel_size: Any) -> None:
-    """One step of four rows, two at a time and rank."""
+def perform(
+    context: ProcessContext,
+    precision: Any,
+    zero_stage: str,
+    moments_dtype: Any,
+    offload: Any,
+    expert_parallel_size: str,
+    report: str,
+) -> None:
+    """One step of four rows, two at a time and rank; rank 0 writes the file ``report``."""
+    from qwen3next_train.engine.zero_engine import ZeroEngine
+    from qwen3next_train.kernels.selection import select_kernels
+
     config = Config.model_validate(
         {
             "model": TINY.model_dump(),
             "run": {"precision": precision, "global_batch_size": 8, "micro_batch_size": 2},
             "data": {"sequence_length": 16},
             "parallel": {
-                "zero_stage": zero_stage,
+                "zero_stage": int(zero_stage),
                 "offload_optimizer": offload,
-                "expert_parallel_size": expert_parallel_size,
+                "expert_parallel_size": int(expert_parallel_size),
             },
             "optimizer": {"moments_dtype": moments_dtype},
         }
     )
-    torch.set_num_threads(1)
-    with process_context("cpu") as context:
-        from qwen3next_train.engine.zero_engine import ZeroEngine
-        from qwen3next_train.kernels.selection import select_kernels
-
-        topology = Topology(context.world_size, context.rank, expert_parallel_size)
-        accumulation = 4 // context.world_size
-        engine = ZeroEngine(
-            config,
-            topology=topology,
-            kernels=select_kernels(config.kernels, context.device),
-            device=context.device,
-            num_micro_batches=accumulation,
-        )
-        model, zero = engine._model, engine._engine.optimizer
-        gradients: list[int] = []
-        model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
-        batches = rank_batches(config, topology, 0, packed=True)
-        totals = StepTotals((100, 100), 128, 1000, 4)
-        engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
-        partitions = partitions_of(zero)
-        moments = [zero.optimizer.state[p][kind] for p in partitions for kind in ("exp_avg", "exp_avg_sq")]
-        allocated = {
-            "weights": weight_bytes(model, zero),
-            "gradients": gradients[-1],
-            "optimizer": held_bytes([*partitions, *moments]),
-        }
-        layout = Layout.of(config, context.world_size)
-        memory = memory_per_gpu(config.model, layout)
-        counted = {part: memory[part] for part in allocated}
-        if layout.offload_optimizer:
-            allocated |= {"optimizer": 0, "host": allocated["optimizer"] + host_bytes(zero)}
-            counted["host"] = host_bytes_per_gpu(config.model, layout)
-        if context.rank == 0:
-            print(json.dumps({"allocated": allocated, "counted": counted}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5]))
+    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+    accumulation = 4 // context.world_size
+    engine = ZeroEngine(
+        config,
+        topology=topology,
+        kernels=select_kernels(config.kernels, context.device),
+        device=context.device,
+        num_micro_batches=accumulation,
+    )
+    model, zero = engine._model, engine._engine.optimizer
+    gradients: list[int] = []
+    model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
+    batches = rank_batches(config, topology, 0, packed=True)
+    totals = StepTotals((100, 100), 128, 1000, 4)
+    engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
+    partitions = partitions_of(zero)
+    moments = [zero.optimizer.state[p][kind] for p in partitions for kind in ("exp_avg", "exp_avg_sq")]
+    allocated = {
+        "weights": weight_bytes(model, zero),
+        "gradients": gradients[-1],
+        "optimizer": held_bytes([*partitions, *moments]),
+    }
+    layout = Layout.of(config, context.world_size)
+    memory = memory_per_gpu(config.model, layout)
+    counted = {part: memory[part] for part in allocated}
+    if layout.offload_optimizer:
+        allocated |= {"optimizer": 0, "host": allocated["optimizer"] + host_bytes(zero)}
+        counted["host"] = host_bytes_per_gpu(config.model, layout)
+    if context.rank == 0:
+        Path(report).write_text(json.dumps({"allocated": allocated, "counted": counted}))
