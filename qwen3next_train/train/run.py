@@ -17,12 +17,12 @@ from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.parallel.rank_check import RankInfo, describe_lost
 from qwen3next_train.train.run_directory import RunDirectory
-from qwen3next_train.train.run_fingerprint import run_fingerprint
 from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
+# Nothing up here imports torch, whose import takes seconds in which a signal could not be recorded as a stop.
 if TYPE_CHECKING:
+    from qwen3next_train.parallel.rank_check import RankInfo
     from qwen3next_train.train.loop import Run
 
 _SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
@@ -51,6 +51,7 @@ class _Attempt:
         from qwen3next_train.parallel.process_groups import process_context
         from qwen3next_train.train.build import build_run
         from qwen3next_train.train.loop import train
+        from qwen3next_train.train.run_fingerprint import run_fingerprint
 
         settings = self.config.run
         joined = process_context(
@@ -120,6 +121,8 @@ def _classify(error: Exception, rank: int, rank_infos: Sequence[RankInfo]) -> tu
     """Exit code and reason of an exception that is not ours; prints it, unless a lost rank explains it."""
     text = " ".join(str(error).split())
     if _is_lost_peer(error):
+        from qwen3next_train.parallel.rank_check import describe_lost
+
         lost = describe_lost(rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
     traceback.print_exception(error)

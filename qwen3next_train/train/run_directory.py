@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
 from qwen3next_train.config.describe import sections, to_yaml
@@ -21,8 +21,10 @@ from qwen3next_train.config.strict_yaml import read_yaml
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.versions import git_revision, software_versions
+
+if TYPE_CHECKING:
+    from qwen3next_train.parallel.control import ControlGroup
 
 _LOCK_MODE = 0o640
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})

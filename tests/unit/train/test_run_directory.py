@@ -4,12 +4,14 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from qwen3next_train.checkpoint.filesystem import LocalFilesystem
 from qwen3next_train.config.describe import ConfigChanges, compare_configs, to_yaml
 from qwen3next_train.config.schema import Config, ParallelConfig, RunConfig
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
@@ -270,7 +272,6 @@ def test_damaged_configuration_does_not_stop_a_resume(tmp_path, capsys, text):
     assert line.endswith("; only the checkpoint's own copy is compared")
 
 
-@pytest.mark.dist
 def test_of_processes_that_race_one_gets_the_lock(tmp_path):
     racers = [start_holder(tmp_path / "run") for _ in range(4)]
     answers = [racer.stdout.readline().split(maxsplit=1)[0] for racer in racers]
@@ -386,7 +387,6 @@ RunDirectory(Path(sys.argv[1]), rank).finish(ExitCode.DATA, f"rank {rank}")
 """
 
 
-@pytest.mark.dist
 def test_of_ranks_that_fail_together_one_is_heard(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     opened(tmp_path)
@@ -412,50 +412,55 @@ def test_of_ranks_that_fail_together_one_is_heard(tmp_path, monkeypatch):
     assert names(tmp_path) == [".lock", "exit.json"]
 
 
-DYING = """
-import os, sys
-from pathlib import Path
-from qwen3next_train.checkpoint.filesystem import LocalFilesystem
-from qwen3next_train.config.schema import Config, ParallelConfig, RunConfig
-from qwen3next_train.errors import ExitCode
-from qwen3next_train.train.run_directory import RunDirectory
+class _Dying:
+    """Operations on files of which the one of a given number kills the process instead; counts them."""
 
-calls = 0
-def dying(call):
-    def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[2]):
-            os.kill(os.getpid(), 9)
-        return call(*args, **kwargs)
-    return wrapper
+    def __init__(self, crash_point: int) -> None:
+        self.crash_point = crash_point
+        self.calls = 0
 
-for name in ("create", "write", "fsync", "rename", "fsync_dir", "unlink"):
-    setattr(LocalFilesystem, name, dying(getattr(LocalFilesystem, name)))
-os.link, Path.unlink = dying(os.link), dying(Path.unlink)
-run_dir = RunDirectory(Path(sys.argv[1]), rank=0)
-run_dir.open()
-run_dir.record_attempt(Config(run=RunConfig(steps=8)), layout={}, workload={}, wandb_id="later", command=[])
-run_dir.finish(ExitCode.STOPPED, "stopped")
-print(calls)
-"""
+    def __call__(self, operation):
+        def wrapper(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.crash_point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+
+        return wrapper
 
 
-@pytest.mark.slow
+def attempt_that_dies(path: Path, crash_point: int) -> int:
+    """A whole attempt in a child process; minus the signal that killed it, or the number of its operations."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        with suppress(BaseException):
+            dying = _Dying(crash_point)
+            for name in ("create", "write", "fsync", "rename", "fsync_dir", "unlink"):
+                setattr(LocalFilesystem, name, dying(getattr(LocalFilesystem, name)))
+            os.link, Path.unlink = dying(os.link), dying(Path.unlink)
+            run_dir = RunDirectory(path, rank=0)
+            run_dir.open()
+            run_dir.record_attempt(Config(run=RunConfig(steps=8)), layout={}, workload={}, wandb_id="later", command=[])
+            run_dir.finish(ExitCode.STOPPED, "stopped")
+            code = dying.calls
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def test_killed_before_every_operation(tmp_path):
-    done, crash_point = None, 0
-    while done is None or done.returncode == -signal.SIGKILL:
+    end, crash_point = -signal.SIGKILL, 0
+    while end == -signal.SIGKILL:
         crash_point += 1
         path = tmp_path / str(crash_point)
         run_dir = opened(path)
         record(run_dir)
         run_dir.finish(ExitCode.DIVERGED, "nan")
         run_dir.close()
-        done = subprocess.run([sys.executable, "-c", DYING, str(path), str(crash_point)], capture_output=True)
+        end = attempt_that_dies(path, crash_point)
         assert (path / "config.yaml").read_text() in [to_yaml(Config(run=RunConfig(steps=steps))) for steps in (7, 8)]
         assert json.loads((path / "run.json").read_text())["wandb_id"] in ("abcd1234", "later")
         assert not (path / "exit.json").exists() or exit_of(path)["code"] in (76, 75)
         opened(path).close()
         assert names(path) == [".lock", "config.yaml", "run.json"]
-    assert done.returncode == 0
-    assert crash_point == int(done.stdout) + 1 > 12
+    assert 12 < crash_point == end + 1 < 255
