@@ -25,9 +25,14 @@ if not torch.cuda.is_available():
     # The Triton kernels' tests then run on the CPU; triton reads this once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-TOGETHER = ("tests/distributed/", "tests/unit/engine/")
-"""Folders that one worker does in one go: ranks that stay (``tests.distributed.ranks``); in unit tests of the engine,
-DeepSpeed keeps the first process group it has seen in a process."""
+TOGETHER = {
+    "tests/distributed/": "ranks that stay",
+    "tests/unit/engine/": "engine",
+    **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes", "slurm")), "two ranks"),
+}
+"""Files that one worker does in one go, by the beginning of their path: ranks that stay (``tests.distributed.ranks``);
+unit tests of the engine, since DeepSpeed keeps the first process group it has seen in a process; and the files that
+compare with the run of the fixture ``two_ranks``."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +54,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFileOrFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+            scopes = (scope for beginning, scope in TOGETHER.items() if nodeid.startswith(beginning))
+            return next(scopes, super()._split_scope(nodeid))
 
     return ByFileOrFolder(config, log)
 

@@ -46,8 +46,7 @@ def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its weights, exported to Hugging Face's format and imported again."""
     folder = tmp_path_factory.mktemp("formats")
-    done = run("console", ["export-hf", f"--checkpoint={source}", "--output", str(folder / "hf"), "--dtype", "fp32"])
-    assert done.returncode == 0, done.stderr
+    assert main(["export-hf", f"--checkpoint={source}", "--output", str(folder / "hf"), "--dtype", "fp32"]) == 0
     assert "mtp.layers.0.mlp.experts.3.down_proj.weight" in read_folder(folder / "hf")
     assert main(["import-hf", "--hf", str(folder / "hf"), "--output", str(folder / "ours")]) == 0
     return folder / "ours"

@@ -87,27 +87,21 @@ def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: P
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
 
 
-def test_own_launcher_ends_quietly_with_the_recorded_code(corpus: Path, tmp_path: Path) -> None:
+def test_own_launcher_ends_quietly_and_a_second_start_meanwhile_leaves_no_trace(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(["--nproc-per-node", "2", *arguments(corpus, run_dir, run__steps=300)])
-    _wait_for_steps(run_dir, 2)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert (process.returncode, exit_record(run_dir)["code"]) == (75, 75)
-    assert exit_record(run_dir)["step"] == metrics(run_dir)[-1]["step"]
-    assert "Traceback" not in stderr
-    assert stderr.rstrip().endswith("; run the same line to go on")
-
-
-def test_refused_second_start_ends_at_once_and_leaves_no_trace(corpus: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    args = arguments(corpus, run_dir, run__steps=300)
+    args = ["--nproc-per-node", "2", *arguments(corpus, run_dir, run__steps=100_000)]
     first = start(args)
     _wait_for_steps(run_dir, 1)
-    second = run("console", ["--nproc-per-node", "2", *args])
+    second = run("console", args[2:])
+    assert second.returncode == 2
+    assert "is in use by process" in second.stderr
+    second = run("console", args)
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
     assert not (run_dir / "exit.json").exists()
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
-    assert exit_record(run_dir)["code"] == 75
+    _, stderr = first.communicate(timeout=120)
+    assert (first.returncode, exit_record(run_dir)["code"]) == (75, 75)
+    assert exit_record(run_dir)["step"] == metrics(run_dir)[-1]["step"]
+    assert "Traceback" not in stderr
+    assert stderr.rstrip().endswith("; run the same line to go on")
