@@ -35,8 +35,7 @@ CONFIG = small_config(linear_key_head_dim=16, linear_value_head_dim=16, mtp_num_
 
 def triton_kernels() -> KernelSet:
     """Every own Triton operation, which ``select_kernels`` would refuse on CPU."""
-    inputs = selection._load_gdn_prologue("triton")
-    return replace(cpu_kernels(), **selection._fused_triton(), gdn_prologue=inputs)
+    return replace(cpu_kernels(), **selection._fused_triton())
 
 
 def run(kernels: KernelSet, recompute: Collection[RecomputePart] = ()) -> dict[str, torch.Tensor]:
