@@ -2,7 +2,7 @@
 
 Nothing is unpickled, no name leads out of the folder, every shard's header is checked against the index before a
 single weight is read, and weights are memory-mapped. A folder of the Hugging Face cache, whose files are links into
-the cache's own ``blobs``, is read too; any other link out of the folder is refused.
+the cache's own ``blobs``, is read too; any other link out of the folder is rejected.
 """
 
 from __future__ import annotations

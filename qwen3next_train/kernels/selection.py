@@ -1,6 +1,6 @@
 """Choice of each operation's backend: once, by name, and said at start-up.
 
-Only ``auto`` chooses. A backend asked for by name either runs or is refused with the reason; nothing is
+Only ``auto`` chooses. A backend asked for by name either runs or is rejected with the reason; nothing is
 substituted for it.
 """
 

@@ -76,7 +76,7 @@ def checks_meanwhile(
             raise
 
 
-def refuse_wrong_gated_delta_net(checks: Sequence[Check], control: ControlGroup) -> None:
+def reject_wrong_gated_delta_net(checks: Sequence[Check], control: ControlGroup) -> None:
     """Let no rank train when an operation of Gated DeltaNet is wrong on any of them.
 
     Args:

@@ -33,7 +33,7 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.parameters import parameter_table
-from qwen3next_train.selftest.at_startup import checks_meanwhile, refuse_wrong_gated_delta_net
+from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
@@ -202,7 +202,7 @@ def _build_engine(
             device=context.device,
             num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
         )
-    refuse_wrong_gated_delta_net(checks(), context.control)
+    reject_wrong_gated_delta_net(checks(), context.control)
     if restored.found is not None:
         reader = FragmentReader(restored.found.path, restored.found.manifest)
         reader.check_parameters(parameter_table(config.model))

@@ -19,7 +19,7 @@ from qwen3next_train.selftest import at_startup
 from qwen3next_train.selftest.at_startup import (
     checks_meanwhile,
     gated_delta_net_checks,
-    refuse_wrong_gated_delta_net,
+    reject_wrong_gated_delta_net,
 )
 from tests.unit.kernels.interpreted import DEVICE
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
@@ -46,7 +46,7 @@ def test_references_are_not_compared_with_themselves() -> None:
     with checks_meanwhile(cpu_kernels(), MODEL, CPU, torch.float32) as checks:
         assert threading.active_count() == before
     assert checks() == []
-    refuse_wrong_gated_delta_net([], SingleProcess())
+    reject_wrong_gated_delta_net([], SingleProcess())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +71,7 @@ def test_a_wrong_gradient_is_refused_in_one_line() -> None:
 
     checks = gated_delta_net_checks(chosen("gated_delta_rule", wrong, "fla"), MODEL, CPU, torch.float32)
     with pytest.raises(KernelUnavailable) as caught:
-        refuse_wrong_gated_delta_net(checks, SingleProcess())
+        reject_wrong_gated_delta_net(checks, SingleProcess())
     assert str(caught.value) == (
         "kernels.gated_delta_rule: gated_delta_rule by fla is off plain torch by 3.0e-02 (grad k_THK), allowed 1e-02: "
         "it computes wrong results on this machine; set kernels.gated_delta_rule to reference"
@@ -84,7 +84,7 @@ def test_what_breaks_off_is_refused_too() -> None:
     with pytest.raises(
         KernelUnavailable, match=r"^kernels\.gated_delta_rule: RuntimeError: out of resource: shared memory$"
     ):
-        refuse_wrong_gated_delta_net(checks, SingleProcess())
+        reject_wrong_gated_delta_net(checks, SingleProcess())
 
 
 def test_one_bad_rank_stops_all() -> None:
@@ -96,7 +96,7 @@ def test_one_bad_rank_stops_all() -> None:
     kernels = chosen("gated_rms_norm", cpu_kernels().gated_rms_norm)
     checks = gated_delta_net_checks(kernels, MODEL, CPU, torch.float32)
     with pytest.raises(KernelUnavailable, match=r"^kernels\.fused: rank 1: off$"):
-        refuse_wrong_gated_delta_net(checks, Two())
+        reject_wrong_gated_delta_net(checks, Two())
 
 
 def test_a_model_built_meanwhile_neither_disturbs_nor_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
