@@ -1,4 +1,4 @@
-"""Training state as fragments of logical tensors: written one file a rank, read at any other layout.
+"""A sharded checkpoint: fragments of logical tensors, written one file a rank, resharded when they are read.
 
 A rank's file holds, for each fragment it owns, one flat fp32 tensor a kind under the key ``<parameter>/<offset>/
 <kind>``, and the rank's own small tensors under ``rank/<name>``. Which file holds what stands in the manifest, so

@@ -2,7 +2,8 @@
 
 An fp32 number is the sum of three bf16 numbers (24 bits of mantissa are three times 8), and products of bf16 numbers
 are exact in fp32, in which tensor cores add them up. So three bf16 products side by side give what an fp32 product
-gives, at several times its speed on GPUs whose fp32 units are slow; TF32 would keep 11 bits of the weights.
+gives (a 3xBF16, or split-precision, GEMM), at several times its speed on GPUs whose fp32 units are slow; TF32 would
+keep 11 bits of the weights.
 
 The parts are stored one beside the other in an order in which each product finds its three factors in a row:
 ``_WEIGHT_ORDER`` for weights, ``GRAD_ORDER`` for gradients of logits.
