@@ -152,10 +152,9 @@ def _model_states(kinds: Counter[ParameterKind], layout: Layout, persistent_nume
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
     summed = whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
-    # The wire is fp32. Stage 1 fills its bucket from fp32 accumulators; stage 2 from each micro-batch's gradients in
-    # the parameters' dtype, and copies the bucket to fp32 to send it.
-    copied = layout.zero_stage == 2 and layout.precision == "bf16"
-    bucket_bytes = FP32_BYTES + (layout.element_bytes if copied else 0)
+    # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
+    # activations; stage 1 at the end of the step's last, when they are gone.
+    bucket_bytes = FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
     return {
         "weights": sum(shard.partition * shard.num_ranks * shard.element_bytes for shard in shards),
         "gradients": FP32_BYTES * summed,

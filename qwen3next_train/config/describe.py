@@ -123,9 +123,14 @@ def hint_at(location: tuple[int | str, ...]) -> str:
     return _hint(annotation, field)
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that loads to the identical :class:`Config`."""
-    tree = config.model_dump()
+def to_yaml(config: Config, *, include: Mapping[str, Any] | None = None) -> str:
+    """The resolved configuration as YAML that loads to the identical :class:`Config`.
+
+    Args:
+        config: the configuration, ``model.layer_types`` filled in.
+        include: the sections and keys to write, as pydantic's ``model_dump`` takes them; None for all.
+    """
+    tree = config.model_dump(include=None if include is None else dict(include))
     model = config.model
     if expand_interval(model.full_attention_interval, model.num_hidden_layers) != model.layer_types:
         # No interval describes this pattern; layer_types alone does.

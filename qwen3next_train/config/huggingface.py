@@ -40,6 +40,15 @@ _PASSED_OVER = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "intermediate_size"),
     )
 )
+_SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "full_attention_interval", "layer_types"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range"),
+    *("rms_norm_eps", "tie_word_embeddings", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "router_aux_loss_coef"),
+)
+"""Keys that mean the same there. A key of ours that is not among them says how the model is trained, or what
+transformers cannot vary, and is not exported."""
 # transformers' defaults (Qwen3NextConfig, 5.23) where they are not the schema's.
 _DEFAULTS: Mapping[str, Value] = {"max_position_embeddings": 32768, "rope_theta": 10000.0}
 
@@ -122,11 +131,8 @@ def model_config_to_hf(model: ModelConfig) -> dict[str, Any]:
             "Qwen3-Next always has it"
         )
     raise_errors(lines)
-    # Ours alone: how the model is trained, and what transformers cannot vary.
-    ours = {"attention_output_gate", "shared_expert_gate", "router_aux_loss_scope", "router_z_loss_coef"}
-    ours |= {"mtp_num_layers", "mtp_loss_scaling_factor", "rope_theta", "partial_rotary_factor"}
     result: dict[str, Any] = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
-    result |= model.model_dump(exclude=ours)
+    result |= model.model_dump(include=set(_SHARED))
     if expand_interval(model.full_attention_interval, model.num_hidden_layers) != model.layer_types:
         del result["full_attention_interval"]
     result |= {

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.blend import Blend
 from qwen3next_train.data.prepare import PreparedData
 from qwen3next_train.data.rows import RowSampler
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.topology import Topology
 
 _POLL_S = 0.1
@@ -41,17 +42,19 @@ class TrainingData:
 
     def __init__(self, prepared: PreparedData, config: Config) -> None:
         self._blend = Blend([source.weight for source in prepared.train], seed=config.run.seed)
-        self._samplers = [
-            RowSampler(
-                source.documents,
-                sequence_length=config.data.sequence_length,
-                vocab_size=prepared.vocab_size,
-                isolate_documents=config.data.isolate_documents,
-                seed=config.run.seed,
-                source_index=index,
-            )
-            for index, source in enumerate(prepared.train)
-        ]
+        self._labels = [source.label for source in prepared.train]
+        self._samplers = []
+        for index, source in enumerate(prepared.train):
+            with _errors_of(source.label):
+                sampler = RowSampler(
+                    source.documents,
+                    sequence_length=config.data.sequence_length,
+                    vocab_size=prepared.vocab_size,
+                    isolate_documents=config.data.isolate_documents,
+                    seed=config.run.seed,
+                    source_index=index,
+                )
+            self._samplers.append(sampler)
 
     def row(self, sample_index: int) -> PackedRow:
         """The row of a sample.
@@ -60,12 +63,22 @@ class TrainingData:
             DataError: the store is damaged there.
         """
         source, index = self._blend.locate(sample_index)
-        return self._samplers[source].row(index)
+        with _errors_of(self._labels[source]):
+            return self._samplers[source].row(index)
 
     @property
     def rows_per_epoch(self) -> list[int]:
         """Rows of one pass over each source."""
         return [sampler.num_rows for sampler in self._samplers]
+
+
+@contextmanager
+def _errors_of(label: str) -> Iterator[None]:
+    """Begin data errors with the source as the user wrote it: a path in the cache says nothing of it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from error
 
 
 class StepLoader:

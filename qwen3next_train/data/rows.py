@@ -129,6 +129,5 @@ def require_one_row(documents: DocumentRange, sequence_length: int) -> None:
     """
     if documents.num_tokens <= sequence_length:
         raise DataError(
-            f"{documents.store.prefix}: {documents.num_tokens} tokens, a row needs {sequence_length + 1}; "
-            "add text or lower data.sequence_length"
+            f"{documents.num_tokens} tokens, a row needs {sequence_length + 1}; add text or lower data.sequence_length"
         )

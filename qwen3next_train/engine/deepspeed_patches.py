@@ -11,24 +11,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime import engine as deepspeed_engine
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
 
 
 def quiet_start() -> None:
-    """Keep DeepSpeed from compilers when it is first used, and from a warning at every collective."""
+    """Keep DeepSpeed from compilers when it is first used, from warnings at collectives and from waits at norms."""
     # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO imports the Muon optimizer, decorated with torch.compile, whose import takes seconds of every rank's start.
     compiler.compile = lambda: compiler.dummy_decorator
     # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # The original copies -1 from the host to the device, which waits for the device once for each optimizer group.
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
+
+
+def _mark_non_finite(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
+    """Replace a norm that is not finite by ``val``, in place."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
 
 
 def set_group_timeouts(timeout_s: float) -> None:
@@ -48,6 +58,60 @@ def set_group_timeouts(timeout_s: float) -> None:
             group.set_timeout(timedelta(seconds=timeout_s))
 
 
+@contextmanager
+def patched_optimizers() -> Iterator[None]:
+    """Let DeepSpeed build ours: :class:`PartitionedOptimizer` under stages 1 and 2, several dtypes under stage 3.
+
+    Stage 3 puts all partitions into one flat buffer and asserts that they share a dtype, at one place
+    (``runtime/zero/utils.py:defragment``); gathering, reducing and updating group parameters by dtype already.
+    Qwen3-Next in bf16 keeps its router, ``A_log`` and ``dt_bias`` in fp32, so that one function is replaced by one
+    that makes a buffer for each run of equal dtype while the optimizer is built. Optimizer groups have one dtype
+    each, so no partition of a group straddles two buffers.
+    """
+    deepspeed_engine.DeepSpeedZeroOptimizer = PartitionedOptimizer
+    stage3.defragment = _defragment_by_dtype
+    try:
+        yield
+    finally:
+        deepspeed_engine.DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer
+        stage3.defragment = defragment
+
+
+class PartitionedOptimizer(DeepSpeedZeroOptimizer):
+    """ZeRO-1 and ZeRO-2 that skip a non-finite step in bf16 too and reduce every gradient in fp32.
+
+    Stage 3 does both by itself. DeepSpeed's class looks for non-finite gradients in bf16 only if its own bf16 mode is
+    on, which would cast the fp32 parameters, and then reads all gradients once more. Here the global norm decides,
+    which is made anyhow and is the same on all ranks: it is finite exactly where the squares of all gradients are.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.check_grad_overflow = True
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Nothing: ``step`` asks the norm right after this, whatever this finds."""
+
+    def step(self, closure: None = None) -> None:
+        """Clip and update, or clear the gradients of a step that is skipped."""
+        super().step(closure)
+        if self.overflow:
+            # DeepSpeed leaves those of an offloaded optimizer, and the next step's would be added to them.
+            self.averaged_gradients.update(dict.fromkeys(self.averaged_gradients))
+
+    def unscale_and_clip_grads(self, grad_groups_flat: Sequence[torch.Tensor], total_norm: torch.Tensor) -> None:
+        """Clip to the global norm; DeepSpeed waits for the device here, once a group, to look at the norm again."""
+        if self.clip_grad > 0:
+            factor = 1.0 / torch.clamp((total_norm + 1e-6) / self.clip_grad, min=1.0)
+            for grad in grad_groups_flat:
+                grad.data.mul_(factor)
+
+    def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
+        # Under stage 2 DeepSpeed's bucket has the first parameter's dtype, bf16, to which the gradients of the router,
+        # A_log and dt_bias would be rounded before they are summed over ranks and micro-batches.
+        return self.gradient_accumulation_dtype
+
+
 class _Buffers:
     """Several flat buffers behind one another, of which stage 3 takes pieces by offset."""
 
@@ -61,23 +125,6 @@ class _Buffers:
                 return buffer.narrow(dim, start, length)
             start -= buffer.numel()
         raise IndexError("beyond the last buffer")
-
-
-@contextmanager
-def mixed_dtype_partitions() -> Iterator[None]:
-    """Let a ZeRO-3 optimizer built inside hold parameters of several dtypes.
-
-    DeepSpeed's stage 3 puts all partitions into one flat buffer and asserts that they share a dtype, at one place
-    (``runtime/zero/utils.py:defragment``); gathering, reducing and updating group parameters by dtype already.
-    Qwen3-Next in bf16 keeps its router, ``A_log`` and ``dt_bias`` in fp32, so that one function is replaced by one
-    that makes a buffer for each run of equal dtype while the optimizer is built. Optimizer groups have one dtype
-    each, so no partition of a group straddles two buffers.
-    """
-    stage3.defragment = _defragment_by_dtype
-    try:
-        yield
-    finally:
-        stage3.defragment = defragment
 
 
 def _defragment_by_dtype(tensors: list[torch.Tensor]) -> torch.Tensor | _Buffers:

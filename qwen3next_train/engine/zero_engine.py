@@ -14,7 +14,7 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
-from qwen3next_train.engine.deepspeed_patches import mixed_dtype_partitions, quiet_start, set_group_timeouts
+from qwen3next_train.engine.deepspeed_patches import patched_optimizers, quiet_start, set_group_timeouts
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
@@ -163,7 +163,7 @@ def _wrap(
     optimizer = build_adamw([group for group in groups if group["params"]], config.optimizer, fused=fused)
     # Under ZeRO-3 an expert's weights are gathered and reduced together, also on a rank that received no token.
     set_z3_leaf_modules(model, [RoutedExperts])
-    with mixed_dtype_partitions():
+    with patched_optimizers():
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

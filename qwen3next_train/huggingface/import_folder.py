@@ -2,10 +2,11 @@
 
 One shard at a time is mapped, converted to fp32 piece by piece and written as one file of the checkpoint, so memory
 does not grow with the model. The result is a folder ``OUTPUT`` like a run directory with one checkpoint, that of
-step 0, and the tokenizer beside it::
+step 0, with the tokenizer and a configuration beside it::
 
     OUTPUT/checkpoints/step_00000000/{MANIFEST.json, rank_00000.safetensors, …}
     OUTPUT/tokenizer/{tokenizer.json, …}
+    OUTPUT/config.yaml, which trains it
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, WorldLayout, encode_manifest, parse_manifest
 from qwen3next_train.checkpoint.staged_folder import staged_folder
 from qwen3next_train.checkpoint.train_state import TrainState
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.describe import to_yaml
+from qwen3next_train.config.schema import CheckpointConfig, Config
 from qwen3next_train.engine.base import Fragment
 from qwen3next_train.errors import DataError, DivergedError, ExitCode
 from qwen3next_train.huggingface.folder import HfFolder
+from qwen3next_train.huggingface.names import HEAD
 from qwen3next_train.huggingface.weights import HfMatch, data_config, match_folder
 from qwen3next_train.log import get_logger
 from qwen3next_train.parameters import ParamSpec
 
+CONFIG_YAML = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -72,18 +76,22 @@ def import_hf(
     match = match_folder(folder, mtp_num_layers=mtp_num_layers)
     if match.absent and initial_value is None:
         raise DataError(f"{source}: {match.absent[0].name} is missing; import without MTP (model.mtp_num_layers 0)")
-    _say_what_mtp(match)
+    _say_what_is_left_out(match)
     num_bytes = 4 * sum(spec.numel for spec in match.parameters)
     output = Path(os.path.abspath(output))
     with staged_folder(LOCAL_FILESYSTEM, output, what="import-hf", num_bytes=num_bytes) as staged:
         _copy_tokenizer(folder, staged / TOKENIZER_FOLDER)
         _write_checkpoint(match, staged / CHECKPOINTS_NAME, output, initial_value)
+        write_file(LOCAL_FILESYSTEM, staged / CONFIG_YAML, _training_config(match, output).encode())
     numel = sum(spec.numel for spec in match.parameters)
     print(f"{output / CHECKPOINTS_NAME / step_name(_STEP)}: {numel:,} parameters, {format_bytes(num_bytes)}")
+    print(f"to train it: qwen3next-train --config {output / CONFIG_YAML} --data.sources ... --run.dir ...")
     return ExitCode.FINISHED
 
 
-def _say_what_mtp(match: HfMatch) -> None:
+def _say_what_is_left_out(match: HfMatch) -> None:
+    if match.has_head_copy:
+        get_logger().info("import-hf: %s is left out: tied to the embedding, and equal to it", HEAD)
     depths = match.model.mtp_num_layers
     if match.num_left_out:
         get_logger().info("import-hf: %d mtp.* tensors left out", match.num_left_out)
@@ -129,6 +137,21 @@ def _write_checkpoint(
         assert initial_value is not None
         write([Fragment(spec.name, 0, {"master": initial_value(spec).reshape(-1)})], spec.name)
     _publish(match, directory, staging, output, files)
+
+
+def _training_config(match: HfMatch, output: Path) -> str:
+    """YAML of a run that starts from the weights: what belongs to the model, all else at its default."""
+    config = Config(
+        model=match.model,
+        data=data_config(match.folder, match.model, output / TOKENIZER_FOLDER),
+        checkpoint=CheckpointConfig(init_from=str(output)),
+    )
+    include = {"model": True, "data": {"tokenizer", "sequence_length"}, "checkpoint": {"init_from"}}
+    return (
+        f"# A run that starts from the weights of {ascii(match.folder.path.name)[1:-1]}. What to train on is yours to "
+        "say\n# (data.sources), and a rate that suits weights that are trained already (optimizer.lr).\n"
+        + to_yaml(config, include=include)
+    )
 
 
 def _fragments(match: HfMatch, shard: str) -> list[Fragment]:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from qwen3next_train.parameters import ParamSpec
 
 MTP_PREFIX = "mtp."
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _MTP_LAYER = re.compile(r"mtp\.layers\.(0|[1-9][0-9]*)\.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.config.huggingface import MTP_KEY, model_config_from_hf
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import DataError
-from qwen3next_train.huggingface.folder import CONFIG_NAME, HfFolder
+from qwen3next_train.huggingface.folder import CONFIG_NAME, HfFolder, StoredTensor
 from qwen3next_train.huggingface.names import (
+    EMBEDDING,
+    HEAD,
     MTP_PREFIX,
     HfTensor,
     in_memory,
@@ -31,6 +33,7 @@ TOKENIZER_NAME = "tokenizer.json"
 _DTYPES = ("F32", "BF16", "F16")
 _LARGEST = {"num_hidden_layers": 1024, MTP_KEY: 64, "num_experts": 8192}
 _MAX_NAMED = 3
+_COMPARED_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class HfMatch:
         tensors: what each tensor of the folder is, by name; those left out are not in it.
         absent: parameters of MTP depths that the folder does not hold.
         num_left_out: tensors of MTP depths that were not asked for.
+        has_head_copy: the folder of a model with tied embeddings holds the head as well; left out, it is equal.
     """
 
     folder: HfFolder
@@ -52,6 +56,7 @@ class HfMatch:
     tensors: dict[str, HfTensor]
     absent: tuple[ParamSpec, ...]
     num_left_out: int
+    has_head_copy: bool
 
 
 def match_folder(folder: HfFolder, *, mtp_num_layers: int | None) -> HfMatch:
@@ -65,7 +70,8 @@ def match_folder(folder: HfFolder, *, mtp_num_layers: int | None) -> HfMatch:
 
     Raises:
         ConfigError: ``config.json`` is of another model.
-        DataError: a tensor is missing, surplus, misshaped or of a dtype that holds no plain weights.
+        DataError: a tensor is missing, surplus, misshaped or of a dtype that holds no plain weights; tied embeddings
+            and head differ.
     """
     held = num_mtp_layers(folder.tensors)
     depths = mtp_num_layers
@@ -83,8 +89,11 @@ def match_folder(folder: HfFolder, *, mtp_num_layers: int | None) -> HfMatch:
         if spec not in absent:
             tensors = (in_memory(spec),) if spec.name in folder.tensors else on_disk(spec)
             wanted |= {tensor.name: tensor for tensor in tensors}
-    _require_equal(folder, wanted, left_out)
-    return HfMatch(folder, model, parameters, wanted, absent, len(left_out))
+    copies = _tie(wanted, folder.tensors) if model.tie_word_embeddings else {}
+    _require_same_tensors(folder, wanted | copies, left_out)
+    for copy in copies.values():
+        _require_equal_weights(folder, copy.name, copy.parameter)
+    return HfMatch(folder, model, parameters, wanted, absent, len(left_out), bool(copies))
 
 
 def weights_of_hf(path: Path) -> Weights:
@@ -153,22 +162,47 @@ def _beyond(name: str, depths: int) -> bool:
     return layer is not None and layer >= depths
 
 
-def _require_equal(folder: HfFolder, wanted: dict[str, HfTensor], left_out: set[str]) -> None:
+def _tie(wanted: dict[str, HfTensor], found: Mapping[str, StoredTensor]) -> dict[str, HfTensor]:
+    """What the head of a model with tied embeddings is, if the folder holds it: a copy of the embedding.
+
+    Some tools save both names. One that keeps the first name of shared weights keeps the head's: ``wanted`` then gets
+    the embedding under that name.
+    """
+    if HEAD not in found:
+        return {}
+    head = replace(wanted[EMBEDDING], name=HEAD)
+    if EMBEDDING in found:
+        return {HEAD: head}
+    del wanted[EMBEDDING]
+    wanted[HEAD] = head
+    return {}
+
+
+def _require_equal_weights(folder: HfFolder, copy: str, original: str) -> None:
+    pieces = (folder.tensor(name).reshape(-1).split(_COMPARED_NUMEL) for name in (copy, original))
+    if not all(torch.equal(left.float(), right.float()) for left, right in zip(*pieces, strict=True)):
+        raise DataError(
+            f"{folder.path}: {copy} is not equal to {original}, though {CONFIG_NAME} has tie_word_embeddings; set it "
+            "to false there, or remove the tensor"
+        )
+
+
+def _require_same_tensors(folder: HfFolder, wanted: dict[str, HfTensor], left_out: set[str]) -> None:
     found = folder.tensors
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    faults += [
+    differences = [f"{name} is missing" for name in wanted if name not in found]
+    differences += [
         f"{show_name(name)} is not part of the model" for name in found if name not in wanted and name not in left_out
     ]
     for name, tensor in wanted.items():
         if name in found and found[name].shape != tensor.shape:
-            faults.append(f"{name} has shape {list(found[name].shape)}, the model wants {list(tensor.shape)}")
+            differences.append(f"{name} has shape {list(found[name].shape)}, the model wants {list(tensor.shape)}")
         elif name in found and found[name].dtype not in _DTYPES:
-            faults.append(f"{name} has dtype {found[name].dtype}, not one of {', '.join(_DTYPES)}")
-    if faults:
-        raise DataError(f"{folder.path}: weights and config.json do not agree: {_list_faults(faults)}")
+            differences.append(f"{name} has dtype {found[name].dtype}, not one of {', '.join(_DTYPES)}")
+    if differences:
+        raise DataError(f"{folder.path}: weights and config.json do not agree: {_list_first(differences)}")
 
 
-def _list_faults(faults: Sequence[str]) -> str:
-    more = len(faults) - _MAX_NAMED
-    listed = "; ".join(faults[:_MAX_NAMED])
+def _list_first(differences: Sequence[str]) -> str:
+    more = len(differences) - _MAX_NAMED
+    listed = "; ".join(differences[:_MAX_NAMED])
     return listed if more <= 0 else f"{listed} (and {more} more differences)"

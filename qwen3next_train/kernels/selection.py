@@ -141,6 +141,17 @@ def format_choices(choices: tuple[KernelChoice, ...]) -> str:
     return "\n".join(f"{c.operation:<22}{c.backend:<12}{c.reason}" for c in choices)
 
 
+def summarize_choices(choices: tuple[KernelChoice, ...]) -> str:
+    """The same in one line, by the keys of ``kernels``; a reason where another backend could be wished for."""
+    by_key = {choice.key: choice for choice in choices}
+    if len({(choice.backend, choice.reason) for choice in choices}) == 1:
+        return f"{choices[0].backend} ({choices[0].reason})"
+    return ", ".join(
+        f"{key} {choice.backend}" + (f" ({choice.reason})" if choice.backend == "reference" else "")
+        for key, choice in by_key.items()
+    )
+
+
 def miscompiles_gated_backward(triton_version: str) -> bool:
     """Whether this Triton turns FLA's gated delta rule into wrong gradients of k on Hopper, silently.
 

@@ -13,6 +13,7 @@ from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.sinks import Record
+from qwen3next_train.metrics.step_line import LINE_WIDTH, format_duration, format_eval, format_step
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -30,11 +31,15 @@ class ConsoleSink:
         total_steps: last step of the run.
         first_step: step the run goes on from, 0 for a new one.
         eta_s: seconds that a number of steps will take, None when not known yet (``Throughput.eta_s``).
+        rate_unit: of the FLOP rate (:func:`~qwen3next_train.metrics.step_line.format_step`).
     """
 
-    def __init__(self, *, total_steps: int, first_step: int, eta_s: Callable[[int], float | None]) -> None:
+    def __init__(
+        self, *, total_steps: int, first_step: int, eta_s: Callable[[int], float | None], rate_unit: str = "FLOP/s"
+    ) -> None:
         self._total_steps = total_steps
         self._eta_s = eta_s
+        self._rate_unit = rate_unit
         self._bar: tqdm[object] | None = None
         if sys.stderr.isatty():
             self._bar = _open_bar(total_steps, first_step)
@@ -47,9 +52,19 @@ class ConsoleSink:
             self._bar.update(step - self._bar.n)
 
     def log(self, record: Record) -> None:
-        """Print the line of one logged step."""
-        get_logger().info(format_step(record, total_steps=self._total_steps, eta=self._eta(int(record["step"]))))
-        self.advance(int(record["step"]))
+        """Print the line of one logged step, and that of its validation."""
+        step = int(record["step"])
+        line = format_step(
+            record,
+            total_steps=self._total_steps,
+            eta=self._eta(step),
+            rate_unit=self._rate_unit,
+            width=_line_width(),
+        )
+        get_logger().info("%s", line)
+        if evaluated := format_eval(record, total_steps=self._total_steps):
+            get_logger().info("%s", evaluated)
+        self.advance(step)
 
     def close(self) -> None:
         """Take the live bar away."""
@@ -67,6 +82,14 @@ class ConsoleSink:
         if self._bar is not None:
             self._bar.clear()
         return True
+
+
+def _line_width() -> int:
+    """Columns of the terminal; of a file or a pipe what a terminal usually has."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or LINE_WIDTH
+    except (OSError, ValueError):
+        return LINE_WIDTH
 
 
 def _open_bar(total_steps: int, first_step: int) -> tqdm[object]:
@@ -147,60 +170,3 @@ def open_run_log(path: Path, redactor: Redactor) -> RunLog:
     run_log = RunLog(path, redactor)
     get_logger().addHandler(run_log)
     return run_log
-
-
-def format_step(record: Record, *, total_steps: int, eta: str) -> str:
-    """The console line of one logged step; what the record lacks is left out."""
-    step = int(record["step"])
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", _format_losses(record)]
-    formats: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("optim/lr", lambda value: f"lr {value:.2e}"),
-        ("optim/grad_norm", lambda value: f"gnorm {value:.3g}"),
-        ("perf/flops_per_step", lambda value: f"{format_si(value)}FLOP"),
-        ("perf/tflops_per_gpu", lambda value: f"{format_si(value * 1e12)}FLOP/s/gpu"),
-        ("perf/mfu", lambda value: f"mfu {value:.1%}"),
-        ("perf/tokens_per_s", lambda value: f"{format_si(value)}tok/s"),
-    )
-    parts += [render(record[name]) for name, render in formats if name in record]
-    if "perf/data_wait_s" in record and record.get("perf/step_time_s"):
-        parts.append(f"data {record['perf/data_wait_s'] / record['perf/step_time_s']:.1%}")
-    if "mem/peak_gib" in record:
-        parts.append(f"mem {record['mem/peak_gib']:.1f} GiB")
-    if "moe/max_violation" in record:
-        parts.append(f"moe max +{record['moe/max_violation']:.0%} dead {record.get('moe/dead_experts', 0):.0f}")
-    if record.get("optim/skipped_steps"):
-        parts.append(f"skipped {record['optim/skipped_steps']:.0f}")
-    if "eval/loss" in record:
-        bpb = f" ({record['eval/bpb']:.4f} bits/byte)" if "eval/bpb" in record else ""
-        parts.append(f"eval {record['eval/loss']:.4f}{bpb}")
-    return "  ".join(part for part in [*parts, eta] if part)
-
-
-def _format_losses(record: Record) -> str:
-    extra = [
-        f"{label} {record[name]:.4f}"
-        for label, name in (("mtp", "loss/mtp"), ("aux", "loss/load_balancing"))
-        if name in record
-    ]
-    main = f"loss {record['loss/lm']:.4f}" if "loss/lm" in record else ""
-    return f"{main} ({', '.join(extra)})".strip() if extra else main
-
-
-def format_si(value: float) -> str:
-    """A number with three or four digits and a decimal prefix, such as ``2.51 M``; ends ready for a unit."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.4g} {prefix}"
-    return f"{value:.4g} "
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in its two largest units: ``4d14h``, ``2h05m``, ``3m20s``, ``12s``."""
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, rest_minutes = divmod(minutes, 60)
-    days, rest_hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{rest_hours:02d}h"
-    if hours:
-        return f"{hours}h{rest_minutes:02d}m"
-    return f"{minutes}m{rest_s:02d}s" if minutes else f"{rest_s}s"

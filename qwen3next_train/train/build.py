@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from qwen3next_train.accounting.hardware import find_device
-from qwen3next_train.accounting.workload import workload_of
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
@@ -25,21 +20,22 @@ from qwen3next_train.data.prepare import PreparedData, prepare_stores
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.errors import ConfigError, DataError
-from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
+from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
 from qwen3next_train.log import get_logger
-from qwen3next_train.metrics.console import ConsoleSink
-from qwen3next_train.metrics.sinks import JsonlSink, Sink
+from qwen3next_train.metrics.step_line import labelled
 from qwen3next_train.metrics.throughput import Throughput
-from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
+from qwen3next_train.metrics.wandb_sink import new_run_id
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
+from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
+from qwen3next_train.train.sinks import open_sinks, peak_flops
 from qwen3next_train.versions import software_versions
 
 
@@ -56,15 +52,6 @@ class _Restored:
     state: TrainState
     found: VerifiedCheckpoint | None
     initial: InitialWeights | None
-
-
-@dataclass(frozen=True)
-class _Sinks:
-    """Rank 0's destinations of records, and what the loop tells them besides records."""
-
-    sinks: tuple[Sink, ...]
-    progress: Callable[[int], None]
-    sync_metrics: Callable[[], None]
 
 
 def build_run(
@@ -89,11 +76,12 @@ def build_run(
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
-    prepared = first_on_each_node(context, lambda: prepare_stores(config))
-    checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
-    restored = _restore_state(config, checkpoints, prepared, run_dir, context)
-    samples = TrainingData(prepared, config)
-    validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
+    with opened_with(opening_lines(config, world_size=context.world_size, device=context.device)):
+        prepared = first_on_each_node(context, lambda: prepare_stores(config))
+        checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
+        restored = _restore_state(config, checkpoints, prepared, run_dir, context)
+        samples = TrainingData(prepared, config)
+        validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
@@ -106,9 +94,11 @@ def build_run(
             num_prefetch_steps=config.data.num_prefetch_steps,
         )
     )
-    throughput = Throughput(_peak_flops(config, context), context.world_size, flops_total=restored.state.flops_total)
+    throughput = Throughput(
+        peak_flops(config, context.device), context.world_size, flops_total=restored.state.flops_total
+    )
     layout = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
-    sinks = _open_sinks(config, context, run_dir, restored, throughput, layout, stack)
+    sinks = open_sinks(config, context, run_dir, restored.state, throughput, layout, stack)
     return Run(
         config=config,
         control=context.control,
@@ -160,9 +150,11 @@ def _restore_state(
     state = found.manifest.train_state
     _check_same_configuration(run_dir, found.manifest.config, config, step=found.step)
     if state.data_fingerprint != prepared.fingerprint:
+        labels = ", ".join(source.label for source in prepared.train[:3])
+        more = f" and {len(prepared.train) - 3} more" if len(prepared.train) > 3 else ""
         raise DataError(
-            f"run.dir: {found.path}: the training data is not what the run started with (fingerprint "
-            f"{state.data_fingerprint}, now {prepared.fingerprint}); restore the data or choose another run.dir"
+            f"run.dir: {found.path}: the training data ({labels}{more}) is not what the run started with; "
+            "restore the data or choose another run.dir"
         )
     return _Restored(state, found, None)
 
@@ -216,7 +208,7 @@ def _build_engine(
         # New moments count as at update 0, so Adam's bias correction starts over.
         engine.load_state(restored.initial.read, 0)
         get_logger().info("new run with the weights of %s", restored.initial.path)
-    get_logger().info("%s", format_choices(kernels.choices))
+    get_logger().info("%s", labelled("kernels", summarize_choices(kernels.choices)))
     return engine
 
 
@@ -225,37 +217,6 @@ def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
     for change in compare_configs(recorded, config).harmless:
         if change.key == "optimizer.moments_dtype":
             get_logger().info("%s was %s, now %s: the moments go on in it", change.key, change.old, change.new)
-
-
-def _open_sinks(
-    config: Config,
-    context: ProcessContext,
-    run_dir: RunDirectory,
-    restored: _Restored,
-    throughput: Throughput,
-    layout: dict[str, int],
-    stack: ExitStack,
-) -> _Sinks:
-    """Rank 0's destinations of records, in the order they are told."""
-    if context.rank != 0:
-        return _Sinks((), lambda step: None, lambda: None)
-    state = restored.state
-    resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
-    workload = workload_of(config).as_json()
-    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
-    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
-    console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
-    wandb = WandbSink(
-        config.logging.wandb,
-        run_dir.path,
-        config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout} | workload,
-        state.wandb_id,
-        resumed=resumed_wandb,
-    )
-    stack.callback(metrics.close)
-    stack.callback(console.close)
-    stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return _Sinks((metrics, console, wandb), console.advance, metrics.sync)
 
 
 def _validation_batches(validation: ValidationData | None, config: Config, topology: Topology) -> list[PackedBatch]:
@@ -275,10 +236,3 @@ def _header(config: Config, context: ProcessContext) -> Header:
     )
     versions = {name: version for name, version in software_versions().items() if version is not None}
     return Header(parameter_table(config.model), config.model_dump(mode="json"), layout, versions)
-
-
-def _peak_flops(config: Config, context: ProcessContext) -> float | None:
-    if context.device.type != "cuda":
-        return None
-    device = find_device(torch.cuda.get_device_name(context.device))
-    return None if device is None else device.peak_flops(config.run.precision)

@@ -58,6 +58,13 @@ def test_round_trip(name):
     assert back.model_dump(exclude=TRAINING_ONLY) == model.model_dump(exclude=TRAINING_ONLY)
 
 
+def test_only_keys_that_hugging_face_knows_are_exported():
+    """``mtp_num_hidden_layers`` is that of Qwen's newer models, the other two those of transformers 5."""
+    known = PUBLISHED.keys() | {"layer_types", "rope_parameters", "mtp_num_hidden_layers"}
+    model = with_layer_types(ModelConfig(linear_dt_init="log_uniform", router_z_loss_coef=1.0))
+    assert model_config_to_hf(model).keys() - known == set()
+
+
 def test_irregular_pattern_round_trip():
     model = load_config([], [("linear-attention-freq", "[1]*46+[0]*2")]).config.model
     assert model_config_from_hf(model_config_to_hf(model), "c").layer_types == model.layer_types

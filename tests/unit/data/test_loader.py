@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,5 +187,16 @@ def test_prefetch_is_bounded(data: TrainingData) -> None:
 def test_too_short_source_is_refused_at_the_start(tmp_path: Path) -> None:
     counting_store(tmp_path / "short", [16])
     config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "short")}], validation_fraction=0.0)
-    with pytest.raises(DataError, match="short: 16 tokens, a row needs 17"):
+    with pytest.raises(DataError, match=f"^{tmp_path}/short: 16 tokens, a row needs 17"):
         TrainingData(prepare_stores(config), config)
+
+
+def test_errors_of_a_cached_store_begin_with_the_source_as_the_user_wrote_it(tmp_path: Path) -> None:
+    """The rest of the line names file and position in the cache."""
+    (tmp_path / "a.txt").write_text("hello " * 40)
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "a.txt")}], validation_fraction=0.0)
+    data = TrainingData(replace(prepare_stores(config), vocab_size=1), config)
+    with pytest.raises(
+        DataError, match=f"^{tmp_path}/a.txt: {tmp_path}/cache/.*: token .*: expected an id from 0 to 0"
+    ):
+        data.row(0)

@@ -112,7 +112,7 @@ def test_bad_token_id_names_file_and_position(tmp_path: Path, bad: int) -> None:
 def test_corpus_shorter_than_a_row(tmp_path: Path) -> None:
     documents = everything(counting_store(tmp_path / "store", [8, 8]))
     assert sampler(documents, 15).num_rows == 1
-    with pytest.raises(DataError, match=r"store: 16 tokens, a row needs 17; add text or lower data\.sequence_length"):
+    with pytest.raises(DataError, match=r"^16 tokens, a row needs 17; add text or lower data\.sequence_length"):
         sampler(documents, 16)
 
 

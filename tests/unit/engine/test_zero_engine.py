@@ -42,6 +42,14 @@ def _state(engine) -> dict[tuple[str, FragmentKind], torch.Tensor]:  # type: ign
     return {(f.name, kind): tensor.clone() for f in engine.fragments() for kind, tensor in f.tensors.items()}
 
 
+def _bf16(*, zero_stage: int, offload: str = "none", clip_grad: float = 0.0) -> Config:
+    """Four micro-batches a step."""
+    values = small_config(micro_batch_size=1, clip_grad=clip_grad).model_dump()
+    values["run"]["precision"] = "bf16"
+    values["parallel"] |= {"zero_stage": zero_stage, "offload_optimizer": offload}
+    return Config.model_validate(values)
+
+
 def test_bf16_run_keeps_the_table_s_fp32_parameters_in_fp32_through_a_step(context: ProcessContext) -> None:
     config = small_config(micro_batch_size=4)
     config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "bf16"})})
@@ -85,6 +93,38 @@ def test_a_non_finite_gradient_skips_the_update_and_leaves_the_state_bit_equal(c
     after = _state(engine)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not _step(engine, config, 2).skipped
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_step_in_bf16_asks_once_whether_it_is_finite(
+    context: ProcessContext, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+) -> None:
+    """Each question waits for the device; DeepSpeed asks again to clip, once for each optimizer group."""
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    config = _bf16(zero_stage=zero_stage, clip_grad=0.5)
+    engine = _engine(config, context)
+    original, norms = stage_1_and_2.is_invalid_grad_norm, []
+
+    def noted(norm: torch.Tensor) -> bool:
+        norms.append(float(norm))
+        return original(norm)
+
+    monkeypatch.setattr(stage_1_and_2, "is_invalid_grad_norm", noted)
+    result = _step(engine, config, 0)
+    assert norms == [result.metrics["optim/grad_norm"]]
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(2, "none"), (1, "cpu"), (2, "cpu"), (3, "none")])
+def test_no_gradient_is_rounded_on_its_way_in_bf16(context: ProcessContext, zero_stage: int, offload: str) -> None:
+    """Those of fp32 parameters have more digits than bf16, which stage 1 keeps; so have the sums of micro-batches."""
+    gradients = []
+    for config in (_bf16(zero_stage=1), _bf16(zero_stage=zero_stage, offload=offload)):
+        engine = _engine(config, context)
+        _step(engine, config, 0)
+        gradients.append({name: tensor for (name, kind), tensor in _state(engine).items() if kind == "exp_avg"})
+    for spec in parameter_table(config.model):
+        assert torch.equal(gradients[0][spec.name], gradients[1][spec.name]), spec.name
 
 
 def test_state_read_back_into_a_fresh_engine_goes_on_bit_for_bit(context: ProcessContext) -> None:

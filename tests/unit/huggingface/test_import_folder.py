@@ -15,8 +15,11 @@ import torch
 
 from qwen3next_train.checkpoint import weights as weights_module
 from qwen3next_train.checkpoint.weights import Weights, weights_of_checkpoint
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.schema import CheckpointConfig, Config, DataConfig
 from qwen3next_train.errors import ConfigError, DataError, StorageError
 from qwen3next_train.huggingface import import_folder
+from qwen3next_train.huggingface import weights as hf_weights
 from qwen3next_train.huggingface.import_folder import import_hf
 from qwen3next_train.huggingface.names import on_disk
 from qwen3next_train.huggingface.weights import weights_of_hf
@@ -107,9 +110,95 @@ def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
     tensors = random_tensors(model)
     import_hf(write_folder(tmp_path / "hf", model, tensors), tmp_path / "out")
     assert_holds(tmp_path / "out", tensors)
-    with_head = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    with pytest.raises(DataError, match=r"lm_head\.weight is not part of the model"):
-        import_hf(write_folder(tmp_path / "head", model, with_head), tmp_path / "other")
+
+
+class TestTiedHead:
+    """A model with tied embeddings whose folder has ``lm_head.weight`` too, as some tools write it."""
+
+    @pytest.fixture
+    def tensors(self) -> Tensors:
+        return random_tensors(tiny_model(tie_word_embeddings=True))
+
+    def write(self, tmp_path: Path, tensors: Tensors, **options: Any) -> Path:
+        return write_folder(tmp_path / "hf", tiny_model(tie_word_embeddings=True), tensors, **options)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_an_equal_one_is_left_out(
+        self, tmp_path: Path, info_lines: pytest.LogCaptureFixture, dtype: torch.dtype, shards: int
+    ) -> None:
+        tensors = random_tensors(tiny_model(tie_word_embeddings=True), dtype)
+        # In another dtype than the embedding: equal is equal.
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone().float()}
+        source = self.write(tmp_path, tensors | head, shards=shards)
+        import_hf(source, tmp_path / "out")
+        assert_holds(tmp_path / "out", tensors)
+        assert "import-hf: lm_head.weight is left out: tied to the embedding, and equal to it" in info_lines.messages
+        assert "lm_head.weight" not in {spec.name for spec in weights_of_hf(source).parameters}
+
+    def test_alone_it_is_the_embedding(self, tmp_path: Path, tensors: Tensors) -> None:
+        """What keeps the first name of shared weights, as safetensors' save_model does, drops the embedding's."""
+        renamed = {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in tensors.items()}
+        source = self.write(tmp_path, renamed)
+        import_hf(source, tmp_path / "out")
+        assert_holds(tmp_path / "out", tensors)
+        embedding = tensors["model.embed_tokens.weight"].flatten()
+        assert torch.equal(weights_of_hf(source).read("model.embed_tokens.weight", 3, 50), embedding[3:50])
+
+    @pytest.mark.parametrize("compared", [1, 7, 1 << 24])
+    def test_another_one_is_rejected(
+        self, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch, compared: int
+    ) -> None:
+        monkeypatch.setattr(hf_weights, "_COMPARED_NUMEL", compared)
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1, -1] += 1e-3
+        with pytest.raises(DataError, match=r"is not equal to .* tie_word_embeddings; set it to false there, or"):
+            import_hf(self.write(tmp_path, tensors | {"lm_head.weight": head}), tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("head", "text"),
+        [
+            (torch.zeros(8, 13), r"lm_head\.weight has shape \[8, 13\], the model wants \[13, 8\]$"),
+            (torch.zeros(13, 8, dtype=torch.int8), r"lm_head\.weight has dtype I8, not one of F32, BF16, F16$"),
+        ],
+    )
+    def test_a_wrong_one_is_rejected(self, tmp_path: Path, tensors: Tensors, head: torch.Tensor, text: str) -> None:
+        with pytest.raises(DataError, match=text):
+            import_hf(self.write(tmp_path, tensors | {"lm_head.weight": head}), tmp_path / "out")
+
+    def test_without_embedding_and_head_the_embedding_is_missing(self, tmp_path: Path, tensors: Tensors) -> None:
+        del tensors["model.embed_tokens.weight"]
+        with pytest.raises(DataError, match=r"agree: model\.embed_tokens\.weight is missing$"):
+            import_hf(self.write(tmp_path, tensors), tmp_path / "out")
+
+
+def test_the_config_beside_it_trains_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From anywhere: its places are absolute; what is not the model's stays at its default."""
+    model = tiny_model(max_position_embeddings=77, tie_word_embeddings=True, rope_theta=5e4)
+    # A name that would break out of a comment.
+    source = write_folder(tmp_path / "hf\nrun: {steps: 1}", model, random_tensors(model))
+    (source / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    import_hf(source, Path("out"))
+    path = tmp_path / "out" / "config.yaml"
+    assert f"qwen3next-train --config {path} --data.sources" in capsys.readouterr().out
+    assert load_config([path]).config == Config(
+        model=model,
+        data=DataConfig(tokenizer=str(tmp_path / "out" / "tokenizer"), sequence_length=77),
+        checkpoint=CheckpointConfig(init_from=str(tmp_path / "out")),
+    )
+
+
+def test_the_config_of_a_folder_without_tokenizer_asks_for_one(tmp_path: Path) -> None:
+    """The default one would be another model's."""
+    model = tiny_model()
+    import_hf(write_folder(tmp_path / "hf", model, random_tensors(model)), tmp_path / "out")
+    path = tmp_path / "out" / "config.yaml"
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: no tokenizer"):
+        load_config([path])
+    assert load_config([path], [("data.tokenizer", "mine.json")]).config.model == model
 
 
 class TestMtp:

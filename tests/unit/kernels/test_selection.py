@@ -13,7 +13,7 @@ import torch
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
-from qwen3next_train.kernels.selection import format_choices, select_kernels
+from qwen3next_train.kernels.selection import KernelChoice, format_choices, select_kernels, summarize_choices
 
 RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -101,6 +101,23 @@ def test_fp32_on_cuda_refuses_the_half_precision_backends(hopper: types.ModuleTy
 def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> None:
     table = format_choices(select_kernels(RULE_ALONE, CUDA).choices)
     assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
+
+
+def test_the_choices_in_one_line() -> None:
+    assert summarize_choices(select_kernels(KernelsConfig(), CPU).choices) == "reference (auto: CPU)"
+    mixed = select_kernels(KernelsConfig(fused="reference"), CPU).choices
+    assert summarize_choices(mixed) == (
+        "gated_delta_rule reference (auto: CPU), varlen_attention reference (auto: CPU), "
+        "grouped_matmul reference (auto: CPU), fused reference (asked for by name)"
+    )
+
+
+def test_the_line_says_why_only_where_a_faster_backend_does_not_run(hopper: types.ModuleType) -> None:
+    (refused, *_) = select_kernels(RULE_ALONE, CUDA).choices
+    attention = KernelChoice("varlen_attention", "flash", "auto: runs on this device", "varlen_attention")
+    line = summarize_choices((refused, attention))
+    assert line.startswith("gated_delta_rule reference (auto: fla has a wrong backward on Hopper with triton 3.6.0")
+    assert line.endswith("), varlen_attention flash")
 
 
 @pytest.fixture

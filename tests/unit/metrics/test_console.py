@@ -3,33 +3,14 @@ import logging
 import os
 import re
 import sys
+import termios
 
 import pytest
 
 from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
-from qwen3next_train.metrics.console import ConsoleSink, format_duration, format_si, format_step, open_run_log
+from qwen3next_train.metrics.console import ConsoleSink, open_run_log
 from qwen3next_train.metrics.redaction import MASK, Redactor
-
-RECORD = {
-    "step": 120,
-    "tokens": 503_316_480,
-    "loss/lm": 6.81234,
-    "loss/mtp": 7.031,
-    "loss/load_balancing": 1.00312,
-    "optim/lr": 7.2e-5,
-    "optim/grad_norm": 0.8412,
-    "optim/skipped_steps": 0,
-    "perf/flops_per_step": 105.4e15,
-    "perf/tflops_per_gpu": 248.2,
-    "perf/mfu": 0.251,
-    "perf/tokens_per_s": 2.5e6,
-    "perf/step_time_s": 1.68,
-    "perf/data_wait_s": 0.00504,
-    "mem/peak_gib": 61.24,
-    "moe/max_violation": 0.42,
-    "moe/dead_experts": 3,
-}
 
 
 class Terminal(io.StringIO):
@@ -37,49 +18,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-def test_whole_line():
-    assert format_step(RECORD, total_steps=238_419, eta="eta 4d14h") == (
-        "step    120/238419  loss 6.8123 (mtp 7.0310, aux 1.0031)  lr 7.20e-05  gnorm 0.841  105.4 PFLOP  "
-        "248.2 TFLOP/s/gpu  mfu 25.1%  2.5 Mtok/s  data 0.3%  mem 61.2 GiB  moe max +42% dead 3  eta 4d14h"
-    )
-
-
-def test_what_is_missing_is_left_out():
-    assert format_step({"step": 5, "loss/lm": 2.0}, total_steps=9, eta="") == "step 5/9  loss 2.0000"
-    assert format_step({"step": 5}, total_steps=10, eta="") == "step  5/10"
-
-
-def test_rare_values_are_shown_when_there_are_any():
-    record = {"step": 9, "loss/lm": float("nan"), "optim/skipped_steps": 2, "eval/loss": 1.5, "eval/bpb": 0.75}
-    assert format_step(record, total_steps=9, eta="") == (
-        "step 9/9  loss nan  skipped 2  eval 1.5000 (0.7500 bits/byte)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0 "),
-        (12.3456, "12.35 "),
-        (1234, "1.234 k"),
-        (2.5e6, "2.5 M"),
-        (3.1e9, "3.1 G"),
-        (5e12, "5 T"),
-        (2.51e22, "2.51e+04 E"),
-    ],
-)
-def test_si(value, text):
-    assert format_si(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (396_000, "4d14h"), (86_400, "1d00h")],
-)
-def test_duration(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def test_plain_lines_and_no_bar_without_a_terminal(monkeypatch):
@@ -91,6 +29,29 @@ def test_plain_lines_and_no_bar_without_a_terminal(monkeypatch):
         sink.advance(step)
     sink.close()
     assert stderr.getvalue() == "step  1/10  loss 3.0000  eta 18s\nstep  2/10  loss 3.0000  eta 16s\n"
+
+
+def test_a_validation_has_a_line_of_its_own(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    sink = ConsoleSink(total_steps=10, first_step=0, eta_s=lambda steps: None)
+    sink.log({"step": 2, "loss/lm": 3.0, "eval/loss": 1.5, "eval/bpb": 0.75})
+    assert stderr.getvalue() == "step  2/10  loss 3.0000\neval  2/10  loss 1.5000  0.7500 bits/byte\n"
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(160, True), (100, False), (0, False)])
+def test_a_wide_terminal_gets_more(monkeypatch, columns, shown):
+    """A pseudo-terminal that has no size counts as one of 100 columns."""
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, columns))
+    with os.fdopen(slave, "w") as stderr, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        sink = ConsoleSink(total_steps=10, first_step=0, eta_s=lambda steps: None)
+        numbers = {"optim/lr": 1e-3, "optim/grad_norm": 1.0, "perf/tokens_per_s": 1e6, "perf/tflops_per_gpu": 400.0}
+        sink.log({"step": 2, "loss/lm": 3.0, "loss/mtp": 3.5, "perf/flops_per_step": 1e15, "perf/mfu": 0.4, **numbers})
+        sink.close()
+        stderr.flush()
+        assert (b"mtp 3.5000" in screen.read(4096)) == shown
 
 
 def test_bar_on_a_terminal_leaves_whole_lines(monkeypatch):

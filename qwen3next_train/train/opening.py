@@ -1,0 +1,96 @@
+"""What the log opens with: the model, the work, the layout and where the results go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import memory_per_gpu
+from qwen3next_train.accounting.workload import workload_of
+from qwen3next_train.config.schema import Config
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.step_line import format_si, labelled
+
+_GIB = 2**30
+
+
+@contextmanager
+def opened_with(lines: Sequence[str]) -> Iterator[None]:
+    """Log ``lines`` before the first thing that is logged inside, at the latest at its end.
+
+    Unless that is an error, or an error ends it before: a start that is rejected is one line.
+    """
+    left = list(lines)
+
+    def log_first(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.INFO:
+            log()
+        return True
+
+    def log() -> None:
+        # Emptied first: what is logged here comes by here as well.
+        pending = left.copy()
+        left.clear()
+        for line in pending:
+            get_logger().info("%s", line)
+
+    get_logger().addFilter(log_first)
+    try:
+        yield
+        log()
+    finally:
+        get_logger().removeFilter(log_first)
+
+
+def opening_lines(config: Config, *, world_size: int, device: torch.device) -> list[str]:
+    """The plan of a run in a few lines, known before data and model are.
+
+    Args:
+        config: the resolved configuration, which fits ``world_size``.
+        world_size: number of processes.
+        device: where this process trains.
+    """
+    run, work = config.run, workload_of(config)
+    num_micro_batches = run.global_batch_size // (run.micro_batch_size * world_size)
+    lines = [
+        labelled("model", f"{work.parameters.total:,} parameters, {work.parameters.active:,} active per token"),
+        labelled(
+            "step",
+            f"{run.global_batch_size:,} x {config.data.sequence_length:,} = {work.num_tokens:,} tokens, "
+            f"{format_si(work.flops_per_step)}FLOP; {num_micro_batches:,} x {run.micro_batch_size:,} rows a process",
+        ),
+        labelled(
+            "run",
+            f"{run.steps:,} steps = {format_si(run.steps * work.num_tokens).strip()} tokens, "
+            f"{format_si(run.steps * work.flops_per_step)}FLOP",
+        ),
+        labelled("layout", _layout(config, world_size, device)),
+    ]
+    if device.type == "cuda":
+        planned = sum(memory_per_gpu(config.model, Layout.of(config, world_size)).values())
+        held = torch.cuda.get_device_properties(device).total_memory
+        lines.append(labelled("memory", f"{planned / _GIB:.1f} GiB planned of {held / _GIB:.1f} GiB a GPU"))
+    interval = config.checkpoint.interval
+    when = f"every {interval:,} steps" if interval else "at the end"
+    return [*lines, labelled("output", f"{run.dir}, a checkpoint {when}")]
+
+
+def _layout(config: Config, world_size: int, device: torch.device) -> str:
+    parallel = config.parallel
+    kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = [
+        f"{world_size:,} {'process' if world_size == 1 else 'processes'} on {kind}",
+        config.run.precision,
+        f"ZeRO-{parallel.zero_stage}",
+    ]
+    if parallel.expert_parallel_size > 1:
+        parts.append(f"experts over {parallel.expert_parallel_size} ranks")
+    if parallel.recompute:
+        parts.append(f"recompute {' + '.join(parallel.recompute)}")
+    if parallel.offload_optimizer != "none":
+        parts.append("optimizer in host memory")
+    return ", ".join(parts)

@@ -1,0 +1,103 @@
+"""Where a run's records go, and what the loop tells those places besides records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from qwen3next_train.accounting.hardware import find_device
+from qwen3next_train.accounting.workload import workload_of
+from qwen3next_train.checkpoint.discovery import list_checkpoints
+from qwen3next_train.checkpoint.train_state import TrainState
+from qwen3next_train.config.schema import Config
+from qwen3next_train.metrics.console import ConsoleSink
+from qwen3next_train.metrics.sinks import JsonlSink, Sink
+from qwen3next_train.metrics.summary import SummarySink
+from qwen3next_train.metrics.throughput import Throughput
+from qwen3next_train.metrics.wandb_sink import WandbSink
+from qwen3next_train.parallel.process_groups import ProcessContext
+from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.versions import software_versions
+
+
+@dataclass(frozen=True)
+class RunSinks:
+    """Rank 0's destinations of records, and what the loop tells them besides records."""
+
+    sinks: tuple[Sink, ...]
+    progress: Callable[[int], None]
+    sync_metrics: Callable[[], None]
+
+
+def open_sinks(
+    config: Config,
+    context: ProcessContext,
+    run_dir: RunDirectory,
+    state: TrainState,
+    throughput: Throughput,
+    layout: dict[str, int],
+    stack: ExitStack,
+) -> RunSinks:
+    """Rank 0's destinations of records, in the order they are told."""
+    if context.rank != 0:
+        return RunSinks((), lambda step: None, lambda: None)
+    resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
+    workload = workload_of(config).as_json()
+    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
+    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
+    console = ConsoleSink(
+        total_steps=config.run.steps,
+        first_step=state.step,
+        eta_s=throughput.eta_s,
+        rate_unit=_rate_unit(context),
+    )
+    summary = SummarySink(
+        run_dir.metrics_path,
+        first_step=state.step,
+        total_steps=config.run.steps,
+        newest_checkpoint=lambda: _newest_checkpoint(run_dir),
+    )
+    wandb = WandbSink(
+        config.logging.wandb,
+        run_dir.path,
+        config.model_dump(mode="json") | {"versions": software_versions(), "layout": layout} | workload,
+        state.wandb_id,
+        resumed=resumed_wandb,
+    )
+
+    def advance(step: int) -> None:
+        console.advance(step)
+        summary.advance(step)
+
+    stack.callback(metrics.close)
+    stack.callback(summary.close)
+    stack.callback(console.close)
+    stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
+    return RunSinks((metrics, console, summary, wandb), advance, metrics.sync)
+
+
+def _rate_unit(context: ProcessContext) -> str:
+    """What ``perf/tflops_per_gpu`` counts, which on CPU is a process."""
+    if context.device.type == "cuda":
+        return "FLOP/s/gpu"
+    return "FLOP/s" if context.world_size == 1 else "FLOP/s/rank"
+
+
+def _newest_checkpoint(run_dir: RunDirectory) -> str | None:
+    try:
+        found = list_checkpoints([path.name for path in run_dir.checkpoints_path.iterdir()])
+    except OSError:
+        return None
+    return max(found, key=lambda checkpoint: checkpoint.step).name if found else None
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Peak FLOP/s of the device in the training dtype, None where unknown."""
+    if device.type != "cuda":
+        return None
+    known = find_device(torch.cuda.get_device_name(device))
+    return None if known is None else known.peak_flops(config.run.precision)

@@ -1,0 +1,64 @@
+"""What the log opens with."""
+
+import logging
+
+import pytest
+import torch
+
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import shipped_folder
+from qwen3next_train.log import get_logger
+from qwen3next_train.train.opening import opened_with, opening_lines
+
+CPU = torch.device("cpu")
+
+
+def lines(*overrides, world_size=1):
+    config = load_config([shipped_folder() / "qwen3next_tiny.yaml"], [("run.dir", "runs/mine"), *overrides]).config
+    return opening_lines(config, world_size=world_size, device=CPU)
+
+
+def test_the_tiny_run():
+    assert lines() == [
+        "model       1,652,008 parameters, 1,331,176 active per token",
+        "step        16 x 256 = 4,096 tokens, 39.0 GFLOP; 2 x 8 rows a process",
+        "run         440 steps = 1.80 M tokens, 17.1 TFLOP",
+        "layout      1 process on CPU, fp32, ZeRO-1",
+        "output      runs/mine, a checkpoint every 110 steps",
+    ]
+
+
+def test_what_is_not_usual_is_said():
+    found = lines(
+        ("run.micro_batch_size", "1"),
+        ("checkpoint.interval", "0"),
+        ("parallel.zero_stage", "2"),
+        ("parallel.expert_parallel_size", "4"),
+        ("parallel.recompute", "[norms, layer]"),
+        ("parallel.offload_optimizer", "cpu"),
+        world_size=4,
+    )
+    assert found[1].endswith("; 4 x 1 rows a process")
+    assert found[3] == (
+        "layout      4 processes on CPU, fp32, ZeRO-2, experts over 4 ranks, recompute norms + layer, "
+        "optimizer in host memory"
+    )
+    assert found[4] == "output      runs/mine, a checkpoint at the end"
+
+
+@pytest.mark.parametrize("said", [[], ["source: 3 documents", "resumed"]])
+def test_the_log_opens_with_it(capsys, said):
+    with opened_with(["model", "step"]):
+        for line in said:
+            get_logger().info(line)
+    get_logger().info("after")
+    assert capsys.readouterr().err.splitlines() == ["model", "step", *said, "after"]
+
+
+def test_a_rejected_start_says_nothing_but_the_error(capsys):
+    filters = len(logging.getLogger("qwen3next_train").filters)
+    with pytest.raises(ValueError, match="no such file"), opened_with(["model", "step"]):
+        raise ValueError("no such file")
+    get_logger().error("no such file")
+    assert capsys.readouterr().err.splitlines() == ["no such file"]
+    assert len(logging.getLogger("qwen3next_train").filters) == filters
