@@ -138,6 +138,7 @@ def compare(
         torch.autograd.backward(expected, [one.to(of.dtype) for one, of in zip(upstream, expected, strict=True)])
     errors = {}
     for index, (output, right) in enumerate(zip(outputs, expected, strict=True)):
+        assert output.shape == right.shape
         errors["output" if index == 0 else f"output {index + 1}"] = measure(output.detach(), right.detach())
     for name, (leaf, _) in narrow.items():
         gradient, right_gradient = leaf.grad, exact[name][0].grad
