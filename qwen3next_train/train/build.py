@@ -14,48 +14,32 @@ from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.workload import workload_of
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
+from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
-from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import compare_configs
+from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
-from qwen3next_train.data.prepare import PreparedData, prepare_stores
+from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
-from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.throughput import Throughput
-from qwen3next_train.metrics.wandb_sink import WandbSink, new_run_id
+from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
-from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
+from qwen3next_train.train.restore import Restored, due_steps, restore_state
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.versions import software_versions
-
-
-@dataclass(frozen=True)
-class _Restored:
-    """Where a run starts.
-
-    Args:
-        state: progress of the checkpoint, or of a new run.
-        found: the checkpoint, None for a new run.
-        initial: weights a new run starts from, None for random ones.
-    """
-
-    state: TrainState
-    found: VerifiedCheckpoint | None
-    initial: InitialWeights | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +49,7 @@ class _Sinks:
     sinks: tuple[Sink, ...]
     progress: Callable[[int], None]
     sync_metrics: Callable[[], None]
+    record_save: Callable[[int], None]
 
 
 def build_run(
@@ -91,7 +76,7 @@ def build_run(
     use_deterministic_kernels(context.device)
     prepared = first_on_each_node(context, lambda: prepare_stores(config))
     checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
-    restored = _restore_state(config, checkpoints, prepared, run_dir, context)
+    restored = restore_state(config, checkpoints, prepared, run_dir, context.control)
     samples = TrainingData(prepared, config)
     validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
     engine = _build_engine(config, topology, context, checkpoints, restored)
@@ -123,61 +108,11 @@ def build_run(
         sinks=sinks.sinks,
         progress=sinks.progress,
         sync_metrics=sinks.sync_metrics,
+        require_directory=run_dir.require_same,
+        record_save=sinks.record_save,
         throughput=throughput,
         stop=stop,
     )
-
-
-def _restore_state(
-    config: Config,
-    checkpoints: CheckpointManager,
-    prepared: PreparedData,
-    run_dir: RunDirectory,
-    context: ProcessContext,
-) -> _Restored:
-    """Progress of the newest checkpoint, rejected when it belongs to another configuration or other data."""
-    # Before a terabyte is verified for nothing, as if there were a checkpoint of the first step; what depends on the
-    # step is looked at again below.
-    recorded = run_dir.read_config()
-    if recorded is not None:
-        _check_same_configuration(run_dir, recorded, config, step=1)
-    found = checkpoints.find_latest()
-    if found is None:
-        if recorded is not None:
-            _check_same_configuration(run_dir, recorded, config, step=0)
-        wandb_id: str = context.control.broadcast_json(run_dir.read_info().get("wandb_id") or new_run_id())
-        new = TrainState(
-            step=0,
-            consumed_samples=0,
-            consumed_tokens=0,
-            flops_total=0,
-            skipped_steps=0,
-            optimizer_step=0,
-            data_fingerprint=prepared.fingerprint,
-            wandb_id=wandb_id,
-        )
-        return _Restored(new, None, find_initial_weights(config, context.control))
-    state = found.manifest.train_state
-    _check_same_configuration(run_dir, found.manifest.config, config, step=found.step)
-    if state.data_fingerprint != prepared.fingerprint:
-        raise DataError(
-            f"run.dir: {found.path}: the training data is not what the run started with (fingerprint "
-            f"{state.data_fingerprint}, now {prepared.fingerprint}); restore the data or choose another run.dir"
-        )
-    return _Restored(state, found, None)
-
-
-def _check_same_configuration(run_dir: RunDirectory, recorded: Mapping[str, Any], config: Config, *, step: int) -> None:
-    """Raise when ``config`` would not continue the curve that ``recorded`` has begun in the directory."""
-    changes = compare_configs(recorded, config, step=step)
-    decisive = [*changes.shape, *changes.trajectory]
-    if decisive:
-        listed = ", ".join(f"{change.key} was {change.old}, now {change.new}" for change in decisive[:3])
-        more = f", and {len(decisive) - 3} more" if len(decisive) > 3 else ""
-        raise ConfigError(
-            f"run.dir: {run_dir.path} belongs to another configuration ({listed}{more}); "
-            "go on with that configuration or choose another run.dir"
-        )
 
 
 def _build_engine(
@@ -185,7 +120,7 @@ def _build_engine(
     topology: Topology,
     context: ProcessContext,
     checkpoints: CheckpointManager,
-    restored: _Restored,
+    restored: Restored,
 ) -> Engine:
     """Model and optimizer, with the state of the checkpoint or the weights to start from, if there are any."""
     dtype = DTYPES[config.run.precision]
@@ -224,26 +159,31 @@ def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
     """Say that the moments are kept in another dtype than before the resume: the curve goes on, not bit for bit."""
     for change in compare_configs(recorded, config).harmless:
         if change.key == "optimizer.moments_dtype":
-            get_logger().info("%s was %s, now %s: the moments go on in it", change.key, change.old, change.new)
+            get_logger().info(
+                "%s was %s, now %s: the moments go on in it", change.key, show_stored(change.old), change.new
+            )
 
 
 def _open_sinks(
     config: Config,
     context: ProcessContext,
     run_dir: RunDirectory,
-    restored: _Restored,
+    restored: Restored,
     throughput: Throughput,
     layout: dict[str, int],
     stack: ExitStack,
 ) -> _Sinks:
     """Rank 0's destinations of records, in the order they are told."""
     if context.rank != 0:
-        return _Sinks((), lambda step: None, lambda: None)
+        return _Sinks((), lambda step: None, lambda: None, lambda step: None)
     state = restored.state
-    resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
+    info = run_dir.read_info()
+    resumed_wandb = info.get("wandb_id") == state.wandb_id
     workload = workload_of(config).as_json()
-    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
-    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
+    run_dir.record_attempt(
+        config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv, step=state.step
+    )
+    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
     console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
     wandb = WandbSink(
         config.logging.wandb,
@@ -255,7 +195,7 @@ def _open_sinks(
     stack.callback(metrics.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return _Sinks((metrics, console, wandb), console.advance, metrics.sync)
+    return _Sinks((metrics, console, wandb), console.advance, metrics.sync, run_dir.record_save)
 
 
 def _validation_batches(validation: ValidationData | None, config: Config, topology: Topology) -> list[PackedBatch]:
