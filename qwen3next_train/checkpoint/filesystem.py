@@ -22,6 +22,9 @@ import xxhash
 FileKind = Literal["file", "directory", "symbolic link", "special file"]
 
 READ_CHUNK_BYTES = 4 << 20
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What ``flock`` says on a filesystem without locks."""
+
 _FILE_MODE = 0o640
 _DIRECTORY_MODE = 0o750
 

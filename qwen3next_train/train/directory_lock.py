@@ -11,7 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, UnusableFileError, read_chunks, read_file
+from qwen3next_train.checkpoint.filesystem import (
+    LOCAL_FILESYSTEM,
+    NO_LOCKS,
+    UnusableFileError,
+    read_chunks,
+    read_file,
+)
 from qwen3next_train.checkpoint.names import (
     CHECKPOINTS_NAME,
     MANIFEST_NAME,
@@ -27,9 +33,8 @@ LOCK_NAME = ".lock"
 
 _LOCK_MODE = 0o640
 _HOLDER_BYTES = 512
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 # NFS locks only what is open for writing, which no directory can be.
-_NO_DIRECTORY_LOCKS = _NO_LOCKS | {errno.EBADF, errno.EINVAL, errno.EISDIR}
+_NO_DIRECTORY_LOCKS = NO_LOCKS | {errno.EBADF, errno.EINVAL, errno.EISDIR}
 _OF_THE_FILESYSTEM = frozenset({"lost+found", ".snapshot"})
 _NUM_SHOWN = 3
 
@@ -87,7 +92,7 @@ class DirectoryLock:
             self._descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             self._lock(self._descriptors[0], _NO_DIRECTORY_LOCKS)
             self._descriptors.append(self._open_file())
-            if not self._lock(self._descriptors[1], _NO_LOCKS):
+            if not self._lock(self._descriptors[1], NO_LOCKS):
                 get_logger().warning(
                     "run.dir: %s is on a filesystem without locks; a second run in it would not be noticed", path
                 )
@@ -117,7 +122,7 @@ class DirectoryLock:
             return
         renewed = self._open_file()
         try:
-            self._lock(renewed, _NO_LOCKS)
+            self._lock(renewed, NO_LOCKS)
         except ConfigError as error:
             os.close(renewed)
             raise StorageError(f"{error} (its {LOCK_NAME} was deleted under this run)") from error

@@ -28,7 +28,7 @@ from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainErr
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics import history
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.train.directory_lock import DirectoryLock, read_holder, require_own
+from qwen3next_train.train.directory_lock import LOCK_NAME, DirectoryLock, read_holder, require_own
 from qwen3next_train.train.run_files import WRITABLE_NAME, RunFiles
 from qwen3next_train.train.run_info import RUN_INFO_NAME, read_info
 from qwen3next_train.versions import git_revision, software_versions
@@ -62,6 +62,8 @@ class RunDirectory:
         self._identity: tuple[int, int] | None = None
         self._checkpoints_device: int | None = None
         self._info: dict[str, Any] | None = None
+        # Files of which at most one may vanish without the directory counting as deleted.
+        self._marks: tuple[str, ...] = ()
         self._attempt = _launch_key()
 
     @property
@@ -136,6 +138,10 @@ class RunDirectory:
             if device is not None and self._checkpoints_device not in (None, device):
                 raise StorageError(self._gone(f"{CHECKPOINTS_NAME} is on another filesystem than before"))
             if self._lock is not None:
+                lost = [name for name in self._marks if not os.path.lexists(self.path / name)]
+                if len(lost) > 1:
+                    # Somebody has deleted it, or is about to, and only what this run writes keeps it there.
+                    raise StorageError(self._gone(f"it has been emptied: {', '.join(lost)} are gone"))
                 if device is None and self._checkpoints_device is not None:
                     get_logger().warning("run.dir: %s was deleted under the run", self.checkpoints_path)
                 self._lock.keep()
@@ -208,6 +214,7 @@ class RunDirectory:
         try:
             self._files.replace("config.yaml", to_yaml(config).encode())
             self._files.replace(RUN_INFO_NAME, _to_json(self._info))
+            self._marks = (LOCK_NAME, "config.yaml", RUN_INFO_NAME)
         except OSError as error:
             raise StorageError(
                 f"run.dir: {self.path} cannot be written ({describe_os_error(error)}); free space or fix permissions"

@@ -385,16 +385,20 @@ def test_of_processes_that_race_one_gets_the_lock(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    # The child says its number itself: by then it has given up what it inherited.
     code = HOLDER.replace(
         "    sys.stdin.readline()",
-        "    import os\n    if os.fork() == 0:\n        time.sleep(600)\n    os.kill(os.getpid(), 9)",
+        "    import os\n"
+        "    if os.fork() == 0:\n"
+        "        print(os.getpid(), flush=True)\n"
+        "        time.sleep(600)\n"
+        "    time.sleep(600)",
     )
-    code = code.replace("if os.fork() == 0:", "child = os.fork()\n    if child == 0:")
-    code = code.replace("    os.kill(os.getpid()", "    print(child, flush=True)\n    os.kill(os.getpid()")
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "holds\n"
     child = int(holder.stdout.readline())
+    holder.kill()
     assert holder.wait() == -signal.SIGKILL
     try:
         opened(tmp_path).close()
@@ -470,6 +474,36 @@ LOST = {
         "checkpoints: No such file or directory",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("gone", "is_lost"),
+    [
+        ((), False),
+        ((".lock",), False),
+        (("run.json",), False),
+        (("config.yaml",), False),
+        (("metrics.jsonl", "checkpoints"), False),
+        ((".lock", "run.json"), True),
+        (("config.yaml", "run.json"), True),
+        ((".lock", "config.yaml", "run.json", "metrics.jsonl", "checkpoints"), True),
+    ],
+)
+def test_a_directory_whose_files_are_being_deleted_counts_as_deleted(tmp_path, gone, is_lost):
+    run_dir = opened(tmp_path)
+    record(run_dir)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    run_dir.require_same()
+    for name in gone:
+        path = tmp_path / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    if is_lost:
+        with pytest.raises(StorageError, match=r"under the run \(it has been emptied: .* are gone\)"):
+            run_dir.require_same()
+    else:
+        run_dir.require_same()
+    run_dir.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
