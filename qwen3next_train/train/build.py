@@ -180,10 +180,11 @@ def _open_sinks(
     info = run_dir.read_info()
     resumed_wandb = info.get("wandb_id") == state.wandb_id
     workload = workload_of(config).as_json()
+    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
+    stack.callback(metrics.close)
     run_dir.record_attempt(
         config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv, step=state.step
     )
-    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
     console = ConsoleSink(total_steps=config.run.steps, first_step=state.step, eta_s=throughput.eta_s)
     wandb = WandbSink(
         config.logging.wandb,
@@ -192,7 +193,6 @@ def _open_sinks(
         state.wandb_id,
         resumed=resumed_wandb,
     )
-    stack.callback(metrics.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
     return _Sinks((metrics, console, wandb), console.advance, metrics.sync, run_dir.record_save)
