@@ -30,6 +30,7 @@ class TrainState:
         consumed_tokens: tokens of those rows.
         flops_total: model FLOPs spent so far, all ranks.
         skipped_steps: steps left out because a gradient was not finite.
+        consecutive_skips: how many of them are the newest steps.
         optimizer_step: updates Adam has made, for its bias correction.
         data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
         wandb_id: wandb run to go on with, empty for none.
@@ -42,11 +43,12 @@ class TrainState:
     step: Count
     consumed_samples: Count
     consumed_tokens: Count
-    flops_total: Annotated[int, Field(ge=0, strict=True)]
+    flops_total: Annotated[int, Field(ge=0, lt=2**127, strict=True)]
     skipped_steps: Count
     optimizer_step: Count
     data_fingerprint: Text
     wandb_id: Text = ""
+    consecutive_skips: Count = 0
 
 
 def rng_state() -> dict[str, torch.Tensor]:
