@@ -10,7 +10,7 @@ from contextlib import suppress
 from hashlib import blake2b, file_digest
 from pathlib import Path
 
-from qwen3next_train.data.sources import SourceFile
+from qwen3next_train.data.folders import SourceFile
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import DataError
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
-from qwen3next_train.data.sources import FileSource, resolve
-from qwen3next_train.data.store_builder import build_stores
+from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
+from qwen3next_train.data.store_builder import build_stores, format_left_out
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
 from qwen3next_train.data.token_store import DocumentRange, TokenStore, store_paths
 from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
+
+_LEFT_OUT_NAME = "left_out.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class PreparedSource:
         fingerprint: digest of the content, wherever it lies.
         tokenizer_fingerprint: of the tokenizer that made the ids, None where unknown.
         build_s: seconds of tokenisation, None when nothing had to be tokenised.
+        passed_over: files of a folder or glob that were not read.
+        left_out: documents that were not taken, by reason; of both parts of a source.
     """
 
     label: str
@@ -41,6 +49,8 @@ class PreparedSource:
     fingerprint: str
     tokenizer_fingerprint: str | None
     build_s: float | None
+    passed_over: tuple[PassedOver, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class _Preparer:
         """Training and held-out part of one source."""
         resolved = resolve(source)
         if isinstance(resolved, FileSource):
+            _log_passed_over(resolved)
             return self._prepare_files(source, resolved, held_out_fraction)
         store = TokenStore(resolved.prefix)
         num_held_out = int(store.num_documents * held_out_fraction)
@@ -172,19 +183,24 @@ class _Preparer:
         resolved = resolve(source)
         if not isinstance(resolved, FileSource):
             raise ConfigError(f"data.sources: {source.source} is a token store already; name text to tokenize")
+        _log_passed_over(resolved)
         paths = store_paths(prefix)
         if paths[1].exists():
             raise ConfigError(f"tokenize: {paths[1]} exists; remove it or choose another output")
         with storage_errors(prefix, "free space or choose another output"):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             with staging_directory(prefix.parent, f".{prefix.name}-") as staged:
+                left_out: Counter[str] = Counter()
                 build_s = build_stores(
                     resolved,
                     self.tokenizer,
                     train_prefix=staged / "train",
                     validation_prefix=staged / "validation",
                     held_out_fraction=0.0,
+                    skipped=left_out,
                 )
+                if left_out:
+                    get_logger().info("%s: left out %s", resolved.label, format_left_out(left_out))
                 bin_path, idx_path, meta_path = store_paths(staged / "train")
                 for path, target in ((bin_path, paths[0]), (meta_path, paths[2]), (idx_path, paths[1])):
                     path.replace(target)
@@ -212,19 +228,31 @@ class _Preparer:
         key = digest_of(FORMAT_VERSION, tokenizer.fingerprint, repr(fraction), files.text_field, content)
 
         def build(directory: Path) -> float:
-            return build_stores(
+            left_out: Counter[str] = Counter()
+            build_s = build_stores(
                 files,
                 tokenizer,
                 train_prefix=directory / "train",
                 validation_prefix=directory / "validation",
                 held_out_fraction=fraction,
+                skipped=left_out,
             )
+            (directory / _LEFT_OUT_NAME).write_text(json.dumps(left_out), encoding="utf-8")
+            return build_s
 
         cached = get_or_build(self._cache_dir, key, source.source, build)
-        train = _prepared(source, cached.train, f"{key}/train", build_s=cached.build_s)
-        if cached.validation is None:
-            return train, None
-        return train, _prepared(source, cached.validation, f"{key}/validation", build_s=cached.build_s)
+        left_out = _read_left_out(cached.train.prefix.with_name(_LEFT_OUT_NAME))
+        if left_out:
+            get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
+
+        def part(name: str, store: TokenStore) -> PreparedSource:
+            found = _prepared(source, store, f"{key}/{name}", build_s=cached.build_s)
+            return replace(found, passed_over=files.passed_over, left_out=left_out)
+
+        return (
+            part("train", cached.train),
+            None if cached.validation is None else part("validation", cached.validation),
+        )
 
 
 def _prepared(
@@ -248,6 +276,22 @@ def _prepared(
         tokenizer_fingerprint=None if meta is None else meta.tokenizer_fingerprint,
         build_s=build_s,
     )
+
+
+def _log_passed_over(files: FileSource) -> None:
+    if files.passed_over:
+        get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
+
+
+def _read_left_out(path: Path) -> dict[str, int]:
+    """What :func:`build_stores` left out when the cached store was made; empty when that is not known any more."""
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(counts, dict):
+        return {}
+    return {reason: count for reason, count in counts.items() if isinstance(count, int)}
 
 
 def _describe(source: PreparedSource, part: str) -> str:

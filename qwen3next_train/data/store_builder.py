@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from qwen3next_train.data.store_writer import StoreWriter
 from qwen3next_train.data.token_store import store_paths, token_dtype
 from qwen3next_train.data.tokenization import GROUP_CHARS, Tokenizer
 from qwen3next_train.errors import DataError
-from qwen3next_train.log import get_logger
 
 
 class _Part:
@@ -37,7 +36,13 @@ class _Part:
 
 
 def build_stores(
-    source: FileSource, tokenizer: Tokenizer, *, train_prefix: Path, validation_prefix: Path, held_out_fraction: float
+    source: FileSource,
+    tokenizer: Tokenizer,
+    *,
+    train_prefix: Path,
+    validation_prefix: Path,
+    held_out_fraction: float,
+    skipped: Counter[str],
 ) -> float:
     """Tokenise all documents of a source; return the seconds it took.
 
@@ -50,12 +55,12 @@ def build_stores(
         train_prefix: where to write the store of the training documents.
         validation_prefix: where to write the store of the held-out documents.
         held_out_fraction: share of the documents to hold out, 0 for none.
+        skipped: counts the documents that are left out, by reason.
 
     Raises:
         DataError: a document is broken, or there are none.
         OSError: writing fails.
     """
-    skipped: Counter[str] = Counter()
     progress = Progress(source.label)
     with ExitStack() as stack:
         train, validation = (_Part(prefix, tokenizer) for prefix in (train_prefix, validation_prefix))
@@ -71,7 +76,9 @@ def build_stores(
             progress.update(train.writer.num_tokens + validation.writer.num_tokens, total_bytes)
         written = [part for part in (train, validation) if part.writer.num_documents]
         if not written:
-            raise DataError(f"{source.label}: no documents ({_list_counts(skipped) or 'no lines'}); check data.sources")
+            raise DataError(
+                f"{source.label}: no documents ({format_left_out(skipped) or 'no lines'}); check data.sources"
+            )
         for part in written:
             part.writer.finish(
                 source=source.label, tokenizer_fingerprint=tokenizer.fingerprint, num_bytes=part.num_bytes
@@ -81,8 +88,6 @@ def build_stores(
             path.replace(target)
     elif validation not in written:
         _discard(validation_prefix)
-    if skipped:
-        get_logger().info("%s: left out %s", source.label, _list_counts(skipped))
     return progress.elapsed_s
 
 
@@ -121,5 +126,6 @@ def _discard(prefix: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _list_counts(skipped: Counter[str]) -> str:
+def format_left_out(skipped: Mapping[str, int]) -> str:
+    """Documents that were left out, by reason, in one line."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,14 +41,16 @@ def open_sinks(
     state: TrainState,
     throughput: Throughput,
     layout: dict[str, int],
+    data: list[dict[str, Any]],
     stack: ExitStack,
 ) -> RunSinks:
-    """Rank 0's destinations of records, in the order they are told."""
+    """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
     if context.rank != 0:
         return RunSinks((), lambda step: None, lambda: None)
     resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
     workload = workload_of(config).as_json()
-    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
+    described = workload | {"data": data}
+    run_dir.record_attempt(config, layout=layout, workload=described, wandb_id=state.wandb_id, command=sys.argv)
     metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
     console = ConsoleSink(
         total_steps=config.run.steps,
