@@ -19,7 +19,7 @@ class Place:
     Args:
         file: index of the file.
         documents: documents of that file before the position.
-        left_out: documents left out before that file, by reason.
+        left_out: documents left out before that file, by reason; once the tokenisation has finished, all.
     """
 
     file: int

@@ -9,9 +9,9 @@ from contextlib import suppress
 from hashlib import blake2b, file_digest
 from pathlib import Path
 
+from qwen3next_train.data.folders import SourceFile
 from qwen3next_train.data.reading import read_error
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
-from qwen3next_train.data.sources import SourceFile
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import StorageError
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
-from qwen3next_train.data.sources import FileSource, resolve
-from qwen3next_train.data.store_builder import build_stores
+from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
+from qwen3next_train.data.store_builder import build_stores, format_left_out
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.store_output import is_written, require_unused, write_store
 from qwen3next_train.data.token_store import DocumentRange, TokenStore
 from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
 
 CHECKED_AT_START_BYTES = 4 << 30
 """Of tokens and indices that are compared with their hashes before the first step: some seconds. What is beyond is
 checked as it is read, block by block, so that a run over terabytes starts at once."""
+
+_LEFT_OUT_NAME = "left_out.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class PreparedSource:
         fingerprint: digest of the content, wherever it lies.
         tokenizer_fingerprint: of the tokenizer that made the ids, None where unknown.
         build_s: seconds of tokenisation, None when nothing had to be tokenised.
+        passed_over: files of a folder or glob that were not read.
+        left_out: documents that were not taken, by reason; of both parts of a source.
     """
 
     label: str
@@ -45,6 +53,8 @@ class PreparedSource:
     fingerprint: str
     tokenizer_fingerprint: str | None
     build_s: float | None
+    passed_over: tuple[PassedOver, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,7 @@ class _Preparer:
         """Training and held-out part of one source."""
         resolved = resolve(source)
         if isinstance(resolved, FileSource):
+            _log_passed_over(resolved)
             return self._prepare_files(source, resolved, held_out_fraction)
         store = TokenStore(resolved.prefix)
         self._check(store)
@@ -210,6 +221,7 @@ class _Preparer:
         files = resolve(source)
         if not isinstance(files, FileSource):
             raise ConfigError(f"data.sources: {source.source} is a token store already; name text to tokenize")
+        _log_passed_over(files)
         content = digest_files(files.files, self._cache_dir)
         key = digest_of(FORMAT_VERSION, self.tokenizer.fingerprint, files.text_field, content)
         return _Output(source, files, prefix, key)
@@ -218,14 +230,19 @@ class _Preparer:
         """Tokenise one source into a store of its own, unless it is there."""
 
         def build(staged: Path) -> float:
-            return build_stores(
+            left_out: Counter[str] = Counter()
+            build_s = build_stores(
                 output.files,
                 self.tokenizer,
                 train_prefix=staged,
                 validation_prefix=staged.with_name("validation"),
                 held_out_fraction=0.0,
+                skipped=left_out,
                 entry=output.key,
             )
+            if left_out:
+                get_logger().info("%s: left out %s", output.files.label, format_left_out(left_out))
+            return build_s
 
         build_s = None if is_there else write_store(output.prefix, output.key, build)
         store = TokenStore(output.prefix)
@@ -251,20 +268,32 @@ class _Preparer:
         key = digest_of(FORMAT_VERSION, tokenizer.fingerprint, repr(fraction), files.text_field, content)
 
         def build(directory: Path) -> float:
-            return build_stores(
+            left_out: Counter[str] = Counter()
+            build_s = build_stores(
                 files,
                 tokenizer,
                 train_prefix=directory / "train",
                 validation_prefix=directory / "validation",
                 held_out_fraction=fraction,
+                skipped=left_out,
                 entry=key,
             )
+            (directory / _LEFT_OUT_NAME).write_text(json.dumps(left_out), encoding="utf-8")
+            return build_s
 
         cached = get_or_build(self._cache_dir, key, source.source, build, self._check)
-        train = _prepared(source, cached.train, f"{key}/train", build_s=cached.build_s)
-        if cached.validation is None:
-            return train, None
-        return train, _prepared(source, cached.validation, f"{key}/validation", build_s=cached.build_s)
+        left_out = _read_left_out(cached.train.prefix.with_name(_LEFT_OUT_NAME))
+        if left_out:
+            get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
+
+        def part(name: str, store: TokenStore) -> PreparedSource:
+            found = _prepared(source, store, f"{key}/{name}", build_s=cached.build_s)
+            return replace(found, passed_over=files.passed_over, left_out=left_out)
+
+        return (
+            part("train", cached.train),
+            None if cached.validation is None else part("validation", cached.validation),
+        )
 
 
 def _prepared(
@@ -288,6 +317,22 @@ def _prepared(
         tokenizer_fingerprint=None if meta is None else meta.tokenizer_fingerprint,
         build_s=build_s,
     )
+
+
+def _log_passed_over(files: FileSource) -> None:
+    if files.passed_over:
+        get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
+
+
+def _read_left_out(path: Path) -> dict[str, int]:
+    """What :func:`build_stores` left out when the cached store was made; empty when that is not known any more."""
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(counts, dict):
+        return {}
+    return {reason: count for reason, count in counts.items() if isinstance(count, int)}
 
 
 def _describe(source: PreparedSource, part: str) -> str:

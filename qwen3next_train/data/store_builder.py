@@ -7,7 +7,7 @@ directory goes on there, and the stores are the same bit for bit: each document 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +52,7 @@ def build_stores(
     train_prefix: Path,
     validation_prefix: Path,
     held_out_fraction: float,
+    skipped: Counter[str],
     entry: str = "",
 ) -> float:
     """Tokenise all documents of a source, from where an earlier call was killed; return the seconds it took in all.
@@ -66,6 +67,7 @@ def build_stores(
             and fraction alone.
         validation_prefix: where to write the store of the held-out documents, in the same directory.
         held_out_fraction: share of the documents to hold out, 0 for none.
+        skipped: counts the documents that are left out, by reason.
         entry: name of the cache's entry, recorded in both stores; empty for none.
 
     Raises:
@@ -77,8 +79,8 @@ def build_stores(
     journal = Journal.read(journal_path)
     prefixes = (train_prefix, validation_prefix)
     if journal is not None and journal.finished and _are_whole(prefixes):
+        skipped.update(journal.place.left_out)
         return journal.elapsed_s
-    skipped: Counter[str] = Counter()
     progress = Progress(source.label)
     with ExitStack() as stack:
         resumed = None if journal is None else _reopen_parts(prefixes, tokenizer, journal, stack)
@@ -120,7 +122,9 @@ def build_stores(
             record(finished=False)
         written = [part for part in parts if part.writer.num_documents]
         if not written:
-            raise DataError(f"{source.label}: no documents ({_list_counts(skipped) or 'no lines'}); check data.sources")
+            raise DataError(
+                f"{source.label}: no documents ({format_left_out(skipped) or 'no lines'}); check data.sources"
+            )
         for part, name in zip(written, ("train", "validation"), strict=False):
             part.writer.finish(
                 source=source.label,
@@ -133,11 +137,10 @@ def build_stores(
                 path.replace(target)
         elif validation not in written:
             _discard(validation_prefix)
+        place = replace(place, left_out=dict(skipped))
         record(finished=True)
     for prefix in prefixes:
         lengths_path(prefix).unlink(missing_ok=True)
-    if skipped:
-        get_logger().info("%s: left out %s", source.label, _list_counts(skipped))
     return spent_s + progress.elapsed_s
 
 
@@ -221,5 +224,6 @@ def _discard(prefix: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _list_counts(skipped: Counter[str]) -> str:
+def format_left_out(skipped: Mapping[str, int]) -> str:
+    """Documents that were left out, by reason, in one line."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -16,6 +16,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.data.summary import data_as_json
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
@@ -80,7 +81,8 @@ def build_run(
         peak_flops(config, context.device), context.world_size, flops_total=restored.state.flops_total
     )
     layout = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
-    sinks = open_sinks(config, context, run_dir, restored, throughput, layout, stack)
+    data = data_as_json(prepared, config)
+    sinks = open_sinks(config, context, run_dir, restored, throughput, layout, data, stack)
     return Run(
         config=config,
         control=context.control,

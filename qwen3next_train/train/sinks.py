@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,9 +42,10 @@ def open_sinks(
     restored: Restored,
     throughput: Throughput,
     layout: dict[str, int],
+    data: list[dict[str, Any]],
     stack: ExitStack,
 ) -> RunSinks:
-    """Rank 0's destinations of records, in the order they are told."""
+    """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
     if context.rank != 0:
         return RunSinks((), lambda step: None, lambda: None, lambda step: None)
     state = restored.state
@@ -53,7 +55,12 @@ def open_sinks(
     metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
     stack.callback(metrics.close)
     run_dir.record_attempt(
-        config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv, step=state.step
+        config,
+        layout=layout,
+        workload=workload | {"data": data},
+        wandb_id=state.wandb_id,
+        command=sys.argv,
+        step=state.step,
     )
     console = ConsoleSink(
         total_steps=config.run.steps,
