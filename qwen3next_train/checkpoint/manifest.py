@@ -31,6 +31,8 @@ MAX_MANIFEST_BYTES = 64 << 20
 """ZeRO-3 on 1,000 ranks cuts each of the 80B model's 800 tensors in 1,000: about 20 MB."""
 
 _MAX_CONTAINERS = 400_000
+# Far from where a step's addition would leave the range of a count; FLOPs have a range of their own.
+_MAX_COUNT = 2**62
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 _SELF_KEY = b',\n"self_xxh3_128": "'
 _TAIL = b'"\n}\n'
@@ -131,6 +133,10 @@ class Manifest(BaseModel):
     def _check(self) -> Manifest:
         if self.train_state.step != self.step:
             raise ValueError(f"train state of step {self.train_state.step} in a checkpoint of step {self.step}")
+        state = asdict(self.train_state) | {"flops_total": 0}
+        counts = (value for value in state.values() if isinstance(value, int))
+        if max(counts) >= _MAX_COUNT:
+            raise ValueError(f"a count of the train state is {_MAX_COUNT} or more")
         if not is_shallow(self.config):
             raise ValueError("config is nested too deeply")
         if self.config_xxh3_128 != config_hash(self.config):

@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict, StringConstraints
 from pydantic.dataclasses import dataclass
 
 from qwen3next_train.errors import CheckpointError
+from qwen3next_train.metrics.names import WANDB_ID
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Text = Annotated[str, Strict()]
+WandbId = Annotated[str, Strict(), StringConstraints(pattern=rf"\A(?:{WANDB_ID})?\z")]
 
 _MT19937_WORDS = 624
 
@@ -47,7 +49,7 @@ class TrainState:
     skipped_steps: Count
     optimizer_step: Count
     data_fingerprint: Text
-    wandb_id: Text = ""
+    wandb_id: WandbId = ""
     consecutive_skips: Count = 0
 
 

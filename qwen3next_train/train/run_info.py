@@ -12,11 +12,11 @@ from qwen3next_train.checkpoint.filesystem import Filesystem, UnusableFileError,
 from qwen3next_train.checkpoint.names import MAX_STEP
 from qwen3next_train.config.strict_yaml import is_shallow
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.names import WANDB_ID
 
 RUN_INFO_NAME = "run.json"
 
 _MAX_BYTES = 16 << 20
-_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 def read_info(fs: Filesystem, path: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _is_step(value: object) -> bool:
 
 
 _CHECKS = {
-    "wandb_id": lambda value: isinstance(value, str) and _WANDB_ID.fullmatch(value) is not None,
+    "wandb_id": lambda value: isinstance(value, str) and re.fullmatch(WANDB_ID, value) is not None,
     "attempts": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
     "checkpoint_step": lambda value: value is None or _is_step(value),
 }
