@@ -31,6 +31,7 @@ from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_g
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.loop import Run
+from qwen3next_train.train.memory_check import check_memory
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
@@ -72,6 +73,7 @@ def build_run(
         TrainError: one line for everything that speaks against the attempt.
     """
     validate_for_world(config, context.world_size)
+    check_memory(config, context)
     topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
