@@ -265,6 +265,7 @@ EXIT_CODES = {
     "DATA": 65,
     "PEER_LOST": 69,
     "INTERNAL": 70,
+    "NO_MEMORY": 71,
     "STORAGE": 74,
     "STOPPED": 75,
     "DIVERGED": 76,
