@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal, Place
 from qwen3next_train.data.documents import Document, read_documents
 from qwen3next_train.data.progress import Progress
+from qwen3next_train.data.reading import remove
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.data.store_meta import entry_name
 from qwen3next_train.data.store_writer import StoreWriter, WrittenSoFar, lengths_path
@@ -80,6 +81,7 @@ def build_stores(
     prefixes = (train_prefix, validation_prefix)
     if journal is not None and journal.finished and _are_whole(prefixes):
         skipped.update(journal.place.left_out)
+        _remove_lengths(prefixes)
         return journal.elapsed_s
     progress = Progress(source.label)
     with ExitStack() as stack:
@@ -88,7 +90,7 @@ def build_stores(
             if journal is not None:
                 get_logger().info("%s: what an interrupted tokenization left is damaged; beginning anew", source.label)
             journal = None
-            journal_path.unlink(missing_ok=True)
+            remove(journal_path)
             train, validation = parts = _new_parts(prefixes, tokenizer, stack)
         else:
             train, validation = parts = resumed
@@ -139,8 +141,7 @@ def build_stores(
             _discard(validation_prefix)
         place = replace(place, left_out=dict(skipped))
         record(finished=True)
-    for prefix in prefixes:
-        lengths_path(prefix).unlink(missing_ok=True)
+    _remove_lengths(prefixes)
     return spent_s + progress.elapsed_s
 
 
@@ -218,10 +219,15 @@ def _encode_batch(batch: list[Document], tokenizer: Tokenizer) -> Iterator[tuple
         yield document, np.array(document.token_ids, dtype=np.int64)
 
 
+def _remove_lengths(prefixes: tuple[Path, Path]) -> None:
+    for prefix in prefixes:
+        lengths_path(prefix).unlink(missing_ok=True)
+
+
 def _discard(prefix: Path) -> None:
     """Remove what a writer has left."""
     for path in (*store_paths(prefix), lengths_path(prefix)):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def format_left_out(skipped: Mapping[str, int]) -> str:
