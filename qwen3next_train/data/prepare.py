@@ -158,8 +158,10 @@ class _Preparer:
     def tokenizer(self) -> Tokenizer:
         """The configured tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._config.data.tokenizer)
-            self._tokenizer.require_vocab_size(self._config.model.vocab_size)
+            data, vocab_size = self._config.data, self._config.model.vocab_size
+            self._tokenizer = Tokenizer(data.tokenizer, data.eos_token)
+            self._tokenizer.require_vocab_size(vocab_size)
+            get_logger().info("tokenizer %s", self._tokenizer.describe(vocab_size))
         return self._tokenizer
 
     def prepare(self, source: SourceConfig, held_out_fraction: float) -> tuple[PreparedSource, PreparedSource | None]:
