@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qwen3next_train.parallel.rank_check import RankInfo
     from qwen3next_train.train.loop import Run
 
+_TOO_MANY_FILES = os.strerror(errno.EMFILE)
 _SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
 _DEVELOPERS_ADVICE = re.compile(
     r"\.? (?:This is typically caused by a remote worker.*?GLHF![^;]*|Exception raised from .*)"
@@ -125,6 +127,9 @@ def _classify(error: Exception, rank: int, rank_infos: Sequence[RankInfo]) -> tu
 
         lost = describe_lost(rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
+    if _TOO_MANY_FILES in text:
+        # Whoever meets the limit first: Python, gloo, safetensors.
+        return ExitCode.STORAGE, f"rank {rank}: {_for_users(text)}; raise the limit of open files (ulimit -n)"
     traceback.print_exception(error)
     if isinstance(error, OSError):
         return ExitCode.STORAGE, text

@@ -192,7 +192,7 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
     output = tmp_path / "out" / "corpus"
     assert tokenize(config_of(tmp_path, corpus), output) == 0
     assert f"-> {output}" in capsys.readouterr().out
-    assert sorted(os.listdir(output.parent)) == ["corpus.bin", "corpus.idx", "corpus.meta.json"]
+    assert sorted(os.listdir(output.parent)) == [f"corpus.{suffix}" for suffix in ("bin", "hashes", "idx", "meta.json")]
     assert TokenStore(output).num_documents == 400
     assert len(prepare_stores(config_of(tmp_path, output)).train[0].documents.documents) == 392
     with pytest.raises(ConfigError, match=r"corpus\.idx exists"):
