@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,9 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
     assert (tmp_path / "two_01.idx").exists()
     with pytest.raises(StorageError, match="cannot write"):
         tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
+
+
+@pytest.mark.parametrize("prepare", [prepare_stores, lambda config: tokenize(config, None)])
+def test_no_source_asks_for_the_users_data(prepare: Callable[[Config], object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: no source .*name your text and its tokenizer"):
+        prepare(make_config(tmp_path, []))
