@@ -123,6 +123,9 @@ class DataConfig(Section):
     )
     validation_fraction: Fraction = Field(0.02, description="documents held out by hash of their name or content")
     tokenizer: str = Field("builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k")
+    eos_token: str = Field(
+        "", description="token that ends a document; empty: the one that tokenizer_config.json names"
+    )
     sequence_length: PositiveInt = Field(4096, description="tokens per row")
     isolate_documents: bool = Field(
         True, description="documents packed into a row never see each other; false: a row is one sequence"

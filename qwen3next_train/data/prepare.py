@@ -20,7 +20,7 @@ from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
 
 CHECKED_AT_START_BYTES = 4 << 30
@@ -97,10 +97,12 @@ def prepare_stores(config: Config) -> PreparedData:
     without copy, as in Megatron-LM's ``--split``.
 
     Raises:
-        ConfigError: the tokenizer is missing, too large for the model, or not the one that made a store.
+        ConfigError: no source is named, or the tokenizer is missing, too large for the model, or not the one that
+            made a store.
         DataError: a source is missing, unreadable, damaged or empty.
         StorageError: the cache cannot be written.
     """
+    _require_sources(config)
     preparer = _Preparer(config)
     fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
     pairs = [preparer.prepare(source, fraction) for source in config.data.sources]
@@ -142,6 +144,7 @@ def tokenize(config: Config, output: Path | None) -> int:
             for prepared_source in found:
                 print(_describe(prepared_source, part))
         return 0
+    _require_sources(config)
     preparer = _Preparer(config)
     sources = [*config.data.sources, *config.data.validation_sources]
     if not output.name or output.name == ".." or "\0" in str(output):
@@ -180,6 +183,15 @@ class _Output:
     key: str
 
 
+def _require_sources(config: Config) -> None:
+    """Reject a run without data; a configuration may leave it open until then, as shipped ones do."""
+    if not config.data.sources:
+        raise ConfigError(
+            "data.sources: no source (got []); name your text and its tokenizer, such as "
+            "--data.sources 'corpus/*.parquet' --data.tokenizer path/to/tokenizer.json"
+        )
+
+
 class _Preparer:
     """Prepares single sources of one configuration; reads the tokenizer when the first text needs it."""
 
@@ -194,8 +206,10 @@ class _Preparer:
     def tokenizer(self) -> Tokenizer:
         """The configured tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._config.data.tokenizer)
-            self._tokenizer.require_vocab_size(self._config.model.vocab_size)
+            data, vocab_size = self._config.data, self._config.model.vocab_size
+            self._tokenizer = Tokenizer(data.tokenizer, data.eos_token)
+            self._tokenizer.require_vocab_size(vocab_size)
+            get_logger().info("tokenizer %s", self._tokenizer.describe(vocab_size))
         return self._tokenizer
 
     def _check(self, store: TokenStore) -> None:

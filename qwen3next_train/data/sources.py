@@ -88,7 +88,7 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     label = source.source
     if not label:
         raise ConfigError("data.sources: a source's name is empty; name a file, a folder or a dataset")
-    found = _resolve_local(source)
+    found = resolve_local(source)
     if found is None:
         return _hub_source(source)
     if source.name:
@@ -99,7 +99,7 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     return found
 
 
-def _resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
+def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
     """What the source is on this machine; None for a name that can only be a dataset of the hub."""
     label = source.source
     path = Path(label).expanduser()
