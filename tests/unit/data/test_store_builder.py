@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -13,10 +14,12 @@ import pytest
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data import store_builder
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal
+from qwen3next_train.data.formats import ByteStream
 from qwen3next_train.data.sources import FileSource, resolve
 from qwen3next_train.data.store_builder import build_stores
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
+from qwen3next_train.errors import StorageError
 
 
 class Killed(BaseException):
@@ -175,3 +178,24 @@ def test_finished_stores_are_not_built_again_unless_damaged(tmp_path: Path, sour
     flip(tmp_path / "built" / "validation.bin")
     assert build(source, tmp_path / "built") == left_out
     assert files_in(tmp_path / "built") == reference
+
+
+def test_a_source_that_fails_meanwhile_is_no_damaged_one_and_is_gone_on_with(
+    tmp_path: Path, source: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(source, tmp_path / "reference")
+    real = ByteStream.readline
+
+    def fail(stream: ByteStream, size: int) -> bytes:
+        line = real(stream, size)
+        if b'"b 50 ' in line:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteStream, "readline", fail)
+        with pytest.raises(StorageError, match=r"b\.jsonl: cannot be read \(Input/output error\)"):
+            build(source, tmp_path / "built")
+    assert Journal.read(tmp_path / "built" / JOURNAL_NAME) is not None
+    build(source, tmp_path / "built")
+    assert files_in(tmp_path / "built") == files_in(tmp_path / "reference")
