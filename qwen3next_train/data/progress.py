@@ -36,17 +36,18 @@ class Progress:
         """Seconds since the start."""
         return time.monotonic() - self._started_at
 
-    def update(self, num_tokens: int, num_bytes: int) -> None:
+    def update(self, num_tokens: int, num_bytes: int, text_bytes: int) -> None:
         """Show the state if the last report is old enough.
 
         Args:
             num_tokens: tokens of the source so far.
             num_bytes: stored bytes of its files so far, those done earlier included.
+            text_bytes: bytes of text that this call has tokenised, more than the stored ones of compressed files.
         """
         now = time.monotonic()
         if self._enabled and now - self._shown_at >= (_LIVE_INTERVAL_S if self._live else _PLAIN_INTERVAL_S):
             self._shown_at = now
-            line = f"{self._label}: {self.state(num_tokens, num_bytes, self.elapsed_s)}"
+            line = f"{self._label}: {self.state(num_tokens, num_bytes, text_bytes, self.elapsed_s)}"
             if self._live:
                 sys.stderr.write("\r" + line.ljust(self._width))
                 sys.stderr.flush()
@@ -54,14 +55,14 @@ class Progress:
             else:
                 get_logger().info("%s", line)
 
-    def state(self, num_tokens: int, num_bytes: int, elapsed_s: float) -> str:
+    def state(self, num_tokens: int, num_bytes: int, text_bytes: int, elapsed_s: float) -> str:
         """``12 %, 3,456 tokens, 7.8 MB/s, 0:01:02 left`` after ``elapsed_s``; the time left where it can be told."""
         done = min(num_bytes, self._total_bytes)
         parts = [f"{100 * done // max(1, self._total_bytes)} %", f"{num_tokens:,} tokens"]
         rate = (done - self._start_bytes) / elapsed_s if elapsed_s > 0 else 0.0
         if rate > 0:
             left = datetime.timedelta(seconds=round((self._total_bytes - done) / rate))
-            parts += [f"{rate / 1e6:.1f} MB/s", f"{left} left"]
+            parts += [f"{text_bytes / 1e6 / elapsed_s:.1f} MB/s", f"{left} left"]
         return ", ".join(parts)
 
     def close(self) -> None:

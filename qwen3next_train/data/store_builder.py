@@ -113,13 +113,17 @@ def build_stores(
                 tuple(part.num_bytes for part in parts),
             ).write(journal_path)
 
+        text_bytes = 0
         for batch, behind in _batches(source, start, skipped):
             for document, token_ids in _encode_batch(batch, tokenizer):
                 num_bytes = len(document.text.encode())
                 part = validation if document.is_held_out(held_out_fraction) else train
                 part.append(document, token_ids, num_bytes)
+                text_bytes += num_bytes
             progress.update(
-                train.writer.num_tokens + validation.writer.num_tokens, begins[behind.file] + batch[-1].position
+                train.writer.num_tokens + validation.writer.num_tokens,
+                begins[behind.file] + batch[-1].position,
+                text_bytes,
             )
             place = behind
             record(finished=False)
