@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     DATA = 65
     PEER_LOST = 69
     INTERNAL = 70
+    NO_MEMORY = 71
     STORAGE = 74
     STOPPED = 75
     DIVERGED = 76
@@ -54,6 +55,12 @@ class PeerLostError(TrainError):
     """Another rank died or stopped answering."""
 
     exit_code = ExitCode.PEER_LOST
+
+
+class OutOfMemory(TrainError):
+    """The memory of the host or of a GPU does not suffice."""
+
+    exit_code = ExitCode.NO_MEMORY
 
 
 class StorageError(TrainError):

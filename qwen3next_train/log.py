@@ -24,15 +24,20 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
         return sys.stderr
 
 
+def rank_prefix() -> str:
+    """What lines of other ranks than the first begin with; a ``RANK`` that is no number is rejected elsewhere."""
+    rank = os.environ.get("RANK", "")
+    return f"[rank {rank}] " if rank.isdecimal() and rank.strip("0") else ""
+
+
 def get_logger() -> logging.Logger:
     """Return the package logger, configured on first use from the ``RANK`` environment variable."""
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers:
-        rank = int(os.environ.get("RANK", "0"))
         handler = _StderrHandler()
-        prefix = "" if rank == 0 else f"[rank {rank}] "
+        prefix = rank_prefix()
         handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        logger.setLevel(logging.ERROR if prefix else logging.INFO)
         logger.propagate = False
     return logger

@@ -19,13 +19,14 @@ Activations, which come on top, are the matter of :mod:`qwen3next_train.accounti
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen3next_train.accounting.activations import activation_bytes
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
-from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
 
@@ -36,6 +37,10 @@ RUNTIME_BYTES = 2 * 2**30
 ADAM_STATE_BYTES = 12
 """Master weight and two moments, fp32, per parameter: what a checkpoint holds."""
 
+# What of the plan is no need: the room for experts that get more than their share, and what is there before.
+_ALLOWANCES = ("imbalance", "runtime")
+# Input, position and targets of a token are 64-bit.
+_BATCH_BYTES = 8
 # DeepSpeed's default under stage 3: at most so many are gathered at once.
 _STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
 
@@ -136,6 +141,39 @@ def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[Par
     states = adam_state_bytes(layout) + FP32_BYTES
     shards = _flat_groups(kinds, layout)
     return sum(shard.partition * (states + shard.element_bytes) for shard in shards) + _largest_gradient(kinds, layout)
+
+
+def certain_bytes_per_gpu(model: ModelConfig, layout: Layout) -> int:
+    """Bytes that one GPU has to have free: weights, gradients and optimizer, which are known to the byte.
+
+    Not the whole of :func:`memory_per_gpu`: its activations are what a micro-batch keeps at most, and runs whose peak
+    was a fifth below the plan have been measured.
+    """
+    parts = memory_per_gpu(model, layout)
+    return parts["weights"] + parts["gradients"] + parts["optimizer"]
+
+
+def host_bytes(config: Config, layout: Layout, *, trains_on_host: bool) -> int:
+    """Bytes of host memory that one process has to have free: prepared batches, and what the host keeps of the model.
+
+    Args:
+        config: the resolved configuration.
+        layout: how it is spread.
+        trains_on_host: the model is on the host too; else a GPU has it, but for an offloaded optimizer.
+    """
+    model, data = config.model, config.data
+    rows = config.run.global_batch_size // layout.world_size
+    # Those that wait, the one that is prepared and the one in use.
+    num_steps = data.num_prefetch_steps + 2 if data.num_prefetch_steps else 1
+    total = num_steps * rows * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
+    if config.eval.interval:
+        held_out = config.eval.rows // layout.world_size
+        total += held_out * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
+    if not trains_on_host:
+        return total + host_bytes_per_gpu(model, layout)
+    parts = memory_per_gpu(model, dataclasses.replace(layout, offload_optimizer=False))
+    # A gradient bucket is touched only as far as the model fills it.
+    return total + sum(size for name, size in parts.items() if name not in (*_ALLOWANCES, "zero_buffers"))
 
 
 def adam_state_bytes(layout: Layout) -> int:

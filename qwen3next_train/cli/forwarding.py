@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from qwen3next_train.train.signals import STOP_SIGNALS
+from qwen3next_train.train.signals import STOP_SIGNALS, release_stop_signals
 
 
 class SignalForwarding:
@@ -52,6 +52,7 @@ class SignalForwarding:
             if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
                 self._handled.append(number)
                 signal.signal(number, _leave_to_thread)
+        release_stop_signals()
         return self
 
     def __exit__(

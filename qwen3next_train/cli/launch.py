@@ -17,8 +17,10 @@ from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, UnusableFile
 from qwen3next_train.cli.arguments import without_option
 from qwen3next_train.cli.forwarding import SignalForwarding
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, Processes
-from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError, StoppedBySignal, TrainError
+from qwen3next_train.errors import ConfigError, ExitCode, OutOfMemory, PeerLostError, StoppedBySignal, TrainError
+from qwen3next_train.launcher import check_host
 from qwen3next_train.log import get_logger
+from qwen3next_train.train.memory_check import num_oom_kills, settings_that_help
 from qwen3next_train.train.signals import stop_reason
 
 if TYPE_CHECKING:
@@ -42,17 +44,18 @@ def run_processes(processes: Processes, run_dir: Path, check_world: Callable[[],
         The exit code of the attempt, which torchrun itself would turn into 1.
 
     Raises:
-        ConfigError: from ``check_world``; it also stands in ``exit.json``.
+        ConfigError: from ``check_world``, or the endpoint does not resolve; it also stands in ``exit.json``.
     """
     try:
         check_world()
+        check_host(processes.host, "--rdzv-endpoint")
     except ConfigError as error:
         _record(run_dir, error)
         raise
     os.environ.update(launch_environment(dict(os.environ)))
     earlier = _read(run_dir)
     with SignalForwarding(lambda name: _conclude(run_dir, earlier, _stopped_by(name))) as forwarding:
-        failure = _torchrun(launch_arguments(processes, sys.argv[1:]))
+        failure = _torchrun(launch_arguments(processes, sys.argv[1:]), num_oom_kills())
     if failure is None:
         return ExitCode.FINISHED
     if forwarding.requested is not None:
@@ -94,7 +97,7 @@ def _stopped_by(signal_name: str) -> StoppedBySignal:
     return StoppedBySignal(stop_reason(signal_name, None))
 
 
-def _torchrun(arguments: list[str]) -> TrainError | _WorkerFailed | None:
+def _torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError | _WorkerFailed | None:
     """Run torchrun to its end; return what went wrong."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -106,7 +109,7 @@ def _torchrun(arguments: list[str]) -> TrainError | _WorkerFailed | None:
     try:
         main(arguments)
     except ChildFailedError as error:
-        return _first_failure(error)
+        return _first_failure(error, memory_ran_out=num_oom_kills() != earlier_oom_kills)
     except SignalException as error:
         return _stopped_by(error.sigval.name)
     except DistError as error:
@@ -121,7 +124,13 @@ def _is_not_routine(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(("failed (exitcode", "Sending process"))
 
 
-def _first_failure(error: ChildFailedError) -> TrainError | _WorkerFailed:
+def _first_failure(error: ChildFailedError, *, memory_ran_out: bool) -> TrainError | _WorkerFailed:
+    """What the others' ends follow from.
+
+    Args:
+        error: how the workers ended.
+        memory_ran_out: the kernel has killed some process here, for want of memory, since they were started.
+    """
     # Times are whole seconds; a worker that a signal killed (negative) is the cause of what others ended with, except
     # by SIGTERM: torchrun sends it to the others once one has failed, maybe before they handle it.
     rank, failure = min(
@@ -135,6 +144,11 @@ def _first_failure(error: ChildFailedError) -> TrainError | _WorkerFailed:
         return PeerLostError(
             f"rank {rank} (process {failure.pid}) was killed by SIGABRT, as NCCL does when another rank has not "
             "answered for run.peer_timeout_s (the log says); run the same line to go on from the newest checkpoint"
+        )
+    if number == signal.SIGKILL and memory_ran_out:
+        return OutOfMemory(
+            f"rank {rank} (process {failure.pid}) was killed by the kernel: out of memory on the host; "
+            f"{settings_that_help(None, on_device=False)}"
         )
     cause = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
     return PeerLostError(

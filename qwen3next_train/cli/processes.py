@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from qwen3next_train.cli.arguments import Arguments, Option
 from qwen3next_train.config.error_lines import show
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.launcher import LARGEST_PORT, MAX_PROCESSES, RANK_VARIABLES, LaunchedProcess
 
-_LARGEST_PORT = 65535
+_MAX_PER_NODE = 1024
+_PORT = re.compile("[0-9]{1,5}")
 
 PER_NODE = Option("--nproc-per-node", "N", "start N processes on this machine through torchrun")
 NODES = Option("--nnodes", "N", "as one of N nodes; the same line runs on each, but for --node-rank (default 1)")
@@ -37,6 +40,11 @@ class Processes:
     endpoint: str = ""
 
     @property
+    def host(self) -> str:
+        """The host of ``endpoint``, without the brackets of an IPv6 address; empty for one node."""
+        return self.endpoint.rpartition(":")[0].strip("[]")
+
+    @property
     def world_size(self) -> int:
         """Over all nodes."""
         return self.num_nodes * self.per_node
@@ -53,11 +61,17 @@ def processes_to_start(args: Arguments) -> Processes | None:
         return None
     if PER_NODE.name not in given:
         raise ConfigError(f"{given[0]}: only together with {PER_NODE.name}; give the processes of a node, or torchrun")
-    per_node = _whole_number(args, PER_NODE, default="1", at_least=1, meaning="the number of processes")
-    if "WORLD_SIZE" in os.environ:
-        raise ConfigError(f"{PER_NODE.name}: already started by a launcher; leave the option out, or torchrun")
-    num_nodes = _whole_number(args, NODES, default="1", at_least=1, meaning="the number of nodes")
-    node_rank = _whole_number(args, NODE_RANK, default="0", at_least=0, meaning="the number of this node")
+    per_node = _whole_number(
+        args, PER_NODE, default="1", at_least=1, at_most=_MAX_PER_NODE, meaning="the processes of a node"
+    )
+    if started_with := [name for name in RANK_VARIABLES if name in os.environ]:
+        raise ConfigError(
+            f"{PER_NODE.name}: already started by a launcher ({started_with[0]} is set); leave the option out, or "
+            "torchrun"
+        )
+    most = MAX_PROCESSES // per_node
+    num_nodes = _whole_number(args, NODES, default="1", at_least=1, at_most=most, meaning="the number of nodes")
+    node_rank = _whole_number(args, NODE_RANK, default="0", at_least=0, at_most=most, meaning="the number of this node")
     if node_rank >= num_nodes:
         raise ConfigError(f"{NODE_RANK.name}: {node_rank} of {num_nodes} nodes; give 0 to {num_nodes - 1}")
     if num_nodes == 1:
@@ -72,17 +86,19 @@ def world_size(args: Arguments) -> int:
     """Processes the run will have: those asked for, or those a launcher started.
 
     Raises:
-        ConfigError: see :func:`processes_to_start`.
+        ConfigError: see :func:`processes_to_start`, or what a launcher says is wrong.
     """
     processes = processes_to_start(args)
-    return int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes.world_size
+    return LaunchedProcess.from_environment(os.environ).world_size if processes is None else processes.world_size
 
 
-def _whole_number(args: Arguments, option: Option, *, default: str, at_least: int, meaning: str) -> int:
+def _whole_number(args: Arguments, option: Option, *, default: str, at_least: int, at_most: int, meaning: str) -> int:
     text = args.last(option.name) or default
     count = plain_value(text)
-    if type(count) is not int or count < at_least:
+    if type(count) is not int or not at_least <= count <= at_most:
         bound = f">= {at_least}" if at_least != 1 else "> 0"
+        if type(count) is int and count > at_most:
+            bound = f"<= {at_most}"
         raise ConfigError(f"{option.name}: not a whole number {bound} (got {show(text)}); give {meaning}")
     return count
 
@@ -90,6 +106,6 @@ def _whole_number(args: Arguments, option: Option, *, default: str, at_least: in
 def _endpoint(args: Arguments) -> str:
     text = args.last(ENDPOINT.name) or ""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= _LARGEST_PORT:
+    if not host or not _PORT.fullmatch(port) or not 0 < int(port) <= LARGEST_PORT:
         raise ConfigError(f"{ENDPOINT.name}: not HOST:PORT (got {show(text)}); give {ENDPOINT.help}")
     return text

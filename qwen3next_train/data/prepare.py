@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,13 +10,14 @@ from pathlib import Path
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
 from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
 from qwen3next_train.data.store_builder import build_stores, format_left_out
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.store_output import is_written, require_unused, write_store
 from qwen3next_train.data.token_store import DocumentRange, TokenStore
 from qwen3next_train.data.tokenization import Tokenizer
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
 FORMAT_VERSION = 3
@@ -28,6 +28,7 @@ CHECKED_AT_START_BYTES = 4 << 30
 checked as it is read, block by block, so that a run over terabytes starts at once."""
 
 _LEFT_OUT_NAME = "left_out.json"
+_MAX_LEFT_OUT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ def tokenize(config: Config, output: Path | None) -> int:
     _require_sources(config)
     preparer = _Preparer(config)
     sources = [*config.data.sources, *config.data.validation_sources]
+    if not output.name or output.name == ".." or "\0" in str(output):
+        raise ConfigError(
+            f"--output: not a file name (got {str(output)!r}); give the prefix of the .bin and .idx files"
+        )
     several = len(sources) > 1
     prefixes = [output.with_name(f"{output.name}_{index:02d}") if several else output for index in range(len(sources))]
     outputs = [preparer.output(source, prefix) for source, prefix in zip(sources, prefixes, strict=True)]
@@ -292,11 +297,15 @@ class _Preparer:
                 skipped=left_out,
                 entry=key,
             )
-            (directory / _LEFT_OUT_NAME).write_text(json.dumps(left_out), encoding="utf-8")
+            write_sealed(directory / _LEFT_OUT_NAME, left_out)
             return build_s
 
-        cached = get_or_build(self._cache_dir, key, source.source, build, self._check)
-        left_out = _read_left_out(cached.train.prefix.with_name(_LEFT_OUT_NAME))
+        def check(store: TokenStore) -> None:
+            _read_left_out(store)
+            self._check(store)
+
+        cached = get_or_build(self._cache_dir, key, source.source, build, check)
+        left_out = _read_left_out(cached.train)
         if left_out:
             get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
 
@@ -338,15 +347,18 @@ def _log_passed_over(files: FileSource) -> None:
         get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
 
 
-def _read_left_out(path: Path) -> dict[str, int]:
-    """What :func:`build_stores` left out when the cached store was made; empty when that is not known any more."""
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+def _read_left_out(store: TokenStore) -> dict[str, int]:
+    """What :func:`build_stores` left out when the store of the cache was made.
+
+    Raises:
+        DataError: that is not known any more.
+        StorageError: it cannot be read now.
+    """
+    path = store.prefix.with_name(_LEFT_OUT_NAME)
+    counts = read_sealed(path, max_bytes=_MAX_LEFT_OUT_BYTES)
     if not isinstance(counts, dict):
-        return {}
-    return {reason: count for reason, count in counts.items() if isinstance(count, int)}
+        raise DataError(f"{path}: missing or damaged")
+    return counts
 
 
 def _describe(source: PreparedSource, part: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +16,15 @@ import torch.distributed as dist
 
 from qwen3next_train.config.schema import RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
+from qwen3next_train.launcher import LaunchedProcess
+from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
 from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
+_SAID_AFTER_S = 10.0
+_CANNOT_LISTEN = re.compile(r"failed to listen.*name: (E[A-Z]+)", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -82,16 +88,15 @@ def process_context(
         peer_timeout_s: ``run.peer_timeout_s``.
 
     Raises:
-        ConfigError: unusable device, or the ranks do not fit together.
+        ConfigError: unusable device, an environment that describes no process, or the ranks do not fit together.
         PeerLostError: the other ranks did not join in time.
     """
-    launched = "RANK" in os.environ
+    process = LaunchedProcess.from_environment(os.environ)
+    rank, world_size, local_rank = process.rank, process.world_size, process.local_rank
     # DeepSpeed reads these even when torch.distributed is already initialised.
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     added = [variable for variable in defaults if variable not in os.environ]
     os.environ.update({variable: defaults[variable] for variable in added})
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ["LOCAL_RANK"])
     problem = None
     try:
         device = select_device(device_name, local_rank)
@@ -102,16 +107,17 @@ def process_context(
     os.environ["DS_ACCELERATOR"] = device.type
     timeout = datetime.timedelta(seconds=peer_timeout_s)
     try:
-        store = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0] if launched else dist.HashStore()
-        rank_infos = check_ranks(
-            store,
-            rank,
-            world_size,
-            device_type=device.type,
-            fingerprint=fingerprint or RunFingerprint(),
-            timeout=_JOIN_TIMEOUT,
-            problem=problem,
-        )
+        with _said_when_slow(process):
+            store = _meet(process)
+            rank_infos = check_ranks(
+                store,
+                rank,
+                world_size,
+                device_type=device.type,
+                fingerprint=fingerprint or RunFingerprint(),
+                timeout=_JOIN_TIMEOUT,
+                problem=problem,
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -130,8 +136,9 @@ def process_context(
     try:
         control = _control_group(world_size, timeout)
         preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
-        local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        yield ProcessContext(rank, world_size, local_rank, local_world_size, device, control, preparation, rank_infos)
+        yield ProcessContext(
+            rank, world_size, local_rank, process.local_world_size, device, control, preparation, rank_infos
+        )
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
         control.all_true(True)
     finally:
@@ -164,6 +171,50 @@ def first_on_each_node(context: ProcessContext, prepare: Callable[[], T]) -> T:
 
 def _error_of_name(name: str) -> type[TrainError]:
     return next((kind for kind in TrainError.__subclasses__() if kind.__name__ == name), TrainError)
+
+
+def _meet(process: LaunchedProcess) -> dist.Store:
+    """The store over which the ranks find each other.
+
+    Raises:
+        ConfigError: rank 0 cannot listen where the others expect it.
+    """
+    if not process.is_launched:
+        return dist.HashStore()
+    try:
+        return next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0]
+    except dist.DistNetworkError as error:
+        cannot_listen = _CANNOT_LISTEN.search(str(error))
+        if cannot_listen is None:
+            raise
+        raise ConfigError(
+            f"MASTER_PORT: rank 0 cannot listen on {process.port} ({cannot_listen[1]}); choose a port that is free, "
+            "and check that no other process has RANK 0"
+        ) from error
+
+
+@contextmanager
+def _said_when_slow(process: LaunchedProcess) -> Iterator[None]:
+    """Say what is waited for when the others do not come at once."""
+
+    def say() -> None:
+        # An error for the logger: other ranks say nothing less, and theirs may be the host that is wrong.
+        get_logger().error(
+            "waiting up to %.0f min for the %d processes to meet at %s port %d (MASTER_ADDR, MASTER_PORT)",
+            _JOIN_TIMEOUT.total_seconds() / 60,
+            process.world_size,
+            process.host,
+            process.port,
+        )
+
+    timer = threading.Timer(_SAID_AFTER_S, say)
+    timer.daemon = True
+    if process.local_rank == 0 and process.is_launched:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:

@@ -106,6 +106,10 @@ def check_ranks(
         "device": {"run.device": device_type},
         **asdict(fingerprint),
     }
+    # Workers that torchrun has started again may meet in the store they met in before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if store.add(f"{_report_key(rank)}/arrived/{attempt}", 1) > 1:
+        raise ConfigError(f"RANK: another process is rank {rank} too; give each of the {world_size} its own rank")
     store.set(_report_key(rank), json.dumps(report))
     if rank == 0:
         reports = _collect(store, world_size, timeout)

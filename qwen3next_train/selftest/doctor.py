@@ -15,6 +15,7 @@ from dataclasses import asdict
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_kernels
+from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
 from qwen3next_train.selftest.check import Check, merge_ranks, try_check
 from qwen3next_train.selftest.collectives import all_reduce_check, all_to_all_check
@@ -43,14 +44,16 @@ def doctor_command(config: Config, *, as_json: bool) -> int:
         0 when every check is good, else 70 (:data:`ExitCode.INTERNAL`).
 
     Raises:
-        ConfigError: started by torchrun, and this rank cannot have the device it is to use.
+        ConfigError: started by torchrun, and this rank cannot have the device it is to use or describes no rank.
     """
-    device_name, problem = _usable_device(config.run.device)
+    process = LaunchedProcess.from_environment(os.environ)
+    process.check_host()
+    device_name, problem = _usable_device(config.run.device, process)
     with ExitStack() as stack:
         context, failure = _join(device_name, stack)
-        is_first = os.environ["RANK"] == "0"
+        is_first = process.rank == 0
         findings: list[Check] = []
-        for name, measure in _steps(config, device_name, context, problem=problem, failure=failure):
+        for name, measure in _steps(config, device_name, process, context, problem=problem, failure=failure):
             checks = _on_all_ranks(context, try_check(name, measure))
             findings += checks
             if is_first and not as_json:
@@ -61,16 +64,16 @@ def doctor_command(config: Config, *, as_json: bool) -> int:
     return ExitCode.FINISHED if all(check.ok for check in findings) else ExitCode.INTERNAL
 
 
-def _usable_device(name: str) -> tuple[str, str | None]:
+def _usable_device(name: str, process: LaunchedProcess) -> tuple[str, str | None]:
     """``run.device``, or the CPU and why the device asked for cannot be had.
 
     Raises:
         ConfigError: the latter, under torchrun: ranks with different devices cannot work together.
     """
     try:
-        select_device(name, int(os.environ.get("LOCAL_RANK", "0")))
+        select_device(name, process.local_rank)
     except ConfigError as error:
-        if "RANK" in os.environ:
+        if process.is_launched:
             raise
         return "cpu", str(error)
     return name, None
@@ -92,19 +95,25 @@ def _on_all_ranks(context: ProcessContext | None, checks: list[Check]) -> list[C
 
 
 def _steps(
-    config: Config, device_name: str, context: ProcessContext | None, *, problem: str | None, failure: str | None
+    config: Config,
+    device_name: str,
+    process: LaunchedProcess,
+    context: ProcessContext | None,
+    *,
+    problem: str | None,
+    failure: str | None,
 ) -> list[Step]:
     """All checks in their order, the quick ones first.
 
     Args:
         config: the resolved configuration.
         device_name: the device to check, as ``run.device`` names it.
-        context: this process among the others, None when they did not find each other.
+        process: this process as the environment describes it.
+        context: the same among the others, None when they did not find each other.
         problem: why ``run.device`` cannot be had.
         failure: why there is no context.
     """
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = select_device(device_name, local_rank)
+    device = select_device(device_name, process.local_rank)
     dtype = DTYPES[config.run.precision]
 
     def kernels() -> KernelSet:
@@ -116,7 +125,7 @@ def _steps(
         ("devices", lambda: device_checks(config, problem=problem)),
         ("cache", lambda: [cache_check(config)]),
         # In training only rank 0 talks to wandb.
-        ("wandb", lambda: [wandb_check(config)] if rank == 0 else []),
+        ("wandb", lambda: [wandb_check(config)] if process.rank == 0 else []),
         ("kernels", lambda: kernel_checks(kernels(), config.model, device, dtype)),
         ("packing", lambda: [packing_check(kernels(), device, dtype)]),
     ]

@@ -28,6 +28,7 @@ from qwen3next_train.parameters import parameter_table
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.loop import Run
+from qwen3next_train.train.memory_check import check_memory
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.restore import Restored, restore_state
 from qwen3next_train.train.run_directory import RunDirectory
@@ -55,6 +56,7 @@ def build_run(
         TrainError: one line for everything that speaks against the attempt.
     """
     validate_for_world(config, context.world_size)
+    check_memory(config, context)
     topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
+from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.train.failures import foreseen, is_out_of_memory
 from qwen3next_train.train.run_directory import RunDirectory
-from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
+from qwen3next_train.train.signals import StopRequest, die_with_parent, release_stop_signals, stop_reason
 
 # Nothing up here imports torch, whose import takes seconds in which a signal could not be recorded as a stop.
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
     Returns:
         The exit code; it and its one-line reason also stand in ``RUN/exit.json``.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    process = LaunchedProcess.from_environment(os.environ)
+    rank = process.rank
     run_dir = RunDirectory(Path(config.run.dir), rank=rank)
     die_with_parent()
 
@@ -96,8 +99,11 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
         try:
             run_dir.open()
             opened.callback(run_dir.close)
+            # What came since the process was started is recorded as a stop from here on.
+            release_stop_signals()
             if rank == 0:
                 opened.callback(open_run_log(run_dir.log_path, Redactor(os.environ)).close)
+            process.check_host()
             # All ranks would be rejected alike. When another one were first, torchrun would end rank 0, which
             # holds the directory, before it has said why.
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -108,7 +114,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
         except TrainError as error:
             code, reason = error.exit_code, str(error)
         except Exception as error:  # noqa: BLE001 - the boundary: every failure must reach exit.json
-            code, reason = _classify(error, rank, attempt.rank_infos)
+            code, reason = _classify(error, rank, attempt)
         stop.conclude()
         if code == ExitCode.PEER_LOST:
             reason = _for_users(reason)
@@ -119,20 +125,23 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
     return int(code)
 
 
-def _classify(error: Exception, rank: int, rank_infos: Sequence[RankInfo]) -> tuple[ExitCode, str]:
-    """Exit code and reason of an exception that is not ours; prints it, unless a lost rank explains it."""
+def _classify(error: Exception, rank: int, attempt: _Attempt) -> tuple[ExitCode, str]:
+    """Exit code and reason of an exception that is not ours; one that only a bug explains is printed."""
     text = " ".join(str(error).split())
+    # Before the lost rank: NCCL's error may be that memory is used up.
+    if is_out_of_memory(error) and (known := foreseen(error, attempt.config)) is not None:
+        return known.exit_code, str(known)
     if _is_lost_peer(error):
         from qwen3next_train.parallel.rank_check import describe_lost
 
-        lost = describe_lost(rank_infos, rank) or "lost another rank"
+        lost = describe_lost(attempt.rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
     if _TOO_MANY_FILES in text:
         # Whoever meets the limit first: Python, gloo, safetensors.
         return ExitCode.STORAGE, f"rank {rank}: {_for_users(text)}; raise the limit of open files (ulimit -n)"
+    if (known := foreseen(error, attempt.config)) is not None:
+        return known.exit_code, str(known)
     traceback.print_exception(error)
-    if isinstance(error, OSError):
-        return ExitCode.STORAGE, text
     return ExitCode.INTERNAL, f"{type(error).__name__}: {text}"
 
 

@@ -64,6 +64,7 @@ data.sources
 data.validation_sources
 data.validation_fraction
 data.tokenizer
+data.eos_token
 data.sequence_length
 data.isolate_documents
 data.cache_dir
@@ -265,6 +266,7 @@ EXIT_CODES = {
     "DATA": 65,
     "PEER_LOST": 69,
     "INTERNAL": 70,
+    "NO_MEMORY": 71,
     "STORAGE": 74,
     "STOPPED": 75,
     "DIVERGED": 76,

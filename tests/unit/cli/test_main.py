@@ -17,6 +17,7 @@ from qwen3next_train.errors import ConfigError, DataError, ExitCode
 from qwen3next_train.train.run_directory import RunDirectory
 
 ROOT = shipped_folder().parent
+_UNSET = "start with torchrun or --nproc-per-node, or unset RANK, WORLD_SIZE, LOCAL_RANK for a single process"
 TINY = ["--config", "qwen3next_tiny.yaml"]
 
 
@@ -30,6 +31,24 @@ def subprocess_run(*argv: str, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "qwen3next_train", *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **kwargs)
+
+
+def launched_as(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, local_rank: int | None = None) -> None:
+    local = rank if local_rank is None else local_rank
+    variables = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local, "MASTER_PORT": 29500}
+    for name, value in {**variables, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_launcher_that_says_half_is_rejected_in_one_line(fake, capsys, monkeypatch, name):
+    calls = fake("train.run", "run_training")
+    launched_as(monkeypatch, 1, 2)
+    monkeypatch.setenv(name, "")
+    code, out, err = run(capsys, *TINY)
+    assert (code, out, calls) == (2, "", [])
+    assert err.endswith(f"{name}: empty; {_UNSET}\n")
+    assert len(err.splitlines()) == 1
 
 
 def test_train_is_the_default(fake, capsys):
@@ -166,13 +185,13 @@ def test_launcher_is_started_after_the_configuration_is_checked(fake, capsys, mo
     code, _, err = run(capsys, *TINY, "--nproc-per-node", "2")
     assert (code, err) == (
         2,
-        "--nproc-per-node: already started by a launcher; leave the option out, or torchrun\n",
+        "--nproc-per-node: already started by a launcher (WORLD_SIZE is set); leave the option out, or torchrun\n",
     )
 
 
 def test_world_size_of_a_launcher_is_checked(fake, capsys, monkeypatch):
     calls = fake("train.run", "run_training")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched_as(monkeypatch, 0, 3)
     assert run(capsys, *TINY)[0] == 0
     ((_, check_world), _) = calls[0]
     with pytest.raises(ConfigError, match="world size 3"):
@@ -191,20 +210,15 @@ def test_wrong_number_of_processes_is_recorded(capsys, tmp_path):
     assert (json.loads(record.read_text())["code"], json.loads(record.read_text())["reason"]) == (2, err.strip())
 
 
-@pytest.mark.parametrize(
-    ("rank", "local_rank", "expected"),
-    [("0", "0", "it"), ("1", "1", ""), ("1", None, ""), ("8", "0", "[rank 8] it")],
-)
+@pytest.mark.parametrize(("rank", "local_rank", "expected"), [(0, 0, "it"), (1, 1, ""), (8, 0, "[rank 8] it")])
 def test_one_rank_of_a_node_prints_a_wrong_configuration(fake, capsys, monkeypatch, rank, local_rank, expected):
-    monkeypatch.setenv("RANK", rank)
-    if local_rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    launched_as(monkeypatch, rank, 9, local_rank=local_rank)
     fake("train.run", "run_training", ConfigError("it"))
     assert run(capsys, *TINY) == (2, "", f"{expected}\n" if expected else "")
 
 
 def test_other_failures_are_printed_by_every_rank(fake, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    launched_as(monkeypatch, 1, 2)
     fake("train.run", "run_training", DataError("no rows"))
     assert run(capsys, *TINY) == (65, "", "[rank 1] no rows\n")
 
@@ -215,6 +229,22 @@ def test_a_bug_keeps_its_traceback_and_exits_70(fake, capsys):
     assert code == 70
     assert "Traceback" in err
     assert "ZeroDivisionError: oops" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MemoryError(), 71, "out of memory on the host; close other programs, or use a machine with more memory\n"),
+        (
+            PermissionError(13, "Permission denied", "/x/cache"),
+            74,
+            "/x/cache: Permission denied (PermissionError); free space, fix permissions or choose another place\n",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(fake, capsys, error, code, line):
+    fake("train.run", "run_training", error)
+    assert run(capsys, *TINY) == (code, "", line)
 
 
 def test_interrupt(fake, capsys):

@@ -34,7 +34,9 @@ def test_processes_and_world_size(line, expected, world):
 
 
 def test_world_size_of_a_launcher(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    given = {"WORLD_SIZE": "6", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     assert world_size(words("")) == 6
 
 
@@ -45,6 +47,9 @@ TWO = "--nproc-per-node 1 --nnodes 2"
     ("line", "text"),
     [
         ("--nnodes 2", "--nnodes: only together with --nproc-per-node"),
+        ("--nproc-per-node 1025", "--nproc-per-node: not a whole number <= 1024 (got '1025')"),
+        ("--nproc-per-node 1 --nnodes 1000001", "--nnodes: not a whole number <= 1000000 (got '1000001')"),
+        (f"{TWO} --node-rank 1 --rdzv-endpoint a:{'9' * 5000}", "--rdzv-endpoint: not HOST:PORT (got 'a:9999"),
         ("--nproc-per-node 1.5", "--nproc-per-node: not a whole number > 0 (got '1.5')"),
         ("--nproc-per-node 1 --nnodes 0", "--nnodes: not a whole number > 0 (got '0')"),
         ("--nproc-per-node 1 --nnodes 1:2", "--nnodes: not a whole number > 0 (got '1:2')"),

@@ -171,10 +171,13 @@ def test_wrong_command_lines(capsys, argv, line):
 
 @pytest.mark.parametrize("argv", [EVAL, IMPORT, EXPORT], ids=lambda argv: argv[0])
 def test_they_are_one_process(capsys, monkeypatch, argv):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     assert main(argv) == 2
     line = f"{argv[0]}: started as 2 processes (WORLD_SIZE); it is one, start it without torchrun\n"
     assert capsys.readouterr().err == line
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(argv) == 2
     assert capsys.readouterr().err == ""

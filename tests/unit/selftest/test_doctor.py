@@ -129,8 +129,6 @@ def test_ranks_that_do_not_find_each_other_are_one_failed_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def alone(device: str) -> None:
-        for name in ("RANK", "LOCAL_RANK"):
-            monkeypatch.setenv(name, "0")
         raise PeerLostError("rank 0: the 2 processes did not find each other: timeout; check the master address")
 
     monkeypatch.setattr(doctor, "process_context", alone)
@@ -143,8 +141,9 @@ def test_ranks_that_do_not_find_each_other_are_one_failed_check(
 
 
 def test_under_a_launcher_a_missing_device_ends_all_ranks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"run\.device: cuda is not available"):
         doctor_command(small(run__device="cuda"), as_json=False)
 

@@ -309,3 +309,34 @@ def test_without_torchrun_a_worker_outlives_its_parent(tmp_path):
     assert not (tmp_path / "trace").exists()
     os.kill(worker, signal.SIGKILL)
     agent.communicate()
+
+
+HELD = """
+import sys, time
+from qwen3next_train.train import signals
+
+signals.hold_stop_signals()
+print("ready", flush=True)
+sys.stdin.read()
+if sys.argv[1] == "drop":
+    signals.drop_held_signals()
+    sys.exit(2)
+with signals.StopRequest(lambda name: print("recorded", name)) as stop:
+    signals.release_stop_signals()
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_before_there_is_a_handler_waits_for_it(name):
+    child = start(HELD, "release", stdin=subprocess.PIPE)
+    child.send_signal(signal.Signals[name])
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out) == (75, f"recorded {name}\n")
+
+
+def test_a_signal_after_the_outcome_is_known_is_forgotten():
+    child = start(HELD, "drop", stdin=subprocess.PIPE)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    assert child.returncode == 2
