@@ -205,12 +205,6 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
         tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
 
 
-@pytest.mark.parametrize("prepare", [prepare_stores, lambda config: tokenize(config, None)])
-def test_no_source_asks_for_the_users_data(prepare: Callable[[Config], object], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources: no source .*name your text and its tokenizer"):
-        prepare(make_config(tmp_path, []))
-
-
 def tokens_of(prepared: PreparedData) -> list[list[int]]:
     return [
         each.documents.read(0, each.documents.num_tokens).tolist() for each in (*prepared.train, *prepared.validation)
@@ -288,3 +282,9 @@ def test_a_source_that_cannot_be_looked_up_now(
     monkeypatch.setattr(Path, "is_file", fail)
     with pytest.raises(StorageError, match=r"corpus\.jsonl: cannot be read .*may be intact"):
         prepare_stores(config_of(tmp_path, corpus))
+
+
+@pytest.mark.parametrize("prepare", [prepare_stores, lambda config: tokenize(config, None)])
+def test_no_source_asks_for_the_users_data(prepare: Callable[[Config], object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: no source .*name your text and its tokenizer"):
+        prepare(make_config(tmp_path, []))
