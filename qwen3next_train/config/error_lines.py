@@ -64,8 +64,53 @@ def show_stored(value: object) -> str:
     return show_name(value) if isinstance(value, str) else show(value)
 
 
+# Names of transformers' TrainingArguments, of its configurations and of Megatron-LM, where ours differ so much that
+# likeness leads elsewhere.
+_OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "adam_eps": "optimizer.eps",
+    "max_grad_norm": "optimizer.clip_grad",
+    "gradient_clipping": "optimizer.clip_grad",
+    "per_device_train_batch_size": "run.micro_batch_size",
+    "train_batch_size": "run.global_batch_size",
+    "batch_size": "run.global_batch_size",
+    "gradient_accumulation_steps": "run.global_batch_size",
+    "max_steps": "run.steps",
+    "num_train_epochs": "run.steps",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.interval",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "logging.interval",
+    "eval_steps": "eval.interval",
+    "warmup_ratio": "schedule.warmup_steps",
+    "lr_scheduler_type": "schedule.kind",
+    "lr_decay_style": "schedule.kind",
+    "gradient_checkpointing": "parallel.recompute",
+    "activation_checkpointing": "parallel.recompute",
+    "bf16": "run.precision",
+    "fp16": "run.precision",
+    "dtype": "run.precision",
+    "torch_dtype": "run.precision",
+    "seq_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "tokenizer_name": "data.tokenizer",
+    "dataset_name": "data.sources",
+    "train_file": "data.sources",
+    "stage": "parallel.zero_stage",
+}
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
+    """The candidate a user most likely meant: of the same meaning elsewhere, alike as a whole, or in its last part."""
+    candidates = list(candidates)
+    same = _OTHER_NAMES.get(name.lower().replace("-", "_").strip("_").rpartition(".")[2])
+    for candidate in candidates:
+        if same is not None and candidate.removeprefix("--") == same:
+            return candidate
     matcher = difflib.SequenceMatcher(autojunk=False)
 
     def ratio(left: str, right: str) -> float:

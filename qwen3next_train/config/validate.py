@@ -9,6 +9,14 @@ from qwen3next_train.config.schema import Config, LayerType, ModelConfig, Optimi
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
+MAX_COUNT = 2**31 - 1
+"""Of rows, tokens of a row and sizes of the model: indices of kernels and of token stores are 32-bit."""
+MAX_STEPS = 10**8 - 1
+"""Steps have eight digits in the names of checkpoints."""
+MAX_FLOAT = 1e30
+"""Numbers of the configuration meet fp32, whose range ends at 3.4e38, and are multiplied there."""
+MAX_SECONDS = 1e9
+"""Thirty years."""
 MAX_BF16_BETA = 0.99
 """Slowest decay of a moment that bf16 can follow: 1 % a step is more than the 0.4 % that rounding may swallow."""
 
@@ -44,12 +52,28 @@ def wsd_decay_steps(schedule: ScheduleConfig, run_steps: int) -> int:
 def validate(config: Config) -> list[RuleViolation]:
     """All broken rules of a configuration whose ``layer_types`` are resolved, whatever the world size."""
     return [
+        *_bound_violations(config),
         *model_violations(config.model),
         *_run_violations(config),
         *_optimizer_violations(config.optimizer),
         *_schedule_violations(config),
         *_data_violations(config),
     ]
+
+
+def _bound_violations(config: Config) -> Iterator[RuleViolation]:
+    """Numbers that no machine or dtype can hold."""
+    for name in type(config).model_fields:
+        for field, value in getattr(config, name):
+            bound: float | None = None
+            if isinstance(value, bool) or (name, field) == ("run", "seed"):
+                continue
+            if isinstance(value, float):
+                bound = MAX_SECONDS if field.endswith("_s") else MAX_FLOAT
+            elif isinstance(value, int):
+                bound = MAX_STEPS if (name, field) == ("run", "steps") else MAX_COUNT
+            if bound is not None and abs(value) > bound:
+                yield RuleViolation((f"{name}.{field}",), f"{value} is more than {bound:,.10g}, the most that is taken")
 
 
 def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
