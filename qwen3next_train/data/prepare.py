@@ -67,12 +67,14 @@ class PreparedData:
         validation: held-out sources; empty when nothing is held out.
         eos_token_id: end-of-document token; None when all sources are token stores (no tokenizer was read).
         vocab_size: the model's; larger ids in a store are an error where they are met.
+        tokenizer: one line about the tokenizer; empty when none was read.
     """
 
     train: tuple[PreparedSource, ...]
     validation: tuple[PreparedSource, ...]
     eos_token_id: int | None
     vocab_size: int
+    tokenizer: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -209,7 +211,6 @@ class _Preparer:
             data, vocab_size = self._config.data, self._config.model.vocab_size
             self._tokenizer = Tokenizer(data.tokenizer, data.eos_token)
             self._tokenizer.require_vocab_size(vocab_size)
-            get_logger().info("tokenizer %s", self._tokenizer.describe(vocab_size))
         return self._tokenizer
 
     def _check(self, store: TokenStore) -> None:
@@ -277,7 +278,9 @@ class _Preparer:
                 "tokenize all with the same data.tokenizer"
             )
         eos_token_id = None if self._tokenizer is None else self._tokenizer.eos_token_id
-        return PreparedData(tuple(train), tuple(validation), eos_token_id, self._config.model.vocab_size)
+        vocab_size = self._config.model.vocab_size
+        described = "" if self._tokenizer is None else self._tokenizer.describe(vocab_size)
+        return PreparedData(tuple(train), tuple(validation), eos_token_id, vocab_size, described)
 
     def _prepare_files(
         self, source: SourceConfig, files: FileSource, fraction: float
