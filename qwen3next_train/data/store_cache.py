@@ -25,9 +25,10 @@ from pathlib import Path
 from qwen3next_train.data.build_journal import JOURNAL_NAME
 from qwen3next_train.data.reading import is_missing, read_error
 from qwen3next_train.data.store_meta import entry_name
-from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
+from qwen3next_train.data.store_writer import staging_directory, storage_errors
 from qwen3next_train.data.token_store import TokenStore, store_paths
 from qwen3next_train.errors import DataError, StoppedBySignal, StorageError
+from qwen3next_train.files import lock_now, sync_directory
 from qwen3next_train.log import get_logger
 
 # The cache may be a folder that holds other things as well.
@@ -36,8 +37,6 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 _DAMAGE_NOTE = "damaged"
 _UNFINISHED = "fresh"
 _HINT = "free space or set data.cache_dir to a folder that can be written"
-NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What ``flock`` says on a file system without locks."""
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """When a disk is full, what has been written is given up: the run's own last lines need the space."""
@@ -224,10 +223,10 @@ def _remove_unless_locked(path: Path, lock_path: Path) -> None:
     except OSError:
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
+        # Otherwise it is being built, or locks do not work here.
+        if lock_now(lock):
+            shutil.rmtree(path, ignore_errors=True)
     except OSError:
-        # Being built, or locks do not work here.
         pass
     finally:
         os.close(lock)
@@ -239,15 +238,11 @@ def _locked(path: Path, label: str) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_now(descriptor)
         except BlockingIOError:
             get_logger().info("%s: waiting for another process that tokenizes it", label)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            yield False
-            return
-        yield True
+            is_locked = True
+        yield is_locked
     finally:
         os.close(descriptor)

@@ -12,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from qwen3next_train.files import NO_HARD_LINKS, sync_directory
 from qwen3next_train.log import get_logger
 
 Verdict = Literal["kept", "later", "damaged"]
 
 FILE_MODE = 0o640
 _MAX_ROW_BYTES = 4 << 20
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NUM_SHOWN = 3
 
 
@@ -110,11 +110,7 @@ def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path 
         os.fsync(target.fileno())
     aside = _set_aside(path) if keep_old else None
     staged.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
     return aside
 
 
@@ -140,7 +136,7 @@ def _set_aside(path: Path) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             shutil.copyfile(path, aside)
             return aside
