@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.formats import Format, format_of
-from qwen3next_train.data.prepare import PreparedData, PreparedSource
+from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.data.sources import FileSource, resolve_local
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import TrainError

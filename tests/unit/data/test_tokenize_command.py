@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.data import tokenize_command
+from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.data.token_store import TokenStore
+from qwen3next_train.data.tokenize_command import tokenize
+from qwen3next_train.errors import ConfigError, StorageError
+from tests.unit.data.corpus import config_of
+
+
+def test_tokenize_fills_the_cache(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None) == 0
+    train, validation = capsys.readouterr().out.splitlines()
+    assert "train: " in train
+    assert "tokens/s" in train
+    assert "validation: " in validation
+    assert "bytes/token" in validation
+    tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None)
+    assert capsys.readouterr().out.count("cached") == 2
+
+
+def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "corpus"
+    assert tokenize(config_of(tmp_path, corpus), output) == 0
+    assert f"-> {output}" in capsys.readouterr().out
+    assert sorted(os.listdir(output.parent)) == [f"corpus.{suffix}" for suffix in ("bin", "hashes", "idx", "meta.json")]
+    assert TokenStore(output).num_documents == 400
+    assert len(prepare_stores(config_of(tmp_path, output)).train[0].documents.documents) == 392
+    with pytest.raises(ConfigError, match=r"corpus\.idx exists"):
+        tokenize(config_of(tmp_path, corpus), output)
+    with pytest.raises(ConfigError, match="is a token store already"):
+        tokenize(config_of(tmp_path, output), tmp_path / "again")
+    tokenize(config_of(tmp_path, corpus, corpus), tmp_path / "two")
+    assert (tmp_path / "two_00.idx").exists()
+    assert (tmp_path / "two_01.idx").exists()
+    with pytest.raises(StorageError, match="cannot write"):
+        tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "a\0b"])
+def test_output_without_a_name(tmp_path: Path, corpus: Path, output: str) -> None:
+    with pytest.raises(ConfigError, match="--output: not a file name"):
+        tokenize(config_of(tmp_path, corpus), Path(output))
+
+
+def test_interrupted_tokenize_of_several_sources_goes_on(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.txt").write_text("some text " * 50)
+    config, output = config_of(tmp_path, corpus, tmp_path / "b.txt"), tmp_path / "out" / "s"
+    write = tokenize_command.write_store
+
+    def stop_at_the_second(prefix: Path, key: str, build: Callable[[Path], float]) -> float:
+        if prefix.name == "s_01":
+            raise StorageError("stopped")
+        return write(prefix, key, build)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_command, "write_store", stop_at_the_second)
+        with pytest.raises(StorageError, match="stopped"):
+            tokenize(config, output)
+    stamp = (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns
+    assert tokenize(config, output) == 0
+    assert (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns == stamp
+    assert TokenStore(tmp_path / "out" / "s_01").num_documents == 1
