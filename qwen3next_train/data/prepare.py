@@ -30,11 +30,15 @@ _LEFT_OUT_NAME = "left_out.json"
 _MAX_LEFT_OUT_BYTES = 1 << 16
 
 
-def prepare_stores(config: Config) -> PreparedData:
+def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
     """Open, and where needed first tokenise, all sources of a run. Any number of processes may call it at once.
 
     Text is split document by document, by hash. A token store's held-out part is its last documents, a view
     without copy, as in Megatron-LM's ``--split``.
+
+    Args:
+        config: the sources and all they need.
+        announce: as of :class:`Preparer`.
 
     Raises:
         ConfigError: no source is named, or the tokenizer is missing, too large for the model, or not the one that
@@ -43,7 +47,7 @@ def prepare_stores(config: Config) -> PreparedData:
         StorageError: the cache cannot be written.
     """
     require_sources(config)
-    preparer = Preparer(config)
+    preparer = Preparer(config, announce=announce)
     fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
     pairs = [preparer.prepare(source, fraction) for source in config.data.sources]
     if config.data.validation_sources:
@@ -56,12 +60,14 @@ def prepare_stores(config: Config) -> PreparedData:
 def prepare_evaluation(config: Config, source: SourceConfig) -> PreparedData:
     """Prepare one source to be evaluated whole: everything is in ``validation``, and there is no training part.
 
+    How documents end is said before text is tokenised.
+
     Raises:
         ConfigError: as :func:`prepare_stores`.
         DataError: as :func:`prepare_stores`.
         StorageError: as :func:`prepare_stores`.
     """
-    preparer = Preparer(config)
+    preparer = Preparer(config, announce=True)
     return preparer.collect([], [preparer.prepare(source, 0.0)[0]])
 
 
@@ -83,10 +89,13 @@ class Preparer:
 
     Args:
         config: tokenizer, model and cache.
+        announce: say the tokenizer and how documents end once the first text is found, before it is tokenised; for
+            commands that do not say it with their data.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, announce: bool = False) -> None:
         self._config = config
+        self._announce = announce
         data = config.data
         self._cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
         self._tokenizer: Tokenizer | None = None
@@ -133,6 +142,14 @@ class Preparer:
             return train, None
         held_out = range(num_train, store.num_documents)
         return train, prepared_source(source, store, fingerprint, documents=held_out)
+
+    def log_tokenizer(self) -> None:
+        """Say the tokenizer and how documents end.
+
+        Raises:
+            ConfigError: the tokenizer cannot be used.
+        """
+        get_logger().info("%s", self.tokenizer.describe(self._config.model.vocab_size))
 
     def key(self, files: FileSource, *how: str) -> str:
         """Digest of everything that the stores of these files depend on, ``how`` they are split included.
@@ -195,6 +212,9 @@ class Preparer:
         self, source: SourceConfig, files: FileSource, fraction: float
     ) -> tuple[PreparedSource, PreparedSource | None]:
         key = self.key(files, repr(fraction))
+        if self._announce:
+            self._announce = False
+            self.log_tokenizer()
 
         def build(directory: Path) -> float:
             build_s, left_out = self.build(files, directory / "train", fraction, key)

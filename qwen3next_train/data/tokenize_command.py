@@ -18,6 +18,8 @@ from qwen3next_train.errors import ConfigError
 def tokenize(config: Config, output: Path | None) -> int:
     """Tokenise all sources and print a line for each; return the exit code.
 
+    How documents end is said before the first one is tokenised, after all that is rejected at once.
+
     Args:
         config: sources, tokenizer and cache.
         output: prefix of the store to write, holding all documents of the source; several sources get
@@ -29,7 +31,7 @@ def tokenize(config: Config, output: Path | None) -> int:
         StorageError: the cache or output cannot be written.
     """
     if output is None:
-        prepared = prepare_stores(config)
+        prepared = prepare_stores(config, announce=True)
         for part, found in (("train", prepared.train), ("validation", prepared.validation)):
             for source in found:
                 print(_describe(source, part))
@@ -51,6 +53,7 @@ def tokenize(config: Config, output: Path | None) -> int:
     for each, is_there in zip(outputs, are_written, strict=True):
         if not is_there:
             require_unused(each.prefix)
+    preparer.log_tokenizer()
     for each, is_there in zip(outputs, are_written, strict=True):
         print(_describe(_write(preparer, each, is_there=is_there), "all"))
     return 0

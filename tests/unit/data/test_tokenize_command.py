@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.data import tokenize_command
+from qwen3next_train.data import prepare, tokenize_command
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.data.tokenize_command import tokenize
-from qwen3next_train.errors import ConfigError, StorageError
+from qwen3next_train.errors import ConfigError, DataError, StorageError
 from tests.unit.data.corpus import config_of
 
 
@@ -69,3 +69,41 @@ def test_interrupted_tokenize_of_several_sources_goes_on(
     assert tokenize(config, output) == 0
     assert (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns == stamp
     assert TokenStore(tmp_path / "out" / "s_01").num_documents == 1
+
+
+def fail_to_build(*arguments: object, **names: object) -> float:
+    raise DataError("broken line")
+
+
+@pytest.mark.parametrize("output", [None, "store"])
+def test_how_documents_end_is_said_before_they_are_tokenized(
+    tmp_path: Path,
+    corpus: Path,
+    output: str | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once, however many sources there are, and also when there is nothing to do; not by a start that is rejected."""
+    (tmp_path / "b.txt").write_text("some text " * 50)
+    prefix = None if output is None else tmp_path / output
+    line = "tokenizer builtin:python-4k: 4,096 ids, documents end with '<|endoftext|>' (0, by the usual name)"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "build_stores", fail_to_build)
+        with pytest.raises(DataError, match="broken line"):
+            tokenize(config_of(tmp_path, corpus), prefix)
+    assert capsys.readouterr().err.splitlines() == [line]
+    for _ in range(2 if output is None else 1):
+        tokenize(config_of(tmp_path, corpus, tmp_path / "b.txt"), prefix)
+        assert capsys.readouterr().err.splitlines() == [line]
+    missing = config_of(tmp_path, tmp_path / "missing.txt")
+    for config in (missing, config_of(tmp_path, corpus, tokenizer=str(tmp_path / "missing.json"))):
+        with pytest.raises((ConfigError, DataError), match="missing"):
+            tokenize(config, prefix)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rejected_output_is_one_line(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "store.idx").touch()
+    with pytest.raises(ConfigError, match=r"store\.idx exists"):
+        tokenize(config_of(tmp_path, corpus), tmp_path / "store")
+    assert capsys.readouterr().err == ""
