@@ -13,6 +13,9 @@ from qwen3next_train.files import NO_HARD_LINKS
 WRITABLE_NAME = ".writable"
 """Made and removed to see whether files can be made."""
 
+MAX_EXIT_BYTES = 1 << 20
+"""A larger ``exit.json`` is not what its name says."""
+
 _STAGED = re.compile(r"\.staged-[0-9]+-[0-9]+-(?:config\.yaml|run\.json|exit\.json|\.writable)")
 
 
