@@ -32,7 +32,7 @@ LOST = {
         "Not a directory",
     ),
     "checkpoints behind a link that leads nowhere": (
-        lambda path: (path / "checkpoints").symlink_to("/nowhere/at/all"),
+        lambda path: (path / "checkpoints").symlink_to("nowhere/at/all"),
         "checkpoints: No such file or directory",
     ),
 }
