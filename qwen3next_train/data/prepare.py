@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
+from qwen3next_train.data.documents import is_cut
 from qwen3next_train.data.prepared import PreparedData, PreparedSource, prepared_source
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
@@ -33,8 +34,8 @@ _MAX_LEFT_OUT_BYTES = 1 << 16
 def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
     """Open, and where needed first tokenise, all sources of a run. Any number of processes may call it at once.
 
-    Text is split document by document, by hash. A token store's held-out part is its last documents, a view
-    without copy, as in Megatron-LM's ``--split``.
+    Text is split document by document, by hash; of a single text file the end is held out. A token store's held-out
+    part is its last documents, a view without copy, as in Megatron-LM's ``--split``.
 
     Args:
         config: the sources and all they need.
@@ -211,7 +212,7 @@ class Preparer:
     def _prepare_files(
         self, source: SourceConfig, files: FileSource, fraction: float
     ) -> tuple[PreparedSource, PreparedSource | None]:
-        key = self.key(files, repr(fraction))
+        key = self.key(files, repr(fraction), *(["cut"] if is_cut(files, fraction) else []))
         if self._announce:
             self._announce = False
             self.log_tokenizer()

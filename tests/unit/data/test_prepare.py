@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.data.tokenize_command import tokenize
+from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.errors import ConfigError, DataError, StorageError
 from tests.unit.data.corpus import config_of, make_config, write_store
 
@@ -71,12 +73,35 @@ def test_own_validation_sources_leave_the_training_text_whole(tmp_path: Path, co
     assert [source.num_bytes for source in prepared.validation] == [270]
 
 
-def test_single_document_is_for_training_whatever_its_hash(tmp_path: Path) -> None:
+def test_single_record_is_for_training_whatever_its_hash(tmp_path: Path) -> None:
     for name in "abcdefgh":
-        (tmp_path / name).write_text("text " * 50)
-        prepared = prepare_stores(config_of(tmp_path, tmp_path / name, validation_fraction=0.9))
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} text " * 50}))
+        prepared = prepare_stores(config_of(tmp_path, tmp_path / f"{name}.jsonl", validation_fraction=0.9))
         assert len(prepared.train[0].documents.documents) == 1
         assert prepared.validation == ()
+
+
+@pytest.mark.parametrize("name", ["book", "book.txt", "only/book.txt.gz"])
+def test_of_a_single_text_file_the_end_is_held_out(tmp_path: Path, name: str) -> None:
+    lines = [f"line {number} of the only text, ünicode\n" for number in range(2000)]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    raw = "".join(lines).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    source = path if path.parent == tmp_path else path.parent
+    prepared = prepare_stores(config_of(tmp_path, source, validation_fraction=0.1))
+    sizes = [each.num_bytes for each in (*prepared.train, *prepared.validation)]
+    cut = next(at for at in range(2000) if sum(len(line.encode()) for line in lines[:at]) == sizes[0])
+    assert cut == 1803, "the first numbers are shorter"
+    assert sizes[1] == len(raw) - sizes[0]
+    expected = Tokenizer(BUILTIN).encode_documents(["".join(lines[:cut]), "".join(lines[cut:])])
+    assert tokens_of(prepared) == [ids.tolist() for ids in expected]
+    assert ValidationData(prepared, config_of(tmp_path, source), num_rows=None).num_rows > 50
+    whole = prepare_stores(config_of(tmp_path, source, validation_fraction=0.0))
+    assert (whole.train[0].num_bytes, whole.validation) == (len(raw), ())
+    own = [{"source": str(source)}]
+    named = prepare_stores(config_of(tmp_path, source, validation_sources=own, validation_fraction=0.1))
+    assert [each.num_bytes for each in (*named.train, *named.validation)] == [len(raw)] * 2
 
 
 def test_token_store_holds_out_its_last_documents(tmp_path: Path) -> None:
