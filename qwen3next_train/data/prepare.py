@@ -85,6 +85,12 @@ def require_sources(config: Config) -> None:
         )
 
 
+def cache_dir_of(config: Config) -> Path:
+    """Where tokenised text is kept."""
+    data = config.data
+    return Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+
+
 class Preparer:
     """Prepares single sources of one configuration; reads the tokenizer when the first text needs it.
 
@@ -97,8 +103,7 @@ class Preparer:
     def __init__(self, config: Config, *, announce: bool = False) -> None:
         self._config = config
         self._announce = announce
-        data = config.data
-        self._cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+        self._cache_dir = cache_dir_of(config)
         self._tokenizer: Tokenizer | None = None
         self._unchecked_bytes = CHECKED_AT_START_BYTES
 

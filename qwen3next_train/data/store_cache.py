@@ -4,8 +4,8 @@
 absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds in
 ``CACHE/.<key>-partial``; the others wait for the lock and find the directory. What a killed process left there, the
 next holder of the lock goes on with; whoever builds anything removes it after a day, and at once when there is nothing
-to go on with. An entry that turns out to be damaged, when it is opened or later (a file ``damaged`` in it), is built
-again.
+to go on with; the ``tokenize`` command removes it at once. An entry that turns out to be damaged, when it is opened or
+later (a file ``damaged`` in it), is built again.
 """
 
 from __future__ import annotations
@@ -100,6 +100,17 @@ def get_or_build(
                 _remove_abandoned(cache_dir, key)
             build_s = _build_and_publish(cache_dir, key, build, can_resume=is_locked)
     return _open(cache_dir / key, build_s)
+
+
+def remove_unfinished(cache_dir: Path) -> None:
+    """Remove what interrupted processes left of building, of any key, unless it is being built.
+
+    It cannot be gone on with then; to be called when all that is needed here has been built.
+    """
+    for path in cache_dir.glob(".*-*"):
+        match = _STAGING_NAME.fullmatch(path.name)
+        if match is not None and _remove_unless_locked(path, cache_dir / f".{match['key']}.lock"):
+            get_logger().info("%s: removed, left by a tokenization that was interrupted", path)
 
 
 def _open(directory: Path, build_s: float | None) -> CachedStores:
@@ -216,18 +227,20 @@ def _is_old(directory: Path) -> bool:
     return time.time() - newest > _ABANDONED_AFTER_S
 
 
-def _remove_unless_locked(path: Path, lock_path: Path) -> None:
+def _remove_unless_locked(path: Path, lock_path: Path) -> bool:
+    """Remove a staging directory that nobody builds in; False where somebody does, or locks do not work."""
     try:
         # Whoever made the directory has made the lock as well.
         lock = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return
+        return False
     try:
-        # Otherwise it is being built, or locks do not work here.
-        if lock_now(lock):
+        is_locked = lock_now(lock)
+        if is_locked:
             shutil.rmtree(path, ignore_errors=True)
+        return is_locked
     except OSError:
-        pass
+        return False
     finally:
         os.close(lock)
 

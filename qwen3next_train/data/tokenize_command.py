@@ -7,9 +7,17 @@ from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_store
-from qwen3next_train.data.prepare import Preparer, log_left_out, log_passed_over, prepare_stores, require_sources
+from qwen3next_train.data.prepare import (
+    Preparer,
+    cache_dir_of,
+    log_left_out,
+    log_passed_over,
+    prepare_stores,
+    require_sources,
+)
 from qwen3next_train.data.prepared import PreparedSource, prepared_source
 from qwen3next_train.data.sources import FileSource, resolve
+from qwen3next_train.data.store_cache import remove_unfinished
 from qwen3next_train.data.store_output import is_written, require_unused, write_store
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import ConfigError
@@ -35,6 +43,7 @@ def tokenize(config: Config, output: Path | None) -> int:
         for part, found in (("train", prepared.train), ("validation", prepared.validation)):
             for source in found:
                 print(_describe(source, part))
+        remove_unfinished(cache_dir_of(config))
         return 0
     require_sources(config)
     preparer = Preparer(config)

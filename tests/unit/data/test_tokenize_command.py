@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from qwen3next_train.data import prepare, tokenize_command
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.data.tokenize_command import tokenize
-from qwen3next_train.errors import ConfigError, DataError, StorageError
+from qwen3next_train.errors import ConfigError, DataError, StoppedBySignal, StorageError
 from tests.unit.data.corpus import config_of
 
 
@@ -107,3 +108,30 @@ def test_a_rejected_output_is_one_line(tmp_path: Path, corpus: Path, capsys: pyt
     with pytest.raises(ConfigError, match=r"store\.idx exists"):
         tokenize(config_of(tmp_path, corpus), tmp_path / "store")
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_interrupted_in_the_cache_goes_with_the_next_one_of_any_text(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a run, between whose interruption and going on there may be another, and not while it is being built."""
+    other = tmp_path / "b.txt"
+    other.write_text("some text " * 50)
+
+    def left(run: Callable[[], object]) -> list[str]:
+        run()
+        return [path.name for path in (tmp_path / "cache").glob(".*-partial")]
+
+    def stop(*arguments: object, **names: object) -> float:
+        raise StoppedBySignal("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "build_stores", stop)
+        with pytest.raises(StoppedBySignal):
+            tokenize(config_of(tmp_path, corpus), None)
+    (partial,) = left(lambda: prepare_stores(config_of(tmp_path, other)))
+    with (tmp_path / "cache" / f"{partial.removesuffix('-partial')}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert left(lambda: tokenize(config_of(tmp_path, other), None)) == [partial]
+    capsys.readouterr()
+    assert left(lambda: tokenize(config_of(tmp_path, other), None)) == []
+    assert f"{partial}: removed, left by a tokenization that was interrupted" in capsys.readouterr().err
