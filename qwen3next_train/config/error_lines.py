@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic_core import ErrorDetails
 
+from qwen3next_train.config.foreign_names import answer, own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
 
@@ -82,7 +83,23 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
     """The part of the line after the key for a key that does not exist."""
-    return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help all lists every key"
+    return f"unknown key (got {show(value)}); {meant(name, candidates)} --help all lists every key"
+
+
+def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """What a user most likely meant by a name that does not exist, other trainers' usual names included.
+
+    Args:
+        name: as it was written.
+        candidates: what may stand there.
+        prefix: what our keys begin with there, ``--`` on the command line.
+    """
+    candidates = list(candidates)
+    if (key := own_key(name, [each.removeprefix(prefix) for each in candidates])) is not None:
+        return f"did you mean {prefix}{key}?"
+    if (instead := answer(name)) is not None:
+        return f"{instead};"
+    return f"did you mean {nearest(name, candidates)}?"
 
 
 def schema_error(error: ErrorDetails, hint: str) -> str:
