@@ -108,5 +108,7 @@ def _describe(rank: int, error: Exception) -> Failure:
         return Failure(rank, "diverged", str(error), False)
     if isinstance(error, OSError):
         return Failure(rank, "storage", describe_os_error(error), error.errno in (errno.ENOSPC, errno.EDQUOT))
+    if isinstance(error, StorageError):
+        return Failure(rank, "storage", str(error), False)
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return Failure(rank, "internal", text, False)

@@ -22,6 +22,9 @@ import xxhash
 FileKind = Literal["file", "directory", "symbolic link", "special file"]
 
 READ_CHUNK_BYTES = 4 << 20
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What ``flock`` says on a filesystem without locks."""
+
 _FILE_MODE = 0o640
 _DIRECTORY_MODE = 0o750
 
@@ -159,6 +162,12 @@ class LocalFilesystem:
 
 LOCAL_FILESYSTEM = LocalFilesystem()
 
+_NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR})
+
+
+class UnusableFileError(Exception):
+    """A name that holds no usable file; the text is the reason, to follow the name."""
+
 
 def make_dirs(fs: Filesystem, path: Path) -> None:
     """Create ``path`` and its missing parents, each one durable before the next."""
@@ -196,6 +205,42 @@ def read_chunks(fs: Filesystem, path: Path) -> Iterator[bytes]:
                 yield chunk
         finally:
             fs.close(descriptor)
+
+
+def regular_file_size(fs: Filesystem, path: Path) -> int:
+    """Bytes of a regular file.
+
+    Raises:
+        UnusableFileError: nothing is there, or something else than a regular file.
+        OSError: the name cannot be looked up.
+    """
+    entry = fs.entry(path)
+    if entry is None:
+        raise UnusableFileError("is missing")
+    if entry.kind != "file":
+        raise UnusableFileError(f"is a {entry.kind}, not a regular file")
+    return entry.size
+
+
+def read_file(fs: Filesystem, path: Path, *, max_bytes: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        UnusableFileError: as :func:`regular_file_size`, or larger than ``max_bytes``.
+        OSError: it cannot be read.
+    """
+    size = regular_file_size(fs, path)
+    if size > max_bytes:
+        raise UnusableFileError(f"has {size} bytes, more than {max_bytes}")
+    return b"".join(read_chunks(fs, path))
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error says that something cannot be read now, not that it is missing or something else.
+
+    The content may be intact then: it is neither passed over nor replaced.
+    """
+    return error.errno not in _NOTHING_THERE
 
 
 def hash_file(fs: Filesystem, path: Path) -> str:

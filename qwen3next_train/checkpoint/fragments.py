@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, Filesystem
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, Filesystem, is_unreadable
 from qwen3next_train.checkpoint.manifest import FileEntry, Manifest
 from qwen3next_train.checkpoint.tensor_file import (
     StoredTensor,
@@ -26,7 +26,7 @@ from qwen3next_train.checkpoint.tensor_file import (
     write_tensor_file,
 )
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
-from qwen3next_train.errors import CheckpointError, DivergedError
+from qwen3next_train.errors import CheckpointError, DivergedError, StorageError
 from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
@@ -202,8 +202,9 @@ class FragmentReader:
         Moments of a checkpoint that holds weights alone are zero, as Adam starts them.
 
         Raises:
-            CheckpointError: unknown parameter, elements that no file holds, a file that cannot be read, or
+            CheckpointError: unknown parameter, elements that no file holds, a file that is missing or damaged, or
                 elements that are not finite.
+            StorageError: a file cannot be read now.
         """
         if name not in self._index.parameters:
             raise CheckpointError(f"{self._directory}: no parameter {name!a} in the checkpoint")
@@ -264,6 +265,9 @@ class FragmentReader:
         try:
             return open_tensor_file(self._fs, path)
         except OSError as error:
+            # The library says that there is no such file, without an error number, whatever is in the way.
+            if is_unreadable(error):
+                raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
             raise CheckpointError(f"{path}: {error.strerror}") from error
 
     def _path(self, file: int) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from qwen3next_train.checkpoint.discovery import CheckpointInfo, VerifyResult, list_checkpoints, list_names, verify
+from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, format_bytes
+from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, CheckpointInfo, list_checkpoints, list_names
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
-
-CHECKPOINTS_NAME = "checkpoints"
 
 _HEADINGS = ("step", "size", "written by", "saved at (UTC)", "state")
 
@@ -20,16 +19,16 @@ def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
     ``list`` looks at manifests and file sizes; ``verify`` reads every byte and compares the hashes.
 
     Returns:
-        The exit code: 0, or 65 when something is damaged.
+        The exit code: 0, 65 when something is damaged, or 74 when something cannot be read.
 
     Raises:
         ConfigError: no such run directory.
         StorageError: its checkpoints cannot be listed.
     """
-    if not run_dir.is_dir():
-        raise ConfigError(f"checkpoint {action}: {run_dir} is not a directory; give the run.dir of a run")
     directory = run_dir / CHECKPOINTS_NAME
     try:
+        if not run_dir.is_dir():
+            raise ConfigError(f"checkpoint {action}: {run_dir} is not a directory; give the run.dir of a run")
         found = list_checkpoints(list_names(LOCAL_FILESYSTEM, directory))
     except OSError as error:
         raise StorageError(f"checkpoint {action}: {directory}: {describe_os_error(error)}") from error
@@ -37,20 +36,21 @@ def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
         print(f"no checkpoints in {directory}")
         return ExitCode.FINISHED
     print(_line(_HEADINGS))
-    damaged = 0
+    damaged = unreadable = 0
     for checkpoint in found:
         result = verify(LOCAL_FILESYSTEM, directory, checkpoint, hashes=action == "verify")
         damaged += result.reason is not None
+        unreadable += result.unreadable
         print(_line(_row(checkpoint, result, action)), flush=True)
     if damaged:
         print(f"{damaged} of {len(found)} checkpoints cannot be used")
-        return ExitCode.DATA
+        return ExitCode.STORAGE if unreadable else ExitCode.DATA
     return ExitCode.FINISHED
 
 
 def _row(checkpoint: CheckpointInfo, result: VerifyResult, action: Literal["list", "verify"]) -> tuple[str, ...]:
     state = "verified" if action == "verify" else "complete"
-    if result.newer:
+    if result.newer or result.unreadable:
         state = f"unreadable: {result.reason}"
     elif result.reason is not None:
         state = f"damaged: {result.reason}"

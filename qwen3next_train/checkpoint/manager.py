@@ -16,15 +16,7 @@ import torch
 
 from qwen3next_train.checkpoint import publication
 from qwen3next_train.checkpoint.agreement import StageFailed, run_together
-from qwen3next_train.checkpoint.discovery import (
-    MAX_STEP,
-    CheckpointInfo,
-    VerifyResult,
-    list_checkpoints,
-    list_names,
-    step_name,
-    verify,
-)
+from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import (
     LOCAL_FILESYSTEM,
     Filesystem,
@@ -35,6 +27,7 @@ from qwen3next_train.checkpoint.filesystem import (
 )
 from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_file
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, encode_manifest, parse_manifest
+from qwen3next_train.checkpoint.names import MAX_STEP, CheckpointInfo, list_checkpoints, list_names, step_name
 from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.errors import CheckpointError, StorageError
@@ -80,7 +73,8 @@ class CheckpointManager:
     Args:
         directory: ``RUN/checkpoints``, on a filesystem that all ranks share; created by the first save.
         control: the ranks.
-        keep: newest intact checkpoints to keep, at least 1.
+        keep: newest intact checkpoints to keep, at least 1. Those that were saved while steps were being skipped
+            (``TrainState.consecutive_skips``) do not count: the last good state is not among them.
         filesystem: where the files are.
         visibility_timeout_s: how long a rank waits to see a directory that rank 0 has created.
     """
@@ -100,8 +94,8 @@ class CheckpointManager:
         self._keep = keep
         self._fs = filesystem
         self._visibility_timeout_s = visibility_timeout_s
-        # By name, what this process has verified; equal on all ranks because only agreed results are entered.
-        self._intact: dict[str, bool] = {}
+        # By name, whether it counts for ``keep``; equal on all ranks because only agreed results are entered.
+        self._counts: dict[str, bool] = {}
 
     def save(
         self,
@@ -135,13 +129,13 @@ class CheckpointManager:
         try:
             share, sizes = run_together(self._control, lambda: _collect(fragments, rank_tensors))
             num_bytes = sum(sizes)
-            self._on_rank_0(lambda: publication.create_staging(self._fs, self._directory, staging))
+            self._on_rank_0(lambda: self._create_staging(staging))
             _, files = run_together(self._control, lambda: self._write(staging, share, header))
             self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
         except StageFailed as failed:
-            self._intact.pop(step_name(step), None)
+            self._counts.pop(step_name(step), None)
             raise self._abandon(staging, step, num_bytes, failed) from failed
-        self._intact[step_name(step)] = True
+        self._counts[step_name(step)] = train_state.consecutive_skips == 0
         duration_s = time.monotonic() - started_at
         path = self._directory / step_name(step)
         get_logger().info(
@@ -155,7 +149,8 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: there are checkpoints and none is intact, or the newest is of a newer format.
-            StorageError: the directory cannot be listed.
+            StorageError: the directory cannot be listed, or a checkpoint cannot be read: it may be intact, so the
+                search does not go on to an older one.
         """
         damaged = []
         for checkpoint in self._list():
@@ -173,11 +168,29 @@ class CheckpointManager:
             )
         return None
 
+    def newest_step(self) -> int | None:
+        """The newest checkpoint's step as its name says, damaged or not; None when there is no checkpoint at all.
+
+        Raises:
+            StorageError: the directory cannot be listed.
+        """
+        return next((checkpoint.step for checkpoint in self._list()), None)
+
+    def find_last_good(self) -> Path | None:
+        """The newest intact checkpoint that was not saved while steps were being skipped; None when there is none.
+
+        Raises:
+            StorageError: the directory cannot be listed, or a checkpoint cannot be read.
+        """
+        published = (checkpoint for checkpoint in self._list() if checkpoint.published)
+        return next((self._directory / each.name for each in published if self._is_counted(each)), None)
+
     def find(self, checkpoint: CheckpointInfo) -> VerifiedCheckpoint:
         """One checkpoint, verified; the same on every rank.
 
         Raises:
             CheckpointError: it is damaged or of a newer format.
+            StorageError: it cannot be read.
         """
         result = self._verify(checkpoint)
         path = self._directory / checkpoint.name
@@ -205,6 +218,11 @@ class CheckpointManager:
     def _on_rank_0(self, action: Callable[[], Json]) -> Json:
         """Rank 0's result of ``action`` on every rank; the others wait, and fail if it fails."""
         return run_together(self._control, lambda: (None, action() if self._control.rank == 0 else None))[1][0]
+
+    def _create_staging(self, staging: str) -> None:
+        # A killed save may have filled the disk.
+        self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
+        publication.create_staging(self._fs, self._directory, staging)
 
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
         directory = self._directory / staging
@@ -254,7 +272,11 @@ class CheckpointManager:
             raise failed.to_error(f"{self._directory}: checkpoints cannot be listed") from failed
 
     def _verify(self, checkpoint: CheckpointInfo) -> VerifyResult:
-        """Each rank checks its share; the result is the same on all ranks."""
+        """Each rank checks its share; the result is the same on all ranks.
+
+        Raises:
+            StorageError: on every rank, when any rank could not read its share.
+        """
         started_at = time.monotonic()
         own = verify(
             self._fs,
@@ -265,12 +287,21 @@ class CheckpointManager:
             timeout_s=self._visibility_timeout_s if self._control.rank else 0.0,
         )
         digest = own.manifest.self_xxh3_128 if own.manifest else ""
-        replies = self._control.gather_json({"reason": own.reason, "newer": own.newer, "digest": digest})
+        replies = self._control.gather_json(
+            {"reason": own.reason, "newer": own.newer, "unreadable": own.unreadable, "digest": digest}
+        )
+        for rank, reply in enumerate(replies):
+            if reply["unreadable"]:
+                raise StorageError(
+                    f"{self._directory / checkpoint.name}: rank {rank} cannot read it ({reply['reason']}); it may be "
+                    "intact, so nothing is changed: make it readable and run the same line again"
+                )
         reason: str | None = next((reply["reason"] for reply in replies if reply["reason"]), None)
         if reason is None and len({reply["digest"] for reply in replies}) > 1:
             reason = "the ranks see different manifests"
-        self._intact[checkpoint.name] = reason is None
+        self._counts[checkpoint.name] = False
         if reason is None and own.manifest is not None:
+            self._counts[checkpoint.name] = own.manifest.train_state.consecutive_skips == 0
             size, duration_s = format_bytes(own.manifest.num_bytes), time.monotonic() - started_at
             get_logger().info("checkpoint: %s verified, %s in %.1f s", checkpoint.name, size, duration_s)
         return VerifyResult(reason, own.manifest, newer=any(reply["newer"] for reply in replies))
@@ -289,14 +320,14 @@ class CheckpointManager:
             self._best_effort(lambda: publication.delete(self._fs, self._directory, stale))
 
     def _stale_checkpoints(self, step: int) -> list[str]:
-        """Published checkpoints that are no longer among the ``keep`` newest intact ones up to ``step``.
+        """Published checkpoints that are no longer among the ``keep`` newest that count, up to ``step``.
 
         Those of an earlier process are verified once before they count, so that a damaged one never pushes out
-        an intact one; a damaged one goes when it has become old. Steps after ``step`` (left by a run that went
-        further before it had to fall back) are neither counted nor deleted.
+        an intact one; one that does not count goes when it has become old. Steps after ``step`` (left by a run
+        that went further before it had to fall back) are neither counted nor deleted.
         """
         older = [checkpoint for checkpoint in self._list() if checkpoint.published and checkpoint.step < step]
-        num_kept = 1
+        num_kept = int(self._counts[step_name(step)])
         stale = []
         for position, checkpoint in enumerate(older):
             if num_kept == self._keep:
@@ -304,13 +335,13 @@ class CheckpointManager:
                 break
             if num_kept + len(older) - position <= self._keep:
                 break
-            num_kept += self._is_intact(checkpoint)
+            num_kept += self._is_counted(checkpoint)
         return stale
 
-    def _is_intact(self, checkpoint: CheckpointInfo) -> bool:
-        if checkpoint.name not in self._intact:
+    def _is_counted(self, checkpoint: CheckpointInfo) -> bool:
+        if checkpoint.name not in self._counts:
             self._verify(checkpoint)
-        return self._intact[checkpoint.name]
+        return self._counts[checkpoint.name]
 
 
 def _collect(fragments: Iterable[Fragment], rank_tensors: Mapping[str, torch.Tensor]) -> tuple[RankShare, Json]:

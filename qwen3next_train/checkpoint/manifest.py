@@ -18,19 +18,21 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qwen3next_train.checkpoint.names import FORMAT, MANIFEST_NAME
 from qwen3next_train.checkpoint.train_state import Count, TrainState
 from qwen3next_train.config.renamed import with_current_names
+from qwen3next_train.config.strict_yaml import is_shallow
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.parameters import ParamSpec
 
-MANIFEST_NAME = "MANIFEST.json"
-FORMAT = "qwen3next_train checkpoint"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 64 << 20
 """ZeRO-3 on 1,000 ranks cuts each of the 80B model's 800 tensors in 1,000: about 20 MB."""
 
 _MAX_CONTAINERS = 400_000
+# Far from where a step's addition would leave the range of a count; FLOPs have a range of their own.
+_MAX_COUNT = 2**62
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 _SELF_KEY = b',\n"self_xxh3_128": "'
 _TAIL = b'"\n}\n'
@@ -131,6 +133,12 @@ class Manifest(BaseModel):
     def _check(self) -> Manifest:
         if self.train_state.step != self.step:
             raise ValueError(f"train state of step {self.train_state.step} in a checkpoint of step {self.step}")
+        state = asdict(self.train_state) | {"flops_total": 0}
+        counts = (value for value in state.values() if isinstance(value, int))
+        if max(counts) >= _MAX_COUNT:
+            raise ValueError(f"a count of the train state is {_MAX_COUNT} or more")
+        if not is_shallow(self.config):
+            raise ValueError("config is nested too deeply")
         if self.config_xxh3_128 != config_hash(self.config):
             raise ValueError("the configuration does not match its hash")
         if len({parameter.name for parameter in self.parameters}) != len(self.parameters):

@@ -11,9 +11,15 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen3next_train.checkpoint.discovery import is_leftover, list_checkpoints, step_name
-from qwen3next_train.checkpoint.filesystem import Filesystem, make_dirs, remove_tree, write_file
-from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
+from qwen3next_train.checkpoint.filesystem import Filesystem, remove_tree, write_file
+from qwen3next_train.checkpoint.names import (
+    MANIFEST_NAME,
+    is_leftover,
+    is_unfinished,
+    list_checkpoints,
+    list_names,
+    step_name,
+)
 from qwen3next_train.log import get_logger
 
 LATEST_NAME = "latest"
@@ -25,8 +31,13 @@ def staging_name(step: int) -> str:
 
 
 def create_staging(fs: Filesystem, directory: Path, name: str) -> None:
-    """Create the staging directory, and the checkpoints directory when it is the first."""
-    make_dirs(fs, directory)
+    """Create the staging directory, and the checkpoints directory when it is the first.
+
+    Nothing above it is created: a run directory that is gone does not come back as an empty one.
+    """
+    if fs.entry(directory) is None:
+        fs.make_dir(directory)
+        fs.fsync_dir(directory.parent)
     fs.make_dir(directory / name)
 
 
@@ -58,6 +69,13 @@ def write_latest_hint(fs: Filesystem, directory: Path, step: int) -> None:
     temporary = directory / _hidden_name("tmp", step_name(step))
     write_file(fs, temporary, f"{step_name(step)}\n".encode())
     fs.rename(temporary, directory / LATEST_NAME)
+
+
+def remove_unfinished(fs: Filesystem, directory: Path) -> None:
+    """Remove what interrupted saves and deletions left, as far as nothing else can hold what it holds."""
+    for name in list_names(fs, directory):
+        if is_unfinished(name):
+            remove_tree(fs, directory / name)
 
 
 def remove_leftovers(fs: Filesystem, directory: Path) -> None:

@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict, StringConstraints
 from pydantic.dataclasses import dataclass
 
 from qwen3next_train.errors import CheckpointError
+from qwen3next_train.metrics.names import WANDB_ID
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Text = Annotated[str, Strict()]
+WandbId = Annotated[str, Strict(), StringConstraints(pattern=rf"\A(?:{WANDB_ID})?\z")]
 
 _MT19937_WORDS = 624
 
@@ -30,6 +32,7 @@ class TrainState:
         consumed_tokens: tokens of those rows.
         flops_total: model FLOPs spent so far, all ranks.
         skipped_steps: steps left out because a gradient was not finite.
+        consecutive_skips: how many of them are the newest steps.
         optimizer_step: updates Adam has made, for its bias correction.
         data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
         wandb_id: wandb run to go on with, empty for none.
@@ -42,11 +45,12 @@ class TrainState:
     step: Count
     consumed_samples: Count
     consumed_tokens: Count
-    flops_total: Annotated[int, Field(ge=0, strict=True)]
+    flops_total: Annotated[int, Field(ge=0, lt=2**127, strict=True)]
     skipped_steps: Count
     optimizer_step: Count
     data_fingerprint: Text
-    wandb_id: Text = ""
+    wandb_id: WandbId = ""
+    consecutive_skips: Count = 0
 
 
 def rng_state() -> dict[str, torch.Tensor]:

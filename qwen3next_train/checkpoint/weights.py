@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
-from qwen3next_train.checkpoint.discovery import list_checkpoints
+from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
-from qwen3next_train.checkpoint.manifest import MANIFEST_NAME
+from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, MANIFEST_NAME, list_checkpoints
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
-from qwen3next_train.errors import CheckpointError, ConfigError
+from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
 from qwen3next_train.parameters import ParamSpec, parameter_table
 
@@ -62,15 +61,19 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     Raises:
         ConfigError: no such directory, or no checkpoint in it.
         CheckpointError: damaged, or of a newer format.
-        StorageError: the directory cannot be listed.
+        StorageError: the directory cannot be listed, or a checkpoint cannot be read.
     """
-    if not path.is_dir():
-        raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
-    # The name of `.` or of a link may say nothing about the step.
-    path = path.resolve()
-    if not (path / MANIFEST_NAME).exists():
+    try:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
+        # The name of `.` or of a link may say nothing about the step.
+        path = path.resolve()
+        is_checkpoint = (path / MANIFEST_NAME).exists()
         inner = path / CHECKPOINTS_NAME
         directory = inner if inner.is_dir() else path
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
+    if not is_checkpoint:
         found = CheckpointManager(directory, control=control, keep=1).find_latest()
         if found is None:
             raise ConfigError(f"{path}: no checkpoint in it; name a run directory or one of its checkpoints")

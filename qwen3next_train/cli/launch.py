@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, UnusableFileError, read_file
 from qwen3next_train.cli.arguments import without_option
 from qwen3next_train.cli.forwarding import SignalForwarding
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, Processes
@@ -24,6 +25,8 @@ from qwen3next_train.train.signals import stop_reason
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_MAX_EXIT_BYTES = 1 << 20
 
 
 def run_processes(processes: Processes, run_dir: Path, check_world: Callable[[], None]) -> int:
@@ -165,7 +168,7 @@ def recorded_code(record: bytes, earlier: bytes) -> int | None:
         return None
     try:
         code = json.loads(record)["code"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     # torchrun has failed, so a run that says it is finished has not ended well.
     return code if type(code) is int and 0 < code < 256 else None
@@ -210,6 +213,6 @@ def _record(run_dir: Path, error: TrainError) -> None:
 
 def _read(run_dir: Path) -> bytes:
     try:
-        return (run_dir / "exit.json").read_bytes()
-    except OSError:
+        return read_file(LOCAL_FILESYSTEM, run_dir / "exit.json", max_bytes=_MAX_EXIT_BYTES)
+    except (OSError, UnusableFileError):
         return b""

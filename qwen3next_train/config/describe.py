@@ -180,7 +180,7 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     defaults = flatten(Config().model_dump())
     found: dict[str, list[Change]] = {"harmless": [], "trajectory": [], "shape": []}
     for key, value in new_flat.items():
-        before = old_flat.get(key, defaults[key])
+        before = _with_source_defaults(old_flat.get(key, defaults[key]))
         if key in _DERIVED_KEYS or before == value:
             continue
         kind = _class_of(key, new.schedule)
@@ -191,6 +191,13 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
         found[kind].append(Change(key, before, value))
     found["harmless"] += [Change(key, value, None) for key, value in old_flat.items() if key not in new_flat]
     return ConfigChanges(**{kind: tuple(changes) for kind, changes in found.items()})
+
+
+def _with_source_defaults(value: Any) -> Any:
+    """Sources as an earlier version has stored them, with the keys of this one; any other value as it is."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) and "source" in item for item in value):
+        return value
+    return [SourceConfig(source="").model_dump() | item for item in value]
 
 
 def _class_of(key: str, schedule: ScheduleConfig) -> Literal["harmless", "trajectory", "shape"]:

@@ -60,6 +60,11 @@ def show_name(name: str) -> str:
     return ascii(name) if len(name) <= 2 * _MAX_SHOWN else ascii(name[: 2 * _MAX_SHOWN]) + "..."
 
 
+def show_stored(value: object) -> str:
+    """A value of a stored configuration, which may be anything; text as it stands, as far as it fits a line."""
+    return show_name(value) if isinstance(value, str) else show(value)
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
     matcher = difflib.SequenceMatcher(autojunk=False)

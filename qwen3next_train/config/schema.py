@@ -106,7 +106,8 @@ class SourceConfig(Section):
     source: str = Field(description="builtin:python-stdlib, a .bin/.idx prefix, a file or glob, or a HF dataset name")
     weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
     text_field: str = Field("text", description="column or JSON field that holds the text")
-    split: str = Field("train", description="split of a Hugging Face dataset")
+    split: str = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
+    name: str = Field("", description="configuration of a Hugging Face dataset; empty: its default")
 
 
 class DataConfig(Section):
@@ -114,7 +115,8 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(
         default_factory=lambda: [SourceConfig(source="builtin:python-stdlib")],
-        description="training sources: one name, a list of names, or a list of {source, weight, text_field, split}",
+        description="training sources: one name, a list of names, or a list of "
+        "{source, weight, text_field, split, name}",
     )
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"

@@ -102,6 +102,14 @@ def plain_value(text: str) -> str | int | float | bool | None:
     return text
 
 
+def is_shallow(value: object, max_depth: int = MAX_DEPTH) -> bool:
+    """Whether mappings and lists are nested no deeper than ``max_depth``, so that all of Python can walk them."""
+    if not isinstance(value, dict | list):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return max_depth > 0 and all(is_shallow(item, max_depth - 1) for item in items)
+
+
 def dump_yaml(value: Value) -> str:
     """Write a value as ASCII so that both this reader and any YAML 1.1 reader get it back, floats bit for bit."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

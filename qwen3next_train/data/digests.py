@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b, file_digest
 from pathlib import Path
 
-from qwen3next_train.data.sources import SourceFile
+from qwen3next_train.data.folders import SourceFile
+from qwen3next_train.data.reading import read_error
+from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.token_store import TokenStore
-from qwen3next_train.errors import DataError
+from qwen3next_train.errors import StorageError
 
 DIGEST_BYTES = 16
 _SETTLED_NS = 2_000_000_000
 """A younger file may change again within one tick of its file system's clock, so its digest is not remembered."""
+
+_MAX_MEMO_BYTES = 64 << 20
+"""Of a source of some 200,000 files; larger ones are read again each time."""
 
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
@@ -36,7 +40,8 @@ def digest_files(files: Sequence[SourceFile], cache_dir: Path) -> str:
             a folder that cannot be written only costs time.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file is missing.
+        StorageError: a file cannot be read now.
     """
     memo_path = cache_dir / "digests" / f"{digest_of([str(file.path.absolute()) for file in files])}.json"
     memo = _read_memo(memo_path)
@@ -55,7 +60,7 @@ def digest_files(files: Sequence[SourceFile], cache_dir: Path) -> str:
             else:
                 settled = True
         except OSError as error:
-            raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+            raise read_error(file.path, error) from None
         if settled:
             fresh[path] = entry
         known.append((file.name, str(entry[2])))
@@ -65,18 +70,20 @@ def digest_files(files: Sequence[SourceFile], cache_dir: Path) -> str:
 
 
 def digest_store(store: TokenStore) -> str:
-    """Digest of a token store: the whole index, and evenly spaced samples of the tokens (a store may be terabytes)."""
-    digest = _new_hash()
-    try:
-        with store.idx_path.open("rb") as index:
-            digest.update(file_digest(index, _new_hash).digest())
-        with store.bin_path.open("rb") as tokens:
-            size = os.fstat(tokens.fileno()).st_size
-            for sample in range(_NUM_SAMPLES):
-                tokens.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
-                digest.update(tokens.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise DataError(f"{store.prefix}: cannot be read ({error.strerror})") from None
+    """Digest of a token store: the whole index, and evenly spaced samples of the tokens (a store may be terabytes).
+
+    Raises:
+        DataError: the store is damaged.
+        StorageError: it cannot be read now.
+    """
+    digest, index = _new_hash(), _new_hash()
+    for piece in store.index_pieces():
+        index.update(piece)
+    digest.update(index.digest())
+    size = store.num_tokens * store.dtype.itemsize
+    for sample in range(_NUM_SAMPLES):
+        start = max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1)
+        digest.update(store.read_bytes(start, min(size, start + _SAMPLE_BYTES)))
     return digest.hexdigest()
 
 
@@ -87,21 +94,14 @@ def _new_hash() -> blake2b:
 def _read_memo(path: Path) -> dict[str, list[int | str]]:
     """The remembered digests; anything unreadable counts as nothing remembered."""
     try:
-        memo = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        memo = read_sealed(path, max_bytes=_MAX_MEMO_BYTES)
+    except StorageError:
         return {}
-    if not isinstance(memo, dict):
-        return {}
-    return {key: entry for key, entry in memo.items() if isinstance(entry, list) and len(entry) == 3}
+    return memo if isinstance(memo, dict) else {}
 
 
 def _write_memo(path: Path, memo: dict[str, list[int | str]]) -> None:
     """Replace the memo; a failure is left to the store's own writing to report."""
-    staged = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(json.dumps(memo), encoding="utf-8")
-        staged.replace(path)
-    except OSError:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
+        write_sealed(path, memo)

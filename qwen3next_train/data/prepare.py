@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
-from qwen3next_train.data.sources import FileSource, resolve
-from qwen3next_train.data.store_builder import build_stores
+from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
+from qwen3next_train.data.store_builder import build_stores, format_left_out
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
-from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
-from qwen3next_train.data.token_store import DocumentRange, TokenStore, store_paths
+from qwen3next_train.data.store_output import is_written, require_unused, write_store
+from qwen3next_train.data.token_store import DocumentRange, TokenStore
 from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
+
+CHECKED_AT_START_BYTES = 4 << 30
+"""Of tokens and indices that are compared with their hashes before the first step: some seconds. What is beyond is
+checked as it is read, block by block, so that a run over terabytes starts at once."""
+
+_LEFT_OUT_NAME = "left_out.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class PreparedSource:
         fingerprint: digest of the content, wherever it lies.
         tokenizer_fingerprint: of the tokenizer that made the ids, None where unknown.
         build_s: seconds of tokenisation, None when nothing had to be tokenised.
+        passed_over: files of a folder or glob that were not read.
+        left_out: documents that were not taken, by reason; of both parts of a source.
     """
 
     label: str
@@ -41,6 +53,8 @@ class PreparedSource:
     fingerprint: str
     tokenizer_fingerprint: str | None
     build_s: float | None
+    passed_over: tuple[PassedOver, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,10 +143,36 @@ def tokenize(config: Config, output: Path | None) -> int:
         return 0
     preparer = _Preparer(config)
     sources = [*config.data.sources, *config.data.validation_sources]
-    for index, source in enumerate(sources):
-        prefix = output if len(sources) == 1 else output.with_name(f"{output.name}_{index:02d}")
-        print(_describe(preparer.write(source, prefix), "all"))
+    several = len(sources) > 1
+    prefixes = [output.with_name(f"{output.name}_{index:02d}") if several else output for index in range(len(sources))]
+    outputs = [preparer.output(source, prefix) for source, prefix in zip(sources, prefixes, strict=True)]
+    # Some are there: an earlier call was interrupted. All are there: it was not, and they are not written again.
+    are_written = [is_written(each.prefix, each.key) for each in outputs]
+    if all(are_written):
+        are_written = [False] * len(outputs)
+    for each, is_there in zip(outputs, are_written, strict=True):
+        if not is_there:
+            require_unused(each.prefix)
+    for each, is_there in zip(outputs, are_written, strict=True):
+        print(_describe(preparer.write(each, is_there=is_there), "all"))
     return 0
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A store to write.
+
+    Args:
+        source: as configured.
+        files: its files.
+        prefix: where to write it.
+        key: digest of everything it depends on.
+    """
+
+    source: SourceConfig
+    files: FileSource
+    prefix: Path
+    key: str
 
 
 class _Preparer:
@@ -143,6 +183,7 @@ class _Preparer:
         data = config.data
         self._cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
         self._tokenizer: Tokenizer | None = None
+        self._unchecked_bytes = CHECKED_AT_START_BYTES
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -152,12 +193,20 @@ class _Preparer:
             self._tokenizer.require_vocab_size(self._config.model.vocab_size)
         return self._tokenizer
 
+    def _check(self, store: TokenStore) -> None:
+        """Read a store in full while :data:`CHECKED_AT_START_BYTES` last; the others are checked as they are read."""
+        if store.num_bytes <= self._unchecked_bytes:
+            self._unchecked_bytes -= store.num_bytes
+            store.check()
+
     def prepare(self, source: SourceConfig, held_out_fraction: float) -> tuple[PreparedSource, PreparedSource | None]:
         """Training and held-out part of one source."""
         resolved = resolve(source)
         if isinstance(resolved, FileSource):
+            _log_passed_over(resolved)
             return self._prepare_files(source, resolved, held_out_fraction)
         store = TokenStore(resolved.prefix)
+        self._check(store)
         num_held_out = int(store.num_documents * held_out_fraction)
         fingerprint = digest_store(store)
         num_train = store.num_documents - num_held_out
@@ -167,30 +216,37 @@ class _Preparer:
         held_out = range(num_train, store.num_documents)
         return train, _prepared(source, store, fingerprint, documents=held_out)
 
-    def write(self, source: SourceConfig, prefix: Path) -> PreparedSource:
-        """Tokenise one source into a store of its own at ``prefix``; ``.idx``, which makes it readable, comes last."""
-        resolved = resolve(source)
-        if not isinstance(resolved, FileSource):
+    def output(self, source: SourceConfig, prefix: Path) -> _Output:
+        """What there is to write at ``prefix``."""
+        files = resolve(source)
+        if not isinstance(files, FileSource):
             raise ConfigError(f"data.sources: {source.source} is a token store already; name text to tokenize")
-        paths = store_paths(prefix)
-        if paths[1].exists():
-            raise ConfigError(f"tokenize: {paths[1]} exists; remove it or choose another output")
-        with storage_errors(prefix, "free space or choose another output"):
-            prefix.parent.mkdir(parents=True, exist_ok=True)
-            with staging_directory(prefix.parent, f".{prefix.name}-") as staged:
-                build_s = build_stores(
-                    resolved,
-                    self.tokenizer,
-                    train_prefix=staged / "train",
-                    validation_prefix=staged / "validation",
-                    held_out_fraction=0.0,
-                )
-                bin_path, idx_path, meta_path = store_paths(staged / "train")
-                for path, target in ((bin_path, paths[0]), (meta_path, paths[2]), (idx_path, paths[1])):
-                    path.replace(target)
-                sync_directory(prefix.parent)
-        store = TokenStore(prefix)
-        return _prepared(source, store, digest_store(store), build_s=build_s)
+        _log_passed_over(files)
+        content = digest_files(files.files, self._cache_dir)
+        key = digest_of(FORMAT_VERSION, self.tokenizer.fingerprint, files.text_field, content)
+        return _Output(source, files, prefix, key)
+
+    def write(self, output: _Output, *, is_there: bool) -> PreparedSource:
+        """Tokenise one source into a store of its own, unless it is there."""
+
+        def build(staged: Path) -> float:
+            left_out: Counter[str] = Counter()
+            build_s = build_stores(
+                output.files,
+                self.tokenizer,
+                train_prefix=staged,
+                validation_prefix=staged.with_name("validation"),
+                held_out_fraction=0.0,
+                skipped=left_out,
+                entry=output.key,
+            )
+            if left_out:
+                get_logger().info("%s: left out %s", output.files.label, format_left_out(left_out))
+            return build_s
+
+        build_s = None if is_there else write_store(output.prefix, output.key, build)
+        store = TokenStore(output.prefix)
+        return _prepared(output.source, store, digest_store(store), build_s=build_s)
 
     def collect(self, train: Sequence[PreparedSource], validation: Sequence[PreparedSource]) -> PreparedData:
         """Check that one tokenizer made all ids, as far as that is known, and bundle the sources."""
@@ -212,19 +268,32 @@ class _Preparer:
         key = digest_of(FORMAT_VERSION, tokenizer.fingerprint, repr(fraction), files.text_field, content)
 
         def build(directory: Path) -> float:
-            return build_stores(
+            left_out: Counter[str] = Counter()
+            build_s = build_stores(
                 files,
                 tokenizer,
                 train_prefix=directory / "train",
                 validation_prefix=directory / "validation",
                 held_out_fraction=fraction,
+                skipped=left_out,
+                entry=key,
             )
+            (directory / _LEFT_OUT_NAME).write_text(json.dumps(left_out), encoding="utf-8")
+            return build_s
 
-        cached = get_or_build(self._cache_dir, key, source.source, build)
-        train = _prepared(source, cached.train, f"{key}/train", build_s=cached.build_s)
-        if cached.validation is None:
-            return train, None
-        return train, _prepared(source, cached.validation, f"{key}/validation", build_s=cached.build_s)
+        cached = get_or_build(self._cache_dir, key, source.source, build, self._check)
+        left_out = _read_left_out(cached.train.prefix.with_name(_LEFT_OUT_NAME))
+        if left_out:
+            get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
+
+        def part(name: str, store: TokenStore) -> PreparedSource:
+            found = _prepared(source, store, f"{key}/{name}", build_s=cached.build_s)
+            return replace(found, passed_over=files.passed_over, left_out=left_out)
+
+        return (
+            part("train", cached.train),
+            None if cached.validation is None else part("validation", cached.validation),
+        )
 
 
 def _prepared(
@@ -248,6 +317,22 @@ def _prepared(
         tokenizer_fingerprint=None if meta is None else meta.tokenizer_fingerprint,
         build_s=build_s,
     )
+
+
+def _log_passed_over(files: FileSource) -> None:
+    if files.passed_over:
+        get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
+
+
+def _read_left_out(path: Path) -> dict[str, int]:
+    """What :func:`build_stores` left out when the cached store was made; empty when that is not known any more."""
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(counts, dict):
+        return {}
+    return {reason: count for reason, count in counts.items() if isinstance(count, int)}
 
 
 def _describe(source: PreparedSource, part: str) -> str:

@@ -2,9 +2,9 @@
 
 ==============================  =================================================================
 ``builtin:python-stdlib``       the running interpreter's own library sources, one document a file
-file, glob or folder            ``.jsonl[.gz]``, ``.json[.gz]`` (JSON lines too), ``.parquet``,
-                                ``.arrow``: one document a line or row; anything else is UTF-8 text,
-                                one document a file
+file, folder or glob            what :data:`~qwen3next_train.data.formats.FORMATS` lists; a file without
+                                suffix is text when it is named itself. Of a folder or glob, everything
+                                else is passed over and counted; a file named by itself is rejected
 ``PREFIX`` (``.bin``, ``.idx``) a token store, Megatron-LM's or ours
 ``owner/name``                  a Hugging Face dataset, when no such path exists
 ==============================  =================================================================
@@ -16,32 +16,21 @@ from __future__ import annotations
 
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen3next_train.config.schema import SourceConfig
+from qwen3next_train.data.folders import Collection, PassedOver, SourceFile, collect_folder, collect_glob
+from qwen3next_train.data.formats import COMPRESSIONS, READ, format_of, suffix_of
+from qwen3next_train.data.splits import DEFAULT_SPLIT, choose_documents, no_split
 from qwen3next_train.data.token_store import store_paths
 from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
 PYTHON_STDLIB = "builtin:python-stdlib"
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file to read documents from.
-
-    Args:
-        name: path relative to what the user named, ``/`` between parts; decides where a text file is held out.
-        path: where it lies.
-    """
-
-    name: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -53,12 +42,14 @@ class FileSource:
         files: at least one.
         text_field: column or JSON key with the text.
         lenient: text files that are not UTF-8 are skipped and counted instead of rejected.
+        passed_over: files of the folder or glob that are not read.
     """
 
     label: str
     files: tuple[SourceFile, ...]
     text_field: str
     lenient: bool
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,9 +69,10 @@ def resolve(source: SourceConfig) -> FileSource | StoreSource:
     """Find out what a source is.
 
     Raises:
-        ConfigError: an empty or unknown ``builtin:`` name, or a slice as split.
-        DataError: nothing of that name exists, or it is a folder or glob without readable files, or a dataset
-            that cannot be loaded.
+        ConfigError: an empty or unknown ``builtin:`` name, a slice as split, or a configuration name for something
+            else than a Hugging Face dataset.
+        DataError: nothing of that name exists, or it is a file that is not read, a folder or glob without readable
+            files or without the split, or a dataset that cannot be loaded.
     """
     try:
         return _resolve(source)
@@ -90,40 +82,91 @@ def resolve(source: SourceConfig) -> FileSource | StoreSource:
 
 def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     label = source.source
+    if not label:
+        raise ConfigError("data.sources: a source's name is empty; name a file, a folder or a dataset")
+    found = _resolve_local(source)
+    if found is None:
+        return _hub_source(source)
+    if source.name:
+        raise ConfigError(
+            f"data.sources: {label}: name {source.name!r} is for datasets of the Hugging Face hub; "
+            "for files name the folder or file itself"
+        )
+    return found
+
+
+def _resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
+    """What the source is on this machine; None for a name that can only be a dataset of the hub."""
+    label = source.source
+    path = Path(label).expanduser()
     if label.startswith("builtin:"):
         if label != PYTHON_STDLIB:
             raise ConfigError(f"data.sources: no builtin source {label!r}; the only one is {PYTHON_STDLIB}")
+        _require_default_split(source)
         return FileSource(label, tuple(_stdlib_files()), source.text_field, lenient=True)
-    if not label:
-        raise ConfigError("data.sources: a source's name is empty; name a file, a folder or a dataset")
-    path = Path(label).expanduser()
     if path.is_file() and path.suffix in (".bin", ".idx"):
+        _require_default_split(source)
         return StoreSource(label, path.with_suffix(""))
     if path.is_file():
-        return FileSource(label, (SourceFile(path.name, path),), source.text_field, lenient=False)
+        return _single_file(source, path)
     if path.name and any(candidate.is_file() for candidate in store_paths(path)[:2]):
+        _require_default_split(source)
         return StoreSource(label, path)
     if path.is_dir():
-        files = _files_below(path, sorted(path.rglob("*")), suffixes=TEXT_SUFFIXES + RECORD_SUFFIXES)
-        return _file_source(source, files, f"no {', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)} file in this folder")
+        return _file_source(source, collect_folder(path), f"no {READ} file in this folder")
     if any(character in label for character in "*?["):
         root, pattern = _split_glob(path)
-        files = _files_below(root, sorted(root.glob(pattern)) if pattern else [], suffixes=None)
-        return _file_source(source, files, "no file matches this pattern")
+        found = collect_glob(root, pattern) if root.is_dir() else Collection()
+        return _file_source(source, found, "no file matches this pattern", pattern)
     if path.exists():
         raise DataError(f"{label}: neither a regular file nor a folder; name one")
-    if _HUB_NAME.fullmatch(label) and not label.endswith(
-        (*TEXT_SUFFIXES, *RECORD_SUFFIXES, ".bin", ".idx", ".gz", ".json")
-    ):
-        return _hub_source(source)
+    if _HUB_NAME.fullmatch(label) and format_of(label) is None and not label.endswith((".bin", ".idx", *COMPRESSIONS)):
+        return None
     raise DataError(f"{label}: no such file, folder or token store; check data.sources")
 
 
-def _file_source(source: SourceConfig, files: Iterator[SourceFile], complaint: str) -> FileSource:
-    found = tuple(files)
-    if not found:
-        raise DataError(f"{source.source}: {complaint}; check data.sources")
-    return FileSource(source.source, found, source.text_field, lenient=True)
+def _single_file(source: SourceConfig, path: Path) -> FileSource:
+    suffix = suffix_of(path.name)
+    if suffix and format_of(path.name) is None:
+        raise DataError(
+            f"{source.source}: {suffix} files are not read; convert it, or rename it if it is one of {READ}"
+        )
+    found = Collection()
+    found.files.append(SourceFile(path.name, path))
+    # Whoever names a file has chosen it, whatever split its name tells, unless another one is asked for.
+    choose_documents(found, source.split, source.source, pattern=(path.name,))
+    return FileSource(source.source, (SourceFile(path.name, path),), source.text_field, lenient=False)
+
+
+def _file_source(source: SourceConfig, found: Collection, complaint: str, pattern: Sequence[str] = ()) -> FileSource:
+    choose_documents(found, source.split, source.source, pattern=pattern)
+    if not found.files:
+        listed = f" ({format_passed_over(found.passed_over)})" if found.passed_over else ""
+        raise DataError(f"{source.source}: {complaint}{listed}; check data.sources")
+    return FileSource(source.source, tuple(found.files), source.text_field, True, found.passed_over)
+
+
+def _require_default_split(source: SourceConfig) -> None:
+    if source.split != DEFAULT_SPLIT:
+        raise no_split(source.split, (), source.source)
+
+
+def format_passed_over(passed_over: Sequence[PassedOver]) -> str:
+    """What is not read of a source, in one line."""
+    parts = [
+        f"{group.num_files} {group.reason} ({format_bytes(group.num_bytes)}, such as {group.example})"
+        for group in passed_over
+    ]
+    return f"passed over {', '.join(parts)}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes for people: ``1.2 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 def _stdlib_files() -> Iterator[SourceFile]:
@@ -135,20 +178,11 @@ def _stdlib_files() -> Iterator[SourceFile]:
             yield SourceFile(name, by_name[name])
 
 
-def _files_below(root: Path, paths: list[Path], *, suffixes: tuple[str, ...] | None) -> Iterator[SourceFile]:
-    """Regular files among ``paths``; hidden files and folders (``.git``) are left out."""
-    for path in paths:
-        name = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and (suffixes is None or path.name.endswith(suffixes)) and path.is_file():
-            yield SourceFile(name.as_posix(), path)
-
-
-def _split_glob(path: Path) -> tuple[Path, str]:
-    """Split ``a/b/*.txt`` into the folder without wildcards and the pattern below it."""
+def _split_glob(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Split ``a/b/*.txt`` into the folder without wildcards and the parts of the pattern below it."""
     parts = path.parts
     first = next(index for index, part in enumerate(parts) if any(character in part for character in "*?["))
-    return Path(*parts[:first]), "/".join(parts[first:])
+    return Path(*parts[:first]), parts[first:]
 
 
 def _hub_source(source: SourceConfig) -> FileSource:
@@ -161,13 +195,14 @@ def _hub_source(source: SourceConfig) -> FileSource:
     import datasets
 
     get_logger().info("%s: no such path; loading the Hugging Face dataset of that name", source.source)
+    options: dict[str, Any] = {"name": source.name} if source.name else {}
     try:
-        dataset = datasets.load_dataset(source.source, split=source.split)
+        dataset = datasets.load_dataset(source.source, split=source.split, **options)
     except Exception as error:  # noqa: BLE001  the hub client raises classes of half a dozen libraries
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{source.source}: neither a path nor a Hugging Face dataset that can be loaded ({reason}); "
-            "check data.sources and the network"
+            "check data.sources, the source's name and split, and the network"
         ) from None
     if source.text_field not in dataset.column_names:
         raise DataError(
@@ -176,4 +211,5 @@ def _hub_source(source: SourceConfig) -> FileSource:
     files = tuple(SourceFile(Path(entry["filename"]).name, Path(entry["filename"])) for entry in dataset.cache_files)
     if not files:
         raise DataError(f"{source.source}: split {source.split!r} is empty; choose another split")
-    return FileSource(f"{source.source}:{source.split}", files, source.text_field, lenient=False)
+    label = ":".join(part for part in (source.source, source.name, source.split) if part)
+    return FileSource(label, files, source.text_field, lenient=False)

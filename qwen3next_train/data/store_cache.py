@@ -1,9 +1,10 @@
 """Content-addressed cache of tokenised sources, safe under concurrent processes and kills at any moment.
 
 ``CACHE/<key>/`` appears by one rename of a finished directory, so it is whole or absent. A process that finds it
-absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds; the others
-wait for the lock and find the directory. Staging directories that a killed process left are removed by the
-next holder of the lock, and after a day by whoever builds anything.
+absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds in
+``CACHE/.<key>-partial``; the others wait for the lock and find the directory. What a killed process left there, the
+next holder of the lock goes on with; it is removed after a day by whoever builds anything. An entry that turns out to
+be damaged, when it is opened or later (a file ``damaged`` in it), is built again.
 """
 
 from __future__ import annotations
@@ -13,21 +14,31 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3next_train.data.build_journal import JOURNAL_NAME
+from qwen3next_train.data.reading import is_missing, read_error
+from qwen3next_train.data.store_meta import entry_name
 from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
-from qwen3next_train.data.token_store import TokenStore
-from qwen3next_train.errors import DataError
+from qwen3next_train.data.token_store import TokenStore, store_paths
+from qwen3next_train.errors import DataError, StoppedBySignal, StorageError
 from qwen3next_train.log import get_logger
 
 # The cache may be a folder that holds other things as well.
 _STAGING_NAME = re.compile(r"\.(?P<key>[0-9a-f]{32})-[a-z0-9_]+")
 _ABANDONED_AFTER_S = 24 * 3600.0
+_DAMAGE_NOTE = "damaged"
 _HINT = "free space or set data.cache_dir to a folder that can be written"
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What ``flock`` says on a file system without locks."""
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""When a disk is full, what has been written is given up: the run's own last lines need the space."""
 
 
 @dataclass(frozen=True)
@@ -50,101 +61,169 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3next_train"
 
 
-def get_or_build(cache_dir: Path, key: str, label: str, build: Callable[[Path], float]) -> CachedStores:
+def get_or_build(
+    cache_dir: Path,
+    key: str,
+    label: str,
+    build: Callable[[Path], float],
+    check: Callable[[TokenStore], None] = TokenStore.check,
+) -> CachedStores:
     """Return the stores of ``key``, building them first where they are missing or damaged.
 
     Args:
         cache_dir: the cache.
         key: name of the entry, a digest of everything the stores depend on.
         label: the source's name, for messages.
-        build: writes ``train.*`` and perhaps ``validation.*`` into a directory and returns the seconds it took.
+        build: writes ``train.*`` and perhaps ``validation.*`` of the entry ``key`` into a directory, in which a killed
+            process may have begun, and returns the seconds it took.
+        check: looks for damage in a store that was there already; raises DataError.
 
     Raises:
-        StorageError: the cache cannot be written.
+        StorageError: the cache cannot be written, or an entry cannot be read now.
         DataError: from ``build``.
     """
-    found = _open_or_report(cache_dir / key)
+    found = _open_or_report(cache_dir / key, check)
     if found is not None:
         return found
     with storage_errors(cache_dir, _HINT):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f".{key}.lock", label) as is_locked:
-            found = _open_or_report(cache_dir / key)
+            found = _open_or_report(cache_dir / key, check)
             if found is not None:
                 return found
             if is_locked:
-                _remove_leftovers(cache_dir, key)
-                _remove_abandoned(cache_dir)
-            build_s = _build_and_publish(cache_dir, key, build)
+                _remove_abandoned(cache_dir, key)
+            build_s = _build_and_publish(cache_dir, key, build, can_resume=is_locked)
     return _open(cache_dir / key, build_s)
 
 
 def _open(directory: Path, build_s: float | None) -> CachedStores:
-    train = TokenStore(directory / "train")
-    has_validation = (directory / "validation.idx").exists()
-    validation = TokenStore(directory / "validation") if has_validation else None
-    for store in (train, validation):
-        if store is not None and store.meta() is None:
-            raise DataError(f"{store.meta_path}: missing; remove the folder to tokenize again")
-    return CachedStores(train, validation, build_s)
+    parts = ["train"]
+    if not all(is_missing(path) for path in store_paths(directory / "validation")):
+        parts.append("validation")
+    stores = [_open_part(directory, part, len(parts)) for part in parts]
+    return CachedStores(stores[0], stores[1] if len(stores) > 1 else None, build_s)
 
 
-def _open_or_report(directory: Path) -> CachedStores | None:
-    """The entry, or None when it is absent or, which is logged, damaged."""
-    if not directory.is_dir():
-        return None
+def _open_part(directory: Path, part: str, num_parts: int) -> TokenStore:
+    store = TokenStore(directory / part, damage_note=directory / _DAMAGE_NOTE)
+    meta, expected = store.meta(), entry_name(directory.name, part, num_parts)
+    if meta is None or not store.has_hashes:
+        raise DataError(f"{store.prefix}: no meta file or no hashes")
+    if meta.entry != expected:
+        raise DataError(f"{store.prefix}: expected the store {expected}, found {meta.entry!r}")
+    return store
+
+
+def _open_or_report(directory: Path, check: Callable[[TokenStore], None]) -> CachedStores | None:
+    """The entry, or None when it is absent or, which is logged, damaged.
+
+    Raises:
+        StorageError: it cannot be read now.
+    """
     try:
-        return _open(directory, None)
+        if not stat.S_ISDIR(directory.stat().st_mode):
+            return None
+    except OSError as error:
+        problem = read_error(directory, error)
+        if isinstance(problem, DataError):
+            return None
+        raise problem from None
+    try:
+        if not is_missing(directory / _DAMAGE_NOTE):
+            raise DataError(f"{directory}: an earlier run has met damage")
+        found = _open(directory, None)
+        for store in (found.train, found.validation):
+            if store is not None:
+                check(store)
     except DataError as error:
         get_logger().info("tokenizing again, the cache is damaged: %s", error)
         return None
+    return found
 
 
-def _build_and_publish(cache_dir: Path, key: str, build: Callable[[Path], float]) -> float:
-    with staging_directory(cache_dir, f".{key}-") as staged:
+def _build_and_publish(cache_dir: Path, key: str, build: Callable[[Path], float], *, can_resume: bool) -> float:
+    with _building_directory(cache_dir, key, can_resume=can_resume) as staged:
         fresh = staged / "fresh"
-        fresh.mkdir()
+        fresh.mkdir(exist_ok=True)
         build_s = build(fresh)
         sync_directory(fresh)
-        if (cache_dir / key).exists():
-            (cache_dir / key).rename(staged / "damaged")
+        entry = cache_dir / key
+        if os.path.lexists(entry):
+            shutil.rmtree(staged / "damaged", ignore_errors=True)
+            entry.rename(staged / "damaged")
         try:
-            fresh.rename(cache_dir / key)
+            fresh.rename(entry)
         except OSError as error:
             # Without working locks another process may have published the same content first.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         sync_directory(cache_dir)
+        (entry / JOURNAL_NAME).unlink(missing_ok=True)
     return build_s
 
 
-def _remove_leftovers(cache_dir: Path, key: str) -> None:
-    for path in cache_dir.glob(f".{key}-*"):
-        shutil.rmtree(path, ignore_errors=True)
+@contextmanager
+def _building_directory(cache_dir: Path, key: str, *, can_resume: bool) -> Iterator[Path]:
+    """Where to build: with what an interrupted process left there, when nobody else can be building the same."""
+    if not can_resume:
+        with staging_directory(cache_dir, f".{key}-") as staged:
+            yield staged
+        return
+    staged = cache_dir / f".{key}-partial"
+    staged.mkdir(exist_ok=True)
+    try:
+        yield staged
+    except Exception as error:
+        if not can_go_on_after(error):
+            shutil.rmtree(staged, ignore_errors=True)
+        raise
+    shutil.rmtree(staged, ignore_errors=True)
 
 
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove old staging directories of any key that nobody is building."""
+def can_go_on_after(error: Exception) -> bool:
+    """Whether the same command may go on with what was built before this error, so that it is kept."""
+    if isinstance(error, OSError):
+        return error.errno not in FULL_DISK
+    return isinstance(error, StoppedBySignal | StorageError)
+
+
+def _remove_abandoned(cache_dir: Path, own_key: str) -> None:
+    """Remove what nobody is building: of this key what cannot be gone on with, of others what is old."""
     for path in cache_dir.glob(".*-*"):
         match = _STAGING_NAME.fullmatch(path.name)
-        if match is None:
-            continue
+        if path.name.startswith(f".{own_key}-"):
+            if path.name != f".{own_key}-partial":
+                shutil.rmtree(path, ignore_errors=True)
+        elif match is not None and _is_old(path):
+            _remove_unless_locked(path, cache_dir / f".{match['key']}.lock")
+
+
+def _is_old(directory: Path) -> bool:
+    """Whether nothing in a staging directory was written for a day."""
+    newest = 0.0
+    for path in (directory, *directory.glob("*"), *directory.glob("*/*")):
         try:
-            is_old = time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
-            # Whoever made the directory has made the lock as well.
-            lock = os.open(cache_dir / f".{match['key']}.lock", os.O_RDWR | os.O_CLOEXEC) if is_old else None
+            newest = max(newest, path.lstat().st_mtime)
         except OSError:
             continue
-        if lock is None:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            # Being built, or locks do not work here.
-            pass
-        finally:
-            os.close(lock)
+    return time.time() - newest > _ABANDONED_AFTER_S
+
+
+def _remove_unless_locked(path: Path, lock_path: Path) -> None:
+    try:
+        # Whoever made the directory has made the lock as well.
+        lock = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        # Being built, or locks do not work here.
+        pass
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -158,7 +237,7 @@ def _locked(path: Path, label: str) -> Iterator[bool]:
             get_logger().info("%s: waiting for another process that tokenizes it", label)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
             yield False
             return

@@ -16,92 +16,46 @@ sequence pointers     int64 [n]                                       byte offse
 document indices      int64 [documents + 1]                           first sequence of each document, and n
 ====================  ==============================================  ==========================================
 
-Our own stores have one sequence per document and a third file, ``PREFIX.meta.json`` (:class:`StoreMeta`).
+Our own stores have one sequence per document and two files more, ``PREFIX.meta.json``
+(:mod:`~qwen3next_train.data.store_meta`) and ``PREFIX.hashes`` (:mod:`~qwen3next_train.data.block_hashes`). With the
+hashes every block of tokens and index is checked before a token of it is used.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen3next_train.data.block_hashes import StoreHashes, hash_of
+from qwen3next_train.data.checked_file import CheckedFile
+from qwen3next_train.data.reading import is_missing, read_small_file
+from qwen3next_train.data.store_index import TOKEN_DTYPES, StoreIndex
+from qwen3next_train.data.store_meta import MAX_META_BYTES, StoreMeta
 from qwen3next_train.errors import DataError
+from qwen3next_train.log import get_logger
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-TOKEN_DTYPES: dict[int, np.dtype[np.generic]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-"""Megatron-LM's dtype codes of integer tokens (6 and 7 are floats)."""
-
-_CHUNK = 1 << 20
+_PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class StoreMeta:
-    """What a store's two binary files do not tell.
+class StorePaths(NamedTuple):
+    """A store's files."""
 
-    Args:
-        source: what was tokenised, as the user named it.
-        tokenizer_fingerprint: :attr:`Tokenizer.fingerprint` of the tokenizer.
-        num_documents: documents in the store.
-        num_tokens: tokens in the store, end-of-document tokens included.
-        num_bytes: UTF-8 bytes of the documents; None when some came as token ids.
-    """
-
-    source: str
-    tokenizer_fingerprint: str
-    num_documents: int
-    num_tokens: int
-    num_bytes: int | None
-
-    def write(self, path: Path) -> None:
-        """Write as JSON and force it to the disk.
-
-        Raises:
-            OSError: when that fails.
-        """
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def read(cls, path: Path) -> StoreMeta:
-        """Read back what :meth:`write` wrote.
-
-        Raises:
-            DataError: when the file is not such a file.
-        """
-        try:
-            meta = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); remove it or tokenize again") from None
-        counts = (meta.num_documents, meta.num_tokens, 0 if meta.num_bytes is None else meta.num_bytes)
-        if any(not isinstance(count, int) or count < 0 for count in counts):
-            raise DataError(f"{path}: expected counts >= 0, found {counts}; remove it or tokenize again")
-        return meta
+    bin: Path
+    idx: Path
+    meta: Path
+    hashes: Path
 
 
-def store_paths(prefix: Path) -> tuple[Path, Path, Path]:
-    """Return the paths of ``.bin``, ``.idx`` and ``.meta.json`` of the store at ``prefix``."""
-    return (
-        prefix.with_name(prefix.name + ".bin"),
-        prefix.with_name(prefix.name + ".idx"),
-        prefix.with_name(prefix.name + ".meta.json"),
-    )
+def store_paths(prefix: Path) -> StorePaths:
+    """Return the paths of the files of the store at ``prefix``."""
+    return StorePaths(*(prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".meta.json", ".hashes")))
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -110,125 +64,162 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 
 
 class TokenStore:
-    """Read access to one store. Opening checks everything that reading relies on except the token ids.
+    """Read access to one store, from any thread.
 
-    Tokens are read with ``pread``: on a file that shrinks or a disk that goes away a memory map dies of SIGBUS,
-    whereas a short read is an error that can be named. The index is mapped, so ranks of one host share it.
+    Opening checks everything that reading relies on except the tokens; those are checked as they are read, or all at
+    once by :meth:`check`. A store without hashes, another program's, is checked as far as its format allows.
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
+        damage_note: an empty file of this name is made when damage is met later, for whoever can build the store
+            again; None for nobody.
 
     Raises:
-        DataError: a file is missing, damaged, or the two do not belong together. Names file, expected, found.
+        DataError: a file is missing, damaged, or they do not belong together. Names file, expected, found.
+        StorageError: a file cannot be read now.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, *, damage_note: Path | None = None) -> None:
         self.prefix = prefix
-        self.bin_path, self.idx_path, self.meta_path = store_paths(prefix)
-        self.dtype, num_sequences, num_starts = _read_header(self.idx_path)
+        self._damage_note = damage_note
+        paths = store_paths(prefix)
+        self.bin_path, self.idx_path = paths.bin, paths.idx
+        self._meta, hashes = _read_side_files(paths)
+        self.has_hashes = hashes is not None
+        self._bin = CheckedFile(paths.bin, None if hashes is None else hashes.bin)
+        self._idx = CheckedFile(paths.idx, None if hashes is None else hashes.idx)
         try:
-            self._bin = self.bin_path.open("rb", buffering=0)
-            bin_bytes = os.fstat(self._bin.fileno()).st_size
-            offset = HEADER.size
-            self._lengths = np.memmap(self.idx_path, "<i4", "r", offset, num_sequences)
-            offset += self._lengths.nbytes
-            self._pointers = np.memmap(self.idx_path, "<i8", "r", offset, num_sequences)
-            offset += self._pointers.nbytes
-            self._documents = np.memmap(self.idx_path, "<i8", "r", offset, num_starts)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{prefix}: cannot open the token store ({error})") from None
-        if bin_bytes % self.dtype.itemsize:
+            self._index = StoreIndex(self._idx, str(paths.bin), self._bin.num_bytes)
+        except DataError as error:
+            raise self._damaged(error) from None
+        self.dtype = self._index.dtype
+        self.num_tokens = self._bin.num_bytes // self.dtype.itemsize
+        self.num_documents = len(self._index.documents) - 1
+        found = (self.num_documents, self.num_tokens)
+        if self._meta is not None and (self._meta.num_documents, self._meta.num_tokens) != found:
             raise DataError(
-                f"{self.bin_path}: size {bin_bytes} is not a multiple of {self.dtype.itemsize} ({self.dtype} tokens); "
-                "the file is cut or of another dtype"
+                f"{paths.meta}: expected {self._meta.num_documents} documents and {self._meta.num_tokens} tokens, "
+                f"the store has {found[0]} and {found[1]}; remove it or tokenize again"
             )
-        self.num_tokens = bin_bytes // self.dtype.itemsize
-        self.num_documents = num_starts - 1
-        self._check_sequences(bin_bytes)
-        self._check_documents(num_sequences)
+        if not self.has_hashes:
+            _say_unhashed(prefix)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tokens and index."""
+        return self._bin.num_bytes + self._idx.num_bytes
+
+    def meta(self) -> StoreMeta | None:
+        """What ``.meta.json`` says, or None for a store without one (written by another program)."""
+        return self._meta
+
+    def check(self) -> None:
+        """Read all of the store and compare it with its hashes; a store without hashes is not read.
+
+        Raises:
+            DataError: a block is damaged. Names file and offset.
+            StorageError: it cannot be read now.
+        """
+        try:
+            self._idx.check()
+            self._bin.check()
+        except DataError as error:
+            raise self._damaged(error) from None
+
+    def index_pieces(self) -> Iterator[bytes]:
+        """The content of ``.idx``. Raises as :meth:`read`."""
+        for start in range(0, self._idx.num_bytes, _PIECE_BYTES):
+            yield self._idx.read(start, min(_PIECE_BYTES, self._idx.num_bytes - start))
 
     def document_start(self, document: int) -> int:
-        """Position in the store of a document's first token; :attr:`num_tokens` for ``num_documents``."""
-        sequence = int(self._documents[document])
-        if sequence == len(self._pointers):
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
+        """Position in the store of a document's first token; :attr:`num_tokens` for ``num_documents``.
+
+        Raises:
+            DataError: the index is damaged there.
+            StorageError: it cannot be read now.
+        """
+        try:
+            sequence = self._index.documents[document]
+            if sequence == len(self._index.pointers):
+                return self.num_tokens
+            return self._index.pointers[sequence] // self.dtype.itemsize
+        except DataError as error:
+            raise self._damaged(error) from None
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens ``[start, stop)`` of the store: int64 ``[stop - start]``.
 
         Raises:
-            DataError: the file ends early or cannot be read.
+            DataError: the store is damaged there. Names file and offset.
+            StorageError: it cannot be read now.
         """
-        size, offset = (stop - start) * self.dtype.itemsize, start * self.dtype.itemsize
+        return np.frombuffer(
+            self.read_bytes(start * self.dtype.itemsize, stop * self.dtype.itemsize), self.dtype
+        ).astype(np.int64)
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        """Bytes ``[start, stop)`` of ``.bin``. Raises as :meth:`read`."""
         try:
-            raw = os.pread(self._bin.fileno(), size, offset)
-        except OSError as error:
-            raise DataError(f"{self.bin_path}: cannot read at byte {offset} ({error})") from None
-        if len(raw) != size:
-            raise DataError(f"{self.bin_path}: expected {size} bytes at {offset}, found {len(raw)}; the file was cut")
-        return np.frombuffer(raw, self.dtype).astype(np.int64)
+            return self._bin.read(start, stop - start) if stop > start else b""
+        except DataError as error:
+            raise self._damaged(error) from None
 
     def document_starts_between(self, start: int, stop: int, documents: range) -> npt.NDArray[np.int64]:
-        """Starts of those of ``documents`` that begin in ``[start, stop)``: int64, ascending, each once."""
-        first = bisect_left(documents, start, key=self.document_start)
-        last = bisect_left(documents, stop, lo=first, key=self.document_start)
-        sequences = np.array(self._documents[documents.start + first : documents.start + last])
-        pointers = np.asarray(self._pointers[sequences[sequences < len(self._pointers)]])
-        return np.unique(pointers // self.dtype.itemsize)
-
-    def meta(self) -> StoreMeta | None:
-        """The sidecar's content, or None for a store without one (written by another program).
+        """Starts of those of ``documents`` that begin in ``[start, stop)``: int64, ascending, each once.
 
         Raises:
-            DataError: it is unreadable or does not belong to this store.
+            DataError: the index is damaged there.
+            StorageError: it cannot be read now.
         """
-        if not self.meta_path.exists():
-            return None
-        meta = StoreMeta.read(self.meta_path)
-        found = (self.num_documents, self.num_tokens)
-        if (meta.num_documents, meta.num_tokens) != found:
-            raise DataError(
-                f"{self.meta_path}: expected {meta.num_documents} documents and {meta.num_tokens} tokens, the store "
-                f"has {found[0]} and {found[1]}; remove the sidecar or tokenize again"
-            )
-        return meta
+        first = bisect_left(documents, start, key=self.document_start)
+        last = bisect_left(documents, stop, lo=first, key=self.document_start)
+        try:
+            sequences = self._index.documents.slice(documents.start + first, documents.start + last)
+            sequences = sequences[sequences < len(self._index.pointers)]
+            if not len(sequences):
+                return np.empty(0, dtype=np.int64)
+            pointers = self._index.pointers.slice(int(sequences[0]), int(sequences[-1]) + 1)
+        except DataError as error:
+            raise self._damaged(error) from None
+        return np.unique(pointers[sequences - sequences[0]] // self.dtype.itemsize)
 
-    def _check_sequences(self, bin_bytes: int) -> None:
-        """Lengths are not negative and pointers are their running sum, up to the size of ``.bin``."""
-        expected = 0
-        for first in range(0, len(self._lengths), _CHUNK):
-            lengths = self._lengths[first : first + _CHUNK].astype(np.int64)
-            if (lengths < 0).any():
-                index = first + int(np.argmax(lengths < 0))
-                raise DataError(f"{self.idx_path}: length of sequence {index}: expected >= 0, found {lengths.min()}")
-            ends = expected + np.cumsum(lengths) * self.dtype.itemsize
-            pointers = np.concatenate([[expected], ends[:-1]])
-            wrong = pointers != self._pointers[first : first + _CHUNK]
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                raise DataError(
-                    f"{self.idx_path}: pointer of sequence {first + at}: expected {pointers[at]}, "
-                    f"found {self._pointers[first + at]}; the index is damaged"
-                )
-            expected = int(ends[-1])
-        if expected != bin_bytes:
-            raise DataError(
-                f"{self.bin_path}: expected {expected} bytes as in {self.idx_path.name}, found {bin_bytes}; "
-                "the file is cut or belongs to another index"
-            )
+    def _damaged(self, error: DataError) -> DataError:
+        if self._damage_note is None:
+            return DataError(f"{error}; restore the store or tokenize again")
+        with suppress(OSError):
+            self._damage_note.touch()
+        return DataError(f"{error}; run the same command again, which tokenizes the source again")
 
-    def _check_documents(self, num_sequences: int) -> None:
-        """Document indices ascend from 0 to the number of sequences."""
-        previous = 0
-        for first in range(0, len(self._documents), _CHUNK):
-            indices = np.concatenate([[previous], self._documents[first : first + _CHUNK]])
-            if (np.diff(indices) < 0).any() or (first == 0 and indices[1] != 0):
-                at = first + int(np.argmax(np.diff(indices) < 0))
-                raise DataError(f"{self.idx_path}: document index {at}: expected 0, then ascending; found otherwise")
-            previous = int(indices[-1])
-        if previous != num_sequences:
-            raise DataError(f"{self.idx_path}: last document index: expected {num_sequences}, found {previous}")
+
+def _read_side_files(paths: StorePaths) -> tuple[StoreMeta | None, StoreHashes | None]:
+    """Both side files, checked against each other; None for those that a foreign or earlier store does not have."""
+    has_hashes = not is_missing(paths.hashes)
+    if is_missing(paths.meta):
+        if has_hashes:
+            raise DataError(
+                f"{paths.meta}: missing, but {paths.hashes.name} is there; restore it, or remove that file too when "
+                "another program wrote the store"
+            )
+        return None, None
+    raw = read_small_file(paths.meta, max_bytes=MAX_META_BYTES)
+    hashes = StoreHashes.read(paths.hashes) if has_hashes else None
+    if hashes is not None and hashes.meta != hash_of(raw):
+        raise DataError(
+            f"{paths.meta}: does not match its hash in {paths.hashes.name}; one of them is damaged or of another store"
+        )
+    meta = StoreMeta.decode(raw, paths.meta)
+    if meta.has_hashes and hashes is None:
+        raise DataError(f"{paths.hashes}: missing; restore it or tokenize again")
+    return meta, hashes
+
+
+@cache
+def _say_unhashed(prefix: Path) -> None:
+    get_logger().info(
+        "%s: a store without hashes, as other programs write it; its index and sizes are checked, its tokens only "
+        "against the vocabulary",
+        prefix,
+    )
 
 
 class DocumentRange:
@@ -257,31 +248,3 @@ class DocumentRange:
         """Document starts in ``[start, stop)``: int64, ascending, each once; costs O(log documents)."""
         first = self._first_token
         return self.store.document_starts_between(first + start, first + stop, self.documents) - first
-
-
-def _read_header(path: Path) -> tuple[np.dtype[np.generic], int, int]:
-    """Check ``.idx``'s header against its size; return dtype, number of sequences, length of document indices."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(HEADER.size)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(raw) < HEADER.size:
-        raise DataError(f"{path}: expected a header of {HEADER.size} bytes, found {len(raw)} bytes")
-    magic, version, code, num_sequences, num_starts = HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise DataError(f"{path}: expected magic {MAGIC!r}, found {magic!r}; not a Megatron-LM index")
-    if version != VERSION:
-        raise DataError(f"{path}: expected version {VERSION}, found {version}")
-    if code not in TOKEN_DTYPES:
-        raise DataError(f"{path}: expected the code of an integer dtype {sorted(TOKEN_DTYPES)}, found {code}")
-    expected = HEADER.size + num_sequences * (4 + 8) + num_starts * 8
-    if size != expected:
-        raise DataError(
-            f"{path}: expected {expected} bytes for {num_sequences} sequences and {num_starts} document indices, "
-            f"found {size}"
-        )
-    if num_sequences < 1 or num_starts < 2:
-        raise DataError(f"{path}: expected at least one document, found none; the store is empty")
-    return TOKEN_DTYPES[code], num_sequences, num_starts

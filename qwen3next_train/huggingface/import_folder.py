@@ -20,11 +20,10 @@ import torch
 
 from qwen3next_train import __version__
 from qwen3next_train.checkpoint import publication
-from qwen3next_train.checkpoint.discovery import step_name
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, format_bytes, write_file
 from qwen3next_train.checkpoint.fragments import FragmentIndex, RankShare, write_rank_file
-from qwen3next_train.checkpoint.inspection import CHECKPOINTS_NAME
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, WorldLayout, encode_manifest, parse_manifest
+from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, step_name
 from qwen3next_train.checkpoint.staged_folder import staged_folder
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import to_yaml

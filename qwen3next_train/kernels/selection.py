@@ -136,6 +136,12 @@ def select_kernels(
     )
 
 
+def reference_kernels() -> KernelSet:
+    """Every operation by its reference, which runs on any device and in any dtype."""
+    names = dict.fromkeys(KernelsConfig.model_fields, "reference")
+    return select_kernels(KernelsConfig.model_validate(names), torch.device("cpu"))
+
+
 def format_choices(choices: tuple[KernelChoice, ...]) -> str:
     """The start-up table, one operation a line."""
     return "\n".join(f"{c.operation:<22}{c.backend:<12}{c.reason}" for c in choices)

@@ -9,6 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+WANDB_ID = r"[^/\\#?%:\x00-\x20\x7f]{1,128}"
+"""Pattern of the ids that wandb accepts, which become part of paths and addresses."""
+
 LayerStatistic = Literal["max_violation", "dead_experts", "router_entropy"]
 
 

@@ -7,18 +7,20 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.history import content, cut_rows, open_file, replace_file
 
 Record = Mapping[str, float | int]
 """One logged step: values by metric name (``metrics.names``), ``step`` always among them."""
 
-_FILE_MODE = 0o640
 _MAX_PENDING_ROWS = 100_000
+# Readable, so that the rows can be had back when somebody deletes the name.
+_APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 
 
 class Sink(Protocol):
@@ -36,24 +38,25 @@ class JsonlSink:
 
     Numbers are written so that reading gives back the same bits. JSON has no NaN or infinity: such a value is
     written as ``null``. Rows a dead attempt wrote after its last checkpoint are removed at the start, as is a
-    line it did not finish. When the disk is full, rows are held back in memory and written once it is not.
+    line it did not finish; what is lost or damaged before it is said. When the disk is full, rows are held back in
+    memory and written once it is not.
 
     Args:
         path: the file; created when missing.
         resume_step: step the run goes on from; rows of later steps are removed. 0 for a new run: starts empty.
+        due: the steps up to it that earlier attempts have logged, as far as they are known.
 
     Raises:
         StorageError: when the file cannot be opened or cut.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, due: Sequence[range] = ()) -> None:
         self._path = path
         self._pending: deque[bytes] = deque(maxlen=_MAX_PENDING_ROWS)
         self._failing = False
         try:
-            _drop_rows_after(path, resume_step)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            self._descriptor = os.open(path, flags, _FILE_MODE)
+            cut_rows(path, resume_step, due)
+            self._descriptor = open_file(path, _APPENDING)
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise StorageError(
@@ -66,19 +69,48 @@ class JsonlSink:
         self._write_pending()
 
     def sync(self) -> None:
-        """Force the rows to the device; called before a checkpoint that counts on them is published."""
+        """Force the rows to the device; called before a checkpoint that counts on them is published.
+
+        A file that was deleted or replaced under the run is made again from the rows written so far.
+
+        Raises:
+            StorageError: rows are in memory only, or cannot be forced to the device.
+        """
         try:
+            self._restore()
+            self._write_pending()
             os.fsync(self._descriptor)
         except OSError as error:
-            self._report(error)
+            raise StorageError(f"{self._path}: cannot be written ({error.strerror})") from error
+        if self._pending:
+            rows = "1 row is" if len(self._pending) == 1 else f"{len(self._pending)} rows are"
+            raise StorageError(f"{self._path}: cannot be written; {rows} in memory only; free space")
 
     def close(self) -> None:
         """Write what is held back, force it to the device and close the file."""
         self._write_pending()
-        self.sync()
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._report(error)
         os.close(self._descriptor)
         if self._pending:
             get_logger().warning("%s: %d rows could not be written and are lost", self._path, len(self._pending))
+
+    def _restore(self) -> None:
+        try:
+            if os.path.samestat(os.fstat(self._descriptor), os.lstat(self._path)):
+                return
+        except FileNotFoundError:
+            is_replaced = False
+        else:
+            is_replaced = True
+        aside = replace_file(self._path, content(self._descriptor, self._size), keep_old=is_replaced)
+        what = "deleted" if aside is None else f"replaced (kept as {aside.name})"
+        get_logger().warning("%s: %s under the run; made again with the rows so far", self._path, what)
+        descriptor = open_file(self._path, _APPENDING)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
 
     def _write_pending(self) -> None:
         if not self._pending:
@@ -114,51 +146,3 @@ def encode_row(record: Record) -> bytes:
     """One line of ``metrics.jsonl``, newline included; NaN and infinity become ``null``."""
     row = {name: value if math.isfinite(value) else None for name, value in record.items()}
     return json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
-
-
-def _drop_rows_after(path: Path, resume_step: int) -> None:
-    """Keep the whole rows up to ``resume_step``, in order and once each; replaces the file atomically."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return
-    with os.fdopen(descriptor, "rb") as source:
-        kept = sum(len(row) for row in _rows_to_keep(source, resume_step))
-        if kept == os.fstat(source.fileno()).st_size:
-            return
-        source.seek(0)
-        staged = path.with_name(f".{path.name}.tmp")
-        staged.unlink(missing_ok=True)
-        target = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
-        with os.fdopen(target, "wb") as cut:
-            cut.writelines(_rows_to_keep(source, resume_step))
-            cut.flush()
-            os.fsync(cut.fileno())
-    staged.rename(path)
-    get_logger().info("%s: rows after step %d and unreadable ones removed", path, resume_step)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _rows_to_keep(source: BinaryIO, resume_step: int) -> Iterator[bytes]:
-    last_step = -1
-    for row in source:
-        step = _step_of(row)
-        if step is not None and last_step < step <= resume_step and resume_step > 0:
-            last_step = step
-            yield row
-
-
-def _step_of(text: bytes) -> int | None:
-    """The row's step, None for a line that is torn or damaged."""
-    if not text.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -18,17 +18,14 @@ import torch
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
-from qwen3next_train.kernels.gdn_prologue import HeadShape, gdn_prologue_reference
-from qwen3next_train.kernels.norms import GatedRmsNorm, gated_rms_norm_reference
-from qwen3next_train.kernels.selection import KernelChoice, KernelSet
+from qwen3next_train.kernels.gdn_prologue import HeadShape
+from qwen3next_train.kernels.selection import KernelChoice, KernelSet, reference_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup
-from qwen3next_train.selftest.case import Case, Outputs, RandomInputs
+from qwen3next_train.selftest import mixer_cases
+from qwen3next_train.selftest.case import Case, RandomInputs, case_errors
 from qwen3next_train.selftest.check import Check, merge_ranks, try_check
-from qwen3next_train.selftest.mixer_cases import delta_rule_tensors, first_output, projection_tensors
-from qwen3next_train.selftest.operations import case_errors
 
 BOUND = 1e-2
 """Largest relative error (norm of the difference over the norm of the reference) of an output or a gradient."""
@@ -117,58 +114,40 @@ def _compared(kernels: KernelSet) -> list[KernelChoice]:
 def _check(
     choice: KernelChoice, kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> list[Check]:
-    random = RandomInputs(torch.Generator().manual_seed(0), device)
-    cases = _CASES[choice.operation](kernels, model, random)
-    error, name = max((error, name) for case in cases for name, error in case_errors(case, dtype).items())
+    errors = [
+        case_errors(case, kernels, dtype, references=reference_kernels())
+        for case in _CASES[choice.operation](model, device)
+    ]
+    error, name = max((error, name) for of_case in errors for name, error in of_case.items())
     detail = f"{choice.operation} by {choice.backend} is off plain torch by {error:.1e} ({name}), allowed {BOUND:.0e}"
     if error > BOUND:
         detail = f"{detail}: it computes wrong results on this machine; set kernels.{choice.key} to reference"
     return [Check(f"kernels.{choice.key}", error <= BOUND, detail)]
 
 
-def _packings(device: torch.device) -> Iterator[VarlenMetadata]:
+def _packings(device: torch.device) -> Iterator[tuple[RandomInputs, VarlenMetadata]]:
+    """Several documents and one, each with a generator that begins anew: both get the same values."""
     for lengths in (_LENGTHS, (_NUM_TOKENS,)):
-        yield VarlenMetadata.from_lengths(lengths, device)
+        yield RandomInputs(torch.Generator().manual_seed(0), device), VarlenMetadata.from_lengths(lengths, device)
 
 
-def _gdn_prologue(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    heads = HeadShape.of(model)
-    inputs = projection_tensors(random, heads, _NUM_TOKENS, model.linear_conv_kernel_dim)
-    for sequences in _packings(random.device):
-        kernel = partial(kernels.gdn_prologue, heads=heads, sequences=sequences)
-        reference = partial(gdn_prologue_reference, heads=heads, sequences=sequences)
-        yield Case(inputs, kernel, reference, frozenset({"A_log_N", "dt_bias_N"}))
+def _gdn_prologue(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+    for random, sequences in _packings(device):
+        yield mixer_cases.gdn_prologue(random, HeadShape.of(model), sequences, model.linear_conv_kernel_dim)
 
 
-def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    """As in training: documents begin empty, and nobody reads their final states."""
-    heads = HeadShape.of(model)
-    decay = frozenset({"g_TN"})
-    inputs = delta_rule_tensors(random, heads, _NUM_TOKENS)
-    for sequences in _packings(random.device):
-        kernel = partial(kernels.gated_delta_rule, sequences=sequences)
-        reference = partial(gated_delta_rule_reference, sequences=sequences)
-        yield Case(inputs, partial(first_output, kernel), partial(first_output, reference), decay, decay)
+def _gated_delta_rule(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+    for random, sequences in _packings(device):
+        yield mixer_cases.gated_delta_rule(random, HeadShape.of(model), sequences)
 
 
-def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    """The gate where the layer's projection has it, beside other columns."""
-    heads = HeadShape.of(model)
-    shape = (_NUM_TOKENS, heads.key_heads, heads.group, heads.value_dim)
-    inputs = {
-        "x": random.normal(*shape),
-        "projection": random.normal(_NUM_TOKENS, heads.key_heads, sum(heads.group_sizes)),
-        "weight": 1 + random.normal(heads.value_dim) / 4,
-    }
-
-    def outputs(norm: GatedRmsNorm, x: torch.Tensor, projection: torch.Tensor, weight: torch.Tensor) -> Outputs:
-        gate = projection[..., -heads.group_sizes[-1] :].unflatten(-1, shape[2:])
-        return (norm(x, gate, weight, eps=model.rms_norm_eps),)
-
-    yield Case(inputs, partial(outputs, kernels.gated_rms_norm), partial(outputs, gated_rms_norm_reference))
+def _gated_rms_norm(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+    heads, (random, sequences) = HeadShape.of(model), next(_packings(device))
+    shape = sequences.num_tokens, heads.key_heads, heads.group, heads.value_dim
+    yield mixer_cases.gated_rms_norm(random, shape, columns=sum(heads.group_sizes), eps=model.rms_norm_eps)
 
 
-_CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[Case]]] = {
+_CASES: dict[str, Callable[[ModelConfig, torch.device], Iterator[Case]]] = {
     "gdn_prologue": _gdn_prologue,
     "gated_delta_rule": _gated_delta_rule,
     "gated_rms_norm": _gated_rms_norm,

@@ -1,158 +1,151 @@
-"""Cases of the mixers' operations, their definitions written out."""
+"""Cases of the mixers' operations, their definitions written out.
+
+Letters: those of the operations' modules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule
+from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, recurrent_gated_delta_rule
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.selftest.case import EPS, NUM_TOKENS, Case, Outputs, RandomInputs
+from qwen3next_train.selftest.case import EPS, Case, Outputs, RandomInputs
 
 
-def delta_rule_tensors(random: RandomInputs, heads: HeadShape, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Arguments of the gated delta rule for documents that begin empty."""
+def gated_delta_rule(
+    random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata, *, with_states: bool = False
+) -> Case:
+    """As in training, where documents begin empty and nobody reads their final states; or with states at both ends."""
+    num_tokens = sequences.num_tokens
     # From strong to slow decay over the heads: a state that is forgotten at once hides its errors.
     rate_N = torch.logspace(0, -3, heads.value_heads, dtype=torch.float64, device=random.device)
-    return {
+    inputs = {
         "q_THK": F.normalize(random.normal(num_tokens, heads.key_heads, heads.key_dim), dim=-1),
         "k_THK": F.normalize(random.normal(num_tokens, heads.key_heads, heads.key_dim), dim=-1),
         "v_TNV": random.normal(num_tokens, heads.value_heads, heads.value_dim),
         "g_TN": -rate_N * random.uniform(num_tokens, heads.value_heads),
         "beta_TN": random.uniform(num_tokens, heads.value_heads),
     }
+    if with_states:
+        states = sequences.num_documents, heads.value_heads, heads.key_dim, heads.value_dim
+        inputs["initial_state_DNKV"] = 0.1 * random.normal(*states)
+
+    def outputs(rule: GatedDeltaRule, **inputs: torch.Tensor) -> Outputs:
+        if not with_states:
+            return (rule(**inputs, sequences=sequences)[0],)
+        out, final = rule(**inputs, sequences=sequences, output_final_state=True)
+        assert final is not None
+        return out, final
+
+    return Case(
+        inputs,
+        lambda kernels, **inputs: outputs(kernels.gated_delta_rule, **inputs),
+        partial(outputs, recurrent_gated_delta_rule),
+        frozenset({"g_TN", "initial_state_DNKV"}),
+        frozenset({"g_TN"}),
+    )
 
 
-def projection_tensors(random: RandomInputs, heads: HeadShape, num_tokens: int, width: int) -> dict[str, torch.Tensor]:
-    """Arguments of the operation that makes the rule's; ``width`` is the convolution's."""
-    return {
-        "qkvz_TP": random.normal(num_tokens, heads.key_heads * sum(heads.group_sizes)),
-        "ba_TM": random.normal(num_tokens, 2 * heads.value_heads),
+def gdn_prologue(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata, width: int) -> Case:
+    """What makes the delta rule's operands; ``width`` is the convolution's."""
+    inputs = {
+        "qkvz_TP": random.normal(sequences.num_tokens, heads.key_heads * sum(heads.group_sizes)),
+        "ba_TM": random.normal(sequences.num_tokens, 2 * heads.value_heads),
         "weight_CW": random.normal(heads.channels, width),
         "A_log_N": random.normal(heads.value_heads),
         "dt_bias_N": random.normal(heads.value_heads),
     }
 
+    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
+        return kernels.gdn_prologue(**inputs, heads=heads, sequences=sequences)
 
-def first_output(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
-    """The rule's output without its final state, which training does not read."""
-    return (rule(**inputs)[0],)
-
-
-def _few_heads(model: ModelConfig) -> HeadShape:
-    """Two key heads of the model's sizes, and at most eight value heads to each."""
-    group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
-    return HeadShape(2, 2 * group, model.linear_key_head_dim, model.linear_value_head_dim)
+    definition = partial(_plain_gdn_prologue, heads=heads, sequences=sequences)
+    return Case(inputs, run, definition, frozenset({"A_log_N", "dt_bias_N"}))
 
 
-def _gated_delta_rule(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    # FlashQLA is compiled for a number of heads, and for states, by minutes: what training runs is compiled once.
-    as_trained = any(
-        choice.operation == "gated_delta_rule" and choice.backend == "flash_qla" for choice in kernels.choices
-    )
-    heads = HeadShape.of(model) if as_trained else _few_heads(model)
-    decay = frozenset({"g_TN"})
-    fp32_inputs = decay | {"initial_state_DNKV"}
-    for sequences in random.packings():
-        inputs = delta_rule_tensors(random, heads, NUM_TOKENS)
-        kernel = partial(kernels.gated_delta_rule, sequences=sequences)
-        reference = partial(recurrent_gated_delta_rule, sequences=sequences)
-        if as_trained or sequences.num_documents > 1:
-            # As in training: documents begin empty, and nobody reads the final state.
-            yield Case(inputs, partial(first_output, kernel), partial(first_output, reference), fp32_inputs, decay)
-        else:
-            inputs["initial_state_DNKV"] = 0.1 * random.normal(1, heads.value_heads, heads.key_dim, heads.value_dim)
-            yield Case(inputs, partial(_with_state, kernel), partial(_with_state, reference), fp32_inputs, decay)
-
-
-def _with_state(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], **inputs: torch.Tensor) -> Outputs:
-    out, final = rule(**inputs, output_final_state=True)
-    assert final is not None
-    return out, final
-
-
-def _gdn_prologue(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    heads = _few_heads(model)
-    for sequences in random.packings():
-        inputs = projection_tensors(random, heads, NUM_TOKENS, model.linear_conv_kernel_dim)
-        kernel = partial(kernels.gdn_prologue, heads=heads, sequences=sequences)
-        reference = partial(_plain_gdn_prologue, heads=heads, sequences=sequences)
-        yield Case(inputs, kernel, reference, frozenset({"A_log_N", "dt_bias_N"}))
-
-
-def _varlen_attention(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    kv_heads = min(2, model.num_key_value_heads)
-    # A gradient of k or v is a sum over its query heads; many more of them would add up to more than the bound.
-    heads = kv_heads * min(8, model.num_attention_heads // model.num_key_value_heads)
-    for sequences in random.packings():
-        inputs = {
-            "q_TNH": random.normal(NUM_TOKENS, heads, model.head_dim),
-            "k_TGH": random.normal(NUM_TOKENS, kv_heads, model.head_dim),
-            "v_TGH": random.normal(NUM_TOKENS, kv_heads, model.head_dim),
-        }
-        yield Case(inputs, _single(kernels.varlen_attention, sequences), _single(_plain_attention, sequences))
-
-
-def _gated_rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    size = model.linear_value_head_dim
+def varlen_attention(
+    random: RandomInputs, num_heads: int, num_kv_heads: int, head_dim: int, sequences: VarlenMetadata
+) -> Case:
+    """Causal attention within each document."""
     inputs = {
-        "x": random.normal(NUM_TOKENS, 3, size),
-        "gate": random.normal(NUM_TOKENS, 3, size),
-        "weight": 1 + random.normal(size) / 4,
+        "q_TNH": random.normal(sequences.num_tokens, num_heads, head_dim),
+        "k_TGH": random.normal(sequences.num_tokens, num_kv_heads, head_dim),
+        "v_TGH": random.normal(sequences.num_tokens, num_kv_heads, head_dim),
     }
-    yield Case(inputs, lambda **inputs: (kernels.gated_rms_norm(**inputs, eps=EPS),), _plain_gated_rms_norm)
+
+    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
+        return (kernels.varlen_attention(**inputs, sequences=sequences),)
+
+    return Case(inputs, run, partial(_plain_attention, sequences=sequences))
 
 
-def _qk_norm_rope(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    rotated = int(model.head_dim * model.partial_rotary_factor)
-    angle = (random.uniform(NUM_TOKENS, 1, rotated // 2) * 7).float()
+def gated_rms_norm(
+    random: RandomInputs, shape: tuple[int, ...], *, columns: int | None = None, eps: float = EPS
+) -> Case:
+    """The norm of ``shape``, heads by value head dim; weights are all ones but for a quarter.
+
+    With ``columns`` the gate lies where the layer's projection has it, at the end of so many columns of a key head:
+    ``shape`` is then tokens, key heads, value heads to each, value head dim.
+    """
+    inputs = {"x": random.normal(*shape)}
+    if columns is None:
+        inputs["gate"] = random.normal(*shape)
+    else:
+        inputs["projection"] = random.normal(*shape[:2], columns)
+    inputs["weight"] = 1 + random.normal(shape[-1]) / 4
+
+    def run(kernels: KernelSet, x: torch.Tensor, weight: torch.Tensor, **gate: torch.Tensor) -> Outputs:
+        return (kernels.gated_rms_norm(x=x, gate=gate_of(**gate), weight=weight, eps=eps),)
+
+    def definition(x: torch.Tensor, weight: torch.Tensor, **gates: torch.Tensor) -> Outputs:
+        gate = gate_of(**gates)
+        return (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight * gate * gate.sigmoid(),)
+
+    def gate_of(gate: torch.Tensor | None = None, projection: torch.Tensor | None = None) -> torch.Tensor:
+        if projection is None:
+            assert gate is not None
+            return gate
+        return projection[..., -shape[-2] * shape[-1] :].unflatten(-1, shape[-2:])
+
+    return Case(inputs, run, definition)
+
+
+def qk_norm_rope(
+    random: RandomInputs, num_tokens: int, num_heads: int, head_dim: int, *, rotated: int, columns: int
+) -> Case:
+    """As in the model: each head is the beginning of so many ``columns`` of a projection."""
+    angle = (random.uniform(num_tokens, 1, rotated // 2) * 7).float()
     cos, sin = angle.cos(), angle.sin()
     cos_T1r, sin_T1r = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    # As in the model: the heads are the first halves of a wider projection.
-    inputs = {"x_T": random.normal(NUM_TOKENS, 3 * 2 * model.head_dim), "weight_H": random.normal(model.head_dim) / 4}
+    inputs = {"x_T": random.normal(num_tokens, num_heads * columns), "weight_H": random.normal(head_dim) / 4}
 
     def heads(x_T: torch.Tensor) -> torch.Tensor:
-        return x_T.unflatten(1, (3, -1))[..., : model.head_dim]
+        return x_T.unflatten(1, (num_heads, -1))[..., :head_dim]
 
-    def kernel(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
+    def run(kernels: KernelSet, x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
         return (kernels.qk_norm_rope(heads(x_T), weight_H, cos_T1r, sin_T1r, eps=EPS),)
 
-    def reference(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
+    def definition(x_T: torch.Tensor, weight_H: torch.Tensor) -> Outputs:
         return (_plain_qk_norm_rope(heads(x_T), weight_H, torch.complex(cos.double(), sin.double())),)
 
-    yield Case(inputs, kernel, reference)
+    return Case(inputs, run, definition)
 
 
-def _output_gate(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    shape = (NUM_TOKENS, 3, model.head_dim)
-    inputs = {"x_TNH": random.normal(*shape), "gate_TNH": 3 * random.normal(*shape)}
+def output_gate(random: RandomInputs, num_tokens: int, num_heads: int, head_dim: int) -> Case:
+    """The gate of the attention's output."""
+    shape = num_tokens, num_heads, head_dim
 
-    def reference(x_TNH: torch.Tensor, gate_TNH: torch.Tensor) -> Outputs:
+    def definition(x_TNH: torch.Tensor, gate_TNH: torch.Tensor) -> Outputs:
         return (x_TNH / (1 + (-gate_TNH).exp()),)
 
-    yield Case(inputs, lambda **inputs: (kernels.output_gate(**inputs),), reference)
-
-
-MIXER_CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[Case]]] = {
-    "gated_delta_rule": _gated_delta_rule,
-    "gdn_prologue": _gdn_prologue,
-    "gated_rms_norm": _gated_rms_norm,
-    "varlen_attention": _varlen_attention,
-    "qk_norm_rope": _qk_norm_rope,
-    "output_gate": _output_gate,
-}
-"""By field of ``KernelSet``."""
-
-
-def _single(operation: Callable[..., torch.Tensor], sequences: VarlenMetadata) -> Callable[..., Outputs]:
-    return lambda **inputs: (operation(**inputs, sequences=sequences),)
+    inputs = {"x_TNH": random.normal(*shape), "gate_TNH": 3 * random.normal(*shape)}
+    return Case(inputs, lambda kernels, **inputs: (kernels.output_gate(**inputs),), definition)
 
 
 def _spans(sequences: VarlenMetadata) -> list[tuple[int, int]]:
@@ -190,7 +183,7 @@ def _plain_gdn_prologue(
 
 def _plain_attention(
     q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, *, sequences: VarlenMetadata
-) -> torch.Tensor:
+) -> Outputs:
     group = q_TNH.shape[1] // k_TGH.shape[1]
     outputs = []
     for start, end in _spans(sequences):
@@ -200,11 +193,7 @@ def _plain_attention(
         future_TT = torch.ones(end - start, end - start, dtype=torch.bool, device=q_TNH.device).triu(1)
         weights_NTT = scores_NTT.masked_fill(future_TT, float("-inf")).softmax(-1)
         outputs.append((weights_NTT @ v_NTH).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _plain_gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Outputs:
-    return (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight * gate * gate.sigmoid(),)
+    return (torch.cat(outputs),)
 
 
 def _plain_conv(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequences: VarlenMetadata) -> torch.Tensor:

@@ -10,19 +10,21 @@ Letters: those of the operations' packages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
-from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
+from qwen3next_train.kernels.gates import MAX_CONSUMERS
+from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelChoice, KernelSet
-from qwen3next_train.selftest.case import CANCELLATION, EPS, NUM_TOKENS, Case, Outputs, RandomInputs, capped
+from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.selftest import dense_cases, mixer_cases, moe_cases
+from qwen3next_train.selftest.case import Case, RandomInputs, case_errors
 from qwen3next_train.selftest.check import Check, try_check
-from qwen3next_train.selftest.mixer_cases import MIXER_CASES
-from qwen3next_train.selftest.moe_cases import MOE_CASES
+
+LENGTHS = (65, 1, 64, 62)
+NUM_TOKENS = sum(LENGTHS)
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative error (norm of the difference over the norm of the reference) of an output or a gradient."""
@@ -62,19 +64,11 @@ def kernel_errors(
         ``output``, ``output 2`` for a second one, and ``grad NAME`` for each input; infinite where not finite.
     """
     worst: dict[str, float] = {}
-    generator = torch.Generator().manual_seed(0)
-    for case in _CASES[operation](kernels, model, RandomInputs(generator, device)):
-        for name, error in case_errors(case, dtype).items():
+    random = RandomInputs(torch.Generator().manual_seed(0), device)
+    for case in _small_cases(operation, kernels, model, random):
+        for name, error in case_errors(case, kernels, dtype).items():
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference (over 1 where that is 0); infinite if not finite."""
-    norm = float(torch.linalg.vector_norm(reference.double()))
-    difference = float(torch.linalg.vector_norm(value.double() - reference.double()))
-    error = difference / norm if norm > 0 else difference
-    return error if error < float("inf") else float("inf")
 
 
 def _kernel_check(
@@ -97,97 +91,147 @@ def _kernel_check(
     return Check(f"kernel {choice.operation}", ok, detail)
 
 
-def case_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
-    """Relative error of every output and gradient of one case, named as :func:`kernel_errors` names them.
-
-    In bf16 those of cancelling gradients are divided by :data:`CANCELLATION`.
-    """
-    narrow, exact = {}, {}
-    for name, value in case.inputs.items():
-        rounded = value.to(torch.promote_types(dtype, torch.float32) if name in case.fp32_inputs else dtype)
-        narrow[name] = rounded.clone().requires_grad_()
-        exact[name] = rounded.to(torch.float64, copy=True).requires_grad_()
-    outputs = case.kernel(**narrow)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [
-        torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device, output.dtype)
-        for output in outputs
-    ]
-    torch.autograd.backward(outputs, upstream)
-    on_cpu = all(value.device.type == "cpu" for value in case.inputs.values())
-    with _one_thread() if on_cpu else nullcontext():
-        references = case.reference(**exact)
-        torch.autograd.backward(references, [gradient.double() for gradient in upstream])
-    errors = {}
-    for index, (output, reference) in enumerate(zip(outputs, references, strict=True)):
-        errors["output" if index == 0 else f"output {index + 1}"] = relative_error(output.detach(), reference.detach())
-    for name, leaf in narrow.items():
-        gradient, reference_gradient = leaf.grad, exact[name].grad
-        assert gradient is not None, name
-        assert reference_gradient is not None, name
-        cancels = name in case.cancelling and dtype == torch.bfloat16
-        errors[f"grad {name}"] = relative_error(gradient, reference_gradient) / (CANCELLATION if cancels else 1)
-    return errors
+def _small_cases(operation: str, kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    """An operation with head sizes of the model, and whatever else its kernels are compiled for."""
+    # FlashQLA is compiled for a number of heads, and for states, by minutes: what training runs is compiled once.
+    compiled_once = any(
+        choice.operation == "gated_delta_rule" and choice.backend == "flash_qla" for choice in kernels.choices
+    )
+    if operation == "gated_delta_rule" and compiled_once:
+        return _gated_delta_rule_as_trained(model, random)
+    return _CASES[operation](model, random)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For thousands of tiny operations on the CPU, whose threads would spend their time waiting for each other.
-
-    Threads that first meet torch inside, anywhere in the process, get the one too and keep it.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+def _packings(device: torch.device) -> Iterator[VarlenMetadata]:
+    """Documents of odd lengths, then one document."""
+    for lengths in (LENGTHS, (NUM_TOKENS,)):
+        yield VarlenMetadata.from_lengths(lengths, device)
 
 
-def _rms_norm(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
-    size = capped(model.hidden_size)
-    inputs = {
-        "x_TD": random.normal(NUM_TOKENS, size),
-        "y_TD": random.normal(NUM_TOKENS, size),
-        "weight_D": random.normal(size) / 4,
-    }
-
-    def kernel(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
-        alone_TD = kernels.rms_norm.normalize(x_TD, weight_D, eps=EPS)
-        return alone_TD, *kernels.rms_norm.fused_add_rms_norm(x_TD, y_TD, weight_D, eps=EPS)
-
-    def reference(x_TD: torch.Tensor, y_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
-        alone_TD, normed_TD = (z / (z.square().mean(1, keepdim=True) + EPS).sqrt() for z in (x_TD, x_TD + y_TD))
-        return alone_TD * (1 + weight_D), x_TD + y_TD, normed_TD * (1 + weight_D)
-
-    yield Case(inputs, kernel, reference)
-
-    def reference_pass(x_TD: torch.Tensor, weight_D: torch.Tensor) -> Outputs:
-        return 1 * x_TD, x_TD / (x_TD.square().mean(1, keepdim=True) + EPS).sqrt() * (1 + weight_D)
-
-    del inputs["y_TD"]
-    yield Case(inputs, partial(kernels.rms_norm.rms_norm_with_residual, eps=EPS), reference_pass)
+def _capped(size: int, limit: int = 1024) -> int:
+    """A size of matrices that is quick to multiply and as aligned as ``size``."""
+    return size if size <= limit else limit + size % 128
 
 
-def _linear_cross_entropy(kernels: KernelSet, model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _few_heads(model: ModelConfig) -> HeadShape:
+    """Two key heads of the model's sizes, and at most eight value heads to each."""
+    group = min(8, model.linear_num_value_heads // model.linear_num_key_heads)
+    return HeadShape(2, 2 * group, model.linear_key_head_dim, model.linear_value_head_dim)
+
+
+def _gated_delta_rule(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for sequences in _packings(random.device):
+        one = sequences.num_documents == 1
+        yield mixer_cases.gated_delta_rule(random, _few_heads(model), sequences, with_states=one)
+
+
+def _gated_delta_rule_as_trained(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for sequences in _packings(random.device):
+        yield mixer_cases.gated_delta_rule(random, HeadShape.of(model), sequences)
+
+
+def _gdn_prologue(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for sequences in _packings(random.device):
+        yield mixer_cases.gdn_prologue(random, _few_heads(model), sequences, model.linear_conv_kernel_dim)
+
+
+def _varlen_attention(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    kv_heads = min(2, model.num_key_value_heads)
+    # A gradient of k or v is a sum over its query heads; many more of them would add up to more than the bound.
+    heads = kv_heads * min(8, model.num_attention_heads // model.num_key_value_heads)
+    for sequences in _packings(random.device):
+        yield mixer_cases.varlen_attention(random, heads, kv_heads, model.head_dim, sequences)
+
+
+def _gated_rms_norm(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    yield mixer_cases.gated_rms_norm(random, (NUM_TOKENS, 3, model.linear_value_head_dim))
+
+
+def _qk_norm_rope(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    rotated, columns = int(model.head_dim * model.partial_rotary_factor), 2 * model.head_dim
+    yield mixer_cases.qk_norm_rope(random, NUM_TOKENS, 3, model.head_dim, rotated=rotated, columns=columns)
+
+
+def _output_gate(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    yield mixer_cases.output_gate(random, NUM_TOKENS, 3, model.head_dim)
+
+
+def _grouped_matmul(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    # Of the last three the first has several tiles of rows and of columns, one of them full to the last row; the second
+    # more tiles than a device has multiprocessors; the third more rows than a kernel sums up at a time.
+    for counts, limit in (
+        ((5, 0, 41, 1), 1024),
+        ((16, 16, 16, 16), 1024),
+        ((300, 128, 0, 7, 700), 512),
+        ((260, 18000, 128), 64),
+        ((2100, 7), 256),
+    ):
+        hidden, expert_hidden = _capped(model.hidden_size, limit), _capped(model.moe_intermediate_size, limit)
+        yield moe_cases.grouped_matmul(random, counts, hidden, expert_hidden)
+
+
+def _top_k_routing(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    yield moe_cases.top_k_routing(
+        random,
+        NUM_TOKENS,
+        _capped(model.hidden_size),
+        model.num_experts,
+        top_k=model.num_experts_per_tok,
+        renormalize=model.norm_topk_prob,
+        num_rows=2,
+    )
+
+
+def _token_permutation(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    num_experts = 5
+    ids_TK = moe_cases.random_experts(random, NUM_TOKENS, num_experts, top_k=3)
+    # Some pairs have no row, as with experts of other ranks.
+    ids_TK = ids_TK.where(ids_TK != num_experts - 1, -1)
+    yield moe_cases.permute(random, ids_TK, num_experts, _capped(model.hidden_size), back=True)
+
+
+def _swiglu(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    case = moe_cases.swiglu(random, NUM_TOKENS, _capped(model.moe_intermediate_size), weighted=True)
+    yield case
+    yield replace(case, inputs={"gate_up": case.inputs["gate_up"]})
+
+
+def _shared_expert_combine(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    yield moe_cases.shared_expert_combine(random, NUM_TOKENS, _capped(model.hidden_size))
+
+
+def _shared_input(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for count in range(2, MAX_CONSUMERS + 1):
+        yield moe_cases.shared_input(random, NUM_TOKENS, _capped(model.hidden_size), count)
+
+
+def _rms_norm(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    size = _capped(model.hidden_size)
+    case = dense_cases.rms_norm(random, NUM_TOKENS, size, "normalize", "fused_add_rms_norm")
+    yield case
+    inputs = {name: case.inputs[name] for name in ("x_TD", "weight_D")}
+    yield replace(dense_cases.rms_norm(random, NUM_TOKENS, size, "rms_norm_with_residual"), inputs=inputs)
+
+
+def _linear_cross_entropy(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     # Large enough for the reference to need several chunks on CPU.
-    hidden, vocabulary = 16, 32768
-    inputs = {"hidden_TD": random.normal(NUM_TOKENS, hidden), "weight_VD": random.normal(vocabulary, hidden)}
-    labels_T = (random.uniform(NUM_TOKENS) * vocabulary).long()
-    labels_T[::5] = IGNORE_INDEX
-
-    def kernel(**inputs: torch.Tensor) -> Outputs:
-        return (kernels.linear_cross_entropy(**inputs, labels_T=labels_T),)
-
-    def reference(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> Outputs:
-        return (F.cross_entropy(hidden_TD @ weight_VD.t(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum"),)
-
-    yield Case(inputs, kernel, reference)
+    yield dense_cases.linear_cross_entropy(random, NUM_TOKENS, vocabulary=32768, hidden=16, logit_std=4)
 
 
-_CASES: dict[str, Callable[[KernelSet, ModelConfig, RandomInputs], Iterator[Case]]] = {
-    **MIXER_CASES,
-    **MOE_CASES,
+_CASES: dict[str, Callable[[ModelConfig, RandomInputs], Iterator[Case]]] = {
+    "gated_delta_rule": _gated_delta_rule,
+    "gdn_prologue": _gdn_prologue,
+    "gated_rms_norm": _gated_rms_norm,
+    "varlen_attention": _varlen_attention,
+    "qk_norm_rope": _qk_norm_rope,
+    "output_gate": _output_gate,
+    "grouped_matmul": _grouped_matmul,
+    "top_k_routing": _top_k_routing,
+    "token_permutation": _token_permutation,
+    "swiglu": _swiglu,
+    "shared_expert_combine": _shared_expert_combine,
+    "shared_input": _shared_input,
     "rms_norm": _rms_norm,
     "linear_cross_entropy": _linear_cross_entropy,
 }
+"""By field of ``KernelSet``."""

@@ -21,8 +21,9 @@ from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.selftest.case import relative_error
 from qwen3next_train.selftest.check import Check
-from qwen3next_train.selftest.operations import DTYPE_NAMES, relative_error
+from qwen3next_train.selftest.operations import DTYPE_NAMES
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """Largest relative error between packed and separate; in bf16 rounding alone makes about a hundredth."""

@@ -10,6 +10,7 @@ import torch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.weights import find_checkpoint
 from qwen3next_train.config.describe import compare_configs
+from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError, ConfigError
@@ -68,12 +69,15 @@ def find_initial_weights(config: Config, control: ControlGroup) -> InitialWeight
         # Equal tensors can be cut into heads in more than one way.
         change = changes.shape[0]
         raise CheckpointError(
-            f"checkpoint.init_from: {found.path}: checkpoint of another model: {change.key} was {change.old}, "
-            f"now {change.new}; use the model section of the run that wrote it"
+            f"checkpoint.init_from: {found.path}: checkpoint of another model: {change.key} was "
+            f"{show_stored(change.old)}, now {show_stored(change.new)}; use the model section of the run that wrote it"
         )
     for change in changes.trajectory:
         if change.key in _MEANING_OF_WEIGHTS:
             get_logger().warning(
-                "checkpoint.init_from: the weights were trained with %s %s, now %s", change.key, change.old, change.new
+                "checkpoint.init_from: the weights were trained with %s %s, now %s",
+                change.key,
+                show_stored(change.old),
+                change.new,
             )
     return InitialWeights(found.path, reader)

@@ -11,6 +11,7 @@ import torch
 
 from qwen3next_train.accounting.flops import training_flops
 from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.agreement import StageFailed, run_together
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header
 from qwen3next_train.checkpoint.train_state import TrainState, rng_state
@@ -43,6 +44,8 @@ class Run:
         sinks: where records go; none on ranks other than 0.
         progress: told the number of every finished step.
         sync_metrics: forces the logged rows to the disk; a checkpoint counts on the rows up to its step.
+        require_directory: raises a ``StorageError`` when the run directory is gone.
+        record_save: told the step of every published checkpoint.
         throughput: speed from counts and times.
         stop: signals received.
     """
@@ -60,9 +63,10 @@ class Run:
     sinks: Sequence[Sink]
     progress: Callable[[int], None]
     sync_metrics: Callable[[], None]
+    require_directory: Callable[[], None]
+    record_save: Callable[[int], None]
     throughput: Throughput
     stop: StopRequest
-    consecutive_skips: int = 0
     failed_saves: int = 0
     saved_step: int = field(default=-1)
 
@@ -75,7 +79,7 @@ def train(run: Run) -> str | None:
 
     Raises:
         DivergedError: too many consecutive non-finite steps.
-        StorageError: checkpoints cannot be written any more.
+        StorageError: the run directory is gone, or checkpoints cannot be written any more.
     """
     run.saved_step = run.state.step
     run.stop.defer()
@@ -105,12 +109,15 @@ def save(run: Run, *, must_succeed: bool) -> None:
     next interval tries again, until ``checkpoint.max_failures`` in a row have failed.
 
     Raises:
-        StorageError: the save failed and was the last chance, or too many failed in a row.
+        DivergedError: weights or moments are not finite.
+        StorageError: the run directory is gone, or the save failed and was the last chance, or too many failed in a
+            row.
     """
     if run.saved_step == run.state.step:
         return
-    run.sync_metrics()
+    _together(run, run.require_directory, "run directory lost")
     try:
+        _together(run, run.sync_metrics, f"checkpoint of step {run.state.step} not saved")
         run.checkpoints.save(
             step=run.state.step,
             fragments=run.engine.fragments(),
@@ -122,10 +129,22 @@ def save(run: Run, *, must_succeed: bool) -> None:
         run.failed_saves += 1
         if must_succeed or run.failed_saves >= run.config.checkpoint.max_failures:
             raise
+        _together(run, run.require_directory, "run directory lost")
         get_logger().warning("%s; training goes on, the next checkpoint will try again", error)
+    except DivergedError as error:
+        raise DivergedError(f"{error}; {_way_back(run)}") from error
     else:
         run.failed_saves = 0
         run.saved_step = run.state.step
+        run.record_save(run.state.step)
+
+
+def _together(run: Run, action: Callable[[], object], what: str) -> None:
+    """Do something on every rank; raise on every rank when it fails on one."""
+    try:
+        run_together(run.control, lambda: (action(), None))
+    except StageFailed as failed:
+        raise failed.to_error(what) from failed
 
 
 def _report_due(config: Config, step: int) -> Report:
@@ -163,8 +182,8 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
         flops_total=run.throughput.flops_total,
         skipped_steps=state.skipped_steps + int(result.skipped),
         optimizer_step=state.optimizer_step + int(not result.skipped),
+        consecutive_skips=state.consecutive_skips + 1 if result.skipped else 0,
     )
-    run.consecutive_skips = run.consecutive_skips + 1 if result.skipped else 0
     return speed
 
 
@@ -183,11 +202,27 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
 
 
 def _check_divergence(run: Run) -> None:
-    if run.consecutive_skips >= run.config.run.max_skipped_steps:
+    num_skips = run.state.consecutive_skips
+    if num_skips >= run.config.run.max_skipped_steps:
         raise DivergedError(
-            f"step {run.state.step}: gradients were not finite for {run.consecutive_skips} steps in a row "
-            "(run.max_skipped_steps); lower optimizer.lr and start again from an earlier checkpoint"
+            f"step {run.state.step}: gradients were not finite for {num_skips} steps in a row "
+            f"(run.max_skipped_steps); {_way_back(run)}"
         )
+
+
+def _way_back(run: Run) -> str:
+    """What to do about a run that diverged: the same line would only diverge again."""
+    try:
+        good = run.checkpoints.find_last_good()
+    except StorageError as error:
+        return f"{error}"
+    lower = f"a lower optimizer.lr than {run.config.optimizer.lr:g}"
+    if good is None:
+        return f"there is no checkpoint from before: choose another run.dir and {lower}"
+    return (
+        f"start a new run from the last good checkpoint, or an older one, with {lower}: "
+        f"--run.dir ANOTHER --checkpoint.init_from {good} --optimizer.lr LOWER"
+    )
 
 
 def _agree_to_stop(run: Run) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qwen3next_train.parallel.rank_check import RankInfo
     from qwen3next_train.train.loop import Run
 
+_TOO_MANY_FILES = os.strerror(errno.EMFILE)
 _SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
 _DEVELOPERS_ADVICE = re.compile(
     r"\.? (?:This is typically caused by a remote worker.*?GLHF![^;]*|Exception raised from .*)"
@@ -134,6 +136,9 @@ def _classify(error: Exception, rank: int, attempt: _Attempt) -> tuple[ExitCode,
 
         lost = describe_lost(attempt.rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
+    if _TOO_MANY_FILES in text:
+        # Whoever meets the limit first: Python, gloo, safetensors.
+        return ExitCode.STORAGE, f"rank {rank}: {_for_users(text)}; raise the limit of open files (ulimit -n)"
     if (known := foreseen(error, attempt.config)) is not None:
         return known.exit_code, str(known)
     traceback.print_exception(error)

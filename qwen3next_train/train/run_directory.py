@@ -1,9 +1,8 @@
-"""The run directory: its lock, who trained there with what, and how each attempt ended."""
+"""The run directory: whose it is, who trained there with what, and how each attempt ended."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -13,22 +12,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
+from qwen3next_train.checkpoint.filesystem import (
+    LOCAL_FILESYSTEM,
+    UnusableFileError,
+    describe_os_error,
+    is_unreadable,
+    read_file,
+)
+from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME
 from qwen3next_train.config.describe import sections, to_yaml
 from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import read_yaml
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics import history
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.train.directory_lock import LOCK_NAME, DirectoryLock, read_holder, require_own
+from qwen3next_train.train.run_files import WRITABLE_NAME, RunFiles
+from qwen3next_train.train.run_info import RUN_INFO_NAME, read_info
 from qwen3next_train.versions import git_revision, software_versions
 
 if TYPE_CHECKING:
     from qwen3next_train.parallel.control import ControlGroup
 
-_LOCK_MODE = 0o640
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_MAX_EXIT_BYTES = 1 << 20
 # Equal on all ranks of an attempt, and different between attempts unless the port was chosen by hand.
 _ATTEMPT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
@@ -47,8 +55,15 @@ class RunDirectory:
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path.absolute()
         self.rank = rank
-        self._lock: int | None = None
+        self._files = RunFiles(self.path, rank)
+        self._lock: DirectoryLock | None = None
         self._is_owner = False
+        # Device and number of the directory, and the device of its checkpoints, as they were found.
+        self._identity: tuple[int, int] | None = None
+        self._checkpoints_device: int | None = None
+        self._info: dict[str, Any] | None = None
+        # Files of which at most one may vanish without the directory counting as deleted.
+        self._marks: tuple[str, ...] = ()
         self._attempt = _launch_key()
 
     @property
@@ -64,7 +79,7 @@ class RunDirectory:
     @property
     def checkpoints_path(self) -> Path:
         """The folder of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS_NAME
 
     def open(self) -> None:
         """Create the directory and, on rank 0, take its lock and forget how the attempt before ended.
@@ -73,13 +88,17 @@ class RunDirectory:
 
         Raises:
             StorageError: the directory cannot be created or written.
-            ConfigError: another process trains in it.
+            ConfigError: another process trains in it, or it has files that no run has written; nothing is touched.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.rank == 0:
-                self._acquire_lock()
+                require_own(self.path)
+                self._lock = DirectoryLock(self.path, self._attempt)
+                self._is_owner = True
                 self._remove_leftovers()
+            self._identity = _identity(self.path)
+            self._checkpoints_device = self._device_of_checkpoints()
         except OSError as error:
             self.close()
             reason = "not a directory" if isinstance(error, FileExistsError) else describe_os_error(error)
@@ -98,7 +117,7 @@ class RunDirectory:
         name = uuid.uuid4().hex
         if self._lock is not None:
             try:
-                self._write_holder(self._lock, name)
+                self._lock.rename_attempt(name)
             except OSError as error:
                 raise StorageError(
                     f"run.dir: {self.path} cannot be written ({describe_os_error(error)}); "
@@ -106,10 +125,51 @@ class RunDirectory:
                 ) from error
         self._attempt = control.broadcast_json(name)
 
+    def require_same(self) -> None:
+        """Make sure that the path still names the directory that was opened, and that no other process has it.
+
+        Raises:
+            StorageError: it was deleted, renamed or unmounted, or another process has taken it.
+        """
+        try:
+            if _identity(self.path) != self._identity:
+                raise StorageError(self._gone("another directory is in its place"))
+            device = self._device_of_checkpoints()
+            if device is not None and self._checkpoints_device not in (None, device):
+                raise StorageError(self._gone(f"{CHECKPOINTS_NAME} is on another filesystem than before"))
+            if self._lock is not None:
+                lost = [name for name in self._marks if not os.path.lexists(self.path / name)]
+                if len(lost) > 1:
+                    # Somebody has deleted it, or is about to, and only what this run writes keeps it there.
+                    raise StorageError(self._gone(f"it has been emptied: {', '.join(lost)} are gone"))
+                if device is None and self._checkpoints_device is not None:
+                    get_logger().warning("run.dir: %s was deleted under the run", self.checkpoints_path)
+                self._lock.keep()
+            self._checkpoints_device = device
+        except OSError as error:
+            # What cannot be looked up at the moment is said by what is written next.
+            if not is_unreadable(error) or error.errno == errno.ESTALE:
+                raise StorageError(self._gone(describe_os_error(error))) from error
+
+    def _gone(self, reason: str) -> str:
+        return (
+            f"run.dir: {self.path} was deleted, renamed or unmounted under the run ({reason}); nothing is written "
+            "elsewhere: bring it back, or name its new place, and run the line again"
+        )
+
+    def _device_of_checkpoints(self) -> int | None:
+        """None when there is no such folder yet, or none any more."""
+        try:
+            return self.checkpoints_path.stat().st_dev
+        except FileNotFoundError:
+            if self.checkpoints_path.is_symlink():
+                raise
+            return None
+
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def record_attempt(
@@ -120,6 +180,7 @@ class RunDirectory:
         workload: Mapping[str, Any],
         wandb_id: str,
         command: Sequence[str],
+        step: int,
     ) -> None:
         """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once all checks of the attempt have passed.
 
@@ -129,49 +190,88 @@ class RunDirectory:
             workload: size of the model and FLOPs of a step, as ``plan --json`` names them.
             wandb_id: the wandb run of all attempts.
             command: the command line; secrets in it are masked.
+            step: of the checkpoint the attempt goes on from, 0 for a new run.
 
         Raises:
             StorageError: they cannot be written.
         """
-        info = {
+        attempt = {
+            "started_at": _now(),
+            "host": socket.gethostname(),
+            "command": Redactor(os.environ).argv(command),
+            "first_step": step,
+            "logging_interval": config.logging.interval,
+        }
+        self._info = {
             "wandb_id": wandb_id,
             "versions": software_versions(),
             "git_revision": git_revision(),
             "layout": dict(layout),
             **workload,
-            "attempts": [
-                *self._earlier_attempts(),
-                {"started_at": _now(), "host": socket.gethostname(), "command": Redactor(os.environ).argv(command)},
-            ],
+            "checkpoint_step": step or None,
+            "attempts": [*self.read_info().get("attempts", []), attempt],
         }
         try:
-            self._replace("config.yaml", to_yaml(config).encode())
-            self._replace("run.json", _to_json(info))
+            self._files.replace("config.yaml", to_yaml(config).encode())
+            self._files.replace(RUN_INFO_NAME, _to_json(self._info))
+            self._marks = (LOCK_NAME, "config.yaml", RUN_INFO_NAME)
         except OSError as error:
             raise StorageError(
                 f"run.dir: {self.path} cannot be written ({describe_os_error(error)}); free space or fix permissions"
             ) from error
 
-    def read_info(self) -> dict[str, Any]:
-        """The content of ``run.json``; empty when there is none or it is damaged."""
+    def record_save(self, step: int) -> None:
+        """Note in ``run.json`` that there is a checkpoint of ``step``; to be called on rank 0. Never raises."""
+        assert self._info is not None
+        self._info["checkpoint_step"] = step
         try:
-            info = json.loads((self.path / "run.json").read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            get_logger().warning("%s: unreadable (%s); it is written anew", self.path / "run.json", error)
-            return {}
-        return info if isinstance(info, dict) else {}
+            self._files.replace(RUN_INFO_NAME, _to_json(self._info))
+        except OSError as error:
+            get_logger().warning("%s: cannot be written (%s)", self.path / RUN_INFO_NAME, error.strerror or error)
+
+    def read_info(self) -> dict[str, Any]:
+        """The fields of ``run.json`` (see :func:`run_info.read_info`); empty when there is none or it is damaged.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        if self._info is None:
+            path = self.path / RUN_INFO_NAME
+            try:
+                self._info = read_info(LOCAL_FILESYSTEM, path)
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
+        return self._info
+
+    def last_logged_step(self) -> int:
+        """The last step of which ``metrics.jsonl`` has a row, 0 for none.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        try:
+            return history.last_step(self.metrics_path)
+        except OSError as error:
+            raise StorageError(
+                f"{self.metrics_path}: cannot be read ({error.strerror or error}); make it readable"
+            ) from error
 
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the attempt before, None when none has logged a step here or the file is damaged.
 
         Keys are not checked, an earlier version may have had others; those it has renamed have their new names. A
         checkpoint has a copy of its own.
+
+        Raises:
+            StorageError: the file cannot be read.
         """
         path = self.path / "config.yaml"
-        if not path.is_file() or not self.metrics_path.is_file() or not self.metrics_path.stat().st_size:
-            return None
+        try:
+            if not path.is_file() or not self.metrics_path.is_file() or not self.metrics_path.stat().st_size:
+                return None
+            path.open("rb").close()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
         try:
             tree = read_yaml(path)
         except ConfigError as error:
@@ -200,13 +300,12 @@ class RunDirectory:
         """
         if code == ExitCode.FINISHED and self.rank != 0:
             return False
-        is_ours = self._is_owner if self.rank == 0 else self._read_lock().get("attempt") == self._attempt
-        if not is_ours:
+        if not self._belongs_to_attempt():
             return code != ExitCode.FINISHED
         line = " ".join(Redactor(os.environ).text(reason).split())
         outcome = {"code": int(code), "reason": line, "rank": self.rank, "step": step, "time": _now()}
         try:
-            self._create("exit.json", _to_json(outcome))
+            self._files.create("exit.json", _to_json(outcome))
         except FileExistsError:
             # Other ranks' loggers show failures only, so rank 0 says a stop whoever recorded it.
             return (code == ExitCode.STOPPED and self.rank == 0) or self._recorded_reason() != line
@@ -216,96 +315,25 @@ class RunDirectory:
 
     def _recorded_reason(self) -> str | None:
         try:
-            recorded = json.loads((self.path / "exit.json").read_bytes())
-        except (OSError, ValueError):
+            recorded = json.loads(read_file(LOCAL_FILESYSTEM, self.path / "exit.json", max_bytes=_MAX_EXIT_BYTES))
+        except (OSError, UnusableFileError, ValueError, RecursionError):
             return None
         return recorded.get("reason") if isinstance(recorded, dict) else None
 
-    def _acquire_lock(self) -> None:
-        path = self.path / ".lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _LOCK_MODE)
+    def _belongs_to_attempt(self) -> bool:
+        if self.rank != 0:
+            return read_holder(self.path).get("attempt") == self._attempt
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ConfigError(self._in_use()) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            get_logger().warning(
-                "run.dir: %s is on a filesystem without locks; a second run in it would not be noticed", self.path
-            )
-        os.register_at_fork(after_in_child=self.close)
-        self._write_holder(self._lock, self._attempt)
-        self._is_owner = True
-
-    def _write_holder(self, lock: int, attempt: str) -> None:
-        holder = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, _to_json(holder), 0)
-        # Other nodes see it only when the server has it.
-        os.fsync(lock)
-
-    def _in_use(self) -> str:
-        holder = self._read_lock()
-        who = "another process"
-        if {"host", "pid", "since"} <= holder.keys():
-            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        return f"run.dir: {self.path} is in use by {who}; stop that run or choose another directory"
-
-    def _read_lock(self) -> dict[str, Any]:
-        try:
-            holder = json.loads((self.path / ".lock").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return holder if isinstance(holder, dict) else {}
+            return self._is_owner and _identity(self.path) == self._identity
+        except OSError:
+            return False
 
     def _remove_leftovers(self) -> None:
-        for path in [self.path / "exit.json", *self.path.glob(".staged-*")]:
-            path.unlink(missing_ok=True)
+        (self.path / "exit.json").unlink(missing_ok=True)
+        self._files.remove_unfinished()
         # An existing lock file says nothing about whether new files can be made here.
-        self._replace(".writable", b"")
-        (self.path / ".writable").unlink()
-
-    def _earlier_attempts(self) -> list[Any]:
-        attempts = self.read_info().get("attempts", [])
-        return attempts if isinstance(attempts, list) else []
-
-    def _stage(self, name: str, data: bytes) -> Path:
-        staged = self.path / f".staged-{self.rank}-{os.getpid()}-{name}"
-        staged.unlink(missing_ok=True)
-        try:
-            write_file(LOCAL_FILESYSTEM, staged, data)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            # Under the name people know.
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
-        return staged
-
-    def _replace(self, name: str, data: bytes) -> None:
-        LOCAL_FILESYSTEM.rename(self._stage(name, data), self.path / name)
-        LOCAL_FILESYSTEM.fsync_dir(self.path)
-
-    def _create(self, name: str, data: bytes) -> None:
-        """Publish a whole file unless there is one: the first wins.
-
-        Raises:
-            FileExistsError: there is one.
-        """
-        staged = self._stage(name, data)
-        target = self.path / name
-        try:
-            # A hard link fails where a rename would replace.
-            os.link(staged, target)
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            if target.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-            staged.rename(target)
-        finally:
-            staged.unlink(missing_ok=True)
-        LOCAL_FILESYSTEM.fsync_dir(self.path)
+        self._files.replace(WRITABLE_NAME, b"")
+        (self.path / WRITABLE_NAME).unlink()
 
 
 def record_end(path: Path, error: TrainError) -> None:
@@ -320,6 +348,11 @@ def record_end(path: Path, error: TrainError) -> None:
         return
     run_dir.finish(error.exit_code, str(error))
     run_dir.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _launch_key() -> str:

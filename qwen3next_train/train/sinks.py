@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.workload import workload_of
-from qwen3next_train.checkpoint.discovery import list_checkpoints
-from qwen3next_train.checkpoint.train_state import TrainState
+from qwen3next_train.checkpoint.names import list_checkpoints
 from qwen3next_train.config.schema import Config
 from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
@@ -20,6 +20,7 @@ from qwen3next_train.metrics.summary import SummarySink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
+from qwen3next_train.train.restore import Restored, due_steps
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.versions import software_versions
 
@@ -31,24 +32,36 @@ class RunSinks:
     sinks: tuple[Sink, ...]
     progress: Callable[[int], None]
     sync_metrics: Callable[[], None]
+    record_save: Callable[[int], None]
 
 
 def open_sinks(
     config: Config,
     context: ProcessContext,
     run_dir: RunDirectory,
-    state: TrainState,
+    restored: Restored,
     throughput: Throughput,
     layout: dict[str, int],
+    data: list[dict[str, Any]],
     stack: ExitStack,
 ) -> RunSinks:
-    """Rank 0's destinations of records, in the order they are told."""
+    """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
     if context.rank != 0:
-        return RunSinks((), lambda step: None, lambda: None)
-    resumed_wandb = run_dir.read_info().get("wandb_id") == state.wandb_id
+        return RunSinks((), lambda step: None, lambda: None, lambda step: None)
+    state = restored.state
+    info = run_dir.read_info()
+    resumed_wandb = info.get("wandb_id") == state.wandb_id
     workload = workload_of(config).as_json()
-    run_dir.record_attempt(config, layout=layout, workload=workload, wandb_id=state.wandb_id, command=sys.argv)
-    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step)
+    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
+    stack.callback(metrics.close)
+    run_dir.record_attempt(
+        config,
+        layout=layout,
+        workload=workload | {"data": data},
+        wandb_id=state.wandb_id,
+        command=sys.argv,
+        step=state.step,
+    )
     console = ConsoleSink(
         total_steps=config.run.steps,
         first_step=state.step,
@@ -73,11 +86,10 @@ def open_sinks(
         console.advance(step)
         summary.advance(step)
 
-    stack.callback(metrics.close)
     stack.callback(summary.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return RunSinks((metrics, console, summary, wandb), advance, metrics.sync)
+    return RunSinks((metrics, console, summary, wandb), advance, metrics.sync, run_dir.record_save)
 
 
 def _rate_unit(context: ProcessContext) -> str:

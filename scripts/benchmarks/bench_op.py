@@ -3,31 +3,28 @@
 ``python scripts/benchmarks/bench_op.py`` compares the backends that ``kernels.*`` selects with the references: the
 largest relative error of outputs and gradients (bf16 on both sides), and the times of both. ``limit`` is the time that
 the operation's matrix products and its traffic cannot go below, whichever is longer, at the rates this device was
-measured to have for a large bf16 product and a large copy.
+measured to have for a large bf16 product and a large copy. Sizes are the model section's, the 80B model's unless
+overridden, for one micro-batch of 4 x 4096 tokens.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from device_timing import device_name, measure
-from op_case import Inputs, OpCase, Outputs, Work
-from op_cases_delta_net import delta_net_cases
-from op_cases_dense import dense_cases
-from op_cases_moe import moe_cases
+from op_cases import OpCase, Work, op_cases
 
 from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
-from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.errors import ConfigError, TrainError
-from qwen3next_train.kernels.selection import KernelSet, format_choices, select_kernels
-from qwen3next_train.selftest.operations import relative_error
+from qwen3next_train.kernels.selection import KernelSet, format_choices, reference_kernels, select_kernels
+from qwen3next_train.selftest.case import Inputs, Outputs, RandomInputs, compare
 from qwen3next_train.versions import software_versions
 
 OPTIONS = {
@@ -103,16 +100,17 @@ def measure_rates(device: torch.device, size: int = 8192) -> Rates:
 def measure_case(
     case: OpCase, kernels: KernelSet, references: KernelSet, device: torch.device, rates: Rates, iterations: int
 ) -> Row:
-    """Compare and time one operation."""
-    torch.manual_seed(0)
-    inputs = _leaves(case.inputs(device))
-    outputs = case.run(kernels, inputs)
-    upstream = tuple(torch.randn_like(output) for output in outputs if output.requires_grad)
-    del outputs
+    """Compare and time one operation, in bf16 but for what the model keeps in fp32."""
+    # Not the case's own inputs: in fp64 they would take four times the room.
+    built = case.build(RandomInputs(torch.Generator(device).manual_seed(0), device))
+    inputs = {name: value.requires_grad_() for name, value in built.rounded(torch.bfloat16).items()}
+    kernel, reference = partial(built.run, kernels, **inputs), partial(built.run, references, **inputs)
+    del built
+    upstream = tuple(torch.randn_like(output) for output in kernel())
     with torch.no_grad():
-        forward = measure(partial(case.run, kernels, inputs), device, iterations=iterations)
-    both = measure(partial(_both, case, kernels, inputs, upstream), device, iterations=iterations)
-    error, worst, reference_ms = _compare(case, kernels, references, inputs, upstream, device)
+        forward = measure(kernel, device, iterations=iterations)
+    both = measure(partial(_both, kernel, inputs, upstream), device, iterations=iterations)
+    error, worst, reference_ms = _compare(kernel, reference, inputs, upstream, device)
     limit_ms = rates.limit_ms(case.forward)
     return Row(
         case.name,
@@ -127,52 +125,31 @@ def measure_case(
 
 
 def _compare(
-    case: OpCase,
-    kernels: KernelSet,
-    references: KernelSet,
+    kernel: Callable[..., Outputs],
+    reference: Callable[..., Outputs],
     inputs: Inputs,
     upstream: Outputs,
     device: torch.device,
 ) -> tuple[float | None, str, float | None]:
     """Largest error, where it is, and the reference's time; None where the reference does not fit."""
+    for leaf in inputs.values():
+        leaf.grad = None
     try:
-        expected = _results(case, references, inputs, upstream)
-        found = _results(case, kernels, inputs, upstream)
-        errors = {name: relative_error(found[name], expected[name]) for name in expected}
-        del found, expected
-        timing = measure(partial(_both, case, references, inputs, upstream), device, iterations=3, warmup=0)
+        errors = compare(
+            kernel, reference, inputs, reference_dtype=None, generator=torch.Generator(device).manual_seed(1)
+        )
+        timing = measure(partial(_both, reference, inputs, upstream), device, iterations=3, warmup=0)
     except torch.OutOfMemoryError:
         return None, "", None
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst, timing.median
 
 
-def _results(case: OpCase, kernels: KernelSet, inputs: Inputs, upstream: Outputs) -> dict[str, torch.Tensor]:
-    outputs = _both(case, kernels, inputs, upstream)
-    results = {f"output {index}": output.detach() for index, output in enumerate(outputs, start=1)}
-    for name, leaf in inputs.items():
-        if leaf.grad is not None:
-            results[f"grad {name}"] = leaf.grad.clone()
-    return results
-
-
-def _both(case: OpCase, kernels: KernelSet, inputs: Inputs, upstream: Outputs) -> Outputs:
+def _both(operation: Callable[[], Outputs], inputs: Inputs, upstream: Outputs) -> None:
     """Forward and backward with fresh gradients."""
     for leaf in inputs.values():
         leaf.grad = None
-    outputs = case.run(kernels, inputs)
-    torch.autograd.backward([output for output in outputs if output.requires_grad], upstream)
-    return outputs
-
-
-def _leaves(inputs: Inputs) -> Inputs:
-    return {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
-
-
-def _all_cases() -> Iterator[OpCase]:
-    yield from moe_cases()
-    yield from delta_net_cases()
-    yield from dense_cases()
+    torch.autograd.backward(operation(), upstream)
 
 
 def main(argv: list[str]) -> int:
@@ -183,17 +160,15 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda", 0)
     config = load_config([], args.overrides).config
     kernels = select_kernels(config.kernels, device, model=config.model)
-    references = select_kernels(
-        KernelsConfig.model_validate(dict.fromkeys(KernelsConfig.model_fields, "reference")), device
-    )
     rates = measure_rates(device)
     print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
     print(f"{device_name(device)}: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bytes_per_s / 1e12:.2f} TB/s")
     print(f"{format_choices(kernels.choices)}\n{HEADER}", flush=True)
     rows = []
-    for case in _all_cases():
+    for case in op_cases(config.model):
         if (args.last("--only") or "") in case.name:
-            rows.append(measure_case(case, kernels, references, device, rates, int(args.last("--iters") or 20)))
+            iterations = int(args.last("--iters") or 20)
+            rows.append(measure_case(case, kernels, reference_kernels(), device, rates, iterations))
             print(rows[-1].line(), flush=True)
             torch.cuda.empty_cache()
     target = args.last("--json")

@@ -22,7 +22,7 @@ from tests.distributed.layout_matrix import (
     GOLDEN_LOSSES,
     GOLDEN_METRICS,
     NARROWEST,
-    STEPS,
+    TABLE_STEPS,
     Difference,
     Layout,
     all_layouts,
@@ -39,7 +39,7 @@ _PAGE = """\
 The tiny model at half its width and an eighth of its vocabulary (fp32, CPU, z-loss on, aux loss of scope `sequence`,
 MTP, clipping active) trained for {steps} steps of the same global batches at every layout, against one rank with four
 micro-batches. Written by `scripts/goldens/layout_table.py` on {date} with torch {torch} and DeepSpeed {deepspeed}.
-`tests/distributed/test_layout_matrix.py` runs a quarter of it, every pair of two settings included.
+`tests/distributed/test_layout_matrix.py` runs ten steps of a quarter of it, every pair of two settings included.
 
 * The rows are such that no routing decision of the one-rank run is narrower than {narrowest:g} in logits. The choice of
   the best experts jumps where two are level; with rows that come closer, some layout takes one decision the other way,
@@ -65,11 +65,11 @@ def main() -> None:
     parser.add_argument("--golden", action="store_true", help="record the one-rank losses for the tests")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        expected = _train(references(), Path(folder))
+        expected = _train(references(TABLE_STEPS), Path(folder))
         by_kind = {kind_of_row(layout): outcome for layout, outcome in expected.items()}
         rows = []
         for world_size in (1, 2, 4):
-            found = _train(all_layouts(world_size), Path(folder))
+            found = _train(all_layouts(world_size, TABLE_STEPS), Path(folder))
             rows += [_row(layout, difference(by_kind[kind_of_row(layout)], found[layout])) for layout in found]
     if options.golden:
         golden = {
@@ -100,7 +100,7 @@ def _page(rows: list[str], run: Outcome) -> str:
         for number, step in enumerate(run.metrics, start=1)
     ]
     return _PAGE.format(
-        steps=STEPS,
+        steps=TABLE_STEPS,
         date=datetime.date.today(),
         torch=version("torch"),
         deepspeed=version("deepspeed"),

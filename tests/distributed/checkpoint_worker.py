@@ -24,7 +24,7 @@ WORLD_SIZE = 2
 
 
 def one_rank_fails(directory: Path, control: GlooControlGroup) -> dict[str, object]:
-    """Steps 1 and 2 are saved; the disk of rank 1 is full at step 3 and broken under step 2 afterwards."""
+    """Steps 1 and 2 are saved; rank 1 has no room at step 3, cannot read step 2, and then has a damaged file there."""
     for step in (1, 2):
         save(manager(directory, control=control), step, rank=control.rank, world_size=WORLD_SIZE)
     full = FailingFilesystem(0, errno.ENOSPC, once=False, only=("write",))
@@ -36,12 +36,22 @@ def one_rank_fails(directory: Path, control: GlooControlGroup) -> dict[str, obje
         error = str(caught)
     found = manager(directory, control=control).find_latest()
     broken = HookedFilesystem(_refuse_step_2) if control.rank == 1 else HookedFilesystem()
-    found_when_broken = manager(directory, control=control, filesystem=broken).find_latest()
+    error_when_broken = ""
+    try:
+        manager(directory, control=control, filesystem=broken).find_latest()
+    except StorageError as caught:
+        error_when_broken = str(caught)
+    if control.rank == 1:
+        file = directory / "step_00000002" / "rank_00001.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    control.all_true(True)
+    found_when_damaged = manager(directory, control=control).find_latest()
     return {
         "error": error,
         "names": sorted(path.name for path in directory.iterdir()),
         "found": found.step if found else None,
-        "found_when_broken": found_when_broken.step if found_when_broken else None,
+        "error_when_broken": error_when_broken,
+        "found_when_damaged": found_when_damaged.step if found_when_damaged else None,
     }
 
 

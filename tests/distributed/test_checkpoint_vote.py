@@ -40,8 +40,9 @@ def test_both_ranks_raise_and_skip_together(tmp_path: Path) -> None:
     assert f"checkpoint of step 3 not saved: {reason}" in results[0]["error"]
     assert results[0]["names"] == ["latest", "step_00000001", "step_00000002"]
     assert results[0]["found"] == 2
-    assert results[0]["found_when_broken"] == 1
-    assert_holds(manager(tmp_path / "checkpoints").find_latest(), 2)
+    assert "step_00000002: rank 1 cannot read it (MANIFEST.json: Input/output error)" in results[0]["error_when_broken"]
+    assert results[0]["found_when_damaged"] == 1
+    assert_holds(manager(tmp_path / "checkpoints").find_latest(), 1)
 
 
 def test_a_rank_killed_while_writing_costs_only_that_save(tmp_path: Path) -> None:

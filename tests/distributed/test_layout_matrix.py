@@ -10,6 +10,7 @@ from tests.distributed.layout_matrix import (
     BOUND,
     GOLDEN_METRICS,
     NARROWEST,
+    STEPS,
     all_layouts,
     covering_layouts,
     difference,
@@ -53,7 +54,7 @@ def test_one_rank_has_the_golden_losses(one_rank: dict[str, Outcome]) -> None:
     golden = golden_losses()
     assert golden.keys() == one_rank.keys()
     for kind, outcome in one_rank.items():
-        for expected, found in zip(golden[kind], outcome.metrics, strict=True):
+        for expected, found in zip(golden[kind][:STEPS], outcome.metrics, strict=True):
             for name in GOLDEN_METRICS:
                 assert found[name] == pytest.approx(expected[name], rel=BOUND), (kind, name)
 

@@ -18,13 +18,6 @@ from tests.architecture.tree import ROOT
 SCRIPTS = ROOT / "scripts" / "benchmarks"
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts' folder is what Python puts first when it runs one of them."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(
     ("name", "whole", "layers"), [("bench_slice4_e512.yaml", 59.1, 28.5), ("bench_ep8_proxy.yaml", 116.1, 85.5)]
 )
@@ -42,7 +35,6 @@ def test_flops_are_those_of_published_comparisons(name: str, whole: float, layer
     assert model_flops(config, packed) < model_flops(config, batch)
 
 
-@pytest.mark.usefixtures("scripts")
 def test_balanced_routing_gives_every_expert_the_same_rows_and_no_token_an_expert_twice() -> None:
     from bench_shapes import Routing
 

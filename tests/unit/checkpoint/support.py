@@ -59,7 +59,7 @@ def fragments_of(step: int, rank: int = 0, world_size: int = 1) -> list[Fragment
     return fragments
 
 
-def train_state(step: int) -> TrainState:
+def train_state(step: int, *, consecutive_skips: int = 0) -> TrainState:
     return TrainState(
         step=step,
         consumed_samples=8 * step,
@@ -69,6 +69,7 @@ def train_state(step: int) -> TrainState:
         optimizer_step=max(step - 1, 0),
         data_fingerprint="abc123",
         wandb_id="w1",
+        consecutive_skips=consecutive_skips,
     )
 
 
@@ -89,12 +90,20 @@ def manager(
     )
 
 
-def save(checkpoints: CheckpointManager, step: int, *, rank: int = 0, world_size: int = 1, of: int = 0) -> SaveReport:
+def save(
+    checkpoints: CheckpointManager,
+    step: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    of: int = 0,
+    consecutive_skips: int = 0,
+) -> SaveReport:
     """Save the state of step ``of`` (by default ``step`` itself) as the checkpoint of ``step``."""
     return checkpoints.save(
         step=step,
         fragments=fragments_of(of or step, rank, world_size),
-        train_state=train_state(step),
+        train_state=train_state(step, consecutive_skips=consecutive_skips),
         rank_tensors={"rng": torch.tensor([step, rank])},
         header=header(world_size),
     )

@@ -99,6 +99,58 @@ def test_checkpoints_of_an_earlier_attempt_are_verified_once_before_they_count(t
     assert num_opens == [1, 0]
 
 
+def test_a_checkpoint_saved_while_steps_are_skipped_does_not_count_as_kept(tmp_path: Path) -> None:
+    checkpoints = manager(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    for step in (4, 5):
+        save(checkpoints, step, consecutive_skips=step - 3)
+    good = {"step_00000002", "step_00000003"}
+    assert names(tmp_path) == good | {"step_00000004", "step_00000005"}
+    # A later attempt learns it from the checkpoints themselves.
+    resumed = manager(tmp_path, keep=2)
+    save(resumed, 6, consecutive_skips=3)
+    assert good < names(tmp_path)
+    assert resumed.find_last_good() == tmp_path / "step_00000003"
+    found = resumed.find_latest()
+    assert found is not None
+    assert (found.step, found.manifest.train_state.consecutive_skips) == (6, 3)
+    save(resumed, 7)
+    assert names(tmp_path) == {f"step_{step:08d}" for step in (3, 4, 5, 6, 7)}
+    save(resumed, 8)
+    assert names(tmp_path) == {"step_00000007", "step_00000008"}
+
+
+def test_the_last_good_checkpoint_is_an_intact_one(tmp_path: Path) -> None:
+    assert manager(tmp_path / "c").find_last_good() is None
+    for step in (1, 2):
+        save(manager(tmp_path / "c"), step)
+    (tmp_path / "c" / "step_00000002" / "MANIFEST.json").unlink()
+    assert manager(tmp_path / "c").find_last_good() == tmp_path / "c" / "step_00000001"
+    assert manager(tmp_path / "c").newest_step() == 2
+
+
+def test_what_a_killed_save_left_makes_room_before_the_next_one_writes(tmp_path: Path) -> None:
+    save(manager(tmp_path), 1)
+    for name in (".tmp-step_00000002-0a1b2c3d", ".trash-step_00000000-0a1b2c3d", ".replaced-step_00000001-0a1b2c3d"):
+        (tmp_path / name).mkdir()
+    seen: list[set[str]] = []
+
+    def look(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "write" and not seen:
+            seen.append({entry for entry in names(tmp_path) if not entry.startswith(".tmp-step_00000003")})
+
+    save(manager(tmp_path, filesystem=HookedFilesystem(look)), 3)
+    assert seen == [{"step_00000001", ".replaced-step_00000001-0a1b2c3d"}], "what may be whole is kept until then"
+    assert names(tmp_path) == {"step_00000001", "step_00000003"}
+
+
+def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No such file or directory"):
+        save(manager(tmp_path / "run" / "checkpoints"), 1)
+    assert names(tmp_path) == set()
+
+
 def test_checkpoints_after_the_one_just_saved_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
     save(manager(tmp_path), 9)
     checkpoints = manager(tmp_path, keep=1)
@@ -245,7 +297,7 @@ def test_damage_only_one_rank_sees_is_skipped_by_all(tmp_path: Path) -> None:
 
     def refuse(name: str, arguments: tuple[Path, ...]) -> None:
         if name == "open" and arguments[0].parent.name == "step_00000002" and "rank" in arguments[0].name:
-            raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
+            raise OSError(errno.ENOENT, "No such file or directory", str(arguments[0]))
 
     def act(control: ThreadControl) -> VerifiedCheckpoint | None:
         filesystem = HookedFilesystem(refuse) if control.rank else HookedFilesystem()
@@ -254,7 +306,7 @@ def test_damage_only_one_rank_sees_is_skipped_by_all(tmp_path: Path) -> None:
     with collected_log() as lines:
         found = on_ranks(2, act)
     assert [entry.step for entry in found if isinstance(entry, VerifiedCheckpoint)] == [1, 1]
-    assert "rank_00001.safetensors cannot be read: Input/output error" in lines[0]
+    assert "step_00000002 is damaged and skipped: rank_00001.safetensors: No such file or directory" in lines[0]
 
 
 def test_ranks_that_see_different_checkpoints_of_one_name_take_neither(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import qwen3next_train
 from qwen3next_train.cli import launch
 from qwen3next_train.cli.processes import Processes
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.train.directory_lock import DirectoryLock
 
 
 def test_torchrun_is_told_the_same_line():
@@ -75,6 +76,7 @@ def torchrun(monkeypatch):
         def main(arguments: list[str]) -> None:
             assert arguments[-4:] == ["-m", "qwen3next_train", "--config", "a"]
             if record is not None:
+                DirectoryLock(run_dir, "a worker").close()
                 (run_dir / "exit.json").write_text(record)
             if end is not None:
                 raise end
@@ -171,6 +173,21 @@ def test_stop_before_the_start_ends_with_what_is_known(tmp_path, torchrun, recor
     launch.run_processes(Processes(2), tmp_path, lambda: None)
     assert Forwarding.entered.conclude_early("SIGUSR1") == code
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == reason
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**11),
+        lambda path: path.write_text("[" * 100_000),
+    ],
+)
+def test_an_end_that_cannot_be_read_says_nothing(tmp_path, torchrun, make):
+    torchrun(tmp_path, end=failures(74), record=None)
+    make(tmp_path / "exit.json")
+    assert launch.run_processes(Processes(2), tmp_path, lambda: None) == 74
 
 
 def test_exit_code_without_a_run_directory(tmp_path, torchrun):

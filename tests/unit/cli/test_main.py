@@ -13,7 +13,8 @@ from qwen3next_train.cli.main import main
 from qwen3next_train.cli.processes import Processes
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
-from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.errors import ConfigError, DataError, ExitCode
+from qwen3next_train.train.run_directory import RunDirectory
 
 ROOT = shipped_folder().parent
 _UNSET = "start with torchrun or --nproc-per-node, or unset RANK, WORLD_SIZE, LOCAL_RANK for a single process"
@@ -199,7 +200,10 @@ def test_world_size_of_a_launcher_is_checked(fake, capsys, monkeypatch):
 
 def test_wrong_number_of_processes_is_recorded(capsys, tmp_path):
     record = tmp_path / "exit.json"
-    record.write_text('{"code": 0, "reason": "finished at step 6"}')
+    earlier = RunDirectory(tmp_path, rank=0)
+    earlier.open()
+    earlier.finish(ExitCode.FINISHED, "finished at step 6")
+    earlier.close()
     code, out, err = run(capsys, *TINY, "--nproc-per-node", "3", "--run.dir", str(tmp_path))
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "world size 3" in err

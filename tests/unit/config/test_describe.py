@@ -171,3 +171,12 @@ def test_keys_of_other_versions():
     assert not found.shape
     del before["run"]["seed"]
     assert [change.key for change in compare_configs(before, tiny(("run.seed", "5"))).trajectory] == ["run.seed"]
+
+
+def test_sources_stored_without_a_key_of_today_are_unchanged():
+    before = old(tiny(("data.sources", "[{source: corpus.jsonl, weight: 2.0}]")))
+    del before["data"]["sources"][0]["name"]
+    after = tiny(("data.sources", "[{source: corpus.jsonl, weight: 2.0}]"))
+    assert compare_configs(before, after).trajectory == ()
+    other = tiny(("data.sources", "[{source: corpus.jsonl, weight: 2.0, name: en}]"))
+    assert [change.key for change in compare_configs(before, other).trajectory] == ["data.sources"]

@@ -12,7 +12,8 @@ import pytest
 
 from qwen3next_train.data import documents
 from qwen3next_train.data.documents import Document, read_documents
-from qwen3next_train.data.sources import FileSource, SourceFile
+from qwen3next_train.data.folders import SourceFile
+from qwen3next_train.data.sources import FileSource
 from qwen3next_train.errors import DataError
 
 
@@ -57,7 +58,6 @@ def test_json_lines_with_bom_crlf_blank_lines_and_unicode(tmp_path: Path) -> Non
         (b"[1, 2]", "expected a JSON object, found list"),
         (b"null", "expected a JSON object, found NoneType"),
         (b'{"txt": "abc"}', r"no field 'text', found \['txt'\]; set text_field"),
-        (b'{"text": null}', "expected a string, found NoneType"),
         (b'{"text": ["a"]}', "expected a string, found list"),
         (b'{"text": 3}', "expected a string, found int"),
         (b'{"text": "a\\ud800b"}', "lone surrogate at character 1"),
@@ -141,9 +141,7 @@ def test_arrow_file_and_stream(tmp_path: Path, writer) -> None:  # type: ignore[
 
 def test_columns_with_faults(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(_table(["a", None]), path)
-    with pytest.raises(DataError, match=r"a\.parquet:row 1: field 'text': expected a string, found NoneType"):
-        read(path)
+    pyarrow.parquet.write_table(_table(["a"]), path)
     with pytest.raises(DataError, match=r"a\.parquet: no column 'body', found \['id', 'text'\]; set text_field"):
         read(path, field="body")
     broken = pyarrow.StringArray.from_buffers(
@@ -185,3 +183,44 @@ def test_hold_out_share_and_stability() -> None:
     assert 1850 < sum(held_out) < 2150
     assert not any(Document("", "", None, str(n).encode()).is_held_out(0.0) for n in range(1000))
     assert [n for n in range(60) if held_out[n]] == [3, 9, 16, 21, 38, 46]
+
+
+def test_null_is_left_out_and_counted_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"input_ids": null}\n')
+    pyarrow.parquet.write_table(_table(["a", None, None]), tmp_path / "a.parquet")
+    for values in (pyarrow.array([None, "a", None]), pyarrow.array([None, "a", None]).dictionary_encode()):
+        table = pyarrow.table({"text": values})
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+            sink.write_table(table)
+        for name in ("a.jsonl", "a.parquet", "a.arrow"):
+            found, skipped = read(tmp_path / name)
+            assert ([document.text for document in found], skipped) == (["a"], Counter({"null": 2})), name
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ([], Counter({"null": 3}))
+
+
+@pytest.mark.parametrize("dtype", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
+def test_bytes_are_text_where_they_are_utf8(tmp_path: Path, dtype: pyarrow.DataType) -> None:
+    table = pyarrow.table({"text": pyarrow.array(["ü".encode(), b"\xff\xfe", None, b""], dtype)})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table)
+    found, skipped = read(tmp_path / "a.arrow")
+    assert [document.text for document in found] == ["ü"]
+    assert skipped == Counter({"not UTF-8": 1, "null": 1, "empty": 1})
+
+
+def test_compressed_text_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "A.TXT.GZ"
+    path.write_bytes(gzip.compress("ü\nsecond line".encode()))
+    assert texts(path) == ["ü\nsecond line"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"A\.TXT\.GZ: damaged gzip file"):
+        read(path)
+
+
+def test_positions_go_on_from_file_to_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "b.txt").write_text("b" * 10)
+    files = tuple(SourceFile(name, tmp_path / name) for name in ("a.jsonl", "b.txt"))
+    found = list(read_documents(FileSource("x", files, "text", False), Counter()))
+    assert [document.position for document in found][2:] == [42, 52]

@@ -123,6 +123,25 @@ def test_ready_token_ids(tmp_path: Path) -> None:
         prepare_evaluation(config_of(tmp_path, path), SourceConfig(source=str(path)))
 
 
+def test_what_is_not_read_is_said_at_every_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.ndjson").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n')
+    (folder / "b.pdf").write_bytes(b"%PDF" * 300)
+    for _ in range(2):
+        (source,) = prepare_stores(config_of(tmp_path, folder, validation_fraction=0.0)).train
+        assert len(source.documents.documents) == 2
+        assert source.left_out == {"null": 1, "empty": 1}
+        assert [(group.reason, group.num_files, group.num_bytes) for group in source.passed_over] == [(".pdf", 1, 1200)]
+        said = capsys.readouterr().err
+        assert f"{folder}: 1 files read, passed over 1 .pdf (1.2 kB, such as b.pdf)" in said
+        assert f"{folder}: left out 1 empty, 1 null" in said
+    cached = source.documents.store.prefix.with_name("left_out.json")
+    for damaged in ("", "[]", '{"null": "x"}', "[" * 100_000):
+        cached.write_text(damaged)
+        assert prepare_stores(config_of(tmp_path, folder, validation_fraction=0.0)).train[0].left_out == {}
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
 def test_empty_corpus(tmp_path: Path, content: str) -> None:
     (tmp_path / "empty.jsonl").write_text(content)
@@ -173,7 +192,7 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
     output = tmp_path / "out" / "corpus"
     assert tokenize(config_of(tmp_path, corpus), output) == 0
     assert f"-> {output}" in capsys.readouterr().out
-    assert sorted(os.listdir(output.parent)) == ["corpus.bin", "corpus.idx", "corpus.meta.json"]
+    assert sorted(os.listdir(output.parent)) == [f"corpus.{suffix}" for suffix in ("bin", "hashes", "idx", "meta.json")]
     assert TokenStore(output).num_documents == 400
     assert len(prepare_stores(config_of(tmp_path, output)).train[0].documents.documents) == 392
     with pytest.raises(ConfigError, match=r"corpus\.idx exists"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 from collections import Counter
 from pathlib import Path
@@ -19,8 +20,8 @@ def names(source: FileSource | StoreSource) -> list[str]:
     return [file.name for file in source.files]
 
 
-def find(name: str | Path, **fields: str) -> FileSource | StoreSource:
-    return resolve(SourceConfig(source=str(name), **fields))
+def find(source: str | Path, **fields: str) -> FileSource | StoreSource:
+    return resolve(SourceConfig(source=str(source), **fields))
 
 
 def test_standard_library_is_sorted_and_has_no_installed_packages() -> None:
@@ -30,16 +31,58 @@ def test_standard_library_is_sorted_and_has_no_installed_packages() -> None:
     assert not any("site-packages" in name for name in found)
 
 
+def write(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("text")
+
+
+def passed_over(source: FileSource | StoreSource) -> dict[str, tuple[int, int]]:
+    assert isinstance(source, FileSource)
+    return {group.reason: (group.num_files, group.num_bytes) for group in source.passed_over}
+
+
 def test_file_folder_and_glob(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/x.md", "a/.hidden.txt", ".git/y.txt", "a/image.png", "z.jsonl"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("text")
+    write(tmp_path, "b.txt", "a/x.md", "a/.hidden.txt", ".git/y.txt", "a/image.png", "z.jsonl")
     assert names(find(tmp_path / "b.txt")) == ["b.txt"]
     assert names(find(tmp_path)) == ["a/x.md", "b.txt", "z.jsonl"]
-    assert names(find(tmp_path / "**" / "*.png")) == ["a/image.png"]
+    assert passed_over(find(tmp_path)) == {"hidden files": (2, 8), ".png": (1, 4)}
     assert names(find(tmp_path / "[bz].*")) == ["b.txt", "z.jsonl"]
     assert find(tmp_path / "b.txt") != find(tmp_path / "b.*")  # a glob may leave out what is not UTF-8
+    with pytest.raises(DataError, match=r"no file matches this pattern \(passed over 1 \.png \(4 bytes, such as a/im"):
+        find(tmp_path / "**" / "*.png")
+
+
+def test_every_suffix_in_any_case_is_read_or_counted(tmp_path: Path) -> None:
+    read = ["a.txt", "b.MD", "c.rst", "d.py", "e.jsonl", "f.ndjson", "g.JSONLINES", "h.json", "i.csv", "j.tsv"]
+    read += ["k.parquet", "l.Arrow", "m.txt.gz", "n.jsonl.zst", "o.json.xz", "p.csv.bz2", "q.TSV.GZ", "r.ndjson.Zst"]
+    unread = ["a.pdf", "b.PDF", "c.jsonl.lz4", "d.zip", "e.parquet.gz", "f", "g.bin"]
+    write(tmp_path, *read, *unread)
+    found = find(tmp_path)
+    assert names(found) == sorted(read)
+    assert passed_over(found) == {
+        ".pdf": (2, 8),
+        ".lz4": (1, 4),
+        ".zip": (1, 4),
+        ".parquet.gz": (1, 4),
+        "files without suffix": (1, 4),
+        ".bin": (1, 4),
+    }
+    assert (names(find(tmp_path / "*")), passed_over(find(tmp_path / "*"))) == (names(found), passed_over(found))
+    (tmp_path / "g.bin").unlink()
+    for name in ("a.pdf", "b.PDF", "c.jsonl.lz4", "d.zip", "e.parquet.gz"):
+        with pytest.raises(DataError, match=rf"{name}: \.\S+ files are not read; convert it, or rename it"):
+            find(tmp_path / name)
+    assert names(find(tmp_path / "f")) == ["f"]  # text, as whoever names a file without suffix says
+
+
+def test_documents_of_a_compressed_file_beside_a_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A card")
+    (tmp_path / "s.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n'))
+    found = find(tmp_path)
+    assert isinstance(found, FileSource)
+    assert [document.text for document in read_documents(found, Counter())] == ["a", "b", "c"]
+    assert passed_over(found) == {"dataset cards and licences": (1, 8)}
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
@@ -56,7 +99,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         find("nowhere.txt")
     with pytest.raises(DataError, match=r"no/such/corpus: no such file"):
         find(tmp_path / "no/such/corpus")
-    with pytest.raises(DataError, match=r"empty: no \.jsonl|empty: no \.txt"):
+    with pytest.raises(DataError, match=r"empty: no \.txt and other text, \.jsonl"):
         find(tmp_path / "empty")
     with pytest.raises(DataError, match="no file matches"):
         find(tmp_path / "*.txt")
@@ -78,7 +121,7 @@ def test_hugging_face_dataset_becomes_its_arrow_files(tmp_path: Path, monkeypatc
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]}).to_parquet(tmp_path / "set" / "train.parquet")
     load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: load(str(tmp_path / "set"), split=split))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: load(str(tmp_path / "set"), split=split))
     found = find("somebody/set")
     assert isinstance(found, FileSource)
     assert found.label == "somebody/set:train"
@@ -95,3 +138,35 @@ def test_hugging_face_dataset_that_cannot_be_loaded_is_one_line() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="slices are not supported"):
         find("nobody/no-such-dataset", split="train[:10%]")
+
+
+def test_configuration_name_goes_to_the_hub_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def load(path: str, **options: str) -> datasets.Dataset:
+        asked.append({"path": path, **options})
+        raise ValueError("Config name is missing")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for fields in ({}, {"name": "en"}, {"name": "en", "split": "test"}):
+        with pytest.raises(DataError, match=r"Config name is missing.*the source's name and split"):
+            find("somebody/set", **fields)
+    assert asked == [
+        {"path": "somebody/set", "split": "train"},
+        {"path": "somebody/set", "split": "train", "name": "en"},
+        {"path": "somebody/set", "split": "test", "name": "en"},
+    ]
+    write(tmp_path, "a.txt")
+    write_store(tmp_path / "store", [[1]])
+    for source in (tmp_path, tmp_path / "a.txt", tmp_path / "*.txt", tmp_path / "store", PYTHON_STDLIB):
+        with pytest.raises(ConfigError, match="name 'en' is for datasets of the Hugging Face hub"):
+            find(source, name="en")
+
+
+def test_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "b/c.jsonl")
+    write_store(tmp_path / "store", [[1]])
+    sources = (tmp_path, tmp_path / "a.txt", tmp_path / "b/c.jsonl", tmp_path / "*.txt", tmp_path / "store")
+    for source in (*sources, tmp_path / "store.bin", PYTHON_STDLIB):
+        with pytest.raises(DataError, match="no split 'dev', its files name no split; set split to train"):
+            find(source, split="dev")

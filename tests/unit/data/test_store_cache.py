@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
+from qwen3next_train.data.store_meta import entry_name
 from qwen3next_train.data.store_writer import StoreWriter
 from qwen3next_train.errors import DataError, StorageError
 
@@ -20,7 +21,8 @@ def build(directory: Path) -> float:
     for part, length in (("train", 100), ("validation", 10)):
         with StoreWriter(directory / part, np.dtype("<u2")) as writer:
             writer.append(np.arange(length))
-            writer.finish(source="s", tokenizer_fingerprint="t", num_bytes=length)
+            entry = entry_name("key", part, 2)
+            writer.finish(source="s", tokenizer_fingerprint="t", num_bytes=length, entry=entry)
     return 1.5
 
 
@@ -50,7 +52,7 @@ def test_builds_once(tmp_path: Path) -> None:
 
 def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     """Whatever the moment, the entry is absent or whole, and the next process needs no help."""
-    for fatal in range(1, 40):
+    for fatal in range(1, 120):
         cache = tmp_path / str(fatal)
 
         def die_at_operation(cache: Path = cache, fatal: int = fatal) -> None:
@@ -116,7 +118,8 @@ def test_old_leftovers_of_other_keys_are_removed_unless_somebody_builds_there(tm
     for path in (*staged.values(), foreign):
         (path / "fresh").mkdir(parents=True)
         if path != staged["young"]:
-            os.utime(path, (a_day_ago, a_day_ago))
+            for each in (path / "fresh", path):
+                os.utime(each, (a_day_ago, a_day_ago))
     for name in ("abandoned", "young", "built"):
         (tmp_path / f".{keys[name]}.lock").touch()
     with (tmp_path / f".{keys['built']}.lock").open() as lock:
@@ -147,7 +150,8 @@ def test_concurrent_processes_build_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.bin", "train.idx", "train.meta.json", "validation.bin", "validation.meta.json"]
+    "name",
+    [f"{part}.{suffix}" for part in ("train", "validation") for suffix in ("bin", "idx", "meta.json", "hashes")],
 )
 @pytest.mark.parametrize("size", [None, 0, 9])
 def test_damaged_entry_is_built_again(tmp_path: Path, name: str, size: int | None) -> None:

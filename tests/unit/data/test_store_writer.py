@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from qwen3next_train.data import store_writer
+from qwen3next_train.data.store_meta import StoreMeta
 from qwen3next_train.data.store_writer import StoreWriter, staging_directory, storage_errors
-from qwen3next_train.data.token_store import StoreMeta, TokenStore
+from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import DataError, StorageError
 from tests.unit.data.corpus import write_store
 
@@ -22,8 +23,9 @@ def test_round_trip_over_several_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     assert store.read(0, store.num_tokens).tolist() == [token for document in documents for token in document]
     starts = np.cumsum([0, *map(len, documents)]).tolist()
     assert [store.document_start(index) for index in range(51)] == starts
-    assert store.meta() == StoreMeta("test", "none", 50, starts[-1], None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store.bin", "store.idx", "store.meta.json"]
+    assert store.meta() == StoreMeta("test", "none", 50, starts[-1], None, entry="", has_hashes=True)
+    names = ["store.bin", "store.hashes", "store.idx", "store.meta.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3next_train.data.token_store import HEADER, DocumentRange, TokenStore, store_paths, token_dtype
-from qwen3next_train.errors import DataError
-from tests.unit.data.corpus import everything, write_megatron, write_store
+from qwen3next_train.data.store_index import HEADER
+from qwen3next_train.data.store_meta import StoreMeta
+from qwen3next_train.data.token_store import DocumentRange, TokenStore, store_paths, token_dtype
+from qwen3next_train.errors import DataError, StorageError
+from tests.unit.data.corpus import counting_store, everything, write_megatron, write_store
 
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 0]]
 
@@ -111,7 +118,7 @@ DAMAGES: list[tuple[str, str, Edit, str]] = [
 
 @pytest.mark.parametrize(("suffix", "edit", "message"), [case[1:] for case in DAMAGES], ids=[c[0] for c in DAMAGES])
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, suffix: str, edit: Edit, message: str) -> None:
-    write_store(tmp_path / "store", DOCUMENTS)
+    write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
     path = tmp_path / f"store{suffix}"
     path.write_bytes(edit(bytearray(path.read_bytes())))
     with pytest.raises(DataError) as caught:
@@ -142,26 +149,194 @@ def test_store_of_empty_documents_opens_with_no_tokens(tmp_path: Path) -> None:
 
 
 def test_file_cut_after_opening_is_an_error_not_a_crash(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", DOCUMENTS)
-    with (tmp_path / "store.bin").open("r+b") as file:
-        file.truncate(10)
+    write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
+    store = TokenStore(tmp_path / "store")
+    os.truncate(tmp_path / "store.bin", 10)
     assert store.read(0, 5).tolist() == [5, 6, 7, 0, 8]
     with pytest.raises(DataError, match="expected 4 bytes at 8, found 2; the file was cut"):
         store.read(4, 6)
 
 
+@pytest.fixture(scope="module")
+def many_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a store whose index is larger than what is kept of it in memory."""
+    prefix = tmp_path_factory.mktemp("many") / "store"
+    counting_store(prefix, [1] * 100_000)
+    return prefix
+
+
+def test_index_cut_after_opening_is_an_error_not_a_crash(tmp_path: Path, many_documents: Path) -> None:
+    shutil.copytree(many_documents.parent, tmp_path, dirs_exist_ok=True)
+    store = TokenStore(tmp_path / "store")
+    os.truncate(tmp_path / "store.idx", 600_000)
+    with pytest.raises(DataError, match=r"store\.idx: expected 65536 bytes at 589824, found 10176; the file was cut"):
+        store.document_start(19_000)
+
+
+BLOCK = 1 << 16
+NUM_TOKENS = 3 * BLOCK // 4 + 100
+
+
+def store_of_four_blocks(prefix: Path) -> TokenStore:
+    """Three blocks of int32 tokens and a short one."""
+    return counting_store(prefix, [1000] * (NUM_TOKENS // 1000) + [NUM_TOKENS % 1000])
+
+
+@pytest.mark.parametrize("block", [0, 1, 2, 3])
+def test_flipped_bit_is_found_at_the_row_that_holds_it_and_by_the_whole_check(tmp_path: Path, block: int) -> None:
+    store = store_of_four_blocks(tmp_path / "store")
+    store.check()
+    at = block * BLOCK + 17
+    flip_bit(tmp_path / "store.bin", at)
+    where = rf"store\.bin: bytes {block * BLOCK} to {min((block + 1) * BLOCK, 4 * NUM_TOKENS) - 1}: expected xxh3"
+    with pytest.raises(DataError, match=where):
+        TokenStore(tmp_path / "store").check()
+    opened = TokenStore(tmp_path / "store")
+    with pytest.raises(DataError, match=f"{where}.*restore the store or tokenize again"):
+        opened.read(at // 4, at // 4 + 1)
+    other = (block + 1) % 4 * BLOCK // 4
+    assert opened.read(other, other + 50).tolist() == list(range(other, other + 50))
+
+
+def test_rows_across_blocks_are_whole(tmp_path: Path) -> None:
+    store = store_of_four_blocks(tmp_path / "store")
+    for start, stop in ((0, NUM_TOKENS), (BLOCK // 4 - 3, BLOCK // 4 + 3), (100, 2 * BLOCK // 4 + 1), (7, 7)):
+        assert store.read(start, stop).tolist() == list(range(start, stop))
+
+
+def flip_bit(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".meta.json", ".hashes"])
+def test_no_flipped_bit_of_any_file_passes(tmp_path: Path, suffix: str) -> None:
+    write_store(tmp_path / "store", DOCUMENTS)
+    path = tmp_path / f"store{suffix}"
+    intact = path.read_bytes()
+    for at in range(len(intact)):
+        path.write_bytes(intact)
+        flip_bit(path, at)
+        with pytest.raises(DataError, match=rf"^{tmp_path}/store\."):
+            TokenStore(tmp_path / "store").check()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".meta.json", ".hashes"])
+def test_files_of_another_store_of_the_same_size_do_not_pass(tmp_path: Path, suffix: str) -> None:
+    write_store(tmp_path / "store", DOCUMENTS)
+    write_store(tmp_path / "other", [[1, 6, 7, 8], [9, 0], [1, 2, 3, 4, 5]])
+    if suffix == ".idx":
+        write_store(tmp_path / "other", [[5, 6], [7, 0, 8, 0], [9, 10, 11, 12, 0]])
+    if suffix == ".meta.json":
+        (tmp_path / "other.meta.json").write_bytes(
+            (tmp_path / "store.meta.json").read_bytes().replace(b"test", b"best")
+        )
+    (tmp_path / f"store{suffix}").write_bytes((tmp_path / f"other{suffix}").read_bytes())
+    with pytest.raises(DataError):
+        TokenStore(tmp_path / "store").check()
+
+
+def test_stores_of_other_programs_are_read_without_hashes_and_that_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
+    for _ in range(2):
+        TokenStore(tmp_path / "store").check()
+    assert capsys.readouterr().err.count("a store without hashes") == 1
+
+
+def test_our_earlier_stores_without_hashes_are_read(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
+    meta = {"source": "s", "tokenizer_fingerprint": "f", "num_documents": 3, "num_tokens": 11, "num_bytes": None}
+    store_paths(tmp_path / "store").meta.write_text(json.dumps(meta))
+    assert TokenStore(tmp_path / "store").meta() == StoreMeta("s", "f", 3, 11, None)
+
+
+@pytest.mark.parametrize("missing", ["meta", "hashes"])
+def test_one_side_file_without_the_other_is_damage(tmp_path: Path, missing: str) -> None:
+    write_store(tmp_path / "store", DOCUMENTS)
+    getattr(store_paths(tmp_path / "store"), missing).unlink()
+    with pytest.raises(DataError, match="missing"):
+        TokenStore(tmp_path / "store")
+
+
+def meta_with(**changes: object) -> str:
+    meta = {"source": "s", "tokenizer_fingerprint": "f", "num_documents": 3, "num_tokens": 11, "num_bytes": 1}
+    return json.dumps(meta | changes)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ('{"surprise": 1}', "cannot be read"),
-        ('{"source":"s","tokenizer_fingerprint":"f","num_documents":3,"num_tokens":12,"num_bytes":1}', "the store has"),
-        ('{"source":"s","tokenizer_fingerprint":"f","num_documents":3,"num_tokens":"x","num_bytes":1}', "counts"),
+        ("{", "not a store's meta file"),
+        ("[]", "expected a JSON object, found list"),
+        ("null", "expected a JSON object, found NoneType"),
+        ("[" * 30_000, "not a store's meta file"),
+        ('{"surprise": 1}', "unknown field 'surprise'"),
+        ('{"source": "s"}', "missing 4 required"),
+        (meta_with(num_tokens=12), "the store has"),
+        (meta_with(num_tokens="x"), "num_tokens: expected int, found str"),
+        (meta_with(num_tokens=True), "num_tokens: expected int, found bool"),
+        (meta_with(num_tokens=11.0), "num_tokens: expected int, found float"),
+        (meta_with(num_documents=-3), "num_documents: expected >= 0, found -3"),
+        (meta_with(tokenizer_fingerprint={"a": []}), "tokenizer_fingerprint: expected str, found dict"),
+        (meta_with(source=None), "source: expected str, found NoneType"),
+        (meta_with(has_hashes=True), r"store\.hashes: missing"),
+        ('{"num_tokens": ' + "9" * 5000 + "}", "not a store's meta file"),
+        (" " * 70_000, "larger than 65536 bytes"),
     ],
 )
-def test_bad_sidecar(tmp_path: Path, content: str, message: str) -> None:
-    store = write_store(tmp_path / "store", DOCUMENTS)
-    store_paths(tmp_path / "store")[2].write_text(content)
+def test_bad_meta_file(tmp_path: Path, content: str, message: str) -> None:
+    write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
+    store_paths(tmp_path / "store").meta.write_text(content)
     with pytest.raises(DataError, match=message):
-        store.meta()
+        TokenStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".meta.json", ".hashes"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "loop"])
+def test_what_is_no_regular_file_is_said_and_not_waited_for(tmp_path: Path, suffix: str, kind: str) -> None:
+    write_store(tmp_path / "store", DOCUMENTS)
+    path = tmp_path / f"store{suffix}"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    else:
+        path.symlink_to(path)
+    with pytest.raises(DataError, match=rf"store\{suffix}: cannot be read"):
+        TokenStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_store_that_cannot_be_read_now_is_no_damaged_one(
+    many_documents: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store = TokenStore(many_documents)
+
+    def fail(*arguments: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    real = os.open
+    for suffix in (".bin", ".idx", ".meta.json", ".hashes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", lambda path, *a, s=suffix: fail() if str(path).endswith(s) else real(path, *a))
+            with pytest.raises(StorageError, match=rf"store\{suffix}: cannot be read \({os.strerror(code)}\)"):
+                TokenStore(many_documents)
+    monkeypatch.setattr(os, "pread", fail)
+    for work in (lambda: store.read(0, 5), store.check, lambda: store.document_start(19_000)):
+        with pytest.raises(StorageError, match=rf"cannot read at byte \d+ \({os.strerror(code)}\)"):
+            work()
+
+
+def test_a_forgotten_store_closes_its_files(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    store = write_store(tmp_path / "store", DOCUMENTS)
+    assert store.read(0, 2).tolist() == [5, 6]
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    del store
+    assert len(os.listdir("/proc/self/fd")) == before

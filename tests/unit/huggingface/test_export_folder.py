@@ -43,6 +43,7 @@ def save_run(run_dir: Path, model: ModelConfig, *, steps: Sequence[int] = (3,), 
     config = Config(model=model, data=DataConfig(tokenizer=tokenizer))
     layout = WorldLayout(world_size=1, expert_parallel_size=1, zero_stage=1)
     header = Header(table, config.model_dump(mode="json"), layout, {})
+    run_dir.mkdir(exist_ok=True)
     checkpoints = CheckpointManager(run_dir / "checkpoints", control=SingleProcess(), keep=9)
     for step in steps:
         checkpoints.save(

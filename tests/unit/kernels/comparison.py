@@ -1,66 +1,73 @@
-"""A kernel beside its reference: outputs and the gradient of every input."""
+"""A kernel beside its reference, on the cases of the self-test: outputs and the gradient of every input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 
-from tests.unit.kernels.packing import relative_error
-
-Operation = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+from qwen3next_train.kernels import selection
+from qwen3next_train.kernels.selection import KernelSet, reference_kernels
+from qwen3next_train.selftest.case import Case, RandomInputs, compare
+from tests.unit.kernels.interpreted import DEVICE
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Largest difference from the fp64 reference over the largest value."""
 
 
-def errors(kernel: Operation, reference: Operation, inputs: Sequence[torch.Tensor]) -> list[float]:
-    """Relative errors of the outputs, then of the inputs' gradients, against the reference in fp64.
+def random(device: torch.device = DEVICE) -> RandomInputs:
+    """Draws the same values every time."""
+    return RandomInputs(torch.Generator(device).manual_seed(0), device)
 
-    Args:
-        kernel: called with the inputs.
-        reference: called with their fp64 copies.
-        inputs: leaves without gradients, or views: the gradient of a view is taken through its base.
-    """
-    narrow = [_twin(tensor, tensor.dtype) for tensor in inputs]
-    exact = [_twin(tensor, torch.float64) for tensor in inputs]
-    with uninitialized_is_nan():
-        outputs = _as_tuple(kernel(*(view for _, view in narrow)))
-        torch.manual_seed(1)
-        upstream = [torch.randn_like(output) for output in outputs]
-        torch.autograd.backward(outputs, upstream)
-    expected = _as_tuple(reference(*(view for _, view in exact)))
-    torch.autograd.backward(expected, [gradient.double() for gradient in upstream])
-    found = [
-        relative_error(value.detach(), reference.detach()) for value, reference in zip(outputs, expected, strict=True)
-    ]
-    for (base, _), (true_base, _) in zip(narrow, exact, strict=True):
-        assert base.grad is not None
-        assert true_base.grad is not None
-        assert base.grad.dtype == base.dtype
-        found.append(relative_error(base.grad, true_base.grad))
-    assert all(output.isfinite().all() for output in outputs)
+
+@cache
+def triton_kernels() -> KernelSet:
+    """Every own Triton operation, which ``select_kernels`` would reject on CPU."""
+    # Not at the top: Triton is imported where its kernels are used.
+    from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
+
+    return replace(reference_kernels(), grouped_matmul=grouped_matmul_triton, **selection._fused_triton())
+
+
+def check(case: Case, dtype: torch.dtype, **inputs: torch.Tensor) -> dict[str, float]:
+    """Compare Triton's with the reference, also on inputs in place of the case's, and return the errors."""
+    found = errors(replace(case, inputs={**case.inputs, **inputs}), dtype)
+    assert max(found.values()) < BOUNDS[dtype], found
     return found
+
+
+def errors(case: Case, dtype: torch.dtype, kernels: KernelSet | None = None) -> dict[str, float]:
+    """Errors of outputs and gradients against the reference in fp64, by name."""
+    return compare(
+        partial(case.run, kernels or triton_kernels()),
+        partial(case.run, reference_kernels()),
+        case.rounded(dtype),
+        measure=largest_error,
+        around_kernel=uninitialized_is_nan(),
+    )
+
+
+def largest_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected magnitude (over 1 where that is 0); infinite if not finite."""
+    if value.numel() == 0:
+        return 0.0
+    scale = float(expected.detach().abs().max())
+    difference = float((value.detach().double() - expected.detach().double()).abs().max())
+    error = difference / scale if scale > 0 else difference
+    return error if error < float("inf") else float("inf")
 
 
 @contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN, so that nothing that was not written passes for a result."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not torch.use_deterministic_algorithms, which does the same and imports torch's compiler for it, for seconds.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _twin(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A leaf of another dtype, and the view of it that ``tensor`` is of its base."""
-    base = (tensor if tensor._base is None else tensor._base).to(dtype, copy=True).requires_grad_()
-    return base, base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _as_tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (result,) if isinstance(result, torch.Tensor) else result

@@ -21,11 +21,3 @@ def spans(lengths: Sequence[int]) -> list[slice]:
     """The slice of each document in the flattened batch."""
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     return [slice(start, end) for start, end in pairwise(ends)]
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected magnitude (over 1 where that is 0)."""
-    expected = expected.detach()
-    scale = expected.abs().max().double()
-    difference = (value.detach().double() - expected.double()).abs().max()
-    return float(difference / scale if scale > 0 else difference)

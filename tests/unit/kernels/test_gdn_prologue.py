@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from qwen3next_train.kernels.gdn_prologue import HeadShape, causal_conv1d_reference, gdn_prologue_reference
-from qwen3next_train.kernels.varlen import VarlenMetadata
-from tests.unit.kernels.interpreted import DEVICE
-from tests.unit.kernels.packing import documents, spans
-from tests.unit.kernels.projections import make_inputs
+from qwen3next_train.selftest.mixer_cases import gdn_prologue
+from tests.unit.kernels.comparison import random
+from tests.unit.kernels.packing import CPU, documents, spans
 
 
 def looped(x_TC: torch.Tensor, weight_CW: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -57,10 +56,10 @@ def test_convolution_of_a_document_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_prologue_is_its_definition_head_by_head() -> None:
-    heads, lengths = HeadShape(2, 6, 3, 5), (4, 1, 3)
-    inputs = [x.double() for x in make_inputs(heads, 8, 4, torch.float32)]
-    qkvz, ba, weight, A_log, dt_bias = inputs
-    out = gdn_prologue_reference(*inputs, heads=heads, sequences=VarlenMetadata.from_lengths(lengths, DEVICE))
+    heads, sequences = HeadShape(2, 6, 3, 5), documents(4, 1, 3)
+    inputs = gdn_prologue(random(CPU), heads, sequences, 4).inputs
+    qkvz, ba, weight, A_log, dt_bias = inputs.values()
+    out = gdn_prologue_reference(**inputs, heads=heads, sequences=sequences)
     starts = [0, 0, 0, 0, 4, 5, 5, 5]
 
     def convolved(t: int, column: int, channel: int) -> float:
@@ -75,11 +74,11 @@ def test_prologue_is_its_definition_head_by_head() -> None:
             k = torch.tensor([convolved(t, first + 3 + c, 6 + head * 3 + c) for c in range(3)])
             for value, row in ((q, out.q_THK), (k, out.k_THK)):
                 expected = value.double() / float((value.double().square().sum() + 1e-6).sqrt())
-                torch.testing.assert_close(row[t, head].cpu(), expected, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(row[t, head], expected, rtol=1e-6, atol=1e-7)
             for r in range(3):
                 n = head * 3 + r
                 v = [convolved(t, first + 6 + r * 5 + c, 12 + n * 5 + c) for c in range(5)]
-                torch.testing.assert_close(out.v_TNV[t, n].cpu(), torch.tensor(v).double(), rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(out.v_TNV[t, n], torch.tensor(v).double(), rtol=1e-6, atol=1e-7)
                 assert torch.equal(out.z_THRV[t, head, r], qkvz[t, first + 21 + r * 5 : first + 26 + r * 5])
                 a, b = float(ba[t, head * 6 + 3 + r]), float(ba[t, head * 6 + r])
                 g = -math.exp(float(A_log[n])) * math.log1p(math.exp(a + float(dt_bias[n])))

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from qwen3next_train.kernels.norms import gated_rms_norm_reference
-from tests.unit.kernels.packing import relative_error
-
-
-def definition(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As the contract says, in the dtype given."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight * gate * torch.sigmoid(gate)
+from qwen3next_train.kernels.selection import reference_kernels
+from qwen3next_train.selftest.mixer_cases import gated_rms_norm
+from tests.unit.kernels.comparison import largest_error, random
+from tests.unit.kernels.packing import CPU
 
 
 def test_gated_norm_equals_its_definition() -> None:
-    torch.manual_seed(0)
-    x, gate, weight = (torch.randn(5, 3, 8, dtype=torch.float64) for _ in range(3))
-    weight = weight[0, 0]
-    value = gated_rms_norm_reference(x, gate, weight, eps=1e-3)
-    torch.testing.assert_close(value, definition(x, gate, weight, 1e-3), rtol=1e-12, atol=1e-14)
+    case = gated_rms_norm(random(CPU), (5, 3, 8), eps=1e-3)
+    value, expected = (run(**case.inputs)[0] for run in (partial(case.run, reference_kernels()), case.definition))
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_gated_norm_in_bf16_is_rounded_once() -> None:
-    torch.manual_seed(0)
-    x, gate, weight = torch.randn(200, 16).bfloat16(), torch.randn(200, 16).bfloat16(), torch.randn(16).bfloat16()
-    value = gated_rms_norm_reference(x, gate, weight, eps=1e-6)
-    exact = definition(x.double(), gate.double(), weight.double(), 1e-6)
+    case = gated_rms_norm(random(CPU), (200, 16))
+    inputs = case.rounded(torch.bfloat16)
+    (value,) = case.run(reference_kernels(), **inputs)
+    (exact,) = case.definition(**{name: x.double() for name, x in inputs.items()})
     assert value.dtype == torch.bfloat16
     assert float(((value.double() - exact) / exact).abs().max()) <= 2**-8
 
@@ -35,4 +33,4 @@ def test_gated_norm_of_zero_input_gives_zero_and_finite_gradients() -> None:
     gated_rms_norm_reference(x, torch.ones(2, 4), torch.ones(4), eps=1e-6).sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
-    assert relative_error(gated_rms_norm_reference(x, torch.ones(2, 4), torch.ones(4), eps=1e-6), x * 0) == 0
+    assert largest_error(gated_rms_norm_reference(x, torch.ones(2, 4), torch.ones(4), eps=1e-6), x * 0) == 0

@@ -149,6 +149,7 @@ def test_unusable_file_is_one_line(tmp_path, make):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from qwen3next_train.errors import StorageError
 from qwen3next_train.metrics.sinks import JsonlSink
 
 path = Path(sys.argv[1])
@@ -158,10 +159,14 @@ hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, hard))
 for step in range(2, 6):
     sink.log({"step": step, "loss/lm": 0.5})
-    sink.sync()
+    try:
+        sink.sync()
+    except StorageError as error:
+        print(error, flush=True)
 print(path.read_bytes().count(b"step"), flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 sink.log({"step": 6, "loss/lm": 0.5})
+sink.sync()
 sink.close()
 """
 
@@ -169,7 +174,12 @@ sink.close()
 def test_full_disk_holds_rows_back_and_catches_up(tmp_path):
     path = tmp_path / "m.jsonl"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2"], "the limit lets a piece of the second row through"
+    *failures, num_rows = done.stdout.splitlines()
+    assert failures == [
+        f"{path}: cannot be written; {rows} in memory only; free space"
+        for rows in ("1 row is", "2 rows are", "3 rows are", "4 rows are")
+    ], "no checkpoint may count on them"
+    assert num_rows == "2", "the limit lets a piece of the second row through"
     assert steps_in(path) == [1, 2, 3, 4, 5, 6]
     warnings = done.stderr.splitlines()
     assert len(warnings) == 2
@@ -187,6 +197,36 @@ def test_rows_lost_at_the_end_are_counted(tmp_path, messages):
     assert len(messages) == 2
     assert "No space left on device" in messages[0]
     assert "2 rows could not be written" in messages[1]
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+def test_a_file_lost_under_the_run_is_made_again_before_a_checkpoint_counts_on_it(tmp_path, messages, what):
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path, resume_step=0)
+    sink.log({"step": 1})
+    path.unlink()
+    if what == "replaced":
+        path.write_text("somebody's\n")
+    sink.log({"step": 2})
+    sink.sync()
+    sink.log({"step": 3})
+    assert steps_in(path) == [1, 2, 3]
+    kept = "deleted" if what == "deleted" else "replaced (kept as m.jsonl.damaged-1)"
+    assert messages == [f"{path}: {kept} under the run; made again with the rows so far"]
+    assert what == "deleted" or (tmp_path / "m.jsonl.damaged-1").read_text() == "somebody's\n"
+    sink.close()
+
+
+def test_a_file_that_cannot_be_made_again_fails_the_save(tmp_path):
+    (tmp_path / "run").mkdir()
+    sink = JsonlSink(tmp_path / "run" / "m.jsonl", resume_step=0)
+    sink.log({"step": 1})
+    (tmp_path / "run" / "m.jsonl").unlink()
+    (tmp_path / "run").rmdir()
+    with pytest.raises(StorageError, match=r"m\.jsonl: cannot be written \(No such file or directory\)"):
+        sink.sync()
+    sink.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

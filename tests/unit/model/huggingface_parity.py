@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
+from qwen3next_train.selftest.case import relative_error
 from tests.unit.model.parity_cases import ParityCase
-from tests.unit.model.small_models import batch_of, build, relative_error, scales_of, small_config
+from tests.unit.model.small_models import batch_of, build, scales_of, small_config
 from tests.unit.model.without_kernels import answer, ask
 from tests.unit.model.written_model import written_logits
 

@@ -78,10 +78,3 @@ def batch_of(
 def scales_of(batch: PackedBatch, *, num_micro_batches: float = 1) -> LossScales:
     """Divisors of a step that consists of this one micro-batch."""
     return LossScales(batch.num_targets, num_micro_batches)
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the expected value (over 1 where that is 0)."""
-    norm = expected.double().norm()
-    difference = (value.double() - expected.double()).norm()
-    return float(difference / norm if norm > 0 else difference)

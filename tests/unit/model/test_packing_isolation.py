@@ -18,7 +18,8 @@ import torch
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.model.mtp import input_ids
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
-from tests.unit.model.small_models import HYBRID, batch_of, build, relative_error, scales_of, small_config
+from qwen3next_train.selftest.case import relative_error
+from tests.unit.model.small_models import HYBRID, batch_of, build, scales_of, small_config
 
 TOLERANCE = 1e-5
 DEPTHS = 2

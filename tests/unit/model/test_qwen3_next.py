@@ -13,14 +13,8 @@ from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
-from tests.unit.model.small_models import (
-    batch_of,
-    build,
-    cpu_kernels,
-    relative_error,
-    scales_of,
-    small_config,
-)
+from qwen3next_train.selftest.case import relative_error
+from tests.unit.model.small_models import batch_of, build, cpu_kernels, scales_of, small_config
 
 SHAPES = {
     "default": small_config(),

@@ -15,8 +15,9 @@ from qwen3next_train.kernels.routing import top_k_routing_reference
 from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.model.rope import rotary_table
+from qwen3next_train.selftest.case import relative_error
 from tests.unit.model.huggingface_parity import slow_down, transformers_twin
-from tests.unit.model.small_models import batch_of, build, relative_error, scales_of, small_config
+from tests.unit.model.small_models import batch_of, build, scales_of, small_config
 from tests.unit.model.without_kernels import answer, ask
 
 _TOKENS = 400

@@ -110,7 +110,8 @@ def test_a_model_built_meanwhile_neither_disturbs_nor_is_disturbed(monkeypatch: 
         assert built.wait(60)
         return gated_rms_norm_reference(*inputs, **options)
 
-    monkeypatch.setattr(at_startup, "gated_rms_norm_reference", reference)
+    references = replace(cpu_kernels(), gated_rms_norm=reference)
+    monkeypatch.setattr(at_startup, "reference_kernels", lambda: references)
     torch.set_num_threads(3)
     try:
         with checks_meanwhile(kernels, MODEL, CPU, torch.float32) as checks, torch.device("meta"), torch.no_grad():

@@ -18,7 +18,8 @@ from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
 from qwen3next_train.kernels.norms import RmsNorm, gated_rms_norm_reference
 from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
-from qwen3next_train.selftest.operations import BOUNDS, kernel_checks, kernel_errors, relative_error
+from qwen3next_train.selftest.case import relative_error
+from qwen3next_train.selftest.operations import BOUNDS, kernel_checks, kernel_errors
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 MODEL = small_config(linear_key_head_dim=16, linear_value_head_dim=24)

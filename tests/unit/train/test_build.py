@@ -18,7 +18,8 @@ from qwen3next_train.parallel.control import Json, SingleProcess
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.topology import Topology
 from qwen3next_train.train import build
-from qwen3next_train.train.build import _build_engine, _log_other_moments, _Restored
+from qwen3next_train.train.build import _build_engine, _log_other_moments
+from qwen3next_train.train.restore import Restored
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 
@@ -62,7 +63,7 @@ class Start:
         alone = SingleProcess()
         context = ProcessContext(0, 1, 0, 1, CPU, cast(Any, control), alone, ())
         initial = SimpleNamespace(read=None, path=Path("weights"))
-        restored = _Restored(cast(Any, None), None, cast(Any, initial))
+        restored = Restored(cast(Any, None), None, cast(Any, initial))
         _build_engine(Config(model=small_config()), Topology(), context, cast(Any, None), restored)
 
     def _norm(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:

@@ -104,6 +104,20 @@ def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, re
     assert (returned, record["code"], record["reason"], record["step"]) == (code, code, reason, step)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files", "/data/x"),
+        RuntimeError("[enforce fail at /a/gloo/loop.cc:48] rv != -1. -1 vs -1. pipe: Too many open files"),
+    ],
+)
+def test_a_limit_of_the_environment_is_one_line(attempt, capsys, error):
+    returned, record = attempt(train=fails_at(3, error))
+    assert (returned, record["code"]) == (74, 74)
+    assert record["reason"].endswith("; raise the limit of open files (ulimit -n)")
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_dead_rank_is_named(attempt):
     own = RankInfo.this_process()
     # The largest number there can be, and not in use.
@@ -132,7 +146,7 @@ def test_wrong_world_is_recorded(attempt, tmp_path):
     def refuse():
         raise ConfigError("world size 3")
 
-    (tmp_path / "exit.json").write_text('{"code": 0, "reason": "finished"}')
+    attempt()
     code, record = attempt(check_world=refuse)
     assert (code, record["code"], record["reason"]) == (2, 2, "world size 3")
 

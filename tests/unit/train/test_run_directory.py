@@ -1,7 +1,12 @@
+import errno
+import fcntl
+import io
 import json
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from contextlib import suppress
@@ -29,10 +34,19 @@ def opened(path: Path) -> RunDirectory:
 
 
 def record(
-    run_dir: RunDirectory, *, wandb_id: str = "abcd1234", command: tuple[str, ...] = ("qwen3next-train",)
+    run_dir: RunDirectory,
+    *,
+    wandb_id: str = "abcd1234",
+    command: tuple[str, ...] = ("qwen3next-train",),
+    step: int = 0,
 ) -> None:
     run_dir.record_attempt(
-        CONFIG, layout={"world_size": 1}, workload={"parameters": {"total": 5}}, wandb_id=wandb_id, command=command
+        CONFIG,
+        layout={"world_size": 1},
+        workload={"parameters": {"total": 5}},
+        wandb_id=wandb_id,
+        command=command,
+        step=step,
     )
 
 
@@ -63,7 +77,10 @@ def test_configuration_and_information(tmp_path, monkeypatch):
     record(run_dir, command=("qwen3next-train", "--x", "0123456789secret", "--api-key=abc"))
     assert (tmp_path / "config.yaml").read_text() == to_yaml(CONFIG)
     info = run_dir.read_info()
-    assert set(info) == {"wandb_id", "versions", "git_revision", "layout", "parameters", "attempts"}
+    assert info == json.loads((tmp_path / "run.json").read_text())
+    assert set(info) == {
+        *("wandb_id", "versions", "git_revision", "layout", "parameters", "attempts", "checkpoint_step")
+    }
     assert info["parameters"] == {"total": 5}
     assert info["wandb_id"] == "abcd1234"
     assert info["layout"] == {"world_size": 1}
@@ -71,6 +88,7 @@ def test_configuration_and_information(tmp_path, monkeypatch):
     [attempt] = info["attempts"]
     assert attempt["command"] == ["qwen3next-train", "--x", "***", "--api-key=***"]
     assert attempt["host"] == socket.gethostname()
+    assert (attempt["first_step"], attempt["logging_interval"], info["checkpoint_step"]) == (0, 1, None)
     assert datetime.fromisoformat(attempt["started_at"]).tzinfo is not None
     run_dir.close()
     everything = "".join(path.read_text() for path in tmp_path.iterdir())
@@ -89,20 +107,106 @@ def test_attempts_add_up(tmp_path):
     assert len(starts) == 3
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"attempts": 3}', "\0" * 100, "[" * 100_000])
-def test_damaged_information_is_written_anew(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
+def test_saves_are_noted(tmp_path):
+    run_dir = opened(tmp_path)
+    record(run_dir, step=4)
+    noted = [run_dir.read_info()["checkpoint_step"]]
+    for step in (5, 6):
+        run_dir.record_save(step)
+        noted.append(json.loads((tmp_path / "run.json").read_text())["checkpoint_step"])
+    assert noted == [4, 5, 6]
+    run_dir.close()
+
+
+def test_a_save_that_cannot_be_noted_is_a_warning(tmp_path, capsys):
     run_dir = opened(tmp_path)
     record(run_dir)
-    assert len(run_dir.read_info()["attempts"]) == 1
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "run.json").mkdir()
+    run_dir.record_save(5)
+    assert "run.json: cannot be written" in capsys.readouterr().err
+    run_dir.close()
+
+
+DAMAGED = {
+    "empty": "",
+    "cut": "{",
+    "a list": "[]",
+    "zeros": "\0" * 100,
+    "deep lists": "[" * 100_000,
+    "deep but valid": '{"attempts": [' + "[" * 900 + "]" * 900 + "]}",
+    "deep mappings": '{"a":' * 900 + "1" + "}" * 900,
+    "not UTF-8": b"\xff\xfe{}",
+    "a number too long to read": '{"attempts": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_information_is_written_anew(tmp_path, capsys, text):
+    opened(tmp_path).close()
+    (tmp_path / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    run_dir = opened(tmp_path)
+    record(run_dir)
+    assert len(json.loads((tmp_path / "run.json").read_text())["attempts"]) == 1
+    assert capsys.readouterr().err.count("run.json: ") == 1
     run_dir.close()
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (os.mkfifo, "is a special file, not a regular file"),
+        (lambda path: path.symlink_to("/etc/passwd"), "is a symbolic link, not a regular file"),
+        (
+            lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**11),
+            "has 100000000000 bytes, more than",
+        ),
+    ],
+)
+def test_what_is_no_small_file_is_not_read(tmp_path, capsys, make, reason):
+    opened(tmp_path).close()
+    make(tmp_path / "run.json")
+    run_dir = opened(tmp_path)
+    record(run_dir)
+    assert reason in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "run.json").read_text())["attempts"]) == 1
+    run_dir.close()
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("run.json", lambda run_dir: run_dir.read_info()),
+        ("config.yaml", lambda run_dir: run_dir.read_config()),
+        ("metrics.jsonl", lambda run_dir: run_dir.last_logged_step()),
+    ],
+)
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, file, read, code):
+    run_dir = opened(tmp_path)
+    record(run_dir)
+    run_dir.close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    real_open = io.open
+
+    def refuse(path, *rest, **more):
+        if str(path) == str(tmp_path / file):
+            raise OSError(code, os.strerror(code), str(path))
+        return (real_open if rest and isinstance(rest[0], str) else os_open)(path, *rest, **more)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(StorageError, match=rf"{file}: cannot be read \({os.strerror(code)}\); make it readable"):
+        read(RunDirectory(tmp_path, rank=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
         (lambda path: path.write_text("a file"), "not a directory"),
-        (lambda path: path.symlink_to("/proc/self/task"), "Permission denied|No such file|Operation not permitted"),
+        (lambda path: path.symlink_to("/nowhere/at/all"), "not a directory"),
     ],
 )
 def test_unusable_directory_is_one_line(tmp_path, make, reason):
@@ -124,7 +228,7 @@ def test_planted_links_are_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     path = tmp_path / "run"
-    path.mkdir()
+    opened(path).close()
     for name in ("config.yaml", "run.json", "exit.json"):
         (path / name).symlink_to(outside)
     run_dir = opened(path)
@@ -134,7 +238,7 @@ def test_planted_links_are_not_followed(tmp_path):
     assert not any((path / name).is_symlink() for name in ("config.yaml", "run.json", "exit.json"))
     (path / ".lock").unlink()
     (path / ".lock").symlink_to(outside)
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match=r"\.lock: Too many levels of symbolic links"):
         opened(path)
     assert outside.read_text() == "precious"
 
@@ -281,16 +385,20 @@ def test_of_processes_that_race_one_gets_the_lock(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    # The child says its number itself: by then it has given up what it inherited.
     code = HOLDER.replace(
         "    sys.stdin.readline()",
-        "    import os\n    if os.fork() == 0:\n        time.sleep(600)\n    os.kill(os.getpid(), 9)",
+        "    import os\n"
+        "    if os.fork() == 0:\n"
+        "        print(os.getpid(), flush=True)\n"
+        "        time.sleep(600)\n"
+        "    time.sleep(600)",
     )
-    code = code.replace("if os.fork() == 0:", "child = os.fork()\n    if child == 0:")
-    code = code.replace("    os.kill(os.getpid()", "    print(child, flush=True)\n    os.kill(os.getpid()")
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "holds\n"
     child = int(holder.stdout.readline())
+    holder.kill()
     assert holder.wait() == -signal.SIGKILL
     try:
         opened(tmp_path).close()
@@ -335,9 +443,167 @@ def test_new_attempt_forgets_the_old_end(tmp_path):
     run_dir = opened(tmp_path)
     run_dir.finish(ExitCode.DIVERGED, "nan")
     run_dir.close()
-    (tmp_path / ".staged-0-1-run.json").write_text("half")
+    for name in (".staged-0-1-run.json", ".staged-31-7-exit.json", ".staged-x", ".staged-0-1-notes"):
+        (tmp_path / name).write_text("half")
     opened(tmp_path).close()
-    assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == [".lock", ".staged-0-1-notes", ".staged-x"], "somebody's own files stay"
+
+
+def test_an_untouched_directory_is_the_same(tmp_path):
+    run_dir = opened(tmp_path)
+    run_dir.require_same()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    run_dir.require_same()
+    assert names(tmp_path) == [".lock", "checkpoints", "notes.txt"]
+    run_dir.close()
+
+
+LOST = {
+    "deleted": (shutil.rmtree, "No such file or directory"),
+    "renamed": (lambda path: path.rename(path.with_name("elsewhere")), "No such file or directory"),
+    "replaced": (lambda path: (path.rename(path.with_name("elsewhere")), path.mkdir()), "another directory is in its"),
+    "replaced by a file": (lambda path: (shutil.rmtree(path), path.write_text("")), "another directory is in its"),
+    "parent deleted": (lambda path: shutil.rmtree(path.parent), "No such file or directory"),
+    "parent replaced by a file": (
+        lambda path: (shutil.rmtree(path.parent), path.parent.write_text("")),
+        "Not a directory",
+    ),
+    "checkpoints behind a link that leads nowhere": (
+        lambda path: (path / "checkpoints").symlink_to("/nowhere/at/all"),
+        "checkpoints: No such file or directory",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("gone", "is_lost"),
+    [
+        ((), False),
+        ((".lock",), False),
+        (("run.json",), False),
+        (("config.yaml",), False),
+        (("metrics.jsonl", "checkpoints"), False),
+        ((".lock", "run.json"), True),
+        (("config.yaml", "run.json"), True),
+        ((".lock", "config.yaml", "run.json", "metrics.jsonl", "checkpoints"), True),
+    ],
+)
+def test_a_directory_whose_files_are_being_deleted_counts_as_deleted(tmp_path, gone, is_lost):
+    run_dir = opened(tmp_path)
+    record(run_dir)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    run_dir.require_same()
+    for name in gone:
+        path = tmp_path / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    if is_lost:
+        with pytest.raises(StorageError, match=r"under the run \(it has been emptied: .* are gone\)"):
+            run_dir.require_same()
+    else:
+        run_dir.require_same()
+    run_dir.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("lose", "reason"), LOST.values(), ids=LOST)
+def test_a_directory_that_is_gone_is_missed_and_not_made_again(tmp_path, rank, lose, reason):
+    path = tmp_path / "runs" / "run"
+    holder = opened(path)
+    run_dir = RunDirectory(path, rank=rank)
+    if rank:
+        run_dir.open()
+    else:
+        run_dir = holder
+    lose(path)
+    left = sorted(str(each) for each in tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match=f"run was deleted, renamed or unmounted under the run .*{reason}") as caught:
+        run_dir.require_same()
+    assert caught.value.exit_code == 74
+    if "checkpoints" not in reason:
+        assert run_dir.finish(ExitCode.STORAGE, "gone"), "recorded nowhere, so it is printed"
+        assert sorted(str(each) for each in tmp_path.rglob("*")) == left
+    holder.close()
+
+
+def test_checkpoints_on_another_filesystem_than_before(tmp_path):
+    path = tmp_path / "run"
+    opened(path).close()
+    (path / "checkpoints").mkdir()
+    run_dir = opened(path)
+    run_dir.require_same()
+    (path / "checkpoints").rmdir()
+    shared_memory = Path("/dev/shm")
+    if shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two filesystems")
+    (path / "checkpoints").symlink_to(shared_memory)
+    with pytest.raises(StorageError, match="checkpoints is on another filesystem than before"):
+        run_dir.require_same()
+    run_dir.close()
+
+
+def test_what_cannot_be_looked_up_at_the_moment_is_not_gone(tmp_path, monkeypatch):
+    run_dir = opened(tmp_path)
+
+    def fail(path, **options):
+        raise OSError(errno.ETIMEDOUT, "Connection timed out", str(path))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    run_dir.require_same()
+    monkeypatch.undo()
+    run_dir.close()
+
+
+def test_a_second_run_cannot_take_a_directory_whose_lock_file_was_deleted(tmp_path, capsys):
+    holder = start_holder(tmp_path)
+    assert holder.stdout.readline() == "holds\n"
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(ConfigError, match="is in use by another process; stop that run"):
+        opened(tmp_path)
+    holder.kill()
+    holder.communicate()
+    run_dir = opened(tmp_path)
+    (tmp_path / ".lock").unlink()
+    run_dir.require_same()
+    assert "made anew" in capsys.readouterr().err
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    run_dir.finish(ExitCode.FINISHED, "finished")
+    assert exit_of(tmp_path)["code"] == 0
+    run_dir.close()
+
+
+def test_a_renamed_directory_stays_locked(tmp_path):
+    holder = start_holder(tmp_path / "old")
+    assert holder.stdout.readline() == "holds\n"
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ConfigError, match=f"new is in use by process {holder.pid} on "):
+        opened(tmp_path / "new")
+    opened(tmp_path / "old").close()
+    holder.communicate("\n")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_where_directories_cannot_be_locked_the_lock_file_is_watched(tmp_path, monkeypatch, taken):
+    def as_on_nfs(descriptor, operation):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return real_flock(descriptor, operation)
+
+    real_flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    first = opened(tmp_path)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        opened(tmp_path)
+    (tmp_path / ".lock").unlink()
+    second = opened(tmp_path) if taken else None
+    if second is None:
+        first.require_same()
+    else:
+        with pytest.raises(StorageError, match=r"is in use by process .* \(its \.lock was deleted under this run\)"):
+            first.require_same()
+        second.close()
+    first.close()
 
 
 def test_reason_holds_no_secrets(tmp_path, monkeypatch):
@@ -441,7 +707,9 @@ def attempt_that_dies(path: Path, crash_point: int) -> int:
             os.link, Path.unlink = dying(os.link), dying(Path.unlink)
             run_dir = RunDirectory(path, rank=0)
             run_dir.open()
-            run_dir.record_attempt(Config(run=RunConfig(steps=8)), layout={}, workload={}, wandb_id="later", command=[])
+            run_dir.record_attempt(
+                Config(run=RunConfig(steps=8)), layout={}, workload={}, wandb_id="later", command=[], step=0
+            )
             run_dir.finish(ExitCode.STOPPED, "stopped")
             code = dying.calls
         os._exit(code)

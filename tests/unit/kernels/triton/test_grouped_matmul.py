@@ -5,25 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.moe_cases import grouped_matmul as grouped_matmul_case
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
-
-
-def compare_triton(counts: list[int], num_in: int, num_out: int, dtype: torch.dtype) -> None:
-    # Not at the top: Triton is imported where its kernels are used.
-    from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
-
-    torch.manual_seed(0)
-    counts_e = torch.tensor(counts, device=DEVICE)
-    x = torch.randn(sum(counts), num_in, device=DEVICE).to(dtype)
-    weight = (torch.randn(len(counts), num_out, num_in, device=DEVICE) * num_in**-0.5).to(dtype)
-    found = errors(
-        lambda x, weight: grouped_matmul_triton(x, weight, counts_e=counts_e),
-        lambda x, weight: grouped_matmul_reference(x, weight, counts_e=counts_e),
-        [x, weight],
-    )
-    assert max(found) < BOUNDS[dtype], found
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU rounds the products of fp32 to tf32, and trains in bf16")
@@ -38,7 +22,7 @@ def test_triton_equals_the_loop(
     # One program alone writes in order, and so repairs what it wrote beyond an expert's rows.
     monkeypatch.setattr(grouped_matmul, "num_processors", lambda device: programs)
     # In fp32, as Triton's interpreter multiplies no matrices of bf16.
-    compare_triton(counts, num_in, num_out, torch.float32)
+    check(grouped_matmul_case(random(), counts, num_in, num_out), torch.float32)
 
 
 def test_triton_keeps_what_is_not_finite_with_its_expert() -> None:
@@ -84,7 +68,7 @@ def test_triton_without_rows_gives_zero_gradients() -> None:
     ],
 )
 def test_triton_on_a_gpu(counts: list[int], num_in: int, num_out: int) -> None:
-    compare_triton(counts, num_in, num_out, torch.bfloat16)
+    check(grouped_matmul_case(random(), counts, num_in, num_out), torch.bfloat16)
 
 
 @pytest.mark.gpu

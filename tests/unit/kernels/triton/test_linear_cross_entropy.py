@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.triton import linear_cross_entropy
 from qwen3next_train.kernels.triton.linear_cross_entropy import linear_cross_entropy_triton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.dense_cases import linear_cross_entropy as case_of
+from tests.unit.kernels.comparison import check, errors, random, triton_kernels
 from tests.unit.kernels.interpreted import DEVICE
 
 
-def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def inputs(num_tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Hidden states, head weight and labels, every fifth one ignored."""
-    torch.manual_seed(0)
-    x = torch.randn(num_tokens, hidden, device=DEVICE, dtype=dtype)
-    weight = torch.randn(vocabulary, hidden, device=DEVICE, dtype=dtype) * hidden**-0.5
-    labels = torch.randint(vocabulary, (num_tokens,), device=DEVICE)
-    labels[::5] = IGNORE_INDEX
-    return x, weight, labels
-
-
-def check(num_tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
-    x, weight, labels = inputs(num_tokens, vocabulary, hidden, dtype)
-    found = errors(
-        lambda x, w: linear_cross_entropy_triton(x, w, labels) / 64,
-        lambda x, w: reference(x, w, labels) / 64,
-        [x, weight],
-    )
-    assert max(found) < BOUNDS[dtype], found
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Six hidden states, the head's weight for a vocabulary of 50, and labels."""
+    hidden, weight = case_of(random(), 6, 50, 8).rounded(torch.float32).values()
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.arange(6, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows_per_chunk", [1, 4, 1000])
 def test_sum_and_gradients(dtype: torch.dtype, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "_CHUNK_LOGITS", rows_per_chunk * 50)
-    check(11, 50, 12, dtype)
+    check(case_of(random(), 11, 50, 12), dtype)
 
 
 def test_a_vocabulary_of_several_blocks_that_fills_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "_LANES", 16)
-    check(6, 1001, 8, torch.float32)
+    check(case_of(random(), 6, 1001, 8), torch.float32)
 
 
 def test_large_logits() -> None:
-    x, weight, labels = inputs(5, 70, 8, torch.float32)
-    found = errors(
-        lambda x, w: linear_cross_entropy_triton(x, w, labels),
-        lambda x, w: reference(x, w, labels),
-        [1000 * x, 10 * weight],
-    )
-    assert max(found) < 1e-5, found
+    case = case_of(random(), 5, 70, 8)
+    scales = {"hidden_TD": 1000, "weight_VD": 10}
+    large = replace(case, inputs={name: scales[name] * value for name, value in case.inputs.items()})
+    found = errors(large, torch.float32)
+    assert max(found.values()) < 1e-5, found
 
 
 def test_no_real_label_is_a_zero_loss_with_zero_gradients() -> None:
-    x, weight, labels = inputs(6, 50, 8, torch.float32)
-    x, weight = x.requires_grad_(), weight.requires_grad_()
+    x, weight, labels = inputs()
     value = linear_cross_entropy_triton(x, weight, torch.full_like(labels, IGNORE_INDEX))
     assert value.item() == 0
     value.backward()
@@ -82,23 +63,23 @@ def test_no_tokens() -> None:
 
 
 def test_a_label_outside_of_the_vocabulary_is_not_a_number() -> None:
-    x, weight, labels = inputs(6, 50, 8, torch.float32)
+    x, weight, labels = inputs()
     for label in (50, -1):
         labels[1] = label
         assert linear_cross_entropy_triton(x, weight, labels).isnan()
 
 
 def test_without_gradients_nothing_is_kept() -> None:
-    x, weight, labels = inputs(6, 50, 8, torch.float32)
-    expected = reference(x, weight, labels)
+    case = case_of(random(), 6, 50, 8)
+    leaves = {name: x.requires_grad_() for name, x in case.rounded(torch.float32).items()}
     with torch.no_grad():
-        value = linear_cross_entropy_triton(x.requires_grad_(), weight, labels)
+        (value,) = case.run(triton_kernels(), **leaves)
     assert not value.requires_grad
-    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(value, case.definition(**leaves)[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows_per_chunk", [400, 2000])
 def test_at_the_model_s_vocabulary(rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "_CHUNK_LOGITS", rows_per_chunk * 151936)
-    check(1001, 151936, 256, torch.bfloat16)
+    check(case_of(random(), 1001, 151936, 256), torch.bfloat16)

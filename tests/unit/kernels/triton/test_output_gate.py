@@ -5,36 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.gates import output_gate_reference
 from qwen3next_train.kernels.triton.output_gate import output_gate_triton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.mixer_cases import output_gate
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
-
-
-def check(x: torch.Tensor, gate: torch.Tensor) -> None:
-    found = errors(output_gate_triton, output_gate_reference, [x, gate])
-    assert max(found) < BOUNDS[x.dtype], found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 3, 32), (1, 1, 1), (33, 2, 24)])
 def test_output_and_gradients(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    x, gate = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2))
-    check(x, 4 * gate)
+    check(output_gate(random(), *shape), dtype)
 
 
 def test_views_of_a_projection_and_of_a_batch() -> None:
-    torch.manual_seed(0)
-    gate = torch.randn(6, 4, 64, device=DEVICE)[..., 32:]
-    check(torch.randn(6, 4, 32, device=DEVICE), gate)
-    check(torch.randn(4, 6, 32, device=DEVICE).transpose(0, 1), gate)
+    draw = random()
+    gate = draw.normal(6, 4, 64)[..., 32:]
+    check(output_gate(draw, 6, 4, 32), torch.float32, gate_TNH=gate)
+    check(output_gate(draw, 6, 4, 32), torch.float32, x_TNH=draw.normal(4, 6, 32).transpose(0, 1), gate_TNH=gate)
 
 
 def test_strong_gates_stay_finite() -> None:
-    x = torch.ones(1, 1, 5, device=DEVICE)
     gate = torch.tensor([[[-1e4, -20.0, 0.0, 20.0, 1e4]]], device=DEVICE)
-    check(x, gate)
+    check(output_gate(random(), 1, 1, 5), torch.float32, x_TNH=torch.ones(1, 1, 5, device=DEVICE), gate_TNH=gate)
 
 
 def test_no_tokens() -> None:
@@ -46,6 +38,5 @@ def test_no_tokens() -> None:
 
 @pytest.mark.gpu
 def test_at_the_model_s_size() -> None:
-    torch.manual_seed(0)
-    gate = torch.randn(1001, 16, 512, device=DEVICE, dtype=torch.bfloat16)[..., 256:]
-    check(torch.randn(1001, 16, 256, device=DEVICE, dtype=torch.bfloat16), gate)
+    draw = random()
+    check(output_gate(draw, 1001, 16, 256), torch.bfloat16, gate_TNH=draw.normal(1001, 16, 512)[..., 256:])

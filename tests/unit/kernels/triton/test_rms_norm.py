@@ -9,7 +9,8 @@ import torch
 
 from qwen3next_train.kernels.norms import RmsNorm
 from qwen3next_train.kernels.triton.rms_norm import RmsNormTriton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.dense_cases import rms_norm
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
 
 EPS = 1e-6
@@ -21,51 +22,16 @@ def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
-    found = errors(
-        lambda x, w: KERNEL.normalize(x, w, eps=EPS), lambda x, w: REFERENCE.normalize(x, w, eps=EPS), [x, weight]
-    )
-    assert max(found) < BOUNDS[x.dtype], found
-
-
-def check_sum(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-    found = errors(
-        lambda x, y, w: KERNEL.fused_add_rms_norm(x, y, w, eps=EPS),
-        lambda x, y, w: REFERENCE.fused_add_rms_norm(x, y, w, eps=EPS),
-        [x, y, weight],
-    )
-    assert max(found) < BOUNDS[x.dtype], found
-
-
-def check_pass(x: torch.Tensor, weight: torch.Tensor) -> None:
-    found = errors(
-        lambda x, w: KERNEL.rms_norm_with_residual(x, w, eps=EPS),
-        lambda x, w: REFERENCE.rms_norm_with_residual(x, w, eps=EPS),
-        [x, weight],
-    )
-    assert found[0] == 0.0
-    assert max(found) < BOUNDS[x.dtype], found
+def check_norm(method: str, rows: int, size: int, dtype: torch.dtype = torch.float32, **inputs: torch.Tensor) -> None:
+    found = check(rms_norm(random(), rows, size, method), dtype, **inputs)
+    assert found["output"] == 0.0 or method != "rms_norm_with_residual"
 
 
 @DTYPES
+@pytest.mark.parametrize("method", ["normalize", "fused_add_rms_norm", "rms_norm_with_residual"])
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (7, 48), (33, 64), (5, 130)])
-def test_norm_and_gradients(dtype: torch.dtype, rows: int, size: int) -> None:
-    torch.manual_seed(0)
-    check_norm(normal(rows, size, dtype=dtype), normal(size, dtype=dtype) / 4)
-
-
-@DTYPES
-@pytest.mark.parametrize(("rows", "size"), [(7, 48), (33, 64)])
-def test_sum_and_norm_and_gradients(dtype: torch.dtype, rows: int, size: int) -> None:
-    torch.manual_seed(0)
-    check_sum(normal(rows, size, dtype=dtype), normal(rows, size, dtype=dtype), normal(size, dtype=dtype) / 4)
-
-
-@DTYPES
-@pytest.mark.parametrize(("rows", "size"), [(1, 8), (7, 48), (33, 64), (5, 130)])
-def test_input_beside_its_norm_and_gradients(dtype: torch.dtype, rows: int, size: int) -> None:
-    torch.manual_seed(0)
-    check_pass(normal(rows, size, dtype=dtype), normal(size, dtype=dtype) / 4)
+def test_norm_and_gradients(method: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    check_norm(method, rows, size, dtype)
 
 
 def test_what_is_passed_on_is_no_copy() -> None:
@@ -106,12 +72,11 @@ def test_outputs_that_nobody_uses(name: str, used: tuple[int, ...]) -> None:
 
 
 def test_rows_that_lie_apart() -> None:
-    torch.manual_seed(0)
-    wide = normal(9, 4, 48, dtype=torch.float32)
-    check_norm(wide[:, :, 16:40], normal(24, dtype=torch.float32) / 4)
-    check_norm(wide[:, 1:3], normal(48, dtype=torch.float32) / 4)
-    check_sum(wide[:, 0, :24], wide[:, 3, 24:], normal(24, dtype=torch.float32) / 4)
-    check_pass(wide[:, 2, 8:32], normal(24, dtype=torch.float32) / 4)
+    wide = random().normal(9, 4, 48)
+    check_norm("normalize", 9, 24, x_TD=wide[:, :, 16:40])
+    check_norm("normalize", 9, 48, x_TD=wide[:, 1:3])
+    check_norm("fused_add_rms_norm", 9, 24, x_TD=wide[:, 0, :24], y_TD=wide[:, 3, 24:])
+    check_norm("rms_norm_with_residual", 9, 24, x_TD=wide[:, 2, 8:32])
 
 
 @pytest.mark.parametrize("spread", [lambda x: x.t().contiguous().t(), lambda x: x[:, :1].expand_as(x)])
@@ -142,21 +107,15 @@ def test_no_rows() -> None:
 
 
 def test_zero_rows_have_finite_gradients() -> None:
-    x = torch.zeros(3, 16, device=DEVICE)
-    check_norm(x, normal(16, dtype=torch.float32) / 4)
+    check_norm("normalize", 3, 16, x_TD=torch.zeros(3, 16, device=DEVICE))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1001, 16384])
 def test_at_the_model_s_size(rows: int) -> None:
-    torch.manual_seed(0)
-    dtype = torch.bfloat16
-    x, y, weight = normal(rows, 2048, dtype=dtype), normal(rows, 2048, dtype=dtype), normal(2048, dtype=dtype) / 4
-    check_norm(x, weight)
-    check_pass(x, weight)
-    check_sum(x, y, weight)
-    wide = normal(rows, 16, 512, dtype=dtype)
-    check_norm(wide[:, :, :256], normal(256, dtype=dtype) / 4)
+    for method in ("normalize", "fused_add_rms_norm", "rms_norm_with_residual"):
+        check_norm(method, rows, 2048, torch.bfloat16)
+    check_norm("normalize", rows, 256, torch.bfloat16, x_TD=random().normal(rows, 16, 512)[:, :, :256])
 
 
 @pytest.mark.gpu

@@ -5,25 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.gates import shared_expert_combine_reference
 from qwen3next_train.kernels.triton.shared_expert_combine import shared_expert_combine_triton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.moe_cases import shared_expert_combine
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
-
-
-def check(*rows: torch.Tensor) -> None:
-    """With a gate whose logits have about unit variance."""
-    size = rows[0].shape[1]
-    weight = 2 * size**-0.5 * torch.randn(1, size, device=DEVICE)
-    found = errors(shared_expert_combine_triton, shared_expert_combine_reference, [*rows, weight.to(rows[0].dtype)])
-    assert max(found) < BOUNDS[rows[0].dtype], found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 32), (1, 1), (33, 24), (4, 1100)])
 def test_output_and_gradients(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    check(*(torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(4)))
+    check(shared_expert_combine(random(), *shape), dtype)
 
 
 def test_bf16_is_rounded_once() -> None:
@@ -47,8 +38,9 @@ def test_residual_and_base_are_not_kept_and_get_the_gradient_as_it_is() -> None:
 
 
 def test_views() -> None:
-    torch.manual_seed(0)
-    check(*(torch.randn(7, 4, 16, device=DEVICE)[:, index] for index in (0, 2, 1, 3)))
+    draw, places = random(), {"residual_TD": 0, "base_TD": 2, "branch_TD": 1, "x_TD": 3}
+    views = {name: draw.normal(7, 4, 16)[:, index] for name, index in places.items()}
+    check(shared_expert_combine(draw, 7, 16), torch.float32, **views)
 
 
 def test_no_rows() -> None:
@@ -69,5 +61,4 @@ def test_closed_and_open_gates(logit: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1001, 16384])
 def test_at_the_model_s_size(tokens: int) -> None:
-    torch.manual_seed(0)
-    check(*(torch.randn(tokens, 2048, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)))
+    check(shared_expert_combine(random(), tokens, 2048), torch.bfloat16)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3next_train.kernels.gates import shared_input_reference
 from qwen3next_train.kernels.triton.shared_input import shared_input_triton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.case import Case
+from qwen3next_train.selftest.moe_cases import shared_input
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
 
 
-def check(x: torch.Tensor, count: int) -> None:
-    found = errors(lambda x: shared_input_triton(x, count), lambda x: shared_input_reference(x, count), [x])
-    assert max(found) < BOUNDS[x.dtype], found
-    assert max(found[:-1]) == 0.0
+def check_input(case: Case, dtype: torch.dtype, **inputs: torch.Tensor) -> None:
+    found = check(case, dtype, **inputs)
+    assert max(error for name, error in found.items() if name.startswith("output")) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_sum_of_gradients(dtype: torch.dtype, count: int) -> None:
-    torch.manual_seed(0)
-    check(torch.randn(33, 70, device=DEVICE, dtype=dtype), count)
-    check(torch.randn(9, 3, 16, device=DEVICE, dtype=dtype)[:, 1], count)
+    check_input(shared_input(random(), 33, 70, count), dtype)
+    check_input(shared_input(random(), 9, 16, count), dtype, x=random().normal(9, 3, 16)[:, 1])
 
 
 def test_bf16_is_rounded_once() -> None:
@@ -48,5 +47,4 @@ def test_consumers_that_are_not_there() -> None:
 
 @pytest.mark.gpu
 def test_at_the_model_s_size() -> None:
-    torch.manual_seed(0)
-    check(torch.randn(1001, 2048, device=DEVICE, dtype=torch.bfloat16), 4)
+    check_input(shared_input(random(), 1001, 2048, 4), torch.bfloat16)

@@ -7,35 +7,30 @@ import torch
 
 from qwen3next_train.kernels.gates import swiglu_reference
 from qwen3next_train.kernels.triton.swiglu import swiglu_triton
-from tests.unit.kernels.comparison import BOUNDS, errors
+from qwen3next_train.selftest.moe_cases import swiglu
+from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
-
-
-def check(gate_up: torch.Tensor, *weights_R: torch.Tensor) -> None:
-    found = errors(swiglu_triton, swiglu_reference, [gate_up, *weights_R])
-    assert max(found) < BOUNDS[gate_up.dtype], found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "features"), [(5, 32), (1, 1), (70, 24), (3, 1100)])
-def test_output_and_gradient(dtype: torch.dtype, rows: int, features: int) -> None:
-    torch.manual_seed(0)
-    gate_up = 3 * torch.randn(rows, 2 * features, device=DEVICE, dtype=dtype)
-    check(gate_up)
-    check(gate_up, torch.rand(rows, device=DEVICE))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_output_and_gradient(dtype: torch.dtype, rows: int, features: int, weighted: bool) -> None:
+    check(swiglu(random(), rows, features, weighted=weighted), dtype)
 
 
 def test_rows_that_lie_apart() -> None:
-    torch.manual_seed(0)
-    check(torch.randn(9, 80, device=DEVICE)[:, 8:72])
-    check(torch.randn(9, 2, 64, device=DEVICE)[:, 1], torch.rand(9, 3, device=DEVICE)[:, 2])
+    draw = random()
+    check(swiglu(draw, 9, 32, weighted=False), torch.float32, gate_up=draw.normal(9, 80)[:, 8:72])
+    views = {"gate_up": draw.normal(9, 2, 64)[:, 1], "weights_R": draw.uniform(9, 3)[:, 2]}
+    check(swiglu(draw, 9, 32, weighted=True), torch.float32, **views)
 
 
 def test_weights_multiply_the_rows_and_are_not_rounded_to_their_dtype() -> None:
     gate_up = torch.tensor([[0.0, 3.0], [1e4, 3.0]], dtype=torch.bfloat16, device=DEVICE)
-    for swiglu in (swiglu_reference, swiglu_triton):
+    for backend in (swiglu_reference, swiglu_triton):
         weights = torch.tensor([1.0, 1 / 3], device=DEVICE, requires_grad=True)
-        out = swiglu(gate_up, weights)
+        out = backend(gate_up, weights)
         assert out.dtype == torch.bfloat16
         assert out.flatten().tolist() == [0.0, 9984.0]
         out.sum().backward()
@@ -45,7 +40,8 @@ def test_weights_multiply_the_rows_and_are_not_rounded_to_their_dtype() -> None:
 
 
 def test_strong_gates_stay_finite() -> None:
-    check(torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 2.0, 3.0, 4.0]], device=DEVICE))
+    gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 2.0, 3.0, 4.0]], device=DEVICE)
+    check(swiglu(random(), 1, 4, weighted=False), torch.float32, gate_up=gate_up)
 
 
 def test_no_rows() -> None:
@@ -59,8 +55,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.gpu
 def test_at_the_model_s_size() -> None:
-    torch.manual_seed(0)
-    check(torch.randn(10010, 1024, device=DEVICE, dtype=torch.bfloat16), torch.rand(10010, device=DEVICE))
+    check(swiglu(random(), 10010, 512, weighted=True), torch.bfloat16)
 
 
 @pytest.mark.gpu

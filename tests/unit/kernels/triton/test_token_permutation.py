@@ -7,7 +7,8 @@ import torch
 
 from qwen3next_train.kernels.routing import TokenPermutation
 from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
-from tests.unit.kernels.comparison import BOUNDS, errors, uninitialized_is_nan
+from qwen3next_train.selftest.moe_cases import permute, random_experts, unpermute
+from tests.unit.kernels.comparison import check, random, uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
 REFERENCE = TokenPermutation()
@@ -16,9 +17,9 @@ TRITON = TokenPermutationTriton()
 
 def random_ids(tokens: int, top_k: int, experts: int, *, absent: float = 0.0) -> torch.Tensor:
     """Different experts for each token, a share of them absent."""
-    torch.manual_seed(0)
-    ids = torch.rand(tokens, experts, device=DEVICE).topk(top_k).indices
-    return ids.masked_fill(torch.rand(tokens, top_k, device=DEVICE) < absent, -1)
+    draw = random()
+    ids = random_experts(draw, tokens, experts, top_k)
+    return ids.masked_fill(draw.uniform(tokens, top_k) < absent, -1)
 
 
 def check_triton(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtype) -> None:
@@ -28,18 +29,9 @@ def check_triton(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtyp
         order = TRITON.sort(ids, experts, routed)
     for field in ("token_R", "row_TK", "counts_E"):
         assert torch.equal(getattr(order, field), getattr(reference, field)), field
-    x = torch.randn(len(ids), hidden, device=DEVICE, dtype=dtype)
-    rows = torch.randn(routed, hidden, device=DEVICE, dtype=dtype)
-    weights = torch.rand(ids.shape, device=DEVICE)
-    found = errors(lambda x: TRITON.permute(x, order), lambda x: REFERENCE.permute(x, order), [x])
-    found += errors(lambda rows: TRITON.unpermute(rows, order), lambda rows: REFERENCE.unpermute(rows, order), [rows])
-    assert max(found) < BOUNDS[dtype], found
-    moved = errors(
-        lambda weights: TRITON.permute_weights(weights, order),
-        lambda weights: REFERENCE.permute_weights(weights, order),
-        [weights],
-    )
-    assert moved == [0.0, 0.0]
+    found = check(permute(random(), ids, experts, hidden), dtype)
+    assert (found["output 2"], found["grad weights_TK"]) == (0.0, 0.0)
+    check(unpermute(random(), ids, experts, hidden), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,24 +70,11 @@ def test_triton_without_any_row() -> None:
 
 def test_triton_does_not_read_what_lies_outside_of_views() -> None:
     """Columns of wider tensors, and a gradient that is one number for all of them."""
-    ids = random_ids(9, 2, 4)
+    ids, draw = random_ids(9, 2, 4), random()
+    views = {"x_TD": draw.normal(9, 40)[:, 3:19], "weights_TK": draw.uniform(9, 4)[:, 1:3]}
+    check(permute(draw, ids, 4, 16), torch.float32, **views)
+    check(unpermute(draw, ids, 4, 16), torch.float32, rows_RD=draw.normal(18, 40)[:, 3:19])
     order = TRITON.sort(ids, 4, 18)
-    found = errors(
-        lambda x: TRITON.permute(x, order),
-        lambda x: REFERENCE.permute(x, order),
-        [torch.randn(9, 40, device=DEVICE)[:, 3:19]],
-    )
-    found += errors(
-        lambda rows: TRITON.unpermute(rows, order),
-        lambda rows: REFERENCE.unpermute(rows, order),
-        [torch.randn(18, 40, device=DEVICE)[:, 3:19]],
-    )
-    found += errors(
-        lambda weights: TRITON.permute_weights(weights, order),
-        lambda weights: REFERENCE.permute_weights(weights, order),
-        [torch.rand(9, 4, device=DEVICE)[:, 1:3]],
-    )
-    assert max(found) < BOUNDS[torch.float32]
     x = torch.randn(9, 16, device=DEVICE, requires_grad=True)
     TRITON.permute(x, order).sum().backward()
     assert x.grad is not None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qwen3next_train.kernels.routing import TopKRouting, top_k_routing_reference
+from qwen3next_train.kernels.routing import top_k_routing_reference
+from qwen3next_train.kernels.selection import reference_kernels
 from qwen3next_train.kernels.triton.top_k_routing import top_k_routing_triton
-from tests.unit.kernels.comparison import errors, uninitialized_is_nan
+from qwen3next_train.selftest.moe_cases import top_k_routing
+from tests.unit.kernels.comparison import errors, random, uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
 CASES = [
@@ -27,20 +29,14 @@ def inputs_of(
     rows: int, tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and weights, without tokens for which fp32 may order the largest logits otherwise than fp64."""
-    torch.manual_seed(0)
-    weight_ED = torch.randn(experts, hidden, device=DEVICE) * (16 / hidden) ** 0.5
-    x_TD = torch.randn(2 * rows * tokens + 10, hidden, device=DEVICE).to(dtype)
+    options = {"top_k": top_k, "renormalize": True, "num_rows": rows}
+    case = top_k_routing(random(), 2 * rows * tokens + 10, hidden, experts, **options)
+    x_TD, weight_ED = case.rounded(dtype).values()
+    weight_ED = 4 * weight_ED
     largest = (x_TD.double() @ weight_ED.double().t()).topk(min(top_k + 1, experts)).values
     x_TD = x_TD[(largest.diff().abs() > 1e-4).all(1)][: rows * tokens]
     assert x_TD.shape[0] == rows * tokens
     return x_TD, weight_ED
-
-
-def differentiable(
-    kernel: TopKRouting, x: torch.Tensor, weight: torch.Tensor, with_z_grad: bool, **options: int
-) -> tuple[torch.Tensor, ...]:
-    routing = kernel(x, weight, with_z_grad=with_z_grad, **options)
-    return routing.weights_TK, routing.mean_prob_rE, *((routing.z,) if with_z_grad else ())
 
 
 def check(case: tuple[int, int, int, int, int, bool], dtype: torch.dtype, with_z_grad: bool) -> None:
@@ -55,16 +51,17 @@ def check(case: tuple[int, int, int, int, int, bool], dtype: torch.dtype, with_z
     assert torch.equal(found.counts_rE, reference.counts_rE)
     for name in ("z", "entropy"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(reference, name), rtol=1e-5, atol=1e-6)
-    kernel, reference = (
-        partial(differentiable, kernel, with_z_grad=with_z_grad, **options)
-        for kernel in (top_k_routing_triton, top_k_routing_reference)
+    routed = replace(
+        top_k_routing(random(), 1, hidden, experts, with_z_grad=with_z_grad, **options),
+        inputs={"x_TD": x, "weight_ED": weight},
     )
     # At the model's size plain torch in fp32 is off by about 1e-5 too.
-    bounds = [max(1e-5, 2 * plain) for plain in errors(reference, reference, [x.float(), weight])]
+    plain = errors(routed, torch.float32, reference_kernels())
+    bounds = {name: max(1e-5, 2 * error) for name, error in plain.items()}
     if dtype == torch.bfloat16:
-        bounds[-2] = 2**-8
-    found_errors = errors(kernel, reference, [x, weight])
-    assert all(error < bound for error, bound in zip(found_errors, bounds, strict=True)), (found_errors, bounds)
+        bounds["grad x_TD"] = 2**-8
+    found_errors = errors(routed, dtype)
+    assert all(error < bounds[name] for name, error in found_errors.items()), (found_errors, bounds)
 
 
 @pytest.mark.parametrize("case", CASES)

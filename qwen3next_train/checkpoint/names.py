@@ -1,0 +1,78 @@
+"""Names inside a run's checkpoints directory, and what they say. No torch.
+
+* ``step_00001000`` - published;
+* ``.replaced-step_00001000-1a2b3c4d`` - published earlier and moved aside while the same step was published
+  again. Between those two renames it is the only one of its step, so it counts as a checkpoint too;
+* ``.tmp-step_...`` being written, ``.trash-step_...`` being deleted - not checkpoints.
+
+Time stamps and the ``latest`` hint are never consulted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3next_train.checkpoint.filesystem import Filesystem
+
+CHECKPOINTS_NAME = "checkpoints"
+"""Of the directory, in a run directory."""
+
+MANIFEST_NAME = "MANIFEST.json"
+FORMAT = "qwen3next_train checkpoint"
+MANIFEST_START = f'{{\n"format": "{FORMAT}"'.encode()
+"""What every version's manifest begins with."""
+
+MAX_STEP = 10**8 - 1
+
+_PUBLISHED = re.compile(r"step_([0-9]{8})")
+_REPLACED = re.compile(r"\.replaced-step_([0-9]{8})-[0-9a-f]{8}")
+_UNFINISHED = re.compile(r"\.(?:tmp|trash)-step_[0-9]{8}-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A name that may be a checkpoint.
+
+    Args:
+        name: in the checkpoints directory.
+        step: as the name says.
+        published: not one that was moved aside.
+    """
+
+    name: str
+    step: int
+    published: bool
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step."""
+    return f"step_{step:08d}"
+
+
+def list_names(fs: Filesystem, directory: Path) -> list[str]:
+    """Names in the checkpoints directory, none when it does not exist (yet)."""
+    return [] if fs.entry(directory) is None else fs.list_dir(directory)
+
+
+def list_checkpoints(names: Iterable[str]) -> list[CheckpointInfo]:
+    """The checkpoints among directory names, newest step first, a published one before one moved aside."""
+    found = []
+    for name in names:
+        if match := _PUBLISHED.fullmatch(name):
+            found.append(CheckpointInfo(name, int(match[1]), published=True))
+        elif match := _REPLACED.fullmatch(name):
+            found.append(CheckpointInfo(name, int(match[1]), published=False))
+    return sorted(found, key=lambda checkpoint: (-checkpoint.step, not checkpoint.published, checkpoint.name))
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that only an interrupted save or deletion leaves behind."""
+    return is_unfinished(name) or _REPLACED.fullmatch(name) is not None
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a name is that of a checkpoint half written or half deleted; one moved aside may be whole."""
+    return _UNFINISHED.fullmatch(name) is not None

@@ -1,0 +1,103 @@
+"""What a run reads of each source: documents, tokens, share of the samples, passes over it, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3next_train.config.schema import Config
+from qwen3next_train.data.prepare import PreparedData, PreparedSource
+
+MAX_EPOCHS = 4.0
+"""Up to this many passes repeated text is worth about as much as new text (Muennighoff et al. 2023,
+arXiv:2305.16264)."""
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """One training source in a run.
+
+    Args:
+        label: the source as the user wrote it.
+        share: of the samples, 0 to 1.
+        num_tokens: tokens of one pass; None when unknown.
+        epochs: passes over the source in the whole run; None when unknown.
+    """
+
+    label: str
+    share: float
+    num_tokens: int | None
+    epochs: float | None
+
+
+def uses_of(config: Config, num_tokens: Sequence[int | None]) -> list[SourceUse]:
+    """How a run uses its sources.
+
+    Args:
+        config: steps, batch, row length, sources and weights.
+        num_tokens: of each training source, None where unknown.
+    """
+    total = sum(source.weight for source in config.data.sources)
+    num_consumed = config.run.steps * config.run.global_batch_size * config.data.sequence_length
+    uses = []
+    for source, tokens in zip(config.data.sources, num_tokens, strict=True):
+        share = source.weight / total
+        uses.append(SourceUse(source.source, share, tokens, share * num_consumed / tokens if tokens else None))
+    return uses
+
+
+def warn_of_epochs(uses: Sequence[SourceUse]) -> list[str]:
+    """A line for each source that is repeated more often than :data:`MAX_EPOCHS` times."""
+    return [
+        f"{use.label}: every document is seen {format_epochs(use.epochs)} times, more than {MAX_EPOCHS:.0f}; add data, "
+        "lower run.steps or the source's weight"
+        for use in uses
+        if use.epochs is not None and use.epochs > MAX_EPOCHS
+    ]
+
+
+def format_epochs(epochs: float | None) -> str:
+    """Passes for people: ``0.027``, ``1.3``, ``1,206``."""
+    if epochs is None:
+        return "unknown"
+    if epochs >= 10:
+        return f"{epochs:,.0f}"
+    return f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
+
+
+def data_lines(prepared: PreparedData, config: Config) -> list[str]:
+    """The sources of a run, one a line: documents, tokens, weight, epochs, and the held-out part."""
+    uses = uses_of(config, [source.documents.num_tokens for source in prepared.train])
+    lines = [
+        f"{source.label}: {_size(source)}, weight {source.weight:g} ({use.share:.1%}), "
+        f"{format_epochs(use.epochs)} epochs"
+        for source, use in zip(prepared.train, uses, strict=True)
+    ]
+    return lines + [f"{source.label}: {_size(source)} held out" for source in prepared.validation]
+
+
+def data_as_json(prepared: PreparedData, config: Config) -> list[dict[str, Any]]:
+    """The training sources as ``run.json`` reports them, what was passed over included."""
+    uses = uses_of(config, [source.documents.num_tokens for source in prepared.train])
+    return [
+        {
+            "source": source.label,
+            "weight": source.weight,
+            "share": use.share,
+            "documents": len(source.documents.documents),
+            "tokens": source.documents.num_tokens,
+            "epochs": use.epochs,
+            "passed_over": {
+                group.reason: {"files": group.num_files, "bytes": group.num_bytes, "example": group.example}
+                for group in source.passed_over
+            },
+            "left_out": source.left_out,
+        }
+        for source, use in zip(prepared.train, uses, strict=True)
+    ]
+
+
+def _size(source: PreparedSource) -> str:
+    documents = source.documents
+    return f"{len(documents.documents):,} documents, {documents.num_tokens:,} tokens"

@@ -1,0 +1,206 @@
+"""``metrics.jsonl`` at the start of an attempt: what an earlier one logged, cut to where the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from qwen3next_train.log import get_logger
+
+Verdict = Literal["kept", "later", "damaged"]
+
+FILE_MODE = 0o640
+_MAX_ROW_BYTES = 4 << 20
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NUM_SHOWN = 3
+
+
+def last_step(path: Path) -> int:
+    """The last step of which ``metrics.jsonl`` has a row, 0 for none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
+            return max((step for line in _lines(source) if (step := _step_of(line)) is not None), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def cut_rows(path: Path, resume_step: int, due: Sequence[range] = ()) -> None:
+    """Keep the usable rows up to ``resume_step``, in order and once each; replaces the file atomically.
+
+    Rows that are due and lost are said by their steps. When lines among those to keep are damaged, the old file is
+    kept aside.
+
+    Args:
+        path: the file; nothing happens when there is none and nothing is due.
+        resume_step: step of the checkpoint the run goes on from, 0 for a new run.
+        due: the steps that must have been logged, up to ``resume_step``.
+
+    Raises:
+        OSError: it cannot be read or replaced.
+    """
+    last_due = max((steps[-1] for steps in due), default=resume_step)
+    path.with_name(_staged_name(path)).unlink(missing_ok=True)
+    steps: list[int] = []
+    try:
+        with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
+            counts = {"kept": 0, "later": 0, "damaged": 0}
+            size = 0
+            for verdict, line in _judged(source, resume_step, last_due):
+                counts[verdict] += 1
+                if verdict == "kept":
+                    size += len(line)
+                    steps.append(_step_of(line) or 0)
+            if size < os.fstat(source.fileno()).st_size:
+                source.seek(0)
+                kept = (line for verdict, line in _judged(source, resume_step, last_due) if verdict == "kept")
+                aside = replace_file(path, kept, keep_old=counts["damaged"] > 0)
+                if aside is not None:
+                    text = "%s: damaged lines: %d, left out; the old file is kept as %s"
+                    get_logger().warning(text, path, counts["damaged"], aside.name)
+                if counts["later"]:
+                    get_logger().info("%s: rows after step %d removed", path, resume_step)
+    except FileNotFoundError:
+        pass
+    _say_missing(path, steps, due, resume_step)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a regular file; following no link and waiting for nobody.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, FILE_MODE)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path | None:
+    """Give a file new content by one rename.
+
+    Args:
+        path: the file.
+        lines: the content.
+        keep_old: leave the old file beside it, under a name with a number.
+
+    Returns:
+        Where the old file is kept, if it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    staged = path.with_name(_staged_name(path))
+    staged.unlink(missing_ok=True)
+    with os.fdopen(open_file(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as target:
+        target.writelines(lines)
+        target.flush()
+        os.fsync(target.fileno())
+    aside = _set_aside(path) if keep_old else None
+    staged.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return aside
+
+
+def content(descriptor: int, size: int) -> Iterator[bytes]:
+    """The first ``size`` bytes of an open file, in pieces, wherever its position is."""
+    done = 0
+    while done < size and (piece := os.pread(descriptor, min(_MAX_ROW_BYTES, size - done), done)):
+        yield piece
+        done += len(piece)
+
+
+def _staged_name(path: Path) -> str:
+    return f".{path.name}.tmp"
+
+
+def _set_aside(path: Path) -> Path:
+    """A second name for the old file, the first that is free."""
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        try:
+            os.link(path, aside)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            shutil.copyfile(path, aside)
+            return aside
+        else:
+            return aside
+
+
+def _lines(source: BinaryIO) -> Iterator[bytes]:
+    # No row is as long as this; a line without an end must not fill the memory.
+    return iter(lambda: source.readline(_MAX_ROW_BYTES), b"")
+
+
+def _judged(source: BinaryIO, resume_step: int, last_due: int) -> Iterator[tuple[Verdict, bytes]]:
+    """Every line, and whether it is kept: ``later`` is what a dead attempt wrote after the checkpoint, torn or not."""
+    last = 0
+    for line in _lines(source):
+        step = _step_of(line)
+        if step is not None and last < step <= resume_step:
+            last = step
+            yield "kept", line
+        elif last >= last_due or (step is not None and step > resume_step):
+            yield "later", line
+        else:
+            yield "damaged", line
+
+
+def _step_of(line: bytes) -> int | None:
+    """The row's step, None for a line that is torn or damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int and 0 < step < 2**63 else None
+
+
+def _say_missing(path: Path, steps: Sequence[int], due: Sequence[range], resume_step: int) -> None:
+    present = set(steps)
+    num_missing = 0
+    gaps: list[tuple[int, int]] = []
+    in_gap = False
+    for step in chain(*due):
+        if step in present:
+            in_gap = False
+            continue
+        first = gaps.pop()[0] if in_gap else step
+        gaps.append((first, step))
+        in_gap = True
+        num_missing += 1
+    if not gaps:
+        return
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in gaps[:_NUM_SHOWN]]
+    more = f" and {len(gaps) - _NUM_SHOWN} more gaps" if len(gaps) > _NUM_SHOWN else ""
+    get_logger().warning(
+        "%s: rows lost: %d (steps %s%s); the run goes on from step %d without them",
+        path,
+        num_missing,
+        ", ".join(texts),
+        more,
+        resume_step,
+    )

@@ -1,0 +1,102 @@
+"""``run.json``: read without trust, since people, other tools and failing disks change files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3next_train.checkpoint.filesystem import Filesystem, UnusableFileError, read_file
+from qwen3next_train.checkpoint.names import MAX_STEP
+from qwen3next_train.config.strict_yaml import is_shallow
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.names import WANDB_ID
+
+RUN_INFO_NAME = "run.json"
+
+_MAX_BYTES = 16 << 20
+
+
+def read_info(fs: Filesystem, path: Path) -> dict[str, Any]:
+    """The content of ``run.json``; empty when there is none or it is damaged, which is said.
+
+    Returns:
+        The fields, of which those below are absent or well-typed: ``wandb_id`` (text that wandb accepts),
+        ``attempts`` (list of mappings), ``checkpoint_step`` (step of the newest checkpoint, None before the first).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if fs.entry(path) is None:
+        return {}
+    try:
+        info = _parse(read_file(fs, path, max_bytes=_MAX_BYTES))
+    except UnusableFileError as error:
+        get_logger().warning("%s: %s; it is written anew", path, error)
+        return {}
+    except (ValueError, RecursionError) as error:
+        get_logger().warning("%s: unreadable (%s); it is written anew", path, " ".join(str(error).split()))
+        return {}
+    lost = [key for key, check in _CHECKS.items() if key in info and not check(info[key])]
+    if lost:
+        get_logger().warning("%s: %s not as this program writes it; written anew", path, ", ".join(lost))
+    return {key: value for key, value in info.items() if key not in lost}
+
+
+def is_run_info(fs: Filesystem, path: Path) -> bool:
+    """Whether a file is a ``run.json`` of this program.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if fs.entry(path) is None:
+        return False
+    try:
+        info = _parse(read_file(fs, path, max_bytes=_MAX_BYTES))
+    except (UnusableFileError, ValueError, RecursionError):
+        return False
+    return isinstance(info.get("versions"), dict) and isinstance(info.get("attempts"), list)
+
+
+def due_ranges(attempts: Sequence[Mapping[str, Any]], last_step: int) -> list[range]:
+    """The steps up to ``last_step`` that must have been logged, as ascending ranges.
+
+    Args:
+        attempts: those of ``run.json`` in order; each one's rows replace the earlier ones' after its first step. Of an
+            attempt that does not say at which steps it logged, none is due.
+        last_step: of the checkpoint that a run goes on from.
+    """
+    found: list[range] = []
+    for attempt in attempts:
+        first, interval = attempt.get("first_step"), attempt.get("logging_interval")
+        first = first if isinstance(first, int) and _is_step(first) else 0
+        found = [_up_to(steps, first) for steps in found]
+        if isinstance(interval, int) and _is_step(interval) and interval:
+            found.append(range(first - first % interval + interval, MAX_STEP + 1, interval))
+    return [steps for steps in (_up_to(steps, last_step) for steps in found) if steps]
+
+
+def _up_to(steps: range, last: int) -> range:
+    return range(steps.start, min(steps.stop, last + 1), steps.step)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    info = json.loads(raw)
+    if not isinstance(info, dict):
+        raise ValueError("not a JSON object")
+    if not is_shallow(info):
+        raise ValueError("nested too deeply")
+    return info
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_STEP
+
+
+_CHECKS = {
+    "wandb_id": lambda value: isinstance(value, str) and re.fullmatch(WANDB_ID, value) is not None,
+    "attempts": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+    "checkpoint_step": lambda value: value is None or _is_step(value),
+}

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qwen3next_train.data import records
+from qwen3next_train.data.formats import format_of
+from qwen3next_train.data.records import Record, read_records
+from qwen3next_train.errors import DataError
+
+
+def read(path: Path, *, max_bytes: int = 1 << 30) -> list[Record]:
+    file_format = format_of(path.name)
+    assert file_format is not None
+    return list(read_records(path, file_format, "text", max_bytes))
+
+
+def texts(path: Path) -> list[Any]:
+    return [record.fields["text"] for record in read(path)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_array_of_objects_in_bounded_memory(
+    tmp_path: Path, name: str, indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK_BYTES", 7)
+    values = ["a", "ü😀" * 20, "", None, "x" * 300, 'q"\\']
+    path = tmp_path / name
+    text = json.dumps([{"id": n, "text": value} for n, value in enumerate(values)], indent=indent, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf\n " + text.encode() + b"\n")
+    found = read(path)
+    assert [record.fields for record in found] == [{"id": n, "text": value} for n, value in enumerate(values)]
+    assert found[3].where == f"{path}:item 3"
+    assert found[-1].position == path.stat().st_size or found[-1].position > path.stat().st_size - 20
+    path.write_text("[ ]")
+    assert read(path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"text": "b"', r"a\.json:item 1: not a JSON object"),
+        ('[{"text": "a"}', r"a\.json:item 1: not a JSON array: expected ',', got the file's end"),
+        ('[{"text": "a"} {"text": "b"}]', r"a\.json:item 1: not a JSON array: expected ',', got '\{'"),
+        ('[{"text": "a"},]', r"a\.json:item 1: not a JSON object"),
+        ('[{"text": "a"}] x', r"a\.json: text after the array's end"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', r"a\.json: text after the array's end"),
+        ('["a"]', r"a\.json:item 0: expected a JSON object, found str"),
+        ("[3]", r"a\.json:item 0: expected a JSON object, found int"),
+        ("[[[[", r"a\.json:item 0: not a JSON object"),
+        ("[" * 200_000, r"a\.json:item 0: not a JSON object"),
+        ('{"data": [\n{"text": "a"}]}', r"a\.json:1: not a JSON object"),
+    ],
+)
+def test_broken_array_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_array_with_bad_bytes_and_too_long_an_element(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(DataError, match=r"a\.json:item 0: not UTF-8"):
+        read(path)
+    path.write_bytes(b'[{"text": "\xc3')
+    with pytest.raises(DataError, match=r"a\.json:item 0: not (UTF-8|a JSON object)"):
+        read(path)
+    path.write_text(json.dumps([{"text": "x" * 5_000_000}]))
+    with pytest.raises(DataError, match=r"a\.json:item 0: not a JSON object"):
+        read(path, max_bytes=1000)
+
+
+def test_csv_and_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbfid,text\r\n1,"a ""quoted""\r\nline, and more"\r\n\r\n2,NA\r\n3,\r\n4,\xc3\xbc')
+    found = read(path)
+    assert [record.fields["text"] for record in found] == ['a "quoted"\r\nline, and more', "NA", "", "ü"]
+    assert [record.where for record in found] == [f"{path}:{line}" for line in (2, 5, 6, 7)]
+    path = tmp_path / "a.TSV.gz"
+    path.write_bytes(gzip.compress(b"text\tid\none, two\t1\n" + b"x" * 200_000 + b"\t2\n"))
+    assert texts(path) == ["one, two", "x" * 200_000]
+    (tmp_path / "empty.csv").write_bytes(b"")
+    assert read(tmp_path / "empty.csv") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"id,body\n1,x\n", r"a\.csv: no column 'text', found \['id', 'body'\]; set text_field"),
+        (b"text,text\n1,x\n", r"a\.csv: 2 columns 'text'; rename all but one"),
+        (b"id,text\n1,x\n2,y,z\n", r"a\.csv:3: 3 fields, the header has 2"),
+        (b"id,text\n1\n", r"a\.csv:2: 1 fields, the header has 2"),
+        (b'id,text\n1,"never closed\n2,y\n', r"a\.csv:3: not CSV \(unexpected end of data\)"),
+        (b'id,text\n1,"a" b\n', r"a\.csv:2: not CSV"),
+        (b"id,text\n1,\xff\n", r"a\.csv:2: not UTF-8 at byte 2 of the line"),
+        (b"id,text\r1,x\r2,y\r", r"a\.csv:1: not CSV \(new-line character seen"),
+    ],
+)
+def test_broken_csv_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "xz", "bz2"])
+@pytest.mark.parametrize("start", ['{"text": "', '[{"text": "'])
+def test_damaged_compression_is_one_line(tmp_path: Path, suffix: str, start: str) -> None:
+    compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}.get(
+        suffix, lambda raw: pyarrow.compress(raw, codec="zstd", asbytes=True)
+    )
+    text = start + " ".join(str(number * 7919 % 10007) for number in range(30_000)) + '"}'
+    raw = compress((text + ("]" if start[0] == "[" else "")).encode())
+    path = tmp_path / f"a.json.{suffix}"
+    path.write_bytes(raw)
+    assert len(texts(path)) == 1
+    # What pyarrow compresses with zstd has no checksum, so that only its structure can be wrong.
+    overwritten = raw[:99] + b"\xff" * 60 + raw[159:] if suffix != "zst" else b"\xff" * 9 + raw[9:]
+    for damaged in (raw[: len(raw) // 2], raw[:-3], b"plain text", overwritten):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"a\.json\.{suffix}:.*damaged (gzip|zstd|xz|bz2) file") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_positions_reach_the_end_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(n) for n in range(3000)]}), path)
+    positions = [record.position for record in read(path)]
+    assert positions == sorted(positions)
+    assert positions[-1] == path.stat().st_size

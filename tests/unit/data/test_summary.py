@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.data.summary import data_as_json, data_lines, format_epochs, uses_of, warn_of_epochs
+from tests.unit.data.corpus import make_config, write_store
+
+
+def test_epochs_follow_from_weights_and_tokens(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [{"source": "a", "weight": 3.0}, {"source": "b"}, {"source": "c"}])
+    run = config.run.model_copy(update={"steps": 100, "global_batch_size": 10})
+    uses = uses_of(config.model_copy(update={"run": run}), [9600, 100, None])
+    assert [(use.label, use.share, use.epochs) for use in uses] == [("a", 0.6, 1.0), ("b", 0.2, 32.0), ("c", 0.2, None)]
+    assert warn_of_epochs(uses) == [
+        "b: every document is seen 32 times, more than 4; add data, lower run.steps or the source's weight"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"), [(None, "unknown"), (0.0271, "0.027"), (1.34, "1.3"), (4.0, "4.0"), (1206.4, "1,206")]
+)
+def test_format_epochs(epochs: float | None, text: str) -> None:
+    assert format_epochs(epochs) == text
+
+
+def test_sources_of_a_run(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [[1] * 40] * 100)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": f"x {n}"}) + "\n" for n in range(9)))
+    (tmp_path / "text" / "b.pdf").write_bytes(b"12345")
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "store")}], validation_fraction=0.1)
+    run = config.run.model_copy(update={"steps": 9, "global_batch_size": 50})
+    config = config.model_copy(update={"run": run})
+    assert data_lines(prepare_stores(config), config) == [
+        f"{tmp_path / 'store'}: 90 documents, 3,600 tokens, weight 1 (100.0%), 2.0 epochs",
+        f"{tmp_path / 'store'}: 10 documents, 400 tokens held out",
+    ]
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "text")}], validation_fraction=0.0)
+    (described,) = data_as_json(prepare_stores(config), config)
+    assert json.loads(json.dumps(described)) == described
+    assert described["source"] == str(tmp_path / "text")
+    assert (described["documents"], described["left_out"]) == (9, {})
+    assert described["passed_over"] == {".pdf": {"files": 1, "bytes": 5, "example": "b.pdf"}}
