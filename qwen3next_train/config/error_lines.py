@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from pydantic_core import ErrorDetails
 
+from qwen3next_train.config.bounds import UNUSABLE
 from qwen3next_train.config.foreign_names import answer, own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
@@ -17,6 +19,7 @@ Converted = dict[str, Value]
 
 MAX_LINES = 30
 _MAX_SHOWN = 60
+_LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
     "int_type": "not a whole number",
@@ -109,8 +112,14 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
 
 def schema_error(error: ErrorDetails, hint: str) -> str:
     """The part of the line after the key for one of pydantic's errors."""
+    value = error["input"]
     problem = _WRONG_TYPE.get(error["type"], error["msg"])
-    return f"{problem} (got {show(error['input'])}); {hint}"
+    if error["type"] in ("int_type", "float_type") and isinstance(value, str) and _LONG_NUMBER.fullmatch(value):
+        # The reader leaves it text.
+        problem = "too large"
+    if error["type"] in UNUSABLE:
+        hint = "give another name"
+    return f"{problem} (got {show(value)}); {hint}"
 
 
 def raise_errors(lines: Sequence[str]) -> None:
