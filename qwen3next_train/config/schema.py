@@ -236,10 +236,10 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online when a key is present, else offline"
     )
-    project: Text = Field("qwen3next", description="project name")
-    entity: Text = Field("", description="team or user; empty: the account's default")
-    name: Text = Field("", description="run name; empty: the run directory's name")
-    tags: list[Text] = Field(default_factory=list, description="tags of the run")
+    project: Text = Field("qwen3next", description="project name; not given: WANDB_PROJECT, if set")
+    entity: Text = Field("", description="team or user; empty: WANDB_ENTITY, or the account's default")
+    name: Text = Field("", description="run name; empty: WANDB_NAME, or the run directory's name")
+    tags: list[Text] = Field(default_factory=list, description="tags of the run; empty: WANDB_TAGS")
 
 
 class LoggingConfig(Section):

@@ -26,7 +26,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.store_cache import default_cache_dir
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import HOPPER, miscompiles_gated_backward
-from qwen3next_train.metrics.wandb_sink import resolve_mode
+from qwen3next_train.metrics.wandb_settings import resolve_mode
 from qwen3next_train.selftest.check import Check
 from qwen3next_train.versions import software_versions
 
