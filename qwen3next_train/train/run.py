@@ -20,8 +20,9 @@ from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.train.failures import foreseen, is_out_of_memory
+from qwen3next_train.train.held_signals import release_stop_signals
 from qwen3next_train.train.run_directory import RunDirectory
-from qwen3next_train.train.signals import StopRequest, die_with_parent, release_stop_signals, stop_reason
+from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
 # Nothing up here imports torch, whose import takes seconds in which a signal could not be recorded as a stop.
 if TYPE_CHECKING:

@@ -369,3 +369,17 @@ def test_home_in_paths(fake, capsys, monkeypatch):
     assert (*found, config.data.sources[0].source) == tuple(f"/homes/me/{key}" for key in keys)
     monkeypatch.setenv("HOME", "")
     assert run(capsys, *TINY, "--run.dir", "~/x")[0] == 2
+
+
+def test_signals_are_held_before_anything_is_imported():
+    code = (
+        "import sys; before = set(sys.modules); import qwen3next_train.cli.main;"
+        "print(*sorted(name for name in set(sys.modules) - before if name.startswith('qwen3next_train.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == [
+        "qwen3next_train.cli",
+        "qwen3next_train.cli.main",
+        "qwen3next_train.train",
+        "qwen3next_train.train.held_signals",
+    ]
