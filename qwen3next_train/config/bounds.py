@@ -116,7 +116,8 @@ RotaryFraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 # torch's timeouts are whole milliseconds; a year is longer than any wait.
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), _limits(0.1, 31_536_000)]
 
-_STEPS = _limits(1, 10**9)
+# Folders of checkpoints have eight digits.
+_STEPS = _limits(1, 99_999_999)
 Steps = Annotated[int, Field(gt=0), _STEPS]
 StepsOrNone = Annotated[int, Field(ge=0), _STEPS]
 Rows = Annotated[int, Field(gt=0), _limits(1, 10**7)]

@@ -115,7 +115,8 @@ KEYS: Mapping[str, str] = {
     # Parallelism and memory.
     **dict.fromkeys(("ep_size", "ep", "expert_parallel", "expert_model_parallel"), "parallel.expert_parallel_size"),
     **dict.fromkeys(
-        ("zero", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"), "parallel.zero_stage"
+        ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
+        "parallel.zero_stage",
     ),
     **dict.fromkeys(
         (

@@ -147,6 +147,9 @@ class DataConfig(Section):
     tokenizer: PathText = Field(
         "builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k"
     )
+    eos_token: Text = Field(
+        "", description="token that ends a document; empty: the one that tokenizer_config.json names"
+    )
     sequence_length: Positions = Field(4096, description="tokens per row")
     isolate_documents: bool = Field(
         True, description="documents packed into a row never see each other; false: a row is one sequence"

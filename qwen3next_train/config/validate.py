@@ -240,8 +240,6 @@ def _data_violations(config: Config) -> Iterator[RuleViolation]:
             f"data.sequence_length {data.sequence_length} leaves no target for model.mtp_num_layers "
             f"{model.mtp_num_layers}; make rows longer than the MTP depth",
         )
-    if not data.sources:
-        yield RuleViolation(("data.sources",), "no source (got []); name at least one, such as builtin:python-stdlib")
     for key, sources in (("data.sources", data.sources), ("data.validation_sources", data.validation_sources)):
         if any(not source.source.strip() for source in sources):
             yield RuleViolation(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.store_writer import WrittenSoFar
 
@@ -61,12 +63,10 @@ class Journal:
             StorageError: it cannot be read now.
         """
         value = read_sealed(path, max_bytes=_MAX_BYTES)
-        if value is None:
+        try:
+            return None if value is None else _JOURNAL.validate_python(value)
+        except ValidationError:  # of another version
             return None
-        return cls(
-            Place(**value["place"]),
-            value["elapsed_s"],
-            value["finished"],
-            tuple(WrittenSoFar(**store) for store in value["stores"]),
-            tuple(value["num_bytes"]),
-        )
+
+
+_JOURNAL = TypeAdapter(Journal)

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen3next_train.data.folders import SourceFile
 from qwen3next_train.data.formats import DAMAGED, ByteStream, FileFormat, Format, format_of
+from qwen3next_train.data.reading import read_error
 from qwen3next_train.data.records import Record, damage, read_records
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.errors import DataError
@@ -57,7 +58,8 @@ def read_documents(source: FileSource, skipped: Counter[str]) -> Iterator[Docume
         skipped: counts what was left out, by reason: ``empty``, ``null``, ``not UTF-8``.
 
     Raises:
-        DataError: a file cannot be read, or a line or row is broken (names file and line).
+        DataError: a file is missing, or a line or row is broken (names file and line).
+        StorageError: a file cannot be read now.
     """
     start = 0
     for file in source.files:
@@ -69,7 +71,7 @@ def read_documents(source: FileSource, skipped: Counter[str]) -> Iterator[Docume
                     skipped["empty"] += 1
             start += file.path.stat().st_size
         except OSError as error:
-            raise DataError(f"{file.path}: cannot be read ({error.strerror or error})") from None
+            raise read_error(file.path, error) from None
 
 
 def _read_file(source: FileSource, file: SourceFile, start: int, skipped: Counter[str]) -> Iterator[Document]:

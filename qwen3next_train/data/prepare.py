@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +10,17 @@ from pathlib import Path
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
 from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
 from qwen3next_train.data.store_builder import build_stores, format_left_out
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.store_output import is_written, require_unused, write_store
 from qwen3next_train.data.token_store import DocumentRange, TokenStore
 from qwen3next_train.data.tokenization import Tokenizer
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
 
 CHECKED_AT_START_BYTES = 4 << 30
@@ -28,6 +28,7 @@ CHECKED_AT_START_BYTES = 4 << 30
 checked as it is read, block by block, so that a run over terabytes starts at once."""
 
 _LEFT_OUT_NAME = "left_out.json"
+_MAX_LEFT_OUT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class PreparedData:
         validation: held-out sources; empty when nothing is held out.
         eos_token_id: end-of-document token; None when all sources are token stores (no tokenizer was read).
         vocab_size: the model's; larger ids in a store are an error where they are met.
+        tokenizer: one line about the tokenizer; empty when none was read.
     """
 
     train: tuple[PreparedSource, ...]
     validation: tuple[PreparedSource, ...]
     eos_token_id: int | None
     vocab_size: int
+    tokenizer: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -96,10 +99,12 @@ def prepare_stores(config: Config) -> PreparedData:
     without copy, as in Megatron-LM's ``--split``.
 
     Raises:
-        ConfigError: the tokenizer is missing, too large for the model, or not the one that made a store.
+        ConfigError: no source is named, or the tokenizer is missing, too large for the model, or not the one that
+            made a store.
         DataError: a source is missing, unreadable, damaged or empty.
         StorageError: the cache cannot be written.
     """
+    _require_sources(config)
     preparer = _Preparer(config)
     fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
     pairs = [preparer.prepare(source, fraction) for source in config.data.sources]
@@ -141,8 +146,13 @@ def tokenize(config: Config, output: Path | None) -> int:
             for prepared_source in found:
                 print(_describe(prepared_source, part))
         return 0
+    _require_sources(config)
     preparer = _Preparer(config)
     sources = [*config.data.sources, *config.data.validation_sources]
+    if not output.name or output.name == ".." or "\0" in str(output):
+        raise ConfigError(
+            f"--output: not a file name (got {str(output)!r}); give the prefix of the .bin and .idx files"
+        )
     several = len(sources) > 1
     prefixes = [output.with_name(f"{output.name}_{index:02d}") if several else output for index in range(len(sources))]
     outputs = [preparer.output(source, prefix) for source, prefix in zip(sources, prefixes, strict=True)]
@@ -175,6 +185,15 @@ class _Output:
     key: str
 
 
+def _require_sources(config: Config) -> None:
+    """Reject a run without data; a configuration may leave it open until then, as shipped ones do."""
+    if not config.data.sources:
+        raise ConfigError(
+            "data.sources: no source (got []); name your text and its tokenizer, such as "
+            "--data.sources 'corpus/*.parquet' --data.tokenizer path/to/tokenizer.json"
+        )
+
+
 class _Preparer:
     """Prepares single sources of one configuration; reads the tokenizer when the first text needs it."""
 
@@ -189,8 +208,9 @@ class _Preparer:
     def tokenizer(self) -> Tokenizer:
         """The configured tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._config.data.tokenizer)
-            self._tokenizer.require_vocab_size(self._config.model.vocab_size)
+            data, vocab_size = self._config.data, self._config.model.vocab_size
+            self._tokenizer = Tokenizer(data.tokenizer, data.eos_token)
+            self._tokenizer.require_vocab_size(vocab_size)
         return self._tokenizer
 
     def _check(self, store: TokenStore) -> None:
@@ -258,7 +278,9 @@ class _Preparer:
                 "tokenize all with the same data.tokenizer"
             )
         eos_token_id = None if self._tokenizer is None else self._tokenizer.eos_token_id
-        return PreparedData(tuple(train), tuple(validation), eos_token_id, self._config.model.vocab_size)
+        vocab_size = self._config.model.vocab_size
+        described = "" if self._tokenizer is None else self._tokenizer.describe(vocab_size)
+        return PreparedData(tuple(train), tuple(validation), eos_token_id, vocab_size, described)
 
     def _prepare_files(
         self, source: SourceConfig, files: FileSource, fraction: float
@@ -278,11 +300,15 @@ class _Preparer:
                 skipped=left_out,
                 entry=key,
             )
-            (directory / _LEFT_OUT_NAME).write_text(json.dumps(left_out), encoding="utf-8")
+            write_sealed(directory / _LEFT_OUT_NAME, left_out)
             return build_s
 
-        cached = get_or_build(self._cache_dir, key, source.source, build, self._check)
-        left_out = _read_left_out(cached.train.prefix.with_name(_LEFT_OUT_NAME))
+        def check(store: TokenStore) -> None:
+            _read_left_out(store)
+            self._check(store)
+
+        cached = get_or_build(self._cache_dir, key, source.source, build, check)
+        left_out = _read_left_out(cached.train)
         if left_out:
             get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
 
@@ -324,15 +350,18 @@ def _log_passed_over(files: FileSource) -> None:
         get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
 
 
-def _read_left_out(path: Path) -> dict[str, int]:
-    """What :func:`build_stores` left out when the cached store was made; empty when that is not known any more."""
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+def _read_left_out(store: TokenStore) -> dict[str, int]:
+    """What :func:`build_stores` left out when the store of the cache was made.
+
+    Raises:
+        DataError: that is not known any more.
+        StorageError: it cannot be read now.
+    """
+    path = store.prefix.with_name(_LEFT_OUT_NAME)
+    counts = read_sealed(path, max_bytes=_MAX_LEFT_OUT_BYTES)
     if not isinstance(counts, dict):
-        return {}
-    return {reason: count for reason, count in counts.items() if isinstance(count, int)}
+        raise DataError(f"{path}: missing or damaged")
+    return counts
 
 
 def _describe(source: PreparedSource, part: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def read_small_file(path: Path, *, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise DataError(f"{path}: larger than {max_bytes} bytes; it is not what its name says")
     return content
+
+
+def remove(path: Path) -> None:
+    """Remove whatever has this name, a folder with all it holds; nothing to do when nothing has.
+
+    Raises:
+        OSError: when that fails.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        shutil.rmtree(path)
 
 
 def is_missing(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from qwen3next_train.data.reading import read_small_file
+from qwen3next_train.data.reading import read_small_file, remove
 from qwen3next_train.errors import DataError
 
 
@@ -22,7 +22,9 @@ def write_sealed(path: Path, value: object) -> None:
     # One name for everybody, so that a killed process leaves at most one; two writers at once break the hash at worst.
     staged = path.with_name(path.name + ".tmp")
     try:
-        staged.write_text(json.dumps({"hash": _hash(content), "content": content}), encoding="utf-8")
+        remove(staged)
+        with staged.open("x", encoding="utf-8") as file:  # opening a named pipe would wait for a reader for ever
+            file.write(json.dumps({"hash": _hash(content), "content": content}))
         staged.replace(path)
     except OSError:
         staged.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from typing import Any
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data.folders import Collection, PassedOver, SourceFile, collect_folder, collect_glob
 from qwen3next_train.data.formats import COMPRESSIONS, READ, format_of, suffix_of
+from qwen3next_train.data.reading import read_error
 from qwen3next_train.data.splits import DEFAULT_SPLIT, choose_documents, no_split
 from qwen3next_train.data.token_store import store_paths
 from qwen3next_train.errors import ConfigError, DataError
@@ -73,10 +74,13 @@ def resolve(source: SourceConfig) -> FileSource | StoreSource:
             else than a Hugging Face dataset.
         DataError: nothing of that name exists, or it is a file that is not read, a folder or glob without readable
             files or without the split, or a dataset that cannot be loaded.
+        StorageError: it cannot be looked up now (permission, a failing disk).
     """
     try:
         return _resolve(source)
-    except (OSError, ValueError) as error:  # no permission, name too long; not a pattern
+    except OSError as error:
+        raise read_error(Path(error.filename or source.source), error) from None
+    except ValueError as error:  # a zero byte; not a pattern
         raise DataError(f"{source.source}: cannot be looked up ({error}); check data.sources") from None
 
 
@@ -84,7 +88,7 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     label = source.source
     if not label:
         raise ConfigError("data.sources: a source's name is empty; name a file, a folder or a dataset")
-    found = _resolve_local(source)
+    found = resolve_local(source)
     if found is None:
         return _hub_source(source)
     if source.name:
@@ -95,7 +99,7 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     return found
 
 
-def _resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
+def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
     """What the source is on this machine; None for a name that can only be a dataset of the hub."""
     label = source.source
     path = Path(label).expanduser()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal, Place
 from qwen3next_train.data.documents import Document, read_documents
 from qwen3next_train.data.progress import Progress
+from qwen3next_train.data.reading import remove
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.data.store_meta import entry_name
 from qwen3next_train.data.store_writer import StoreWriter, WrittenSoFar, lengths_path
@@ -80,15 +82,15 @@ def build_stores(
     prefixes = (train_prefix, validation_prefix)
     if journal is not None and journal.finished and _are_whole(prefixes):
         skipped.update(journal.place.left_out)
+        _remove_lengths(prefixes)
         return journal.elapsed_s
-    progress = Progress(source.label)
     with ExitStack() as stack:
         resumed = None if journal is None else _reopen_parts(prefixes, tokenizer, journal, stack)
         if resumed is None or journal is None:
             if journal is not None:
                 get_logger().info("%s: what an interrupted tokenization left is damaged; beginning anew", source.label)
             journal = None
-            journal_path.unlink(missing_ok=True)
+            remove(journal_path)
             train, validation = parts = _new_parts(prefixes, tokenizer, stack)
         else:
             train, validation = parts = resumed
@@ -97,10 +99,11 @@ def build_stores(
                 source.label,
                 f"{train.writer.num_documents + validation.writer.num_documents:,}",
             )
-        stack.callback(progress.close)
         start = place = _START if journal is None else journal.place
+        begins = _begins(source)
+        progress = Progress(source.label, begins[-1], begins[start.file])
+        stack.callback(progress.close)
         spent_s = 0.0 if journal is None else journal.elapsed_s
-        total_bytes = sum(part.num_bytes or 0 for part in parts)
 
         def record(*, finished: bool) -> None:
             Journal(
@@ -111,13 +114,15 @@ def build_stores(
                 tuple(part.num_bytes for part in parts),
             ).write(journal_path)
 
+        text_bytes = 0
         for batch, behind in _batches(source, start, skipped):
             for document, token_ids in _encode_batch(batch, tokenizer):
                 num_bytes = len(document.text.encode())
                 part = validation if document.is_held_out(held_out_fraction) else train
                 part.append(document, token_ids, num_bytes)
-                total_bytes += num_bytes
-                progress.update(train.writer.num_tokens + validation.writer.num_tokens, total_bytes)
+                text_bytes += num_bytes
+            num_tokens = sum(part.writer.num_tokens for part in parts)
+            progress.update(num_tokens, begins[behind.file] + batch[-1].position, text_bytes)
             place = behind
             record(finished=False)
         written = [part for part in parts if part.writer.num_documents]
@@ -139,8 +144,7 @@ def build_stores(
             _discard(validation_prefix)
         place = replace(place, left_out=dict(skipped))
         record(finished=True)
-    for prefix in prefixes:
-        lengths_path(prefix).unlink(missing_ok=True)
+    _remove_lengths(prefixes)
     return spent_s + progress.elapsed_s
 
 
@@ -218,10 +222,28 @@ def _encode_batch(batch: list[Document], tokenizer: Tokenizer) -> Iterator[tuple
         yield document, np.array(document.token_ids, dtype=np.int64)
 
 
+def _begins(source: FileSource) -> list[int]:
+    """Where each file begins among the stored bytes of all, then where the last one ends."""
+    return [0, *accumulate(_size(file.path) for file in source.files)]
+
+
+def _size(path: Path) -> int:
+    """Stored bytes of a file; 0 where that cannot be told, which is said when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _remove_lengths(prefixes: tuple[Path, Path]) -> None:
+    for prefix in prefixes:
+        lengths_path(prefix).unlink(missing_ok=True)
+
+
 def _discard(prefix: Path) -> None:
     """Remove what a writer has left."""
     for path in (*store_paths(prefix), lengths_path(prefix)):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def format_left_out(skipped: Mapping[str, int]) -> str:

@@ -3,8 +3,9 @@
 ``CACHE/<key>/`` appears by one rename of a finished directory, so it is whole or absent. A process that finds it
 absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds in
 ``CACHE/.<key>-partial``; the others wait for the lock and find the directory. What a killed process left there, the
-next holder of the lock goes on with; it is removed after a day by whoever builds anything. An entry that turns out to
-be damaged, when it is opened or later (a file ``damaged`` in it), is built again.
+next holder of the lock goes on with; whoever builds anything removes it after a day, and at once when there is nothing
+to go on with. An entry that turns out to be damaged, when it is opened or later (a file ``damaged`` in it), is built
+again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from qwen3next_train.log import get_logger
 _STAGING_NAME = re.compile(r"\.(?P<key>[0-9a-f]{32})-[a-z0-9_]+")
 _ABANDONED_AFTER_S = 24 * 3600.0
 _DAMAGE_NOTE = "damaged"
+_UNFINISHED = "fresh"
 _HINT = "free space or set data.cache_dir to a folder that can be written"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 """What ``flock`` says on a file system without locks."""
@@ -82,13 +84,17 @@ def get_or_build(
         StorageError: the cache cannot be written, or an entry cannot be read now.
         DataError: from ``build``.
     """
-    found = _open_or_report(cache_dir / key, check)
+    found = _open_if_whole(cache_dir / key, check, report=False)
     if found is not None:
+        partial = cache_dir / f".{key}-partial"
+        if os.path.lexists(partial):
+            # Killed between publishing and cleaning up; nobody has a use for it now.
+            _remove_unless_locked(partial, cache_dir / f".{key}.lock")
         return found
     with storage_errors(cache_dir, _HINT):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f".{key}.lock", label) as is_locked:
-            found = _open_or_report(cache_dir / key, check)
+            found = _open_if_whole(cache_dir / key, check, report=True)
             if found is not None:
                 return found
             if is_locked:
@@ -115,8 +121,8 @@ def _open_part(directory: Path, part: str, num_parts: int) -> TokenStore:
     return store
 
 
-def _open_or_report(directory: Path, check: Callable[[TokenStore], None]) -> CachedStores | None:
-    """The entry, or None when it is absent or, which is logged, damaged.
+def _open_if_whole(directory: Path, check: Callable[[TokenStore], None], *, report: bool) -> CachedStores | None:
+    """The entry, or None when it is absent or damaged, which ``report`` says.
 
     Raises:
         StorageError: it cannot be read now.
@@ -137,14 +143,15 @@ def _open_or_report(directory: Path, check: Callable[[TokenStore], None]) -> Cac
             if store is not None:
                 check(store)
     except DataError as error:
-        get_logger().info("tokenizing again, the cache is damaged: %s", error)
+        if report:
+            get_logger().info("tokenizing again, the cache is damaged: %s", error)
         return None
     return found
 
 
 def _build_and_publish(cache_dir: Path, key: str, build: Callable[[Path], float], *, can_resume: bool) -> float:
     with _building_directory(cache_dir, key, can_resume=can_resume) as staged:
-        fresh = staged / "fresh"
+        fresh = staged / _UNFINISHED
         fresh.mkdir(exist_ok=True)
         build_s = build(fresh)
         sync_directory(fresh)
@@ -189,13 +196,13 @@ def can_go_on_after(error: Exception) -> bool:
 
 
 def _remove_abandoned(cache_dir: Path, own_key: str) -> None:
-    """Remove what nobody is building: of this key what cannot be gone on with, of others what is old."""
+    """Remove what nobody is building: what cannot be gone on with, and of other keys also what is old."""
     for path in cache_dir.glob(".*-*"):
         match = _STAGING_NAME.fullmatch(path.name)
         if path.name.startswith(f".{own_key}-"):
             if path.name != f".{own_key}-partial":
                 shutil.rmtree(path, ignore_errors=True)
-        elif match is not None and _is_old(path):
+        elif match is not None and (_is_old(path) or not os.path.lexists(path / _UNFINISHED)):
             _remove_unless_locked(path, cache_dir / f".{match['key']}.lock")
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen3next_train.data.reading import is_missing
+from qwen3next_train.data.reading import is_missing, read_error
 from qwen3next_train.data.store_cache import NO_LOCKS, can_go_on_after
 from qwen3next_train.data.store_meta import entry_name
 from qwen3next_train.data.store_writer import storage_errors, sync_directory
@@ -40,9 +40,7 @@ def require_unused(prefix: Path) -> None:
     """
     paths, names = store_paths(prefix), store_paths(Path(_STORE_NAME))
     for path, name in ((paths.idx, names.idx), *zip(paths, names, strict=True)):
-        if not is_missing(path) and not any(
-            _is_same_file(path, partial / name) for partial, owner in _partials(prefix.parent) if owner == prefix.name
-        ):
+        if not is_missing(path) and not _is_in_a_partial_folder(path, prefix, name):
             raise ConfigError(f"tokenize: {path} exists; remove it or choose another output")
 
 
@@ -195,6 +193,16 @@ def _remove(partial: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     partial.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+def _is_in_a_partial_folder(path: Path, prefix: Path, name: Path) -> bool:
+    """Whether ``path`` is the file ``name`` that an unfinished ``tokenize`` to ``prefix`` has."""
+    try:
+        return any(
+            _is_same_file(path, partial / name) for partial, owner in _partials(prefix.parent) if owner == prefix.name
+        )
+    except OSError as error:
+        raise read_error(prefix.parent, error) from None
 
 
 def _is_same_file(first: Path | int, second: Path | int) -> bool:

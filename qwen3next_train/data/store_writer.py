@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3next_train.data.block_hashes import BlockHasher, FileHashes, StoreHashes, hash_of
+from qwen3next_train.data.reading import open_regular, remove
 from qwen3next_train.data.store_index import HEADER, MAGIC, TOKEN_DTYPES, VERSION
 from qwen3next_train.data.store_meta import StoreMeta
 from qwen3next_train.data.token_store import store_paths
@@ -132,7 +133,7 @@ class StoreWriter:
         _write_durably(self._paths.meta, raw)
         idx_hasher = BlockHasher()
         unfinished = self._paths.idx.with_name(self._paths.idx.name + ".tmp")
-        with unfinished.open("wb", buffering=_BUFFER_BYTES) as index:
+        with _open_new(unfinished) as index:
             for piece in self._index_pieces():
                 index.write(piece)
                 idx_hasher.update(piece)
@@ -169,7 +170,8 @@ def lengths_path(prefix: Path) -> Path:
 def _open_at(path: Path, num_bytes: int, expected_hash: str | None, hasher: BlockHasher) -> BinaryIO:
     """Open for writing behind the first ``num_bytes``, which go through the hasher; what is behind them is cut off."""
     if expected_hash is None:
-        return path.open("wb", buffering=_BUFFER_BYTES)
+        return _open_new(path)
+    os.close(open_regular(path))  # opening a named pipe would wait, or read from it for ever
     file = path.open("r+b", buffering=_BUFFER_BYTES)
     try:
         rest = num_bytes
@@ -186,12 +188,18 @@ def _open_at(path: Path, num_bytes: int, expected_hash: str | None, hasher: Bloc
     return file
 
 
+def _open_new(path: Path) -> BinaryIO:
+    """Open a new file, in place of whatever has its name."""
+    remove(path)
+    return path.open("xb", buffering=_BUFFER_BYTES)
+
+
 def _file_hashes(hasher: BlockHasher) -> FileHashes:
     return FileHashes(hasher.num_bytes, hasher.blocks())
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with _open_new(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

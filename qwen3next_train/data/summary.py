@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, SourceConfig
+from qwen3next_train.data.formats import Format, format_of
 from qwen3next_train.data.prepare import PreparedData, PreparedSource
+from qwen3next_train.data.sources import FileSource, resolve_local
+from qwen3next_train.data.token_store import TokenStore
+from qwen3next_train.errors import TrainError
+from qwen3next_train.log import get_logger
 
 MAX_EPOCHS = 4.0
 """Up to this many passes repeated text is worth about as much as new text (Muennighoff et al. 2023,
 arXiv:2305.16264)."""
+
+_BYTES_PER_TOKEN = 4.0
+"""Of usual text and tokenizers; what a plan assumes of text that is not tokenised yet."""
+
+_COMPRESSION = 3.0
+"""Bytes of usual text in one stored byte of a compressed file or a parquet file."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +60,48 @@ def uses_of(config: Config, num_tokens: Sequence[int | None]) -> list[SourceUse]
     return uses
 
 
+def planned_uses(config: Config) -> list[SourceUse]:
+    """How a run will use its sources, before they are tokenised: tokens of text are estimated from the files' sizes.
+
+    What is not on this machine, such as a dataset of the Hugging Face hub, is unknown.
+    """
+    return uses_of(config, [_estimated_tokens(source) for source in config.data.sources])
+
+
+def _estimated_tokens(source: SourceConfig) -> int | None:
+    with suppress(TrainError, OSError, ValueError):
+        found = resolve_local(source)
+        if isinstance(found, FileSource):
+            return int(sum(_text_bytes(file.path) for file in found.files) / _BYTES_PER_TOKEN)
+        return None if found is None else TokenStore(found.prefix).num_tokens
+    return None
+
+
+def _text_bytes(path: Path) -> float:
+    file_format = format_of(path.name)
+    is_packed = file_format is not None and (file_format.compression is not None or file_format.kind is Format.PARQUET)
+    return path.stat().st_size * (_COMPRESSION if is_packed else 1.0)
+
+
+def use_lines(uses: Sequence[SourceUse]) -> list[str]:
+    """Planned uses, one a line."""
+    return [
+        f"{use.label}: {'tokens unknown' if use.num_tokens is None else f'about {use.num_tokens:,} tokens'}, "
+        f"{use.share:.1%} of the samples, {format_epochs(use.epochs)} epochs"
+        for use in uses
+    ]
+
+
+def uses_as_json(uses: Sequence[SourceUse]) -> list[dict[str, Any]]:
+    """Planned uses as ``plan --json`` reports them; what is unknown is null."""
+    return [{"source": use.label, "share": use.share, "tokens": use.num_tokens, "epochs": use.epochs} for use in uses]
+
+
 def warn_of_epochs(uses: Sequence[SourceUse]) -> list[str]:
     """A line for each source that is repeated more often than :data:`MAX_EPOCHS` times."""
     return [
-        f"{use.label}: every document is seen {format_epochs(use.epochs)} times, more than {MAX_EPOCHS:.0f}; add data, "
-        "lower run.steps or the source's weight"
+        f"{use.label}: {format_epochs(use.epochs)} epochs, more than {MAX_EPOCHS:.0f}; add data, lower run.steps or "
+        "the source's weight"
         for use in uses
         if use.epochs is not None and use.epochs > MAX_EPOCHS
     ]
@@ -75,6 +125,17 @@ def data_lines(prepared: PreparedData, config: Config) -> list[str]:
         for source, use in zip(prepared.train, uses, strict=True)
     ]
     return lines + [f"{source.label}: {_size(source)} held out" for source in prepared.validation]
+
+
+def log_data(prepared: PreparedData, config: Config) -> None:
+    """Say before the first step what the run reads, and warn of sources that are repeated too often."""
+    if prepared.tokenizer:
+        get_logger().info("tokenizer %s", prepared.tokenizer)
+    for line in data_lines(prepared, config):
+        get_logger().info("data: %s", line)
+    uses = uses_of(config, [source.documents.num_tokens for source in prepared.train])
+    for line in warn_of_epochs(uses):
+        get_logger().warning("data: %s", line)
 
 
 def data_as_json(prepared: PreparedData, config: Config) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ class TokenStore:
         try:
             self._index = StoreIndex(self._idx, str(paths.bin), self._bin.num_bytes)
         except DataError as error:
-            raise self._damaged(error) from None
+            raise self._damaged_at_start(error) from None
         self.dtype = self._index.dtype
         self.num_tokens = self._bin.num_bytes // self.dtype.itemsize
         self.num_documents = len(self._index.documents) - 1
@@ -124,7 +124,7 @@ class TokenStore:
             self._idx.check()
             self._bin.check()
         except DataError as error:
-            raise self._damaged(error) from None
+            raise self._damaged_at_start(error) from None
 
     def index_pieces(self) -> Iterator[bytes]:
         """The content of ``.idx``. Raises as :meth:`read`."""
@@ -182,6 +182,10 @@ class TokenStore:
         except DataError as error:
             raise self._damaged(error) from None
         return np.unique(pointers[sequences - sequences[0]] // self.dtype.itemsize)
+
+    def _damaged_at_start(self, error: DataError) -> DataError:
+        """Who can build the store again does it now, and needs neither a note nor advice."""
+        return self._damaged(error) if self._damage_note is None else error
 
     def _damaged(self, error: DataError) -> DataError:
         if self._damage_note is None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from importlib.resources import files
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen3next_train.data.end_token import EOS_CANDIDATES, choose_end_token
+from qwen3next_train.data.seams import Piece, join_pieces
 from qwen3next_train.errors import ConfigError
 
 BUILTIN = "builtin:python-4k"
-EOS_CANDIDATES = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>")
-"""Tokens taken as end of document, the first that the tokenizer has."""
 
 GROUP_CHARS = 1 << 22
 """Characters encoded at a time: enough for all cores, and some hundred MB of the library's working memory."""
@@ -23,6 +26,9 @@ GROUP_CHARS = 1 << 22
 PIECE_CHARS = 1 << 19
 """Longer documents are encoded in pieces: one text keeps only one core busy, and however long it is, the working
 memory is that of :data:`GROUP_CHARS`."""
+
+OVERLAP_CHARS = 1 << 11
+"""How far a piece reaches into its neighbours; the tokens of both are compared there."""
 
 _CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\n(?=[ \t]*\S)"), re.compile(r"(?<=\S)(?= \S)"))
 """Where to cut, best first: before an unindented line, before any line with text, before a space and a word."""
@@ -35,15 +41,17 @@ class Tokenizer:
 
     Args:
         name: :data:`BUILTIN`, a ``tokenizer.json``, or a folder with one.
+        eos_token: the token that ends a document; empty: the one that the tokenizer names
+            (:func:`~qwen3next_train.data.end_token.choose_end_token`).
 
     Raises:
-        ConfigError: no such file, not a tokenizer, or none of :data:`EOS_CANDIDATES` is in its vocabulary.
+        ConfigError: no such file, not a tokenizer, or no token to end documents with.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, eos_token: str = "") -> None:
         import tokenizers
 
-        path, content = _read(name)
+        path, folder, content = _read(name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # noqa: BLE001  the Rust library raises bare Exception
@@ -52,19 +60,28 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._is_bpe = isinstance(self._tokenizer.model, tokenizers.models.BPE)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocab.values(), default=-1) + 1
         """One more than the largest id."""
-        eos = next((token for token in EOS_CANDIDATES if token in vocab), None)
-        if eos is None:
-            raise ConfigError(
-                f"data.tokenizer: {path}: no end-of-document token, looked for {', '.join(EOS_CANDIDATES)}; "
-                "add one of them to the tokenizer"
-            )
-        self.eos_token = eos
-        self.eos_token_id: int = vocab[eos]
-        self.fingerprint = blake2b(content.encode(), digest_size=16).hexdigest()
-        """Hash of the file; equal for equal tokenizers wherever they lie."""
+        end = choose_end_token(eos_token, path, folder, vocab)
+        self.eos_token = end.token
+        self.eos_token_id: int = vocab[end.token]
+        # As it was before the token could be chosen, so that stores of then and now go together where they can.
+        usual = next((token for token in EOS_CANDIDATES if token in vocab), None)
+        chosen = "" if end.token == usual else f"\0{end.token}"
+        self.fingerprint = blake2b((content + chosen).encode(), digest_size=16).hexdigest()
+        """Hash of the file and of an unusual end-of-document token; equal for equal tokenizers wherever they lie."""
+        self._description = (
+            f"{path}: {self.num_ids:,} ids, documents end with {end.token!r} ({self.eos_token_id}, by {end.named_by})"
+        )
+
+    def describe(self, vocab_size: int) -> str:
+        """One line about the tokenizer beside a model with ``vocab_size`` rows of embedding."""
+        unused = vocab_size - self.num_ids
+        if unused <= 0:
+            return self._description
+        return f"{self._description}; {unused:,} of the {vocab_size:,} rows of model.vocab_size belong to no id of it"
 
     def require_vocab_size(self, vocab_size: int) -> None:
         """Reject a model whose embedding is smaller than the vocabulary.
@@ -79,31 +96,55 @@ class Tokenizer:
             )
 
     def encode_documents(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int64]]:
-        """Encode texts on all cores: for each, int64 ``[n]`` ending with :attr:`eos_token_id`."""
-        pieces = [list(split_text(text, PIECE_CHARS)) for text in texts]
-        encoded = self._encode_pieces([piece for group in pieces for piece in group])
-        for group in pieces:
-            ids = [next(encoded) for _ in group]
-            yield np.concatenate([*ids, [self.eos_token_id]])
+        """Encode texts on all cores: for each, int64 ``[n]`` ending with :attr:`eos_token_id`.
 
-    def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[npt.NDArray[np.int64]]:
-        """Encode pieces, some at a time; more would not be faster, only larger."""
+        A long text is encoded in pieces, with the tokens that it has as a whole.
+        """
+        spans = [_overlapping_spans(text) for text in texts]
+        parts = [text[start:stop] for text, of_text in zip(texts, spans, strict=True) for start, stop in of_text]
+        encoded = self._encode_parts(parts, with_offsets=len(parts) > len(texts))
+        for text, of_text in zip(texts, spans, strict=True):
+            if len(of_text) == 1:
+                ids = np.array(next(encoded).ids, dtype=np.int64)
+            else:
+                pieces = [_piece(start, stop, next(encoded)) for start, stop in of_text]
+                ids = join_pieces(pieces, partial(self._encode_span, text), inside_words=self._is_bpe)
+            yield np.concatenate([ids, [self.eos_token_id]])
+
+    def _encode_parts(self, parts: Sequence[str], *, with_offsets: bool) -> Iterator[Any]:
+        """Encode texts, some at a time; more would not be faster, only larger."""
+        encode = self._tokenizer.encode_batch if with_offsets else self._tokenizer.encode_batch_fast
         group: list[str] = []
         num_chars = 0
-        for index, piece in enumerate(pieces, start=1):
-            group.append(piece)
-            num_chars += len(piece)
-            if index == len(pieces) or num_chars >= GROUP_CHARS:
-                for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
-                    yield np.array(encoding.ids, dtype=np.int64)
+        for index, part in enumerate(parts, start=1):
+            group.append(part)
+            num_chars += len(part)
+            if index == len(parts) or num_chars >= GROUP_CHARS:
+                yield from encode(group, add_special_tokens=False)
                 group, num_chars = [], 0
+
+    def _encode_span(self, text: str, start: int, stop: int) -> Piece:
+        (encoding,) = self._tokenizer.encode_batch([text[start:stop]], add_special_tokens=False)
+        return _piece(start, stop, encoding)
+
+
+def _piece(start: int, stop: int, encoding: Any) -> Piece:
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start
+    return Piece(start, stop, np.array(encoding.ids, dtype=np.int64), offsets, np.array(encoding.word_ids, np.int64))
+
+
+def _overlapping_spans(text: str) -> list[tuple[int, int]]:
+    """Begin and end of the pieces a text is encoded in, each reaching into its neighbours."""
+    overlap = min(OVERLAP_CHARS, PIECE_CHARS // 4)
+    cuts = [0, *accumulate(len(piece) for piece in split_text(text, PIECE_CHARS))]
+    return [(max(0, start - overlap), min(len(text), stop + overlap)) for start, stop in pairwise(cuts)]
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
     """Cut a long text into pieces of at most ``max_chars`` that concatenate to it.
 
-    Cuts lie in a piece's second half, at the last of :data:`_CUTS`, where byte-level tokenizers do not merge, so
-    that their ids are those of the whole text; anywhere if there is none.
+    Cuts lie in a piece's second half, at the last of :data:`_CUTS`, around which tokenizers agree soonest; anywhere if
+    there is none.
     """
     start = 0
     while len(text) - start > max_chars:
@@ -119,17 +160,19 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _read(name: str) -> tuple[str, str]:
-    """Return what to call the tokenizer's file in messages, and its content."""
+def _read(name: str) -> tuple[str, Path | None, str]:
+    """Return what to call the tokenizer's file in messages, the folder of its settings, and its content."""
     if name == BUILTIN:
         asset = files("qwen3next_train.data").joinpath("assets", "python-4k", "tokenizer.json")
-        return BUILTIN, asset.read_text(encoding="utf-8")
+        return BUILTIN, None, asset.read_text(encoding="utf-8")
     if name.startswith("builtin:"):
         raise ConfigError(f"data.tokenizer: no builtin tokenizer {name!r}; the only one is {BUILTIN}")
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
+    # Settings beside a file of another name may be those of another tokenizer.
+    folder = path.parent if path.name == "tokenizer.json" else None
     try:
-        return str(path), path.read_text(encoding="utf-8")
+        return str(path), folder, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.tokenizer: {path}: cannot be read ({error}); name a tokenizer.json") from None

@@ -44,6 +44,7 @@ _DTYPES: dict[ExportDtype, tuple[torch.dtype, str]] = {
 }
 _GENERATION_NAME = "generation_config.json"
 _TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+_SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _tokenizer_files(weights: Weights, asked: str | None) -> tuple[dict[str, byt
     if name == NO_TOKENIZER:
         get_logger().warning("export-hf: the checkpoint has no tokenizer and none is written; name one if you have it")
         return without
-    tokenizer = Tokenizer(name)
+    tokenizer = Tokenizer(name, weights.data.eos_token)
     if asked is None and tokenizer.num_ids > weights.model.vocab_size:
         # A run on ready tokens never opened its data.tokenizer, which may be the default.
         get_logger().warning(
@@ -176,7 +177,29 @@ def _tokenizer_files(weights: Weights, asked: str | None) -> tuple[dict[str, byt
             "clean_up_tokenization_spaces": False,
         },
     }
-    return {file: _encode(value) for file, value in made.items()} | _copied_files(name), tokenizer.eos_token_id
+    copied = {file: _with_end_token(file, content, tokenizer) for file, content in _copied_files(name).items()}
+    return {file: _encode(value) for file, value in made.items()} | copied, tokenizer.eos_token_id
+
+
+def _with_end_token(file: str, content: bytes, tokenizer: Tokenizer) -> bytes:
+    """A file of the tokenizer's folder, changed only where it names another end-of-document token than the model's."""
+    if file not in (_TOKENIZER_CONFIG_NAME, _SPECIAL_TOKENS_NAME, _GENERATION_NAME):
+        return content
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"export-hf: {file} of the tokenizer is damaged ({error}); name another tokenizer") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"export-hf: {file} of the tokenizer is not a JSON object; name another tokenizer")
+    key = "eos_token_id" if file == _GENERATION_NAME else "eos_token"
+    named = settings.get(key)
+    if file == _GENERATION_NAME:
+        agrees = named is None or tokenizer.eos_token_id in (named if isinstance(named, list) else [named])
+        value: object = tokenizer.eos_token_id
+    else:
+        agrees = (named.get("content") if isinstance(named, dict) else named) == tokenizer.eos_token
+        value = tokenizer.eos_token
+    return content if agrees else _encode({**settings, key: value})
 
 
 def _copied_files(name: str) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.norms import at_least_fp32
 from qwen3next_train.kernels.varlen import VarlenMetadata, gather_rows, scatter_rows
 
 L2_NORM_EPS = 1e-6
@@ -120,13 +121,13 @@ def gdn_prologue_reference(
     y_TC = causal_conv1d_reference(x_TC, weight_CW, sequences=sequences)
     q_T, k_T, v_T = y_TC.split((keys, keys, heads.value_heads * heads.value_dim), dim=-1)
     b_THR, a_THR = ba_TM.unflatten(-1, (heads.key_heads, -1)).chunk(2, dim=-1)
-    rate_N = _at_least_fp32(A_log_N).exp()
+    rate_N = at_least_fp32(A_log_N).exp()
     return GdnPrologueOutputs(
         q_THK=_l2_norm(q_T.unflatten(-1, (heads.key_heads, heads.key_dim))),
         k_THK=_l2_norm(k_T.unflatten(-1, (heads.key_heads, heads.key_dim))),
         v_TNV=v_T.unflatten(-1, (heads.value_heads, heads.value_dim)),
         z_THRV=z_THX.unflatten(-1, (heads.group, heads.value_dim)),
-        g_TN=-rate_N * F.softplus(_at_least_fp32(a_THR.flatten(1)) + _at_least_fp32(dt_bias_N)),
+        g_TN=-rate_N * F.softplus(at_least_fp32(a_THR.flatten(1)) + at_least_fp32(dt_bias_N)),
         beta_TN=b_THR.flatten(1).sigmoid(),
     )
 
@@ -156,11 +157,6 @@ def causal_conv1d_reference(x_TC: torch.Tensor, weight_CW: torch.Tensor, *, sequ
     return F.silu(gather_rows(y_SC, slots_T - (width - 1)))
 
 
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in fp32 if its dtype is narrower, else ``x`` itself."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _l2_norm(x: torch.Tensor) -> torch.Tensor:
-    x_fp32 = _at_least_fp32(x)
+    x_fp32 = at_least_fp32(x)
     return (x_fp32 * torch.rsqrt(x_fp32.square().sum(-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)

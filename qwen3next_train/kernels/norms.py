@@ -16,6 +16,11 @@ GatedRmsNorm = Callable[..., torch.Tensor]
 """A backend of :func:`gated_rms_norm_reference`."""
 
 
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in fp32 if its dtype is narrower, else ``x`` itself."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RmsNorm:
     """Zero-centred RMSNorm: alone, beside its input, and as fused add + RMSNorm. Backends override all of it."""
 
@@ -30,7 +35,7 @@ class RmsNorm:
         Returns:
             the shape and dtype of ``x``.
         """
-        x_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_fp32 = at_least_fp32(x)
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
         return (normed * (1 + weight_D.to(x_fp32.dtype))).to(x.dtype)
 
@@ -112,7 +117,6 @@ def gated_rms_norm_reference(x: torch.Tensor, gate: torch.Tensor, weight: torch.
     Returns:
         ``[..., V]`` in the dtype of ``gate``.
     """
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(compute_dtype)
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(compute_dtype)
-    return (normed * F.silu(gate.to(compute_dtype))).to(gate.dtype)
+    x = at_least_fp32(x)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    return (normed * F.silu(gate.to(x.dtype))).to(gate.dtype)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from qwen3next_train.kernels.norms import at_least_fp32
+
 
 class Routing(NamedTuple):
     """What one router decided for one micro-batch.
@@ -59,8 +61,8 @@ def top_k_routing_reference(
         num_rows: r, a divisor of T.
         with_z_grad: let gradients flow through ``z``.
     """
-    wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    logits_TE = F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+    x_TD = at_least_fp32(x_TD)
+    logits_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype))
     return route_logits(logits_TE, top_k=top_k, renormalize=renormalize, num_rows=num_rows, with_z_grad=with_z_grad)
 
 
@@ -189,7 +191,7 @@ class _Unpermute(torch.autograd.Function):
 
 def _sum_rows(rows_RD: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
     """Sum of each token's rows ``[T, D]``, in the order of k."""
-    total_TD = rows_RD.new_zeros(row_TK.shape[0], rows_RD.shape[1], dtype=_wide(rows_RD))
+    total_TD = rows_RD.new_zeros(row_TK.shape[0], rows_RD.shape[1], dtype=_sum_dtype(rows_RD))
     for row_T in row_TK.unbind(1):
         total_TD += _rows(rows_RD, row_T)
     return total_TD.to(rows_RD.dtype)
@@ -203,5 +205,5 @@ def _rows(rows_RD: torch.Tensor, row_T: torch.Tensor) -> torch.Tensor:
     return found_TD.masked_fill_((row_T < 0).unsqueeze(1), 0)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)

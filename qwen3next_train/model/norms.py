@@ -15,11 +15,6 @@ from qwen3next_train.model.rope import RotaryTable
 Kernel = TypeVar("Kernel")
 
 
-def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in fp32 if its dtype is narrower, else ``x`` itself."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class _Norm(nn.Module, Generic[Kernel]):
     """Owner of a norm's weight, and the operation that reads it."""
 

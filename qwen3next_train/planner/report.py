@@ -10,6 +10,7 @@ from qwen3next_train.accounting.hardware import DEVICES, find_device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.schema import Config, RecomputePart
+from qwen3next_train.data.summary import planned_uses, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.plan import Plan, make_plan
 from qwen3next_train.planner.recompute import RecomputeView
@@ -44,7 +45,12 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
         known = ", ".join(device.name for device in DEVICES)
         raise ConfigError(f"plan: --gpu: unknown GPU {gpu!r}; choose one of {known}, or {NO_GPU} for no device")
     plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens)
-    print(json.dumps(plan_as_json(plan), indent=2) if as_json else format_plan(plan))
+    uses = planned_uses(config.model_copy(update={"run": config.run.model_copy(update={"steps": plan.num_steps})}))
+    if as_json:
+        print(json.dumps(plan_as_json(plan) | {"data": uses_as_json(uses)}, indent=2))
+    else:
+        lines = use_lines(uses) + [f"WARNING {line}" for line in warn_of_epochs(uses)] if uses else ["no source named"]
+        print("\n".join([format_plan(plan), *(row for line in lines for row in _row("data", line))]))
     return ExitCode.FINISHED
 
 

@@ -41,9 +41,9 @@ class Case:
 
     def rounded(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The inputs in ``dtype``, or in fp32 where the model keeps that; views stay views of as much."""
-        wide = torch.promote_types(dtype, torch.float32)
+        kept_dtype = torch.promote_types(dtype, torch.float32)
         return {
-            name: _same_view(value, _base(value).to(wide if name in self.fp32_inputs else dtype))
+            name: _same_view(value, _base(value).to(kept_dtype if name in self.fp32_inputs else dtype))
             for name, value in self.inputs.items()
         }
 

@@ -16,7 +16,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
-from qwen3next_train.data.summary import data_as_json
+from qwen3next_train.data.summary import data_as_json, log_data
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
@@ -66,6 +66,7 @@ def build_run(
         checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control)
         samples = TrainingData(prepared, config)
+        log_data(prepared, config)
         validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(

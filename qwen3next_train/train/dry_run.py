@@ -7,6 +7,7 @@ import torch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.data.summary import data_lines, uses_of, warn_of_epochs
 from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
@@ -33,8 +34,12 @@ def dry_run(config: Config) -> int:
     print(format_choices(kernels.choices))
     prepared = prepare_stores(config)
     data = TrainingData(prepared, config)
+    for line in data_lines(prepared, config):
+        print(line)
+    for line in warn_of_epochs(uses_of(config, [source.documents.num_tokens for source in prepared.train])):
+        print(f"WARNING {line}")
     for source, rows in zip(prepared.train, data.rows_per_epoch, strict=True):
-        print(f"{source.label}: {source.documents.num_tokens:,} tokens, {rows:,} rows an epoch")
+        print(f"{source.label}: {rows:,} rows an epoch")
     shown = min(_SHOWN_ROWS, config.run.global_batch_size)
     print(f"document boundaries of the first {shown} of {config.run.global_batch_size} rows of step 1:")
     for sample in range(shown):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import certain_bytes_per_gpu, host_bytes
+from qwen3next_train.accounting.memory import certain_bytes_per_gpu, host_bytes, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import OutOfMemory
+from qwen3next_train.log import get_logger
 
 # The first error of a run may come before torch is there, and is explained from here.
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _CGROUP_FILES = (
 def check_memory(config: Config, context: ProcessContext) -> None:
     """Compare the plan with the free memory of this rank's GPU and host; to be called on all ranks.
 
+    What cannot fit is rejected; a plan that is larger than a GPU's free memory only by activations is said.
+
     Args:
         config: the resolved configuration, which fits the world size.
         context: this process among the others.
@@ -35,16 +38,25 @@ def check_memory(config: Config, context: ProcessContext) -> None:
         OutOfMemory: on every rank, with the line of the first that lacks memory.
     """
     layout = Layout.of(config, context.world_size)
+    device_free = _free_device_bytes(context.device)
     problem = memory_problem(
         config,
         layout,
         num_local=context.local_world_size,
         host_available=available_host_bytes(),
-        device_free=_free_device_bytes(context.device),
+        device_free=device_free,
     )
     first = next((each for each in context.control.gather_json(problem) if each is not None), None)
     if first is not None:
         raise OutOfMemory(first)
+    planned = sum(memory_per_gpu(config.model, layout).values())
+    if context.rank == 0 and device_free is not None and planned > device_free:
+        get_logger().warning(
+            "memory: the plan takes up to %s of a GPU that has %s free; should it run out of memory, %s",
+            _gib(planned),
+            _gib(device_free),
+            settings_that_help(config, on_device=True),
+        )
 
 
 def memory_problem(
@@ -63,7 +75,8 @@ def memory_problem(
         needed = certain_bytes_per_gpu(config.model, layout)
         if needed > device_free:
             return (
-                f"out of memory: the plan takes {_gib(needed)} of a GPU that has {_gib(device_free)} free; "
+                f"out of memory: weights, gradients and optimizer take {_gib(needed)} of a GPU "
+                f"that has {_gib(device_free)} free; "
                 f"{settings_that_help(config, on_device=True)}"
             )
     needed = num_local * host_bytes(config, layout, trains_on_host=device_free is None)

@@ -64,6 +64,7 @@ data.sources
 data.validation_sources
 data.validation_fraction
 data.tokenizer
+data.eos_token
 data.sequence_length
 data.isolate_documents
 data.cache_dir

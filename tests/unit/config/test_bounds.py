@@ -56,6 +56,9 @@ def test_no_number_vanishes_in_fp32(key):
         ),
         ("model.hidden_size", "1000000000000000", "too large, at most 1048576 (got 1000000000000000); give a whole"),
         ("model.rope_theta", "0.5", "too small, at least 1 (got 0.5); give a number > 0"),
+        ("run.steps", "100000000", "too large, at most 99999999 (got 100000000); give a whole number > 0"),
+        ("data.sequence_length", "2147483648", "too large, at most 16777216 (got 2147483648); give a whole number > 0"),
+        ("eval.rows", "1099511627776", "too large, at most 10000000 (got 1099511627776); give a whole number > 0"),
         ("run.steps", "1" + "0" * 20, f"too large (got '1{'0' * 20}'); give a whole number > 0"),
     ],
 )
@@ -64,12 +67,15 @@ def test_lines(key, value, line):
 
 
 def test_a_run_is_counted_in_64_bits_and_a_micro_batch_in_32():
-    wide = [("run.steps", "1000000000"), ("run.global_batch_size", "10000000"), ("data.sequence_length", "1024")]
+    wide = [("run.steps", "99999999"), ("run.global_batch_size", "10000000"), ("data.sequence_length", "16384")]
     roomy = ("model.max_position_embeddings", "16777216")
     with pytest.raises(ConfigError, match="tokens that 64 bits count"):
         load_config(TINY, [*wide, roomy, ("schedule.decay_steps", "0")])
-    with pytest.raises(ConfigError, match="rows that kernels count in 32 bits"):
-        load_config(TINY, [("data.sequence_length", "16777216"), ("run.micro_batch_size", "64"), roomy])
+    one_expert = ("model.num_experts_per_tok", "1")
+    rows = [("run.global_batch_size", "128"), ("run.micro_batch_size", "128")]
+    with pytest.raises(ConfigError, match="more than the 2147483647 rows that kernels count in 32 bits"):
+        load_config(TINY, [("data.sequence_length", "16777216"), *rows, roomy, one_expert])
+    load_config(TINY, [("data.sequence_length", "16777215"), *rows, roomy, one_expert])
 
 
 def test_the_largest_model_of_the_schema_has_tensors_that_can_be_addressed():

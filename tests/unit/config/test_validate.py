@@ -116,7 +116,6 @@ RULES = [
         "--data.sequence_length: data.sequence_length 1 leaves no target for model.mtp_num_layers 1; make rows longer "
         "than the MTP depth",
     ),
-    ({"data__sources": "[]"}, "--data.sources: no source (got []); name at least one, such as builtin:python-stdlib"),
     (
         {"data__sources": ""},
         "--data.sources: a source without a name (got ''); name a file, a data set or builtin:python-stdlib",

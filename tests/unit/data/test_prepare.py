@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwen3next_train.config.schema import Config, SourceConfig
+from qwen3next_train.data import prepare
 from qwen3next_train.data.documents import Document
-from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores, tokenize
+from qwen3next_train.data.prepare import PreparedData, prepare_evaluation, prepare_stores, tokenize
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.errors import ConfigError, DataError, StorageError
@@ -136,10 +139,6 @@ def test_what_is_not_read_is_said_at_every_start(tmp_path: Path, capsys: pytest.
         said = capsys.readouterr().err
         assert f"{folder}: 1 files read, passed over 1 .pdf (1.2 kB, such as b.pdf)" in said
         assert f"{folder}: left out 1 empty, 1 null" in said
-    cached = source.documents.store.prefix.with_name("left_out.json")
-    for damaged in ("", "[]", '{"null": "x"}', "[" * 100_000):
-        cached.write_text(damaged)
-        assert prepare_stores(config_of(tmp_path, folder, validation_fraction=0.0)).train[0].left_out == {}
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
@@ -204,3 +203,88 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
     assert (tmp_path / "two_01.idx").exists()
     with pytest.raises(StorageError, match="cannot write"):
         tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
+
+
+def tokens_of(prepared: PreparedData) -> list[list[int]]:
+    return [
+        each.documents.read(0, each.documents.num_tokens).tolist() for each in (*prepared.train, *prepared.validation)
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 50_000, '{"empty": 3}', None])
+def test_damaged_count_of_what_was_left_out_is_made_again(tmp_path: Path, corpus: Path, content: str | None) -> None:
+    with corpus.open("a") as file:
+        file.write('{"text": ""}\n')
+    config = config_of(tmp_path, corpus)
+    first = prepare_stores(config)
+    (path,) = (tmp_path / "cache").glob("*/left_out.json")
+    if content is None:
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    again = prepare_stores(config)
+    assert again.train[0].build_s is not None
+    assert [each.train[0].left_out for each in (first, again)] == [{"empty": 1}] * 2
+    assert tokens_of(again) == tokens_of(first)
+
+
+@pytest.mark.parametrize("checked_at_start", [0, 1 << 30])
+def test_flipped_bits_in_the_users_store_end_the_run_with_file_and_offset(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, checked_at_start: int
+) -> None:
+    monkeypatch.setattr(prepare, "CHECKED_AT_START_BYTES", checked_at_start)
+    tokenize(config_of(tmp_path, corpus), tmp_path / "store")
+    path = tmp_path / "store.bin"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"store\.bin: bytes 0 to \d+: expected xxh3 .* restore the store"):
+        tokens_of(prepare_stores(config_of(tmp_path, tmp_path / "store")))
+    assert path.read_bytes() == raw
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "a\0b"])
+def test_output_without_a_name(tmp_path: Path, corpus: Path, output: str) -> None:
+    with pytest.raises(ConfigError, match="--output: not a file name"):
+        tokenize(config_of(tmp_path, corpus), Path(output))
+
+
+def test_interrupted_tokenize_of_several_sources_goes_on(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.txt").write_text("some text " * 50)
+    config, output = config_of(tmp_path, corpus, tmp_path / "b.txt"), tmp_path / "out" / "s"
+    write = prepare.write_store
+
+    def stop_at_the_second(prefix: Path, key: str, build: Callable[[Path], float]) -> float:
+        if prefix.name == "s_01":
+            raise StorageError("stopped")
+        return write(prefix, key, build)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_store", stop_at_the_second)
+        with pytest.raises(StorageError, match="stopped"):
+            tokenize(config, output)
+    stamp = (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns
+    assert tokenize(config, output) == 0
+    assert (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns == stamp
+    assert TokenStore(tmp_path / "out" / "s_01").num_documents == 1
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_source_that_cannot_be_looked_up_now(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    with pytest.raises(StorageError, match=r"corpus\.jsonl: cannot be read .*may be intact"):
+        prepare_stores(config_of(tmp_path, corpus))
+
+
+@pytest.mark.parametrize("prepare", [prepare_stores, lambda config: tokenize(config, None)])
+def test_no_source_asks_for_the_users_data(prepare: Callable[[Config], object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: no source .*name your text and its tokenizer"):
+        prepare(make_config(tmp_path, []))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen3next_train.data import tokenization
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer, split_text
@@ -55,6 +55,46 @@ def test_pieces_of_a_long_text_are_encoded_like_the_whole(builtin: Tokenizer, mo
     assert encode(builtin, text) == whole
 
 
+CODE = Path(tokenization.__file__).read_text()
+
+NORMALIZERS = {
+    "llama": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "strip": normalizers.Sequence([normalizers.Strip(), normalizers.NFD(), normalizers.StripAccents()]),
+    "metaspace": None,
+    "byte-level with a space before": normalizers.NFC(),
+}
+PRE_TOKENIZERS = {
+    "metaspace": pre_tokenizers.Metaspace(),
+    "byte-level with a space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+}
+LONG_TEXTS = {
+    "code": CODE[:6000],
+    "one long word": "ab" * 1500,
+    "spaces": " " * 3000,
+    "digits": "".join(str(n * n) for n in range(700)),
+    "combining": "e\u0301\u0323 \ufb01 中😀" * 300,
+    "paragraphs": "word\n\n   word </s> " * 200,
+}
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_cutting_never_changes_tokens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = RawTokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    if NORMALIZERS[kind] is not None:
+        raw.normalizer = NORMALIZERS[kind]
+    if kind in PRE_TOKENIZERS:
+        raw.pre_tokenizer = PRE_TOKENIZERS[kind]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "</s>"], show_progress=False)
+    raw.train_from_iterator(CODE.splitlines(), trainer)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(str(tmp_path))
+    texts = ["short", *LONG_TEXTS.values(), ""]
+    whole = [ids.tolist() for ids in tokenizer.encode_documents(texts)]
+    monkeypatch.setattr(tokenization, "PIECE_CHARS", 400)
+    monkeypatch.setattr(tokenization, "GROUP_CHARS", 900)
+    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == whole
+
+
 @pytest.mark.parametrize("text", ["", "abc", "x" * 1000, "word " * 300, "line\n" * 300, "\n" * 500, "  a\n" * 200])
 def test_split_text_concatenates_to_the_text(text: str) -> None:
     pieces = list(split_text(text, 64))
@@ -90,6 +130,26 @@ def test_end_of_document_token_of_other_tokenizers(tmp_path: Path) -> None:
     assert Tokenizer(save("a", "<|im_end|>")).eos_token_id == 1
     with pytest.raises(ConfigError, match=r"no end-of-document token, looked for <\|endoftext\|>, <\|im_end\|>"):
         Tokenizer(save("a", "b"))
+
+
+def test_the_end_of_document_token_is_said_and_part_of_the_fingerprint(builtin: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes((Path(tokenization.__file__).parent / "assets/python-4k/tokenizer.json").read_bytes())
+    assert builtin.describe(4096) == f"{BUILTIN}: 4,096 ids, documents end with '<|endoftext|>' (0, by the usual name)"
+    asked = Tokenizer(str(path), "def")
+    assert asked.eos_token_id == asked._tokenizer.token_to_id("def") != 0
+    assert encode(asked, "x")[-1] == asked.eos_token_id
+    assert asked.fingerprint != builtin.fingerprint
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "def"}')
+    assert Tokenizer(str(tmp_path)).fingerprint == asked.fingerprint
+    assert Tokenizer(str(tmp_path), "<|endoftext|>").fingerprint == builtin.fingerprint
+    # Settings beside a file of another name may be another tokenizer's.
+    other = path.rename(tmp_path / "mine.json")
+    assert Tokenizer(str(other)).eos_token == "<|endoftext|>"
+
+
+def test_a_tokenizer_smaller_than_the_model_is_said(builtin: Tokenizer) -> None:
+    assert builtin.describe(151936).endswith("; 147,840 of the 151,936 rows of model.vocab_size belong to no id of it")
 
 
 def test_vocabulary_must_fit_the_model(builtin: Tokenizer) -> None:

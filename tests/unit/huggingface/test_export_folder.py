@@ -37,10 +37,12 @@ from tests.unit.huggingface.support import (
 FP32_NAMES = ("A_log", "dt_bias", "mlp.gate.weight")
 
 
-def save_run(run_dir: Path, model: ModelConfig, *, steps: Sequence[int] = (3,), tokenizer: str = "") -> Path:
+def save_run(
+    run_dir: Path, model: ModelConfig, *, steps: Sequence[int] = (3,), tokenizer: str = "", eos_token: str = ""
+) -> Path:
     """A run with moments in its checkpoints; the weights of step s are all s + 1/512, which bf16 cannot hold."""
     table = parameter_table(model)
-    config = Config(model=model, data=DataConfig(tokenizer=tokenizer))
+    config = Config(model=model, data=DataConfig(tokenizer=tokenizer, eos_token=eos_token))
     layout = WorldLayout(world_size=1, expert_parallel_size=1, zero_stage=1)
     header = Header(table, config.model_dump(mode="json"), layout, {})
     run_dir.mkdir(exist_ok=True)
@@ -205,6 +207,40 @@ class TestTokenizer:
         for path in own.iterdir():
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
         assert (tmp_path / "out" / "tokenizer_config.json").exists()
+
+    def test_every_file_names_the_token_that_ended_the_documents(self, tmp_path: Path, run_dir: Path) -> None:
+        export_hf(run_dir, tmp_path / "first")
+        own = tmp_path / "own"
+        own.mkdir()
+        (own / "tokenizer.json").write_bytes((tmp_path / "first" / "tokenizer.json").read_bytes())
+        (own / "tokenizer_config.json").write_text('{"eos_token": "def", "pad_token": "if"}')
+        (own / "generation_config.json").write_text('{"eos_token_id": [0, 5], "temperature": 0.7}')
+        export_hf(run_dir, tmp_path / "out", tokenizer=str(own))
+        eos = json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"]
+        vocabulary = json.loads((own / "tokenizer.json").read_text())["model"]["vocab"]
+        assert eos == vocabulary["def"]
+        assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {
+            "eos_token_id": eos,
+            "temperature": 0.7,
+        }
+        assert (tmp_path / "out/tokenizer_config.json").read_bytes() == (own / "tokenizer_config.json").read_bytes()
+
+    def test_data_eos_token_goes_before_the_tokenizers_own(self, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        export_hf(save_run(tmp_path / "first", tiny_model(vocab_size=4096), tokenizer="builtin:python-4k"), own)
+        run_dir = save_run(tmp_path / "run", tiny_model(vocab_size=4096), tokenizer=str(own), eos_token="def")
+        export_hf(run_dir, tmp_path / "out")
+        eos = json.loads((own / "tokenizer.json").read_text())["model"]["vocab"]["def"]
+        assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == eos
+        assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == eos
+        assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["eos_token"] == "def"
+
+    @pytest.mark.parametrize("content", ["{", "[]"])
+    def test_damaged_generation_settings_are_one_line(self, tmp_path: Path, run_dir: Path, content: str) -> None:
+        export_hf(run_dir, tmp_path / "own")
+        (tmp_path / "own" / "generation_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"export-hf: generation_config\.json of the tokenizer"):
+            export_hf(run_dir, tmp_path / "out", tokenizer=str(tmp_path / "own"))
 
     def test_the_default_of_a_run_on_ready_tokens_is_not_passed_off_as_the_models(self, tmp_path: Path) -> None:
         run_dir = save_run(tmp_path / "run", tiny_model(), tokenizer="builtin:python-4k")

@@ -24,7 +24,11 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "checkpoint_bytes": None,
         "step_time_s": None,
         "days": None,
+        "data": None,
     }
+    (source,) = report["data"]
+    assert source.keys() == {"source", "share", "tokens", "epochs"}
+    assert source["epochs"] == 953_675 * 256 * 4096 / source["tokens"]
     assert report["parameters"]["total"] == sum(report["parameters"]["by_part"].values()) == 81_324_862_720
     assert report["flops"]["per_step"] == sum(report["flops"]["by_part"].values())
     assert report["flops"]["per_token"] == 25_437_745_152
@@ -60,6 +64,7 @@ def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert "953,675 steps" in out
     assert "25.0% MFU (assumed) on 64 h100" in out
     assert "975.90 GB" in out
+    assert "\ndata         WARNING builtin:python-stdlib: " in out
     assert max(map(len, out.splitlines())) <= 132
 
 
