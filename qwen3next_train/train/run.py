@@ -153,9 +153,12 @@ def _for_users(text: str) -> str:
 
 def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone; gloo says so only in the text."""
+    if not isinstance(error, RuntimeError):
+        # All of torch's are; what failed may be torch's import.
+        return False
     import torch.distributed as dist
 
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return any(sign in str(error) for sign in signs)

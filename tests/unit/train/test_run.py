@@ -118,6 +118,26 @@ def test_a_limit_of_the_environment_is_one_line(attempt, capsys, error):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "begin"),
+    [
+        (MemoryError(), 71, "out of memory on the host; add layer to parallel.recompute, "),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), 71, "out of memory"),
+        (
+            RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+            71,
+            "out of memory on the GPU",
+        ),
+        (OSError(2, "No usable temporary directory found in ['/x']"), 74, "TMPDIR: no usable temporary directory"),
+        (OSError(30, "Read-only file system", "/home/x"), 74, "/home/x: Read-only file system (OSError); "),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(attempt, capsys, error, code, begin):
+    returned, record = attempt(train=fails_at(3, error))
+    assert (returned, record["code"], record["reason"][: len(begin)]) == (code, code, begin)
+    assert capsys.readouterr().err == record["reason"] + "\n"
+
+
 def test_dead_rank_is_named(attempt):
     own = RankInfo.this_process()
     # The largest number there can be, and not in use.
