@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qwen3next_train.config.schema import RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
+from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
@@ -129,6 +130,9 @@ def process_context(
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, dist.DistError) as error:
+        if is_out_of_memory(error) or is_out_of_files(error):
+            # It is this machine that lacks something, not another rank.
+            raise
         raise PeerLostError(
             f"rank {rank}: the {world_size} processes did not find each other: {_first_line(error)}; "
             "check the master address and port and that every node started"

@@ -1,6 +1,7 @@
 """What an attempt records of its end, without training anything."""
 
 import json
+import resource
 import sys
 import types
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, re
 def test_a_limit_of_the_environment_is_one_line(attempt, capsys, error):
     returned, record = attempt(train=fails_at(3, error))
     assert (returned, record["code"]) == (74, 74)
-    assert record["reason"].endswith("; raise the limit of open files (ulimit -n)")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert record["reason"].endswith(f": too many open files; raise the limit, ulimit -n, which is {limit}")
     assert "Traceback" not in capsys.readouterr().err
 
 
