@@ -237,7 +237,7 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online when a key is present, else offline"
+        "auto", description="auto: WANDB_MODE if set, else online when a key is present, else offline"
     )
     project: Text = Field("qwen3next", description="project name; not given: WANDB_PROJECT, if set")
     entity: Text = Field("", description="team or user; empty: WANDB_ENTITY, or the account's default")

@@ -6,7 +6,8 @@ import pytest
 
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import WandbConfig
-from qwen3next_train.metrics.wandb_settings import new_run_id, page_settings, resolve_mode
+from qwen3next_train.errors import ConfigError
+from qwen3next_train.metrics.wandb_settings import check_variables, new_run_id, page_settings, resolve_mode
 
 ENVIRON = {"WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_TAGS": "a, b,,"}
 OF_ENVIRON = {"project": "p", "entity": "e", "name": "n", "tags": ["a", "b"]}
@@ -25,15 +26,34 @@ def test_run_ids():
         ("auto", "offline", "offline"),
         ("auto", "dryrun", "offline"),
         ("auto", "disabled", "disabled"),
-        ("auto", "nonsense", "online"),
+        ("auto", "", "online"),
         ("auto", " Offline ", "offline"),
         ("online", "disabled", "online"),
         ("offline", "online", "offline"),
+        ("offline", "nonsense", "offline"),
         ("disabled", "online", "disabled"),
     ],
 )
 def test_mode(configured, variable, mode):
     assert resolve_mode(configured, {} if variable is None else {"WANDB_MODE": variable}) == mode
+
+
+@pytest.mark.parametrize("text", ["nonsense", "on", "0", "off line", "\n\x1b[2J"])
+def test_a_mode_that_is_none_is_an_error(text):
+    with pytest.raises(ConfigError) as caught:
+        check_variables("auto", {"WANDB_MODE": text})
+    line = str(caught.value)
+    assert line.startswith(f"WANDB_MODE: not a mode (got {text.strip()!a}); give online, offline or disabled")
+    assert line.isprintable()
+    check_variables("offline", {"WANDB_MODE": text})
+    check_variables("auto", {"WANDB_MODE": text, "WANDB_DISABLED": "true"})
+
+
+def test_an_id_that_is_none_is_an_error():
+    with pytest.raises(ConfigError, match=r"^WANDB_RUN_ID: not an id that wandb takes \(got 'a/b'\); unset it"):
+        check_variables("auto", {"WANDB_RUN_ID": "a/b"})
+    check_variables("disabled", {"WANDB_RUN_ID": "a/b"})
+    check_variables("online", {"WANDB_RUN_ID": "sweep-1"})
 
 
 @pytest.mark.parametrize(

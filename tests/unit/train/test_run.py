@@ -173,6 +173,14 @@ def test_wrong_world_is_recorded(attempt, tmp_path):
     assert (code, record["code"], record["reason"]) == (2, 2, "world size 3")
 
 
+def test_a_variable_of_wandb_is_rejected_before_anything_is_built(attempt, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    code, record = attempt(build=lambda *args: pytest.fail("built"))
+    assert (code, record["code"], record["step"]) == (2, 2, None)
+    assert record["reason"].startswith("WANDB_MODE: not a mode (got 'onlin'); ")
+    assert capsys.readouterr().err == record["reason"] + "\n"
+
+
 def test_early_stop_is_recorded(attempt):
     def build(config, context, run_dir, stop, stack):
         stop.record_early_stop("SIGTERM")
