@@ -58,7 +58,7 @@ def show(value: object) -> str:
 
 def show_name(name: str) -> str:
     """A key or file name; quoted and escaped when it has characters that could deceive or break the line."""
-    if len(name) <= 2 * _MAX_SHOWN and name.isprintable() and (name.isascii() or "/" in name):
+    if 0 < len(name) <= 2 * _MAX_SHOWN and name.isprintable() and (name.isascii() or "/" in name):
         return name
     return ascii(name) if len(name) <= 2 * _MAX_SHOWN else ascii(name[: 2 * _MAX_SHOWN]) + "..."
 
