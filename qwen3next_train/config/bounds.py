@@ -53,6 +53,7 @@ def usable_path(text: str) -> str:
         path = os.path.expanduser(path)
         if not path.startswith("/") or os.environ.get("HOME") == "":
             raise UnusableText("names a home folder that is not known (set HOME, or write ./~ for a file of that name)")
+        usable_text(path)
     if len(path.encode()) > _MAX_PATH_BYTES:
         raise UnusableText(f"is longer than {_MAX_PATH_BYTES} bytes")
     if any(len(part.encode()) > _MAX_NAME_BYTES for part in PurePath(path).parts):

@@ -212,7 +212,7 @@ def test_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_cache_dir() == Path("/home/ada/.cache/qwen3next_train")
 
 
-@pytest.mark.parametrize("home", ["", "relative"])
+@pytest.mark.parametrize("home", ["", "relative", "/no/utf/\udcff"])
 def test_no_home_folder(monkeypatch, home):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home)
