@@ -200,7 +200,7 @@ class _Preparer:
     def __init__(self, config: Config) -> None:
         self._config = config
         data = config.data
-        self._cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+        self._cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
         self._tokenizer: Tokenizer | None = None
         self._unchecked_bytes = CHECKED_AT_START_BYTES
 

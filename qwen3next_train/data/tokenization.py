@@ -171,7 +171,7 @@ def _read(name: str) -> tuple[str, Path | None, str]:
         return BUILTIN, None, asset.read_text(encoding="utf-8")
     if name.startswith("builtin:"):
         raise ConfigError(f"data.tokenizer: no builtin tokenizer {name!r}; the only one is {BUILTIN}")
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     # Settings beside a file of another name may be those of another tokenizer.

@@ -91,7 +91,7 @@ def device_checks(config: Config, *, problem: str | None) -> list[Check]:
 
 def cache_check(config: Config) -> Check:
     """Whether the token stores can be written where ``data.cache_dir`` says; leaves nothing behind."""
-    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
+    folder = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
     hint = "free space, fix permissions or set data.cache_dir to another folder"
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -175,6 +175,9 @@ def test_missing_tokenizers(tmp_path: Path) -> None:
         Tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match="no builtin tokenizer 'builtin:gpt2'"):
         Tokenizer("builtin:gpt2")
+    # The home folder has taken the place of ~ when the configuration was loaded.
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: ~nobody: cannot be read \(No such file or directory\)"):
+        Tokenizer("./~nobody")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
