@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import traceback
 
 from qwen3next_train.config.schema import Config
-from qwen3next_train.errors import OutOfMemory, StorageError, TrainError
+from qwen3next_train.errors import ConfigError, OutOfMemory, StorageError, TrainError
 from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory, open_files_hint
 from qwen3next_train.train.memory_check import settings_that_help
 
+_VARIABLES_OF_TORCH = ("TORCH", "PYTORCH")
 _OF_DEVICE = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|GPU", re.IGNORECASE)
 _AMOUNT = re.compile(r"[Tt]ried to allocate (\S+ [KMGTP]?i?B|\d+ bytes)|you tried to allocate (\d+ bytes)")
 
 
 def foreseen(error: BaseException, config: Config | None = None) -> TrainError | None:
-    """The error of ours that an exception stands for: something is used up, a file or pipe failed; None for a bug.
+    """The error of ours that an exception stands for; None for a bug.
+
+    Memory or files are used up, a file or pipe failed, or a variable has a value that torch does not take.
 
     Args:
         error: what was raised.
@@ -31,7 +36,19 @@ def foreseen(error: BaseException, config: Config | None = None) -> TrainError |
         return StorageError(f"{_place(error)}: too many open files; {open_files_hint()}")
     if isinstance(error, OSError):
         return StorageError(_storage_line(error))
+    variables = sorted(name for name in os.environ if name.startswith(_VARIABLES_OF_TORCH))
+    if isinstance(error, ValueError) and variables and _happened_in_import_of("torch", error):
+        reason = " ".join(str(error).split())
+        return ConfigError(f"torch cannot be imported ({reason}); mend or unset {', '.join(variables)}")
     return None
+
+
+def _happened_in_import_of(package: str, error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame in frames
+    )
 
 
 def _storage_line(error: OSError) -> str:

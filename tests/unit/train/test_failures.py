@@ -1,6 +1,10 @@
 """Exceptions of libraries and the system, as errors of ours."""
 
 import errno
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,3 +75,23 @@ def test_input_and_output(error, begin):
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape mismatch"), AssertionError()])
 def test_a_bug_is_none_of_these(error):
     assert foreseen(error) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("TORCH_LOGS", "nonsense", "Invalid log settings: nonsense, must be "),
+        ("TORCH_DISTRIBUTED_DEBUG", "nonsense", "The value of TORCH_DISTRIBUTED_DEBUG must be OFF, INFO, or DETAIL"),
+    ],
+)
+def test_a_variable_that_torch_does_not_take(variable, value, said):
+    code = (
+        "from qwen3next_train.train.failures import foreseen\n"
+        "try:\n    import torch.distributed\n"
+        "except ValueError as error:\n    known = foreseen(error); print(known.exit_code, known)\n"
+    )
+    environ = {**os.environ, variable: value}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"2 torch cannot be imported ({said}")
+    assert re.search(rf"; mend or unset (\w+, )*{variable}\b", done.stdout)
+    assert len(done.stdout.splitlines()) == 1
