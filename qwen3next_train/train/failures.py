@@ -61,4 +61,10 @@ def _storage_line(error: OSError) -> str:
 def _place(error: BaseException) -> str:
     names = (error.filename, error.filename2) if isinstance(error, OSError) else ()
     # A descriptor's number says nothing to anyone.
-    return ", ".join(str(name) for name in names if name is not None and not isinstance(name, int)) or "input/output"
+    if shown := [str(name) for name in names if name is not None and not isinstance(name, int)]:
+        return ", ".join(shown)
+    try:
+        os.getcwd()
+    except OSError:
+        return "the working directory, which is gone"
+    return "input/output"

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +96,16 @@ def test_a_variable_that_torch_does_not_take(variable, value, said):
     assert done.stdout.startswith(f"2 torch cannot be imported ({said}")
     assert re.search(rf"; mend or unset (\w+, )*{variable}\b", done.stdout)
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as raised:
+        Path("runs").absolute()
+    known = foreseen(raised.value)
+    assert str(known) == (
+        "the working directory, which is gone: No such file or directory (FileNotFoundError); free space, fix "
+        "permissions or choose another place"
+    )
