@@ -403,10 +403,10 @@ def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
         from qwen3next_train.kernels.flash_qla import gated_delta_rule_flash_qla
 
         return gated_delta_rule_flash_qla
-    use_tuned_configs(place.capability)
+    heads = place.rule_head_dims
+    use_tuned_configs(place.capability, heads or ())
     keep_delta_rule_from_flash_qla()
     with only_operations_of_fla():
-        heads = place.rule_head_dims
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
             from qwen3next_train.kernels.fla.gated_delta_rule_hopper import gated_delta_rule_fla_hopper
 

@@ -61,7 +61,7 @@ def time_step(config: Config, batch: PackedBatch, device: torch.device) -> str:
 def main(names: list[str]) -> None:
     """Print a line for each shape."""
     device = torch.device("cuda")
-    use_tuned_configs(torch.cuda.get_device_capability(device))
+    use_tuned_configs(torch.cuda.get_device_capability(device), ())
     print(f"transformers {importlib.metadata.version('transformers')} on {device_name(device)}")
     for name in names or SHAPES:
         config = load_config([shipped_folder() / name]).config

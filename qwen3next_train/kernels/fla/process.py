@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _TUNED = Path(__file__).parent / "tuned"
+_TUNED_HEAD_DIM = 128
 _UNUSED = ("fla.layers", "fla.models")
 
 
@@ -43,17 +44,21 @@ def shipped_configs_are_used() -> bool:
     return os.environ.get("FLA_CACHE_MODE") == "default"
 
 
-def use_tuned_configs(capability: tuple[int, int]) -> None:
+def use_tuned_configs(capability: tuple[int, int], head_dims: Iterable[int]) -> None:
     """Point FLA to the configurations shipped for a GPU, if there are any. To be called before FLA is imported.
+
+    Not for heads larger than those they were measured with: their tiles may not fit into shared memory there, so Triton
+    chooses.
 
     Users who set ``FLA_CACHE_MODE`` or ``FLA_CONFIG_DIR`` themselves keep what they set; ``FLA_CACHE_MODE=disabled``
     lets Triton choose again.
 
     Args:
         capability: compute capability of the GPU.
+        head_dims: of keys and values of the delta rule; none where they are not known, then as measured.
     """
     folder = _TUNED / f"sm{capability[0]}{capability[1]}"
-    if folder.is_dir():
+    if folder.is_dir() and all(dim <= _TUNED_HEAD_DIM for dim in head_dims):
         # The default of each file, whatever the shape: a key of FLA's also holds what does not change the choice.
         os.environ.setdefault("FLA_CACHE_MODE", "default")
         os.environ.setdefault("FLA_CONFIG_DIR", str(folder))

@@ -76,8 +76,17 @@ def test_grouped_matmul(backend: str, counts: list[int]) -> None:
 
 @pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("fla", 256), ("flash_qla", 128)])
 @pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (128, 128)], ids=["packed", "one", "equal"])
-def test_gated_delta_rule(backend: str, head_dim: int, lengths: tuple[int, ...]) -> None:
+def test_gated_delta_rule(
+    backend: str, head_dim: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
     kernels, draw = kernels_with(head_dim=head_dim, gated_delta_rule=backend), random()
+    if backend == "fla":
+        from fla.ops.utils import cache
+
+        # Which FLA reads when it is imported, once in a process, and other cases may have imported it.
+        monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.from_env())
     sequences = VarlenMetadata.from_lengths(lengths, torch.device("cuda"))
     case = gated_delta_rule(draw, HeadShape(2, 4, head_dim, head_dim), sequences)
     # All heads forget: the gradient of a slow decay is a small difference of large terms.

@@ -44,19 +44,25 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_gpu_gets_what_was_tuned_on_its_kind(tuned: Path) -> None:
-    use_tuned_configs(HOPPER)
+    use_tuned_configs(HOPPER, (128, 64))
     assert os.environ["FLA_CACHE_MODE"] == "default"
     assert Path(os.environ["FLA_CONFIG_DIR"]) == tuned / "sm90"
 
 
 def test_other_gpus_get_what_fla_finds() -> None:
-    use_tuned_configs((8, 0))
+    use_tuned_configs((8, 0), (128, 128))
+    assert not {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ)
+
+
+@pytest.mark.parametrize("head_dims", [(256, 128), (128, 160)])
+def test_larger_heads_than_were_tuned_get_what_fla_finds(head_dims: tuple[int, int]) -> None:
+    use_tuned_configs(HOPPER, head_dims)
     assert not {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ)
 
 
 def test_what_users_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
-    use_tuned_configs(HOPPER)
+    use_tuned_configs(HOPPER, (128, 64))
     assert os.environ["FLA_CACHE_MODE"] == "disabled"
 
 
