@@ -9,7 +9,7 @@ import resource
 
 _NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot|can not) allocate memory|not enough memory|unable to allocate|"
-    r"std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate|ENOMEM",
+    r"std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate|ENOMEM|failed to map segment from shared object",
     re.IGNORECASE,
 )
 _TOO_MANY_FILES = os.strerror(errno.EMFILE)
@@ -22,7 +22,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch.OutOfMemoryError, by name: this must not import torch.
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    # A library that does not fit is an ImportError.
+    return isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def is_out_of_files(error: BaseException) -> bool:
