@@ -27,7 +27,7 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
 def rank_prefix() -> str:
     """What lines of other ranks than the first begin with; a ``RANK`` that is no number is rejected elsewhere."""
     rank = os.environ.get("RANK", "")
-    return f"[rank {rank}] " if rank.isdecimal() and rank.strip("0") else ""
+    return f"[rank {rank}] " if rank.isascii() and rank.isdecimal() and rank.strip("0") else ""
 
 
 def get_logger() -> logging.Logger:

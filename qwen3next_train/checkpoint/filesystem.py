@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 import xxhash
 
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.files import NO_SUCH_FILE, sync_directory
 
 FileKind = Literal["file", "directory", "symbolic link", "special file"]
@@ -277,7 +278,7 @@ def wait_for_directory(fs: Filesystem, path: Path, *, timeout_s: float) -> None:
 
 def describe_os_error(error: OSError) -> str:
     """One line for an ``OSError``: the file it concerns, if known, and the system's reason."""
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = system_reason(error)
     return f"{Path(os.fsdecode(error.filename)).name}: {reason}" if error.filename else reason
 
 

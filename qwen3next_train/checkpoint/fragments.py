@@ -27,6 +27,7 @@ from qwen3next_train.checkpoint.tensor_file import (
 )
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
 from qwen3next_train.errors import CheckpointError, DivergedError, StorageError
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
@@ -267,7 +268,7 @@ class FragmentReader:
         except OSError as error:
             # The library says that there is no such file, without an error number, whatever is in the way.
             if is_unreadable(error):
-                raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
+                raise StorageError(f"{path}: cannot be read ({system_reason(error)})") from error
             raise CheckpointError(f"{path}: {error.strerror}") from error
 
     def _path(self, file: int) -> Path:

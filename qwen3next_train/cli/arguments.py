@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys
-from qwen3next_train.config.error_lines import nearest, raise_errors, show, show_name
+from qwen3next_train.config.error_lines import meant, raise_errors, show, show_name
 from qwen3next_train.errors import ConfigError
 
 
@@ -120,7 +120,7 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
     if argument is None:
         known = [*options, *(entry.flag for entry in megatron.arguments()), *(f"--{key}" for key in keys())]
         raise ConfigError(
-            f"{show_name(name)}: unknown option; did you mean {nearest(name, known)}? --help all lists every option"
+            f"{show_name(name)}: unknown option; {meant(name, known, prefix='--')} --help all lists every option"
         )
     return argument.is_switch
 

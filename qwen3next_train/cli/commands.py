@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, get_args
 
 from qwen3next_train.cli.arguments import Arguments, Option
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
+from qwen3next_train.config.bounds import path_argument
 from qwen3next_train.config.error_lines import raise_errors, show, show_name
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
@@ -19,6 +20,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.config.settings import from_command_line
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.launcher import MAX_PROCESSES
 
 ChoiceT = TypeVar("ChoiceT", bound=str)
 Device = Literal["auto", "cpu", "cuda"]
@@ -132,9 +134,9 @@ def _dry_run(config: Config, num_processes: int) -> int:
 
 
 def _plan(args: Arguments) -> int:
-    gpus = _number(args, "--gpus", whole=True)
-    mfu = _number(args, "--mfu", at_most=1.0)
-    tokens = _number(args, "--tokens")
+    gpus = _number(args, "--gpus", whole=True, limits=(1, MAX_PROCESSES))
+    mfu = _number(args, "--mfu", at_most=1.0, limits=(1e-6, 1.0))
+    tokens = _number(args, "--tokens", limits=(1, 1e30))
     config = load(args).config
     from qwen3next_train.planner.report import plan_command
 
@@ -150,7 +152,7 @@ def _tokenize(args: Arguments) -> int:
     config = load(args).config
     from qwen3next_train.data.tokenize_command import tokenize
 
-    return tokenize(config, None if output is None else Path(output))
+    return tokenize(config, None if output is None else Path(path_argument(output, "--output")))
 
 
 def _checkpoint(args: Arguments) -> int:
@@ -159,7 +161,7 @@ def _checkpoint(args: Arguments) -> int:
         raise ConfigError(f"checkpoint: which action? (got {got}); give list or verify")
     action: Literal["list", "verify"] = "list" if args.positional[0] == "list" else "verify"
     folders = args.positional[1:]
-    run_dir = Path(folders[0]) if folders else Path(load(args).config.run.dir)
+    run_dir = Path(path_argument(folders[0], "RUN_DIR") if folders else load(args).config.run.dir)
     from qwen3next_train.checkpoint.inspection import checkpoint_command
 
     return checkpoint_command(action, run_dir)
@@ -178,7 +180,7 @@ def _eval(args: Arguments) -> int:
     if (checkpoint is None) == (hf is None):
         got = "neither" if hf is None else "both"
         raise ConfigError(f"eval: which model? (got {got} of --checkpoint and --hf); give one of the two")
-    data = _text(args, "--data", "the file, token store or dataset to evaluate on")
+    data = path_argument(_text(args, "--data", "the file, token store or dataset to evaluate on"), "--data")
     device = _choice(args, "--device", DEVICES) or "auto"
     precision = _choice(args, "--precision", PRECISIONS)
     loaded = load(args)
@@ -192,7 +194,7 @@ def _eval(args: Arguments) -> int:
         device=device,
         precision=precision,
         sequence_length=loaded.config.data.sequence_length if "data.sequence_length" in loaded.origins else None,
-        tokenizer=args.last("--tokenizer"),
+        tokenizer=_path(args, "--tokenizer"),
         text_field=args.last("--text-field") or "text",
     )
 
@@ -224,7 +226,7 @@ def _export_hf(args: Arguments) -> int:
         output,
         dtype=dtype,
         max_shard_bytes=MAX_SHARD_BYTES if max_shard_bytes is None else int(max_shard_bytes),
-        tokenizer=args.last("--tokenizer"),
+        tokenizer=_path(args, "--tokenizer"),
     )
 
 
@@ -243,7 +245,13 @@ def _text(args: Arguments, name: str, meaning: str) -> str:
 
 
 def _folder(args: Arguments, name: str) -> Path:
-    return Path(_text(args, name, "a folder"))
+    return Path(path_argument(_text(args, name, "a folder"), name))
+
+
+def _path(args: Arguments, name: str) -> str | None:
+    """A file or name given to an option, or None when it is absent."""
+    text = args.last(name)
+    return None if text is None else path_argument(text, name)
 
 
 def _choice(args: Arguments, name: str, choices: Sequence[ChoiceT]) -> ChoiceT | None:
@@ -255,8 +263,15 @@ def _choice(args: Arguments, name: str, choices: Sequence[ChoiceT]) -> ChoiceT |
     return chosen
 
 
-def _number(args: Arguments, name: str, *, whole: bool = False, at_most: float = math.inf) -> float | None:
-    """A positive number given to an option, or None when it is absent."""
+def _number(
+    args: Arguments,
+    name: str,
+    *,
+    whole: bool = False,
+    at_most: float = math.inf,
+    limits: tuple[float, float] = (0, math.inf),
+) -> float | None:
+    """A positive number given to an option, or None when it is absent; beyond ``limits`` results make no sense."""
     text = args.last(name)
     if text is None:
         return None
@@ -266,6 +281,9 @@ def _number(args: Arguments, name: str, *, whole: bool = False, at_most: float =
     # The comparison also rejects a value that is not a number at all (.nan).
     if not is_number or not 0 < float(value or 0) <= at_most or math.isinf(float(value or 0)):
         raise ConfigError(f"{show_name(name)}: not a {wanted} (got {show(text)}); give a {wanted}")
+    least, most = limits
+    if not least <= float(value or 0) <= most:
+        raise ConfigError(f"{show_name(name)}: {text} is not between {least:g} and {most:g}; give another number")
     return float(value or 0)
 
 

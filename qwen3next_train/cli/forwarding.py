@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from qwen3next_train.train.signals import STOP_SIGNALS, release_stop_signals
+from qwen3next_train.train.held_signals import STOP_SIGNALS, release_stop_signals
 
 
 class SignalForwarding:

@@ -20,6 +20,7 @@ from qwen3next_train.cli.processes import LAUNCH_OPTIONS, Processes
 from qwen3next_train.errors import ConfigError, ExitCode, OutOfMemory, PeerLostError, StoppedBySignal, TrainError
 from qwen3next_train.launcher import check_host
 from qwen3next_train.log import get_logger
+from qwen3next_train.train.failures import foreseen
 from qwen3next_train.train.memory_check import num_oom_kills, settings_that_help
 from qwen3next_train.train.run_files import MAX_EXIT_BYTES
 from qwen3next_train.train.signals import stop_reason
@@ -54,7 +55,7 @@ def run_processes(processes: Processes, run_dir: Path, check_world: Callable[[],
     os.environ.update(launch_environment(dict(os.environ)))
     earlier = _read(run_dir)
     with SignalForwarding(lambda name: _conclude(run_dir, earlier, _stopped_by(name))) as forwarding:
-        failure = _torchrun(launch_arguments(processes, sys.argv[1:]), num_oom_kills())
+        failure = _try_torchrun(launch_arguments(processes, sys.argv[1:]), num_oom_kills())
     if failure is None:
         return ExitCode.FINISHED
     if forwarding.requested is not None:
@@ -94,6 +95,16 @@ def _conclude(run_dir: Path, earlier: bytes, failure: TrainError | _WorkerFailed
 
 def _stopped_by(signal_name: str) -> StoppedBySignal:
     return StoppedBySignal(stop_reason(signal_name, None))
+
+
+def _try_torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError | _WorkerFailed | None:
+    """The same as :func:`_torchrun`, which may fail itself: no temporary folder for its logs, no memory."""
+    try:
+        return _torchrun(arguments, earlier_oom_kills)
+    except Exception as error:
+        if (known := foreseen(error)) is None:
+            raise
+        return known
 
 
 def _torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError | _WorkerFailed | None:

@@ -1,18 +1,12 @@
-"""Entry point: runs a command line, returns its exit code. Imports nothing that takes time before signals are held."""
+"""Entry point. Before anything else is imported, which takes as long as Python's start, signals are held."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
+from qwen3next_train.train.held_signals import drop_held_signals, hold_stop_signals
 
-from qwen3next_train.cli.streams import failure_of, prepare_streams
-from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
-from qwen3next_train.launcher import speaks_for_node
-from qwen3next_train.log import get_logger, rank_prefix
-from qwen3next_train.train.signals import drop_held_signals, hold_stop_signals
-
-_INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,39 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Until the run directory is open: then a request to stop can be recorded.
     hold_stop_signals()
-    prepare_streams()
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        from qwen3next_train.cli.outcome import run_command_line
+
+        return run_command_line(argv)
     finally:
         drop_held_signals()
-
-
-def _main(argv: list[str]) -> int:
-    from qwen3next_train.cli.program import run_program
-
-    try:
-        code, output = run_program(argv)
-        if output and (failure := failure_of(sys.stdout)) and not isinstance(failure, BrokenPipeError):
-            raise StorageError(f"standard output: cannot be written ({failure.strerror}); free some space")
-    except TrainError as error:
-        return _report(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return _INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the boundary: a bug keeps its traceback and gets its exit code
-        from qwen3next_train.train.failures import foreseen
-
-        if (known := foreseen(error)) is not None:
-            return _report(known)
-        get_logger().exception("internal failure; please report it with the lines below")
-        return ExitCode.INTERNAL
-    return code
-
-
-def _report(error: TrainError) -> int:
-    """Print a foreseen failure; of a wrong configuration, which all ranks see alike, one line per node is enough."""
-    if isinstance(error, ConfigError) and not speaks_for_node(os.environ):
-        return error.exit_code
-    prefix = rank_prefix()
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in str(error).splitlines()))
-    return error.exit_code

@@ -11,7 +11,7 @@ from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
 from qwen3next_train.config.error_lines import nearest, show
 from qwen3next_train.errors import ConfigError, ExitCode
-from qwen3next_train.train.signals import release_stop_signals
+from qwen3next_train.train.held_signals import release_stop_signals
 
 
 def run_program(argv: list[str]) -> tuple[int, bool]:

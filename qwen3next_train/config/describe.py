@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -117,6 +117,8 @@ def hint_at(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             annotation, field = get_args(annotation)[0], None
+            if get_origin(annotation) is Annotated:
+                annotation = get_args(annotation)[0]
         else:
             field = annotation.model_fields[part]
             annotation = field.annotation
@@ -264,6 +266,9 @@ def _bounds(field: FieldInfo | None) -> str:
 
 
 def _type_text(annotation: Any, field: FieldInfo | None = None) -> str:
+    if get_origin(annotation) is Annotated:
+        # An entry of a list has no field that its constraints were moved to.
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is list:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from pydantic_core import ErrorDetails
 
+from qwen3next_train.config.bounds import UNUSABLE
+from qwen3next_train.config.foreign_names import answer, own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
 
@@ -16,6 +19,7 @@ Converted = dict[str, Value]
 
 MAX_LINES = 30
 _MAX_SHOWN = 60
+_LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
     "int_type": "not a whole number",
@@ -54,7 +58,7 @@ def show(value: object) -> str:
 
 def show_name(name: str) -> str:
     """A key or file name; quoted and escaped when it has characters that could deceive or break the line."""
-    if len(name) <= 2 * _MAX_SHOWN and name.isprintable() and (name.isascii() or "/" in name):
+    if 0 < len(name) <= 2 * _MAX_SHOWN and name.isprintable() and (name.isascii() or "/" in name):
         return name
     return ascii(name) if len(name) <= 2 * _MAX_SHOWN else ascii(name[: 2 * _MAX_SHOWN]) + "..."
 
@@ -64,53 +68,8 @@ def show_stored(value: object) -> str:
     return show_name(value) if isinstance(value, str) else show(value)
 
 
-# Names of transformers' TrainingArguments, of its configurations and of Megatron-LM, where ours differ so much that
-# likeness leads elsewhere.
-_OTHER_NAMES = {
-    "learning_rate": "optimizer.lr",
-    "adam_beta1": "optimizer.beta1",
-    "adam_beta2": "optimizer.beta2",
-    "adam_epsilon": "optimizer.eps",
-    "adam_eps": "optimizer.eps",
-    "max_grad_norm": "optimizer.clip_grad",
-    "gradient_clipping": "optimizer.clip_grad",
-    "per_device_train_batch_size": "run.micro_batch_size",
-    "train_batch_size": "run.global_batch_size",
-    "batch_size": "run.global_batch_size",
-    "gradient_accumulation_steps": "run.global_batch_size",
-    "max_steps": "run.steps",
-    "num_train_epochs": "run.steps",
-    "output_dir": "run.dir",
-    "save_steps": "checkpoint.interval",
-    "save_total_limit": "checkpoint.keep",
-    "logging_steps": "logging.interval",
-    "eval_steps": "eval.interval",
-    "warmup_ratio": "schedule.warmup_steps",
-    "lr_scheduler_type": "schedule.kind",
-    "lr_decay_style": "schedule.kind",
-    "gradient_checkpointing": "parallel.recompute",
-    "activation_checkpointing": "parallel.recompute",
-    "bf16": "run.precision",
-    "fp16": "run.precision",
-    "dtype": "run.precision",
-    "torch_dtype": "run.precision",
-    "seq_length": "data.sequence_length",
-    "max_seq_length": "data.sequence_length",
-    "block_size": "data.sequence_length",
-    "tokenizer_name": "data.tokenizer",
-    "dataset_name": "data.sources",
-    "train_file": "data.sources",
-    "stage": "parallel.zero_stage",
-}
-
-
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The candidate a user most likely meant: of the same meaning elsewhere, alike as a whole, or in its last part."""
-    candidates = list(candidates)
-    same = _OTHER_NAMES.get(name.lower().replace("-", "_").strip("_").rpartition(".")[2])
-    for candidate in candidates:
-        if same is not None and candidate.removeprefix("--") == same:
-            return candidate
+    """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
     matcher = difflib.SequenceMatcher(autojunk=False)
 
     def ratio(left: str, right: str) -> float:
@@ -132,13 +91,35 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
     """The part of the line after the key for a key that does not exist."""
-    return f"unknown key (got {show(value)}); did you mean {nearest(name, candidates)}? --help all lists every key"
+    return f"unknown key (got {show(value)}); {meant(name, candidates)} --help all lists every key"
+
+
+def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """What a user most likely meant by a name that does not exist, other trainers' usual names included.
+
+    Args:
+        name: as it was written.
+        candidates: what may stand there.
+        prefix: what our keys begin with there, ``--`` on the command line.
+    """
+    candidates = list(candidates)
+    if (key := own_key(name, [each.removeprefix(prefix) for each in candidates])) is not None:
+        return f"did you mean {prefix}{key}?"
+    if (instead := answer(name)) is not None:
+        return f"{instead};"
+    return f"did you mean {nearest(name, candidates)}?"
 
 
 def schema_error(error: ErrorDetails, hint: str) -> str:
     """The part of the line after the key for one of pydantic's errors."""
+    value = error["input"]
     problem = _WRONG_TYPE.get(error["type"], error["msg"])
-    return f"{problem} (got {show(error['input'])}); {hint}"
+    if error["type"] in ("int_type", "float_type") and isinstance(value, str) and _LONG_NUMBER.fullmatch(value):
+        # The reader leaves it text.
+        problem = "too large"
+    if error["type"] in UNUSABLE:
+        hint = "give another name"
+    return f"{problem} (got {show(value)}); {hint}"
 
 
 def raise_errors(lines: Sequence[str]) -> None:

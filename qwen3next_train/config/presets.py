@@ -11,6 +11,7 @@ from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
+from qwen3next_train.config.bounds import path_argument
 from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.errors import ConfigError
 
@@ -41,9 +42,9 @@ def find_config(name: str) -> Path:
         ConfigError: naming every place looked in.
     """
     shown = show_name(name)
-    if not name or "\0" in name:
+    if not name:
         raise ConfigError(f"--config: not a file name (got {show(name)}); give a YAML file")
-    path = Path(name)
+    path = Path(path_argument(name, "--config"))
     try:
         found = path.exists()
     except OSError as error:

@@ -7,18 +7,40 @@ live in ``config.validate``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from qwen3next_train.config.bounds import (
+    DecayRate,
+    Fraction,
+    Heads,
+    KernelWidth,
+    Layers,
+    MtpDepths,
+    NonNegativeFloat,
+    PathText,
+    Positions,
+    PositiveFloat,
+    PrefetchSteps,
+    Ranks,
+    RotaryBase,
+    RotaryFraction,
+    Rows,
+    Seconds,
+    Seed,
+    Steps,
+    StepsOrNone,
+    Text,
+    VocabSize,
+    WeightDecay,
+    Width,
+    WidthOrNone,
+)
 
 LayerType = Literal["linear_attention", "full_attention"]
 RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -30,19 +52,19 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What is run, where, and for how long."""
 
-    dir: str = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
-    steps: PositiveInt = Field(1000, description="optimizer steps to train")
-    seed: NonNegativeInt = Field(1234, description="seed of initialisation and data order")
+    dir: PathText = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
+    steps: Steps = Field(1000, description="optimizer steps to train")
+    seed: Seed = Field(1234, description="seed of initialisation and data order")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when present")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of weights and activations; A_log, dt_bias and router stay fp32"
     )
-    global_batch_size: PositiveInt = Field(256, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: PositiveInt = Field(1, description="sequences per rank and forward pass; accumulation follows")
-    max_skipped_steps: PositiveInt = Field(
+    global_batch_size: Rows = Field(256, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: Rows = Field(1, description="sequences per rank and forward pass; accumulation follows")
+    max_skipped_steps: Steps = Field(
         10, description="consecutive steps with non-finite gradients before the run stops with exit code 76"
     )
-    peer_timeout_s: PositiveFloat = Field(
+    peer_timeout_s: Seconds = Field(
         900.0,
         description="seconds to wait for another rank before it counts as lost (exit code 69); more than ranks can "
         "differ in a save or a first step",
@@ -52,42 +74,40 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """Shape and losses of the model (names of Hugging Face's Qwen3NextConfig)."""
 
-    vocab_size: PositiveInt = Field(151936, description="rows of the embedding and of the output head")
-    hidden_size: PositiveInt = Field(2048, description="width of the residual stream")
-    num_hidden_layers: PositiveInt = Field(48, description="decoder layers, MTP layers not counted")
-    num_attention_heads: PositiveInt = Field(16, description="query heads of the softmax layers")
-    num_key_value_heads: PositiveInt = Field(2, description="key and value heads of the softmax layers")
-    head_dim: PositiveInt = Field(256, description="head dimension of the softmax layers")
-    max_position_embeddings: PositiveInt = Field(262144, description="longest sequence RoPE is meant for")
+    vocab_size: VocabSize = Field(151936, description="rows of the embedding and of the output head")
+    hidden_size: Width = Field(2048, description="width of the residual stream")
+    num_hidden_layers: Layers = Field(48, description="decoder layers, MTP layers not counted")
+    num_attention_heads: Heads = Field(16, description="query heads of the softmax layers")
+    num_key_value_heads: Heads = Field(2, description="key and value heads of the softmax layers")
+    head_dim: Heads = Field(256, description="head dimension of the softmax layers")
+    max_position_embeddings: Positions = Field(262144, description="longest sequence RoPE is meant for")
     initializer_range: PositiveFloat = Field(0.02, description="standard deviation of initial weights")
     rms_norm_eps: PositiveFloat = Field(1e-6, description="epsilon of every RMSNorm")
     tie_word_embeddings: bool = Field(False, description="share the embedding with the output head")
-    rope_theta: PositiveFloat = Field(1e7, description="base of the rotary frequencies")
-    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25, description="leading fraction of head_dim that RoPE rotates"
-    )
-    linear_conv_kernel_dim: Annotated[int, Field(ge=2)] = Field(4, description="width of the GDN causal convolution")
-    linear_key_head_dim: PositiveInt = Field(128, description="GDN key and query head dimension")
-    linear_value_head_dim: PositiveInt = Field(128, description="GDN value head dimension")
-    linear_num_key_heads: PositiveInt = Field(16, description="GDN key and query heads")
-    linear_num_value_heads: PositiveInt = Field(32, description="GDN value heads, a multiple of the key heads")
+    rope_theta: RotaryBase = Field(1e7, description="base of the rotary frequencies")
+    partial_rotary_factor: RotaryFraction = Field(0.25, description="leading fraction of head_dim that RoPE rotates")
+    linear_conv_kernel_dim: KernelWidth = Field(4, description="width of the GDN causal convolution")
+    linear_key_head_dim: Heads = Field(128, description="GDN key and query head dimension")
+    linear_value_head_dim: Heads = Field(128, description="GDN value head dimension")
+    linear_num_key_heads: Heads = Field(16, description="GDN key and query heads")
+    linear_num_value_heads: Heads = Field(32, description="GDN value heads, a multiple of the key heads")
     linear_dt_init: Literal["ones", "log_uniform"] = Field(
         "ones",
         description="initial dt_bias of GDN: ones as Megatron-LM and Hugging Face (state forgotten within a token at "
         "first), or dt log-uniform in [0.001, 0.1] as the Gated DeltaNet paper (memory from the first step)",
     )
-    full_attention_interval: PositiveInt = Field(
+    full_attention_interval: Layers = Field(
         4, description="every N-th layer is softmax attention; read only when layer_types is not given"
     )
     layer_types: list[LayerType] = Field(
         default_factory=list, description="mixer of each layer; empty: follows full_attention_interval"
     )
     attention_output_gate: bool = Field(True, description="softmax attention output times sigmoid of a gate")
-    num_experts: PositiveInt = Field(512, description="routed experts per layer")
-    num_experts_per_tok: PositiveInt = Field(10, description="experts each token is sent to")
+    num_experts: Heads = Field(512, description="routed experts per layer")
+    num_experts_per_tok: Heads = Field(10, description="experts each token is sent to")
     norm_topk_prob: bool = Field(True, description="renormalise the chosen experts' probabilities to sum to 1")
-    moe_intermediate_size: PositiveInt = Field(512, description="hidden width of one routed expert")
-    shared_expert_intermediate_size: NonNegativeInt = Field(512, description="shared expert width, 0 for none")
+    moe_intermediate_size: Width = Field(512, description="hidden width of one routed expert")
+    shared_expert_intermediate_size: WidthOrNone = Field(512, description="shared expert width, 0 for none")
     shared_expert_gate: bool = Field(True, description="shared expert output times sigmoid of a gate")
     router_aux_loss_coef: NonNegativeFloat = Field(1e-3, description="weight of the load-balancing loss, per layer")
     router_aux_loss_scope: Literal["sequence", "micro_batch", "global"] = Field(
@@ -96,18 +116,20 @@ class ModelConfig(Section):
         "the accumulation so far",
     )
     router_z_loss_coef: NonNegativeFloat = Field(0.0, description="weight of the router z-loss, per layer")
-    mtp_num_layers: NonNegativeInt = Field(1, description="multi-token prediction depths, 0 for none")
+    mtp_num_layers: MtpDepths = Field(1, description="multi-token prediction depths, 0 for none")
     mtp_loss_scaling_factor: NonNegativeFloat = Field(0.1, description="weight of the MTP loss, shared by the depths")
 
 
 class SourceConfig(Section):
     """One training source and its share of the samples."""
 
-    source: str = Field(description="builtin:python-stdlib, a .bin/.idx prefix, a file or glob, or a HF dataset name")
+    source: PathText = Field(
+        description="builtin:python-stdlib, a .bin/.idx prefix, a file or glob, or a HF dataset name"
+    )
     weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
-    text_field: str = Field("text", description="column or JSON field that holds the text")
-    split: str = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
-    name: str = Field("", description="configuration of a Hugging Face dataset; empty: its default")
+    text_field: Text = Field("text", description="column or JSON field that holds the text")
+    split: Text = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
+    name: Text = Field("", description="configuration of a Hugging Face dataset; empty: its default")
 
 
 class DataConfig(Section):
@@ -122,26 +144,28 @@ class DataConfig(Section):
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
     )
     validation_fraction: Fraction = Field(0.02, description="documents held out by hash of their name or content")
-    tokenizer: str = Field("builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k")
-    eos_token: str = Field(
+    tokenizer: PathText = Field(
+        "builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k"
+    )
+    eos_token: Text = Field(
         "", description="token that ends a document; empty: the one that tokenizer_config.json names"
     )
-    sequence_length: PositiveInt = Field(4096, description="tokens per row")
+    sequence_length: Positions = Field(4096, description="tokens per row")
     isolate_documents: bool = Field(
         True, description="documents packed into a row never see each other; false: a row is one sequence"
     )
-    cache_dir: str = Field("", description="token store cache; empty: the user's cache directory")
-    num_prefetch_steps: NonNegativeInt = Field(2, description="steps of batches prepared ahead in a thread")
+    cache_dir: PathText = Field("", description="token store cache; empty: the user's cache directory")
+    num_prefetch_steps: PrefetchSteps = Field(2, description="steps of batches prepared ahead in a thread")
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
     lr: NonNegativeFloat = Field(3e-4, description="peak learning rate")
-    beta1: Fraction = Field(0.9, description="decay of the first moment")
-    beta2: Fraction = Field(0.95, description="decay of the second moment")
+    beta1: DecayRate = Field(0.9, description="decay of the first moment")
+    beta2: DecayRate = Field(0.95, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
-    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay")
+    weight_decay: WeightDecay = Field(0.1, description="decoupled weight decay")
     apply_wd_to_qk_layernorm: bool = Field(
         True, description="decay the q/k norm weights although they are one-dimensional (Megatron's Qwen3-Next rule)"
     )
@@ -155,8 +179,8 @@ class ScheduleConfig(Section):
     """Learning rate over steps."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="shape after the warm-up")
-    warmup_steps: NonNegativeInt = Field(500, description="steps of linear warm-up from 0")
-    decay_steps: NonNegativeInt = Field(
+    warmup_steps: StepsOrNone = Field(500, description="steps of linear warm-up from 0")
+    decay_steps: StepsOrNone = Field(
         0,
         description="linear, cosine: step at which min_lr is reached; wsd: length of the final decay; 0: run.steps, "
         "for wsd a tenth of it",
@@ -167,7 +191,7 @@ class ScheduleConfig(Section):
 class ParallelConfig(Section):
     """Layout over processes; the data-parallel size is the world size."""
 
-    expert_parallel_size: PositiveInt = Field(1, description="ranks that share one set of experts")
+    expert_parallel_size: Ranks = Field(1, description="ranks that share one set of experts")
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     recompute: list[RecomputePart] = Field(
         default_factory=list,
@@ -199,10 +223,10 @@ class KernelsConfig(Section):
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
-    interval: NonNegativeInt = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
-    keep: PositiveInt = Field(3, description="newest complete checkpoints kept")
-    max_failures: PositiveInt = Field(3, description="consecutive failed saves before the run stops with exit code 74")
-    init_from: str = Field(
+    interval: StepsOrNone = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
+    keep: Steps = Field(3, description="newest complete checkpoints kept")
+    max_failures: Steps = Field(3, description="consecutive failed saves before the run stops with exit code 74")
+    init_from: PathText = Field(
         "",
         description="checkpoint or run directory whose weights a new run starts from (made by import-hf or by "
         "training); read only when run.dir has no checkpoint",
@@ -213,27 +237,27 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online when a key is present, else offline"
+        "auto", description="auto: WANDB_MODE if set, else online when a key is present, else offline"
     )
-    project: str = Field("qwen3next", description="project name")
-    entity: str = Field("", description="team or user; empty: the account's default")
-    name: str = Field("", description="run name; empty: the run directory's name")
-    tags: list[str] = Field(default_factory=list, description="tags of the run")
+    project: Text = Field("qwen3next", description="project name; not given: WANDB_PROJECT, if set")
+    entity: Text = Field("", description="team or user; empty: WANDB_ENTITY, or the account's default")
+    name: Text = Field("", description="run name; empty: WANDB_NAME, or the run directory's name")
+    tags: list[Text] = Field(default_factory=list, description="tags of the run; empty: WANDB_TAGS")
 
 
 class LoggingConfig(Section):
     """Console, metrics.jsonl and wandb."""
 
-    interval: PositiveInt = Field(1, description="steps between logged steps")
-    layer_interval: NonNegativeInt = Field(50, description="steps between per-layer MoE statistics, 0 for never")
+    interval: Steps = Field(1, description="steps between logged steps")
+    layer_interval: StepsOrNone = Field(50, description="steps between per-layer MoE statistics, 0 for never")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
 
 
 class EvalConfig(Section):
     """Validation during training."""
 
-    interval: NonNegativeInt = Field(0, description="steps between validations, 0 for never")
-    rows: PositiveInt = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+    interval: StepsOrNone = Field(0, description="steps between validations, 0 for never")
+    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ schema of YAML 1.2 without octal and hexadecimal numbers, and everything else is
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def read_yaml(path: Path) -> Value:
         ConfigError: one line naming the file, the line and what is not allowed.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            os.set_blocking(file.fileno(), True)
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a readable YAML file") from error
@@ -59,6 +61,11 @@ def read_yaml(path: Path) -> Value:
         kind = "a list" if isinstance(value, list) else "a single value"
         raise ConfigError(f"{path}: {kind} instead of sections; give sections such as 'run:' and 'model:'")
     return value
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Otherwise a named pipe that nobody writes to would be waited for; so it is empty."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_yaml(text: str, origin: str) -> Value:
@@ -78,7 +85,7 @@ def parse_yaml(text: str, origin: str) -> Value:
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"{origin}: {where}{_explain(error.problem or error.context or 'not YAML')}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not YAML text ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{origin}: not YAML text ({' '.join(str(error).split())}); save it as plain text") from error
     return None if node is None else _construct(node, origin, "")
 
 

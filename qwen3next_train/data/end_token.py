@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.data.reading import is_missing, read_small_file
+from qwen3next_train.errors import ConfigError, DataError
 
 EOS_CANDIDATES = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens taken as end of document where nothing names one, the first that the tokenizer has."""
 
+_MAX_SETTINGS_BYTES = 64 << 20
 _SETTINGS_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -69,13 +71,16 @@ def named_in(path: Path) -> str | None:
     """The ``eos_token`` of a tokenizer's settings; None where there is no such file or it names none.
 
     Raises:
-        ConfigError: the file cannot be read or is damaged.
+        ConfigError: the file is damaged or no file.
+        StorageError: it cannot be read now.
     """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if is_missing(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        settings = json.loads(read_small_file(path, max_bytes=_MAX_SETTINGS_BYTES))
+    except DataError as error:
+        raise ConfigError(f"data.tokenizer: {error}; repair or remove it") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"data.tokenizer: {path}: cannot be read ({error}); repair or remove it") from None
     found = settings.get("eos_token") if isinstance(settings, dict) else settings
     token = found.get("content") if isinstance(found, dict) else found

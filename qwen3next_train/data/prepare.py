@@ -88,7 +88,7 @@ def require_sources(config: Config) -> None:
 def cache_dir_of(config: Config) -> Path:
     """Where tokenised text is kept."""
     data = config.data
-    return Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+    return Path(data.cache_dir) if data.cache_dir else default_cache_dir()
 
 
 class Preparer:

@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 
 from qwen3next_train.errors import DataError, StorageError
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.files import NO_SUCH_FILE
 
 # Nobody looks a name up before it is opened: it may be one that no file can have, or a socket.
@@ -23,7 +24,7 @@ _READ_BYTES = 4 << 20
 
 def read_error(path: Path, error: OSError) -> DataError | StorageError:
     """The one-line error for a file that cannot be opened or read."""
-    reason = error.strerror or str(error)
+    reason = system_reason(error)
     if error.errno in _NOT_THERE:
         return DataError(f"{path}: cannot be read ({reason})")
     return StorageError(
@@ -62,7 +63,7 @@ def read_at(descriptor: int, path: Path, offset: int, size: int) -> bytes:
             offset += len(piece)
             size -= len(piece)
     except OSError as error:
-        raise StorageError(f"{path}: cannot read at byte {offset} ({error.strerror or error})") from None
+        raise StorageError(f"{path}: cannot read at byte {offset} ({system_reason(error)})") from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

@@ -102,7 +102,7 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
 def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
     """What the source is on this machine; None for a name that can only be a dataset of the hub."""
     label = source.source
-    path = Path(label).expanduser()
+    path = Path(label)
     if label.startswith("builtin:"):
         if label != PYTHON_STDLIB:
             raise ConfigError(f"data.sources: no builtin source {label!r}; the only one is {PYTHON_STDLIB}")

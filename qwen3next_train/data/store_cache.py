@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3next_train.config.bounds import UnusableText, usable_path
+from qwen3next_train.config.error_lines import show
 from qwen3next_train.data.build_journal import JOURNAL_NAME
 from qwen3next_train.data.reading import is_missing, read_error
 from qwen3next_train.data.store_meta import entry_name
@@ -58,8 +60,20 @@ class CachedStores:
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/qwen3next_train``, else ``~/.cache/qwen3next_train``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3next_train"
+    """``$XDG_CACHE_HOME/qwen3next_train``, else ``~/.cache/qwen3next_train``.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # One that depends on the working directory counts as not given, as the specification of the variable says.
+        return Path(usable_path(given if given.startswith("/") else "~/.cache")) / "qwen3next_train"
+    except UnusableText as error:
+        raise StorageError(
+            f"data.cache_dir: no home folder for its default (HOME is {show(os.environ.get('HOME'))}); set HOME, "
+            "XDG_CACHE_HOME or data.cache_dir"
+        ) from error
 
 
 def get_or_build(

@@ -21,6 +21,7 @@ from qwen3next_train.data.store_index import HEADER, MAGIC, TOKEN_DTYPES, VERSIO
 from qwen3next_train.data.store_meta import StoreMeta
 from qwen3next_train.data.token_store import store_paths
 from qwen3next_train.errors import DataError, StorageError
+from qwen3next_train.exhaustion import system_reason
 
 _CHUNK = 1 << 20
 _BUFFER_BYTES = 1 << 20
@@ -212,7 +213,7 @@ def storage_errors(where: Path, hint: str) -> Iterator[None]:
         yield
     except OSError as error:
         path = error.filename if isinstance(error.filename, str) else where
-        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {hint}") from None
+        raise StorageError(f"{path}: cannot write ({system_reason(error)}); {hint}") from None
 
 
 @contextmanager

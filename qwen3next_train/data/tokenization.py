@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3next_train.data.end_token import EOS_CANDIDATES, choose_end_token
+from qwen3next_train.data.reading import read_small_file
 from qwen3next_train.data.seams import Piece, join_pieces
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, DataError
 
 BUILTIN = "builtin:python-4k"
+
+_MAX_FILE_BYTES = 1 << 30
 
 GROUP_CHARS = 1 << 22
 """Characters encoded at a time: enough for all cores, and some hundred MB of the library's working memory."""
@@ -46,6 +49,7 @@ class Tokenizer:
 
     Raises:
         ConfigError: no such file, not a tokenizer, or no token to end documents with.
+        StorageError: the file cannot be read now.
     """
 
     def __init__(self, name: str, eos_token: str = "") -> None:
@@ -168,12 +172,13 @@ def _read(name: str) -> tuple[str, Path | None, str]:
         return BUILTIN, None, asset.read_text(encoding="utf-8")
     if name.startswith("builtin:"):
         raise ConfigError(f"data.tokenizer: no builtin tokenizer {name!r}; the only one is {BUILTIN}")
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     # Settings beside a file of another name may be those of another tokenizer.
     folder = path.parent if path.name == "tokenizer.json" else None
     try:
-        return str(path), folder, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.tokenizer: {path}: cannot be read ({error}); name a tokenizer.json") from None
+        return str(path), folder, read_small_file(path, max_bytes=_MAX_FILE_BYTES).decode()
+    except (DataError, UnicodeDecodeError) as error:
+        reason = error if isinstance(error, DataError) else f"{path}: cannot be read ({error})"
+        raise ConfigError(f"data.tokenizer: {reason}; name a tokenizer.json") from None

@@ -207,7 +207,7 @@ def _copied_files(name: str) -> dict[str, bytes]:
     if name == BUILTIN:
         asset = files("qwen3next_train.data").joinpath("assets", "python-4k", TOKENIZER_NAME)
         return {TOKENIZER_NAME: asset.read_bytes()}
-    path = Path(name).expanduser()
+    path = Path(name)
     sources = {file: path / file for file in TOKENIZER_FILES} if path.is_dir() else {TOKENIZER_NAME: path}
     try:
         return {file: source.read_bytes() for file, source in sources.items() if source.is_file()}

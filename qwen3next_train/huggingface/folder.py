@@ -174,7 +174,7 @@ class HfFolder:
         try:
             real = (root / name).resolve(strict=True)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{self.path / name}: missing, or a link that leads nowhere") from error
+            raise DataError(f"{self.path / name}: missing, or a link that leads nowhere; repair it") from error
         if real.parent not in allowed:
             raise DataError(f"{self.path / name}: a link out of the folder; copy the file there")
         if not real.is_file():

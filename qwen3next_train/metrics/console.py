@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3next_train.errors import StorageError
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.sinks import Record
@@ -131,7 +132,7 @@ class RunLog(logging.Handler):
             self._descriptor = os.open(path, flags, _FILE_MODE)
         except OSError as error:
             raise StorageError(
-                f"{path}: cannot be opened for the log ({error.strerror}); check permissions and free space"
+                f"{path}: cannot be opened for the log ({system_reason(error)}); check permissions and free space"
             ) from error
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -146,7 +147,7 @@ class RunLog(logging.Handler):
             if not self._failing:
                 self._failing = True
                 # Not through the logger, which would come back here.
-                print(f"{self._path}: cannot be written ({error.strerror}); training goes on", file=sys.stderr)
+                print(f"{self._path}: cannot be written ({system_reason(error)}); training goes on", file=sys.stderr)
 
     def close(self) -> None:
         """Stop taking records and close the file."""

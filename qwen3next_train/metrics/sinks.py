@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen3next_train.errors import StorageError
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.history import Row, content, cut_rows, open_file, replace_file
 
@@ -68,7 +69,7 @@ class JsonlSink:
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise StorageError(
-                f"{path}: cannot be opened for metrics ({error.strerror}); check permissions and free space"
+                f"{path}: cannot be opened for metrics ({system_reason(error)}); check permissions and free space"
             ) from error
 
     def log(self, record: Record) -> None:
@@ -89,7 +90,7 @@ class JsonlSink:
             self._write_pending()
             os.fsync(self._descriptor)
         except OSError as error:
-            raise StorageError(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise StorageError(f"{self._path}: cannot be written ({system_reason(error)})") from error
         if self._pending:
             rows = "1 row is" if len(self._pending) == 1 else f"{len(self._pending)} rows are"
             raise StorageError(f"{self._path}: cannot be written; {rows} in memory only; free space")

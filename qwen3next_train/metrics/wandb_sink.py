@@ -13,32 +13,22 @@ import contextlib
 import json
 import os
 import queue
-import secrets
 import shlex
 import signal
-import string
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwen3next_train.config.schema import WandbConfig
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.json_child import JsonChild, LineReader
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.sinks import Record
+from qwen3next_train.metrics.wandb_settings import Mode, page_settings, resolve_mode
 
-Mode = Literal["online", "offline", "disabled"]
-
-_ENV_MODES: dict[str, Mode] = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
 _POLL_S = 0.2
 _GRACE_S = 5.0
 _MAX_STARTS = 3
@@ -67,18 +57,6 @@ class WandbLimits:
 _DEFAULT_LIMITS = WandbLimits()
 
 
-def new_run_id() -> str:
-    """A fresh wandb run id: eight random lower-case letters and digits."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
-def resolve_mode(configured: str, environ: Mapping[str, str]) -> Mode:
-    """What to try first: ``auto`` follows ``WANDB_MODE``, else online (no key makes that offline)."""
-    if configured != "auto":
-        return _ENV_MODES[configured]
-    return _ENV_MODES.get(environ.get("WANDB_MODE", ""), "online")
-
-
 class WandbSink:
     """Sends records to a wandb run under the names of ``metrics.jsonl``; for rank 0 only.
 
@@ -89,7 +67,7 @@ class WandbSink:
         config: section ``logging.wandb``.
         run_dir: run directory; wandb's files go to ``run_dir/wandb``.
         run_config: what the run's page shows as its configuration; secrets are masked.
-        run_id: the run's id, the same at every resume (:func:`new_run_id`).
+        run_id: the run's id, the same at every resume (:func:`wandb_settings.new_run_id`).
         resumed: an earlier attempt used this id, so offline there may be several directories to upload.
         limits: time and queue limits.
     """
@@ -109,10 +87,7 @@ class WandbSink:
         self._wandb_dir = run_dir / "wandb"
         self._resumed = resumed
         self._settings: dict[str, Any] = {
-            "project": config.project,
-            "entity": config.entity or None,
-            "name": config.name or run_dir.name,
-            "tags": config.tags,
+            **page_settings(config, run_dir.name, os.environ),
             "id": run_id,
             "dir": str(run_dir),
             "config": Redactor(os.environ).json(run_config),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qwen3next_train.config.schema import RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
+from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
@@ -24,6 +25,7 @@ from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
 _SAID_AFTER_S = 10.0
+_NO_INTERFACE = re.compile(r"Unable to find address for: (\S+)")
 _CANNOT_LISTEN = re.compile(r"failed to listen.*name: (E[A-Z]+)", re.DOTALL)
 
 T = TypeVar("T")
@@ -88,7 +90,8 @@ def process_context(
         peer_timeout_s: ``run.peer_timeout_s``.
 
     Raises:
-        ConfigError: unusable device, an environment that describes no process, or the ranks do not fit together.
+        ConfigError: unusable device or network interface, an environment that describes no process, or the ranks do not
+            fit together.
         PeerLostError: the other ranks did not join in time.
     """
     process = LaunchedProcess.from_environment(os.environ)
@@ -129,6 +132,13 @@ def process_context(
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, dist.DistError) as error:
+        if is_out_of_memory(error) or is_out_of_files(error):
+            # It is this machine that lacks something, not another rank.
+            raise
+        if (missing := _NO_INTERFACE.search(str(error))) is not None:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME: no network interface {missing[1]} here; name one that ip addr lists, or unset it"
+            ) from error
         raise PeerLostError(
             f"rank {rank}: the {world_size} processes did not find each other: {_first_line(error)}; "
             "check the master address and port and that every node started"

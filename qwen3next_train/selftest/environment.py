@@ -26,7 +26,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.store_cache import default_cache_dir
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import HOPPER, miscompiles_gated_backward
-from qwen3next_train.metrics.wandb_sink import resolve_mode
+from qwen3next_train.metrics.wandb_settings import resolve_mode
 from qwen3next_train.selftest.check import Check
 from qwen3next_train.versions import software_versions
 
@@ -91,7 +91,7 @@ def device_checks(config: Config, *, problem: str | None) -> list[Check]:
 
 def cache_check(config: Config) -> Check:
     """Whether the token stores can be written where ``data.cache_dir`` says; leaves nothing behind."""
-    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
+    folder = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
     hint = "free space, fix permissions or set data.cache_dir to another folder"
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

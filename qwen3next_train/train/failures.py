@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import re
+import traceback
 
 from qwen3next_train.config.schema import Config
-from qwen3next_train.errors import OutOfMemory, StorageError, TrainError
+from qwen3next_train.errors import ConfigError, OutOfMemory, StorageError, TrainError
+from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory, open_files_hint
 from qwen3next_train.train.memory_check import settings_that_help
 
-_NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|can not) allocate memory|not enough memory|unable to allocate|"
-    r"std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate|ENOMEM",
-    re.IGNORECASE,
-)
+_VARIABLES_OF_TORCH = ("TORCH", "PYTORCH")
 _OF_DEVICE = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|GPU", re.IGNORECASE)
 _AMOUNT = re.compile(r"[Tt]ried to allocate (\S+ [KMGTP]?i?B|\d+ bytes)|you tried to allocate (\d+ bytes)")
 
 
 def foreseen(error: BaseException, config: Config | None = None) -> TrainError | None:
-    """The error of ours that an exception stands for: memory is used up, a file or pipe failed; None for a bug.
+    """The error of ours that an exception stands for; None for a bug.
+
+    Memory or files are used up, a file or pipe failed, or a variable has a value that torch does not take.
 
     Args:
         error: what was raised.
@@ -32,26 +32,39 @@ def foreseen(error: BaseException, config: Config | None = None) -> TrainError |
         tried = f" (tried to allocate {amount[1] or amount[2]})" if amount else ""
         where = "GPU" if on_device else "host"
         return OutOfMemory(f"out of memory on the {where}{tried}; {settings_that_help(config, on_device=on_device)}")
+    if is_out_of_files(error):
+        return StorageError(f"{_place(error)}: too many open files; {open_files_hint()}")
     if isinstance(error, OSError):
         return StorageError(_storage_line(error))
+    variables = sorted(name for name in os.environ if name.startswith(_VARIABLES_OF_TORCH))
+    if isinstance(error, ValueError) and variables and _happened_in_import_of("torch", error):
+        reason = " ".join(str(error).split())
+        return ConfigError(f"torch cannot be imported ({reason}); mend or unset {', '.join(variables)}")
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of host or device was used up, which every library says in its own way."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    # torch.OutOfMemoryError, by name: this must not import torch.
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+def _happened_in_import_of(package: str, error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame in frames
+    )
 
 
 def _storage_line(error: OSError) -> str:
     reason = " ".join((error.strerror or str(error) or type(error).__name__).split())
     if "No usable temporary directory" in reason:
         return f"TMPDIR: {reason[0].lower()}{reason[1:]}; set it to a folder that can be written"
-    names = [name for name in (error.filename, error.filename2) if name is not None]
+    return f"{_place(error)}: {reason} ({type(error).__name__}); free space, fix permissions or choose another place"
+
+
+def _place(error: BaseException) -> str:
+    names = (error.filename, error.filename2) if isinstance(error, OSError) else ()
     # A descriptor's number says nothing to anyone.
-    place = ", ".join(str(name) for name in names if not isinstance(name, int)) or "input/output"
-    return f"{place}: {reason} ({type(error).__name__}); free space, fix permissions or choose another place"
+    if shown := [str(name) for name in names if name is not None and not isinstance(name, int)]:
+        return ", ".join(shown)
+    try:
+        os.getcwd()
+    except OSError:
+        return "the working directory, which is gone"
+    return "input/output"

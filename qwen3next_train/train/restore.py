@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.errors import CheckpointError, ConfigError, DataError
 from qwen3next_train.log import get_logger
-from qwen3next_train.metrics.wandb_sink import new_run_id
+from qwen3next_train.metrics.wandb_settings import new_run_id
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.initial_weights import InitialWeights, find_initial_weights
 from qwen3next_train.train.run_directory import RunDirectory
@@ -75,7 +76,7 @@ def restore_state(
         if recorded is not None:
             _check_same_configuration(run_dir, recorded, config, step=0)
         _reject_lost_checkpoints(run_dir, info, recorded)
-        wandb_id: str = control.broadcast_json(info.get("wandb_id") or new_run_id())
+        wandb_id: str = control.broadcast_json(info.get("wandb_id") or new_run_id(os.environ))
         new = TrainState(
             step=0,
             consumed_samples=0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -19,16 +18,17 @@ from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.train.failures import foreseen, is_out_of_memory
+from qwen3next_train.metrics.wandb_settings import check_variables
+from qwen3next_train.train.failures import foreseen
+from qwen3next_train.train.held_signals import release_stop_signals
 from qwen3next_train.train.run_directory import RunDirectory
-from qwen3next_train.train.signals import StopRequest, die_with_parent, release_stop_signals, stop_reason
+from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
 # Nothing up here imports torch, whose import takes seconds in which a signal could not be recorded as a stop.
 if TYPE_CHECKING:
     from qwen3next_train.parallel.rank_check import RankInfo
     from qwen3next_train.train.loop import Run
 
-_TOO_MANY_FILES = os.strerror(errno.EMFILE)
 _SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
 _DEVELOPERS_ADVICE = re.compile(
     r"\.? (?:This is typically caused by a remote worker.*?GLHF![^;]*|Exception raised from .*)"
@@ -108,6 +108,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
             # holds the directory, before it has said why.
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
                 check_world()
+                check_variables(config.logging.wandb.mode, os.environ)
             # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
                 code, reason = attempt.train(stack)
@@ -128,19 +129,14 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
 def _classify(error: Exception, rank: int, attempt: _Attempt) -> tuple[ExitCode, str]:
     """Exit code and reason of an exception that is not ours; one that only a bug explains is printed."""
     text = " ".join(str(error).split())
-    # Before the lost rank: NCCL's error may be that memory is used up.
-    if is_out_of_memory(error) and (known := foreseen(error, attempt.config)) is not None:
+    # Before the lost rank: NCCL's error may be that memory is used up, gloo's that files are.
+    if (known := foreseen(error, attempt.config)) is not None:
         return known.exit_code, str(known)
     if _is_lost_peer(error):
         from qwen3next_train.parallel.rank_check import describe_lost
 
         lost = describe_lost(attempt.rank_infos, rank) or "lost another rank"
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
-    if _TOO_MANY_FILES in text:
-        # Whoever meets the limit first: Python, gloo, safetensors.
-        return ExitCode.STORAGE, f"rank {rank}: {_for_users(text)}; raise the limit of open files (ulimit -n)"
-    if (known := foreseen(error, attempt.config)) is not None:
-        return known.exit_code, str(known)
     traceback.print_exception(error)
     return ExitCode.INTERNAL, f"{type(error).__name__}: {text}"
 
@@ -152,9 +148,12 @@ def _for_users(text: str) -> str:
 
 def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone; gloo says so only in the text."""
+    if not isinstance(error, RuntimeError):
+        # All of torch's are; what failed may be torch's import.
+        return False
     import torch.distributed as dist
 
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return any(sign in str(error) for sign in signs)

@@ -25,6 +25,7 @@ from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import read_yaml
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError, TrainError
+from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics import history
 from qwen3next_train.metrics.redaction import Redactor
@@ -226,7 +227,7 @@ class RunDirectory:
         try:
             self._files.replace(RUN_INFO_NAME, _to_json(self._info))
         except OSError as error:
-            get_logger().warning("%s: cannot be written (%s)", self.path / RUN_INFO_NAME, error.strerror or error)
+            get_logger().warning("%s: cannot be written (%s)", self.path / RUN_INFO_NAME, system_reason(error))
 
     def read_info(self) -> dict[str, Any]:
         """The fields of ``run.json`` (see :func:`run_info.read_info`); empty when there is none or it is damaged.
@@ -239,7 +240,7 @@ class RunDirectory:
             try:
                 self._info = read_info(LOCAL_FILESYSTEM, path)
             except OSError as error:
-                raise StorageError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
+                raise StorageError(f"{path}: cannot be read ({system_reason(error)}); make it readable") from error
         return self._info
 
     def last_logged_step(self) -> int:
@@ -252,7 +253,7 @@ class RunDirectory:
             return history.last_step(self.metrics_path)
         except OSError as error:
             raise StorageError(
-                f"{self.metrics_path}: cannot be read ({error.strerror or error}); make it readable"
+                f"{self.metrics_path}: cannot be read ({system_reason(error)}); make it readable"
             ) from error
 
     def read_config(self) -> dict[str, Any] | None:
@@ -270,7 +271,7 @@ class RunDirectory:
                 return None
             path.open("rb").close()
         except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
+            raise StorageError(f"{path}: cannot be read ({system_reason(error)}); make it readable") from error
         try:
             tree = read_yaml(path)
         except ConfigError as error:
@@ -309,7 +310,7 @@ class RunDirectory:
             # Other ranks' loggers show failures only, so rank 0 says a stop whoever recorded it.
             return (code == ExitCode.STOPPED and self.rank == 0) or self._recorded_reason() != line
         except OSError as error:
-            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", error.strerror or error)
+            get_logger().error("%s: cannot be written (%s)", self.path / "exit.json", system_reason(error))
         return True
 
     def _recorded_reason(self) -> str | None:

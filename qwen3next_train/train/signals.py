@@ -22,37 +22,14 @@ from typing import Any
 
 from qwen3next_train.errors import ExitCode
 from qwen3next_train.log import get_logger
+from qwen3next_train.train.held_signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""Those that ask a run to save and stop."""
 _FORCING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _REPEAT_WINDOW_S = 1.0
 """Within it, a repeated signal is an echo: torchrun and schedulers pass on what the process group got already."""
 
 _STUCK_AFTER_S = 1.0
 _PR_SET_PDEATHSIG = 1
-
-
-def hold_stop_signals() -> None:
-    """Let signals that ask to stop wait from now on; to be called first of all, by the main thread.
-
-    They wait in the kernel, so none is lost before there is a handler and a place to record the stop.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def release_stop_signals() -> None:
-    """Deliver the signals that have waited since :func:`hold_stop_signals`, and those to come."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def drop_held_signals() -> None:
-    """Forget the signals that still wait, because the outcome is known, and hold no more."""
-    late = signal.sigpending().intersection(STOP_SIGNALS)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in late}
-    release_stop_signals()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 class _Phase(Enum):

@@ -149,6 +149,30 @@ def test_what_no_worker_could_say_is_recorded(tmp_path, torchrun, capsys, end, r
     assert capsys.readouterr().err == outcome["reason"] + "\n"
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "reason"),
+    [
+        (FileNotFoundError(2, "No usable temporary directory found in ['/x']"), 74, "TMPDIR: no usable temporary "),
+        (MemoryError(), 71, "out of memory on the host; "),
+    ],
+)
+def test_what_torchrun_lacks_is_recorded(tmp_path, torchrun, capsys, end, code, reason):
+    torchrun(tmp_path, end=end, record=None)
+    assert launch.run_processes(Processes(2), tmp_path, lambda: None) == code
+    outcome = json.loads((tmp_path / "exit.json").read_text())
+    assert (outcome["code"], outcome["reason"][: len(reason)]) == (code, reason)
+    assert capsys.readouterr().err == outcome["reason"] + "\n"
+
+
+def test_a_worker_that_the_kernel_killed_for_want_of_memory(tmp_path, torchrun, monkeypatch):
+    kills = iter([3, 4])
+    monkeypatch.setattr(launch, "num_oom_kills", lambda: next(kills))
+    torchrun(tmp_path, end=failures(-9, 69), record=None)
+    assert launch.run_processes(Processes(2), tmp_path, lambda: None) == 71
+    reason = json.loads((tmp_path / "exit.json").read_text())["reason"]
+    assert reason.startswith("rank 0 (process 40) was killed by the kernel: out of memory on the host; ")
+
+
 def test_stop_before_the_workers_could_notice_is_recorded(tmp_path, torchrun):
     torchrun(tmp_path, end=failures(-15, -15), record=None, signalled="SIGTERM")
     assert launch.run_processes(Processes(2), tmp_path, lambda: None) == 75

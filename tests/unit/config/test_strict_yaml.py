@@ -1,7 +1,9 @@
 """Strict YAML: what scalars mean, what is refused, and that what is written is read back."""
 
 import math
+import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,7 @@ def test_command_line_lists_and_quotes():
         ("a: b: c\n", "mapping values are not allowed"),
         ("? [a, b]\n: 1\n", "a key that is not a word"),
         ("a: 'open\n", "not YAML"),
-        ("a: \x07\n", "not YAML text"),
+        ("a: \x07\n", "not YAML text ("),
         (b"\xff\xfea\x00:\x00", "not UTF-8"),
         (b"a: \xe9\n", "not UTF-8"),
         ("a:\n" + "".join(" " * i + "- \n" for i in range(1, 60)), "nested deeper"),
@@ -111,6 +113,18 @@ def test_missing_file_and_folder(tmp_path):
         read_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(tmp_path)
+
+
+def test_a_pipe_is_read_when_somebody_writes_to_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: empty; give sections"):
+        read_yaml(tmp_path / "pipe.yaml")
+    reader, writer = os.pipe()
+    later = threading.Timer(0.2, lambda: (os.write(writer, b"a: 1\n"), os.close(writer)))
+    later.start()
+    assert read_yaml(Path(f"/dev/fd/{reader}")) == {"a": 1}
+    later.join()
+    os.close(reader)
 
 
 SCALARS = st.one_of(

@@ -220,6 +220,16 @@ def test_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/ada")
     assert default_cache_dir() == Path("/home/ada/.cache/qwen3next_train")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_cache_dir() == Path("/home/ada/.cache/qwen3next_train")
+
+
+@pytest.mark.parametrize("home", ["", "relative", "/no/utf/\udcff"])
+def test_no_home_folder(monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(StorageError, match=r"^data\.cache_dir: no home folder for its default \(HOME is '"):
+        default_cache_dir()
 
 
 def flip_bits(path: Path) -> None:

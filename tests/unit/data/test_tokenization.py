@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen3next_train.data import tokenization
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer, split_text
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,39 @@ def test_missing_tokenizers(tmp_path: Path) -> None:
         Tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match="no builtin tokenizer 'builtin:gpt2'"):
         Tokenizer("builtin:gpt2")
+    # The home folder has taken the place of ~ when the configuration was loaded.
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: ~nobody: cannot be read \(No such file or directory\)"):
+        Tokenizer("./~nobody")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_unreadable_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asset = Path(tokenization.__file__).parent / "assets/python-4k/tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(asset.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for code, reason in ((errno.EIO, "Input/output error"), (errno.EMFILE, "Too many open files: raise the limit, ")):
+        real = os.open
+
+        def refuse(path: str | Path, *arguments: int, code: int = code, real: Callable[..., int] = real) -> int:
+            if Path(path).name == name:
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            with pytest.raises(StorageError) as caught:
+                Tokenizer(str(tmp_path))
+        assert str(caught.value).startswith(f"{tmp_path / name}: cannot be read ({reason}")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_no_file_is_waited_for(tmp_path: Path, name: str) -> None:
+    asset = Path(tokenization.__file__).parent / "assets/python-4k/tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(asset.read_bytes())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer: .*{name}: cannot be read \(not a regular file\); "):
+        Tokenizer(str(tmp_path))
 
 
 def test_fingerprint_depends_on_content_only(builtin: Tokenizer, tmp_path: Path) -> None:

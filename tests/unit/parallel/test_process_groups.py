@@ -1,10 +1,11 @@
+import errno
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, PeerLostError
 from qwen3next_train.parallel.process_groups import process_context, select_device
 
 
@@ -35,3 +36,36 @@ def test_one_process_without_a_launcher_gets_a_group_of_its_own(monkeypatch: pyt
         assert os.environ["DS_ACCELERATOR"] == "cpu"
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (
+            f"[enforce fail at /a/gloo/device.cc:9] fd_ != -1. -1 vs -1. socket: {os.strerror(errno.EMFILE)}",
+            RuntimeError,
+        ),
+        ("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'", RuntimeError),
+        ("[enforce fail at /a/gloo/device.cc:9] ifa != nullptr. Unable to find address for: eth7", ConfigError),
+        ("Gloo connectFullMesh failed with [/a/pair.cc:1] timed out connecting", PeerLostError),
+    ],
+)
+def test_what_this_machine_lacks_is_no_lost_rank(
+    monkeypatch: pytest.MonkeyPatch, text: str, kind: type[Exception]
+) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR"):
+        # Set first, so that what the context leaves behind is taken back.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+
+    def fail(*arguments: object, **names: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(kind) as caught, process_context("cpu"):
+        pass
+    assert type(caught.value) is kind
+    if kind is ConfigError:
+        assert str(caught.value).startswith("GLOO_SOCKET_IFNAME: no network interface eth7 here; ")
+    else:
+        assert text in str(caught.value)

@@ -1,6 +1,11 @@
 """Exceptions of libraries and the system, as errors of ours."""
 
 import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +46,7 @@ def test_host_memory_of_the_libraries(allocate):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory on the GPU; "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory on the host; "),
         (MemoryError(), "out of memory on the host; "),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory on the host; "),
     ],
 )
 def test_memory_in_every_spelling(error, begin):
@@ -71,3 +77,36 @@ def test_input_and_output(error, begin):
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape mismatch"), AssertionError()])
 def test_a_bug_is_none_of_these(error):
     assert foreseen(error) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("TORCH_LOGS", "nonsense", "Invalid log settings: nonsense, must be "),
+        ("TORCH_DISTRIBUTED_DEBUG", "nonsense", "The value of TORCH_DISTRIBUTED_DEBUG must be OFF, INFO, or DETAIL"),
+    ],
+)
+def test_a_variable_that_torch_does_not_take(variable, value, said):
+    code = (
+        "from qwen3next_train.train.failures import foreseen\n"
+        "try:\n    import torch.distributed\n"
+        "except ValueError as error:\n    known = foreseen(error); print(known.exit_code, known)\n"
+    )
+    environ = {**os.environ, variable: value}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"2 torch cannot be imported ({said}")
+    assert re.search(rf"; mend or unset (\w+, )*{variable}\b", done.stdout)
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as raised:
+        Path("runs").absolute()
+    known = foreseen(raised.value)
+    assert str(known) == (
+        "the working directory, which is gone: No such file or directory (FileNotFoundError); free space, fix "
+        "permissions or choose another place"
+    )

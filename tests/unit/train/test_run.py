@@ -1,6 +1,7 @@
 """What an attempt records of its end, without training anything."""
 
 import json
+import resource
 import sys
 import types
 from contextlib import contextmanager
@@ -114,8 +115,29 @@ def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, re
 def test_a_limit_of_the_environment_is_one_line(attempt, capsys, error):
     returned, record = attempt(train=fails_at(3, error))
     assert (returned, record["code"]) == (74, 74)
-    assert record["reason"].endswith("; raise the limit of open files (ulimit -n)")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert record["reason"].endswith(f": too many open files; raise the limit, ulimit -n, which is {limit}")
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "begin"),
+    [
+        (MemoryError(), 71, "out of memory on the host; add layer to parallel.recompute, "),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), 71, "out of memory"),
+        (
+            RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+            71,
+            "out of memory on the GPU",
+        ),
+        (OSError(2, "No usable temporary directory found in ['/x']"), 74, "TMPDIR: no usable temporary directory"),
+        (OSError(30, "Read-only file system", "/home/x"), 74, "/home/x: Read-only file system (OSError); "),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(attempt, capsys, error, code, begin):
+    returned, record = attempt(train=fails_at(3, error))
+    assert (returned, record["code"], record["reason"][: len(begin)]) == (code, code, begin)
+    assert capsys.readouterr().err == record["reason"] + "\n"
 
 
 def test_dead_rank_is_named(attempt):
@@ -149,6 +171,14 @@ def test_wrong_world_is_recorded(attempt, tmp_path):
     attempt()
     code, record = attempt(check_world=refuse)
     assert (code, record["code"], record["reason"]) == (2, 2, "world size 3")
+
+
+def test_a_variable_of_wandb_is_rejected_before_anything_is_built(attempt, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    code, record = attempt(build=lambda *args: pytest.fail("built"))
+    assert (code, record["code"], record["step"]) == (2, 2, None)
+    assert record["reason"].startswith("WANDB_MODE: not a mode (got 'onlin'); ")
+    assert capsys.readouterr().err == record["reason"] + "\n"
 
 
 def test_early_stop_is_recorded(attempt):

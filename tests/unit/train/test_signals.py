@@ -313,16 +313,17 @@ def test_without_torchrun_a_worker_outlives_its_parent(tmp_path):
 
 HELD = """
 import sys, time
-from qwen3next_train.train import signals
+from qwen3next_train.train import held_signals
 
-signals.hold_stop_signals()
+held_signals.hold_stop_signals()
 print("ready", flush=True)
 sys.stdin.read()
 if sys.argv[1] == "drop":
-    signals.drop_held_signals()
+    held_signals.drop_held_signals()
     sys.exit(2)
+from qwen3next_train.train import signals
 with signals.StopRequest(lambda name: print("recorded", name)) as stop:
-    signals.release_stop_signals()
+    held_signals.release_stop_signals()
     signal.pause()
 """
 

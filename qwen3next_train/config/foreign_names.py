@@ -1,0 +1,216 @@
+"""Usual names of other trainers for our keys, for the hint of the error line; none of them is accepted.
+
+From transformers' ``TrainingArguments`` and ``config.json`` files, and from the arguments of Megatron-LM that
+:mod:`qwen3next_train.config.megatron` does not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+_WORLD = "the world size follows from the number of processes, see --nproc-per-node"
+_ACCUMULATION = "it follows from run.global_batch_size, run.micro_batch_size and the number of processes"
+_EPOCHS = "run.steps says how long a run is, in optimizer steps"
+_NO_FP16 = "run.precision is bf16 or fp32"
+_NO_BIAS = "Qwen3-Next has no biases, leave it out"
+_NO_DROPOUT = "Qwen3-Next is trained without dropout, leave it out"
+_RESUME = "the newest checkpoint of run.dir is taken when the same line is run again"
+
+_TEXT_FIELDS = ("text_column", "dataset_text_field", "text_key", "json_keys")
+
+KEYS: Mapping[str, str] = {
+    # TrainingArguments: optimizer and schedule.
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr", "base_lr", "init_lr"), "optimizer.lr"),
+    **dict.fromkeys(("beta_1", "b1"), "optimizer.beta1"),
+    **dict.fromkeys(("beta_2", "b2"), "optimizer.beta2"),
+    **dict.fromkeys(("adam_epsilon", "epsilon", "adamw_eps", "optimizer_eps"), "optimizer.eps"),
+    **dict.fromkeys(("wd", "decay", "l2"), "optimizer.weight_decay"),
+    **dict.fromkeys(
+        ("max_grad_norm", "grad_clip", "gradient_clipping", "gradient_clip_val", "clip_grad_norm", "max_norm"),
+        "optimizer.clip_grad",
+    ),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule", "decay_style"), "schedule.kind"),
+    **dict.fromkeys(
+        ("warmup", "warmup_iters", "num_warmup_steps", "lr_warmup_steps", "warmup_ratio", "lr_warmup_fraction"),
+        "schedule.warmup_steps",
+    ),
+    **dict.fromkeys(("lr_warmup_samples", "warmup_samples"), "schedule.warmup_steps"),
+    **dict.fromkeys(
+        ("lr_decay_steps", "decay_iters", "lr_decay_samples", "lr_wsd_decay_samples"), "schedule.decay_steps"
+    ),
+    **dict.fromkeys(("lr_end", "final_lr", "lr_min", "eta_min", "min_learning_rate", "end_lr"), "schedule.min_lr"),
+    # The run.
+    **dict.fromkeys(
+        ("max_steps", "max_iters", "total_steps", "num_steps", "train_steps", "num_iterations", "max_train_steps"),
+        "run.steps",
+    ),
+    **dict.fromkeys(("train_samples", "num_train_samples"), "run.steps"),
+    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "logging_dir", "save", "load"), "run.dir"),
+    **dict.fromkeys(("data_seed", "random_seed", "manual_seed"), "run.seed"),
+    **dict.fromkeys(("train_batch_size", "batch_size", "total_batch_size", "gbs"), "run.global_batch_size"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch", "mbs"), "run.micro_batch_size"
+    ),
+    **dict.fromkeys(("use_cpu", "no_cuda"), "run.device"),
+    **dict.fromkeys(
+        ("torch_dtype", "dtype", "params_dtype", "mixed_precision", "fp32", "bf16_full_eval"), "run.precision"
+    ),
+    **dict.fromkeys(
+        ("ddp_timeout", "distributed_timeout_minutes", "distributed_timeout_seconds"), "run.peer_timeout_s"
+    ),
+    # Data.
+    **dict.fromkeys(
+        (
+            "train_file",
+            "dataset",
+            "datasets",
+            "dataset_name",
+            "dataset_path",
+            "train_data_path",
+            "data_dir",
+            "data_cache",
+        ),
+        "data.sources",
+    ),
+    **dict.fromkeys(
+        ("validation_file", "valid_data_path", "eval_dataset", "test_data_path", "valid_data"),
+        "data.validation_sources",
+    ),
+    **dict.fromkeys(("validation_split", "validation_split_percentage", "val_fraction"), "data.validation_fraction"),
+    **dict.fromkeys(
+        ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "vocab_file", "merge_file"), "data.tokenizer"
+    ),
+    **dict.fromkeys(
+        ("max_seq_length", "max_length", "block_size", "seq_len", "context_length", "max_seq_len", "n_ctx"),
+        "data.sequence_length",
+    ),
+    **dict.fromkeys(("data_cache_path", "hf_cache_dir"), "data.cache_dir"),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "num_workers", "dataloader_prefetch_factor", "prefetch_factor"),
+        "data.num_prefetch_steps",
+    ),
+    **dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "packing", "eod_mask_loss"), "data.isolate_documents"
+    ),
+    **dict.fromkeys(_TEXT_FIELDS, "text_field"),
+    # Checkpoints, validation, logging.
+    **dict.fromkeys(("save_steps", "save_every", "checkpoint_interval", "checkpointing_steps"), "checkpoint.interval"),
+    **dict.fromkeys(("save_total_limit", "keep_last", "max_checkpoints", "checkpoints_total_limit"), "checkpoint.keep"),
+    **dict.fromkeys(
+        (
+            "model_name_or_path",
+            "pretrained_model_name_or_path",
+            "pretrained_checkpoint",
+            "finetune",
+            "init_from_scratch",
+        ),
+        "checkpoint.init_from",
+    ),
+    **dict.fromkeys(("eval_steps", "eval_every", "validation_interval", "val_check_interval"), "eval.interval"),
+    **dict.fromkeys(("eval_iters", "max_eval_samples", "limit_val_batches", "per_device_eval_batch_size"), "eval.rows"),
+    **dict.fromkeys(("logging_steps", "log_every", "log_every_n_steps", "log_steps"), "logging.interval"),
+    **dict.fromkeys(("report_to", "wandb_mode", "use_wandb"), "logging.wandb.mode"),
+    **dict.fromkeys(("run_name", "experiment_name", "wandb_name", "exp_name", "wandb_run_name"), "logging.wandb.name"),
+    **dict.fromkeys(("wandb_tags",), "logging.wandb.tags"),
+    # Parallelism and memory.
+    **dict.fromkeys(("ep_size", "ep", "expert_parallel", "expert_model_parallel"), "parallel.expert_parallel_size"),
+    **dict.fromkeys(
+        ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
+        "parallel.zero_stage",
+    ),
+    **dict.fromkeys(
+        (
+            *("gradient_checkpointing", "activation_checkpointing", "recompute_granularity", "recompute_method"),
+            *("recompute_num_layers", "recompute_modules", "recompute_activations", "use_checkpoint"),
+        ),
+        "parallel.recompute",
+    ),
+    **dict.fromkeys(
+        ("cpu_offload", "offload", "optimizer_cpu_offload", "optimizer_offload_fraction"), "parallel.offload_optimizer"
+    ),
+    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "optim_state_dtype"), "optimizer.moments_dtype"),
+    **dict.fromkeys(
+        ("attn_implementation", "attention_backend", "use_flash_attn", "use_flash_attention_2"),
+        "kernels.varlen_attention",
+    ),
+    **dict.fromkeys(("use_liger_kernel", "torch_compile"), "kernels.fused"),
+    # Shape of the model, as other models' config.json and Megatron-LM have it.
+    **dict.fromkeys(("n_layer", "n_layers", "num_layer"), "model.num_hidden_layers"),
+    **dict.fromkeys(("n_embd", "d_model", "dim", "n_embed", "model_dim"), "model.hidden_size"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads"), "model.num_attention_heads"),
+    **dict.fromkeys(("n_kv_heads", "num_kv_heads", "n_head_kv", "num_key_value_groups"), "model.num_key_value_heads"),
+    **dict.fromkeys(("d_head", "head_size", "attention_head_dim"), "model.head_dim"),
+    **dict.fromkeys(("padded_vocab_size", "n_vocab"), "model.vocab_size"),
+    **dict.fromkeys(("max_seqlen", "n_positions", "max_sequence_length"), "model.max_position_embeddings"),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps"), "model.rms_norm_eps"),
+    **dict.fromkeys(("rope_base", "rotary_emb_base"), "model.rope_theta"),
+    **dict.fromkeys(("rotary_pct", "rope_percent"), "model.partial_rotary_factor"),
+    **dict.fromkeys(("init_std", "initializer_std", "init_method_std_dev"), "model.initializer_range"),
+    **dict.fromkeys(("tie_embeddings", "tied_embeddings", "weight_tying"), "model.tie_word_embeddings"),
+    **dict.fromkeys(("n_routed_experts", "num_local_experts", "n_experts", "num_moe_experts"), "model.num_experts"),
+    **dict.fromkeys(
+        ("top_k", "topk", "num_selected_experts", "moe_top_k", "router_topk", "experts_per_token"),
+        "model.num_experts_per_tok",
+    ),
+    **dict.fromkeys(("expert_intermediate_size", "moe_ffn_dim"), "model.moe_intermediate_size"),
+    **dict.fromkeys(
+        ("n_shared_experts", "shared_expert_size", "num_shared_experts"), "model.shared_expert_intermediate_size"
+    ),
+    **dict.fromkeys(
+        ("aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coef", "load_balancing_loss_coef"),
+        "model.router_aux_loss_coef",
+    ),
+    **dict.fromkeys(("z_loss_coef", "moe_z_loss_coef", "z_loss_weight"), "model.router_z_loss_coef"),
+    **dict.fromkeys(
+        ("num_nextn_predict_layers", "mtp_depth", "num_mtp_layers", "mtp_num_hidden_layers"), "model.mtp_num_layers"
+    ),
+    **dict.fromkeys(("mtp_loss_weight", "mtp_loss_coef", "mtp_loss_coeff"), "model.mtp_loss_scaling_factor"),
+    **dict.fromkeys(("conv_kernel", "conv_kernel_size", "d_conv", "conv_size"), "model.linear_conv_kernel_dim"),
+    **dict.fromkeys(("attn_layer_period", "attn_interval"), "model.full_attention_interval"),
+    **dict.fromkeys(
+        ("layer_type", "layer_pattern", "hybrid_override_pattern", "layers_block_type"), "model.layer_types"
+    ),
+    **dict.fromkeys(("attn_output_gate",), "model.attention_output_gate"),
+}
+"""By foreign name, in lower case with underscores, without a section: our key, or the field of a source."""
+
+ANSWERS: Mapping[str, str] = {
+    **dict.fromkeys(_TEXT_FIELDS, "it is text_field of a source: data.sources [{source: NAME, text_field: FIELD}]"),
+    **dict.fromkeys(("num_train_epochs", "epochs", "max_epochs", "num_epochs", "train_epochs"), _EPOCHS),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"), _ACCUMULATION),
+    **dict.fromkeys(
+        ("num_gpus", "world_size", "nproc_per_node", "data_parallel_size", "dp_size", "num_processes"), _WORLD
+    ),
+    **dict.fromkeys(("local_rank", "rank", "ddp_backend", "distributed_backend"), _WORLD),
+    **dict.fromkeys(("fp16_full_eval", "half", "loss_scale", "initial_loss_scale", "min_loss_scale", "tf32"), _NO_FP16),
+    **dict.fromkeys(("use_bias", "mlp_bias", "qkv_bias", "bias", "add_bias_linear"), _NO_BIAS),
+    **dict.fromkeys(("dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob"), _NO_DROPOUT),
+    **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume", "ckpt_step"), _RESUME),
+    **dict.fromkeys(("optim", "optimizer_type", "optimizer_name"), "the optimizer is AdamW, leave it out"),
+    **dict.fromkeys(
+        ("trust_remote_code", "remote_code"), "no code of a checkpoint or a dataset is ever run, leave it out"
+    ),
+}
+"""By foreign name, as in :data:`KEYS`: what to do where no one key is meant."""
+
+
+def own_key(name: str, candidates: Collection[str]) -> str | None:
+    """Our key for another trainer's name, or for a name of ours under another section; None when there is none.
+
+    Args:
+        name: as it was written, with or without section and leading dashes.
+        candidates: the keys that may stand there, ``section.key``.
+    """
+    leaf = _leaf(name)
+    alike = [key for key in candidates if key.rpartition(".")[2] == leaf]
+    key = KEYS.get(leaf) or (alike[0] if len(alike) == 1 else None)
+    return key if key in candidates else None
+
+
+def answer(name: str) -> str | None:
+    """What to do instead of giving another trainer's argument that no one key stands for; None when it is unknown."""
+    return ANSWERS.get(_leaf(name))
+
+
+def _leaf(name: str) -> str:
+    return name.strip("-").rpartition(".")[2].lower().replace("-", "_")

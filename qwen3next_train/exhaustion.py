@@ -1,0 +1,44 @@
+"""What is used up on this machine, memory or open files, in the many ways in which libraries say so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|can not) allocate memory|not enough memory|unable to allocate|"
+    r"std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate|ENOMEM|failed to map segment from shared object",
+    re.IGNORECASE,
+)
+_TOO_MANY_FILES = os.strerror(errno.EMFILE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of host or device was used up."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # torch.OutOfMemoryError, by name: this must not import torch.
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    # A library that does not fit is an ImportError.
+    return isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether this process may open no further file, which gloo, safetensors and imports say in their text only."""
+    return _TOO_MANY_FILES in str(error)
+
+
+def system_reason(error: OSError) -> str:
+    """The system's reason, with what raises the limit where a process has too many files open."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno != errno.EMFILE:
+        return reason
+    return f"{reason}: {open_files_hint()}"
+
+
+def open_files_hint() -> str:
+    """What to do where there are too many open files."""
+    return f"raise the limit, ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"

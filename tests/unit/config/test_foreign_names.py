@@ -1,0 +1,77 @@
+"""Names of other trainers lead to our keys."""
+
+import pytest
+
+from qwen3next_train.cli.arguments import parse_arguments
+from qwen3next_train.cli.commands import OPTIONS
+from qwen3next_train.config import huggingface, megatron
+from qwen3next_train.config.describe import keys
+from qwen3next_train.config.foreign_names import ANSWERS, KEYS
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.schema import SourceConfig
+from qwen3next_train.errors import ConfigError
+
+
+def test_the_table_names_keys_that_exist_and_no_name_that_is_taken():
+    assert set(KEYS.values()) <= {*keys(), *SourceConfig.model_fields}
+    assert all(name == name.lower() and "-" not in name for name in (*KEYS, *ANSWERS))
+    own = {key.rpartition(".")[2] for key in keys()}
+    assert not (KEYS.keys() | ANSWERS.keys()) & own
+    assert not [name for name in (*KEYS, *ANSWERS) if megatron.find(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("run.lr", "optimizer.lr"),
+        ("max_grad_norm", "optimizer.clip_grad"),
+        ("per_device_train_batch_size", "run.micro_batch_size"),
+        ("run.max_steps", "run.steps"),
+        ("output_dir", "run.dir"),
+        ("logging_steps", "logging.interval"),
+        ("save_total_limit", "checkpoint.keep"),
+        ("gradient_checkpointing", "parallel.recompute"),
+        ("lr_scheduler_type", "schedule.kind"),
+        ("model.n_embd", "model.hidden_size"),
+        ("num_nextn_predict_layers", "model.mtp_num_layers"),
+        ("optimizer.num_experts", "model.num_experts"),
+    ],
+)
+def test_names_of_other_trainers(tmp_path, name, key):
+    section, _, leaf = name.rpartition(".")
+    text = f"{section}:\n  {leaf}: 1\n" if section else f"{leaf}: 1\n"
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config([tmp_path / "a.yaml"])
+    assert str(raised.value).endswith(f"unknown key (got 1); did you mean {key}? --help all lists every key")
+    if not section:
+        with pytest.raises(ConfigError) as raised:
+            parse_arguments([f"--{leaf.replace('_', '-')}", "1"], OPTIONS)
+        assert f"unknown option; did you mean --{key}? --help" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("num_train_epochs", "run.steps says how long a run is, in optimizer steps"),
+        ("run.gradient_accumulation_steps", "it follows from run.global_batch_size"),
+        ("text_column", "it is text_field of a source"),
+    ],
+)
+def test_names_that_no_one_key_stands_for(name, text):
+    with pytest.raises(ConfigError) as raised:
+        load_config([], [(name, "1")])
+    assert f"unknown key (got '1'); {text}" in str(raised.value) or f"unknown key (got 1); {text}" in str(raised.value)
+    assert str(raised.value).endswith("; --help all lists every key")
+
+
+def test_fields_of_a_source():
+    with pytest.raises(ConfigError, match=r"text_column: unknown key \(got 'x'\); did you mean text_field\?"):
+        load_config([], [("data.sources", "[{source: a, text_column: x}]")])
+
+
+def test_config_json_of_qwen3_next_needs_no_hint():
+    published = ("rope_scaling", "hidden_act", "attention_bias", "mlp_only_layers", "decoder_sparse_step", "use_cache")
+    assert all(huggingface.tolerates(name) for name in published)
