@@ -59,6 +59,11 @@ class Layout:
         return bytes_of(self.precision)
 
     @property
+    def sums_in_buckets(self) -> bool:
+        """Whether gradients are summed in the buffers they are reduced from (``engine.gradient_buckets``)."""
+        return self.zero_stage == 1 and not self.offload_optimizer
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
         return self.micro_batch_size * self.sequence_length
