@@ -3,7 +3,8 @@
 DeepSpeed's stage 1 adds each micro-batch's gradient to an fp32 tensor of its own, copies that into a bucket, divides,
 all-reduces the whole bucket, copies this rank's share out of it, reads it twice for the norm and once more to clip.
 Here an optimizer group is a bucket: one flat fp32 buffer laid out like the group's flat weights, of which every
-parameter has a view, ``main_grad`` (Megatron-LM's name). Backward passes add to it. During the step's last one a
+parameter has a view, ``main_grad`` (:class:`~qwen3next_train.kernels.main_grad.MainGrad`). Backward passes add to it,
+the experts' grouped GEMM in its epilogue. During the step's last one a
 bucket is reduce-scattered as soon as its last gradient is there; the partition that this rank receives is what AdamW
 reads. Clipping, the skipping of a non-finite step and the rounding of the updated weights happen inside AdamW
 (:class:`~qwen3next_train.optim.adamw.OnePassAdamW`): no pass of their own, and no wait for the device.
@@ -14,7 +15,7 @@ Construction, flattening, partitions, master weights and groups stay DeepSpeed's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qwen3next_train.engine.deepspeed_patches import PartitionedOptimizer
+from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
 
 BUCKET_NUMEL = 100_000_000
 """Elements of an optimizer group, unless one parameter has more."""
@@ -84,7 +86,6 @@ class _Bucket:
     expected: int = 0
     arrived: int = 0
     pending: Callable[[], None] | None = None
-    empty: set[nn.Parameter] = field(default_factory=set)
 
     @property
     def num_ranks(self) -> int:
@@ -92,20 +93,15 @@ class _Bucket:
         return dist.get_world_size(self.process_group)
 
     def add(self, parameter: nn.Parameter) -> None:
-        """Sum the parameter's gradient; the first of a step is written instead of added, so nothing is zeroed."""
-        main_grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        """Sum the gradient that has come."""
         assert parameter.grad is not None
-        if parameter in self.empty:
-            main_grad.copy_(parameter.grad)
-            self.empty.remove(parameter)
-        else:
-            main_grad.add_(parameter.grad)
+        _main_grad(parameter).add(parameter.grad)
         parameter.grad = None
 
     def launch(self) -> None:
         """Begin to sum over the ranks; each receives its partition."""
-        for parameter in self.empty:
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        for parameter in self.parameters:
+            _main_grad(parameter).finish()
         if self.num_ranks == 1:
             self.pending = _nothing
             return
@@ -120,6 +116,12 @@ class _Bucket:
                 self.partition.copy_(received)
 
         self.pending = finish
+
+
+def _main_grad(parameter: nn.Parameter) -> MainGrad:
+    found = main_grad_of(parameter)
+    assert found is not None
+    return found
 
 
 def _nothing() -> None:
@@ -152,12 +154,11 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         gradients = torch.zeros(weights.numel(), dtype=torch.float32, device=weights.device)
         offsets = self.round_robin_bit16_offsets[index]
         for parameter, offset in zip(self.round_robin_bit16_groups[index], offsets, strict=True):
-            parameter.main_grad = gradients.narrow(0, offset, parameter.numel()).view(parameter.shape)
+            parameter.main_grad = MainGrad(gradients.narrow(0, offset, parameter.numel()).view(parameter.shape))
         process_group = self.real_dp_process_group[index]
         size = self.partition_size[index]
         partition = gradients.narrow(0, dist.get_rank(process_group) * size, size)
-        parameters = list(self.bit16_groups[index])
-        return _Bucket(gradients, partition, parameters, process_group, empty=set(parameters))
+        return _Bucket(gradients, partition, list(self.bit16_groups[index]), process_group)
 
     # What DeepSpeed calls.
 
@@ -200,7 +201,8 @@ class GradientBucketOptimizer(PartitionedOptimizer):
             master.grad = None
             self._gather_weights(index)
         for bucket in self._buckets:
-            bucket.empty.update(bucket.parameters)
+            for parameter in bucket.parameters:
+                _main_grad(parameter).is_empty = True
         self._num_launched = 0
 
     def update_lp_params(self) -> None:

@@ -17,12 +17,10 @@ Letters: EP ranks that share one set of experts, Z the ZeRO stage.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,16 +53,18 @@ OPTIONS = {
         Option("--iters", "N", "timed steps of each row (default 8)"),
         Option("--only", "WORDS", "measure rows whose name (slice4_e512/EP4xZ1/acc4) has all these words: EP4,acc4"),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
-        Option("--worker", "FILE", "measure the rows of a file; how ranks are started"),
+        Option("--worker", "JSON", "measure one row; how ranks are started"),
     )
 }
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-_NCCL_KINDS = {
+_PARTS_BY_KERNEL = {
     "SendRecv": "exchange",
     "AllToAll": "exchange",
     "ReduceScatter": "reduction",
     "AllReduce": "reduction",
     "AllGather": "gathering",
+    "_adamw_update": "AdamW",
+    "FusedAdam": "AdamW",
 }
 
 
@@ -268,14 +268,16 @@ def _parts(events: Sequence[Any], on_device: Sequence[Any], device: torch.device
     on_gpu = device.type == "cuda"
     parts = dict.fromkeys(("model", "exchange", "accumulation", "reduction", "norm", "AdamW", "gathering"), 0.0)
     for event in events:
-        host_side = event.device_type == torch.autograd.DeviceType.CPU
-        name = "AdamW" if event.name.startswith("Optimizer.step#") else event.name.removeprefix("part ")
-        if host_side and name != event.name:
+        name = event.name.removeprefix("part ")
+        if not on_gpu and event.name.startswith("Optimizer.step#"):
+            # On a GPU it is told by its kernel, which the profiler does not lay at the range's door.
+            name = "AdamW"
+        if event.device_type == torch.autograd.DeviceType.CPU and name != event.name:
             parts[name] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e3
     for event in on_device:
-        if event.name.startswith("nccl"):
-            kind = next((kind for word, kind in _NCCL_KINDS.items() if word in event.name), "reduction")
-            parts[kind] += (event.time_range.end - event.time_range.start) / 1e3
+        part = next((part for word, part in _PARTS_BY_KERNEL.items() if word in event.name), None)
+        if part is not None:
+            parts[part] += (event.time_range.end - event.time_range.start) / 1e3
     total = sum(event.time_range.end - event.time_range.start for event in on_device) / 1e3
     parts["model"] = max(0.0, total - sum(parts.values()))
     return parts
@@ -323,40 +325,31 @@ HEADER = (
 )
 
 
-def _work(rows: Sequence[Row], iterations: int) -> None:
-    """What each rank does; rank 0 prints a line of JSON a row."""
-    with process_context(rows[0].config.run.device) as context:
-        for row in rows:
-            error = ""
-            try:
-                outcome = measure_row(row, context, iterations=iterations)
-            except torch.OutOfMemoryError:
-                error = "out of memory"
-            # A rank that has no memory left ends the row for all.
-            if context.control.any_true(bool(error)):
-                outcome = Outcome(error="out of memory")
-            gc.collect()
-            if context.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if context.rank == 0:
-                print("ROW " + json.dumps(asdict(outcome)), flush=True)
+def _work(row: Row, iterations: int) -> None:
+    """What each rank does; rank 0 prints a line of JSON."""
+    with process_context(row.config.run.device) as context:
+        error = ""
+        try:
+            outcome = measure_row(row, context, iterations=iterations)
+        except torch.OutOfMemoryError:
+            error = "out of memory"
+        # A rank that has no memory left ends the row for all.
+        if context.control.any_true(bool(error)):
+            outcome = Outcome(error="out of memory")
+        if context.rank == 0:
+            print("ROW " + json.dumps(asdict(outcome)), flush=True)
 
 
-def _measure_apart(rows: Sequence[Row], iterations: int) -> Iterator[Outcome]:
-    """Outcomes of rows of one number of GPUs, measured by ranks of their own."""
-    with tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder) / "rows.json"
-        listed.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun += ["--nproc-per-node", str(rows[0].num_gpus), __file__]
-        command = [*torchrun, "--worker", str(listed), "--iters", str(iterations)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("ROW "):
-                    yield Outcome(**json.loads(line.removeprefix("ROW ")))
-        if process.returncode != 0:
-            raise TrainError(f"{rows[0].num_gpus} GPUs: the ranks ended with {process.returncode}, see above")
+def _measure_apart(row: Row, iterations: int) -> Outcome:
+    """By ranks of its own: an engine leaves memory behind in its process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(row.num_gpus), __file__]
+    command = [*torchrun, "--worker", json.dumps(asdict(row)), "--iters", str(iterations)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    found = [line.removeprefix("ROW ") for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    if done.returncode != 0 or not found:
+        return Outcome(error=f"the ranks ended with {done.returncode}, see above")
+    return Outcome(**json.loads(found[0]))
 
 
 def main(argv: list[str]) -> int:
@@ -367,8 +360,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--iters: give a whole number > 0")
     worker = args.last("--worker")
     if worker is not None:
-        listed = json.loads(Path(worker).read_text(encoding="utf-8"))
-        _work([Row(**row | {"overrides": tuple(map(tuple, row["overrides"]))}) for row in listed], iterations)
+        row = json.loads(worker)
+        _work(Row(**row | {"overrides": tuple(map(tuple, row["overrides"]))}), iterations)
         return 0
     num_gpus = int(args.last("--gpus") or torch.cuda.device_count())
     words = [word for word in (args.last("--only") or "").replace("/", ",").split(",") if word]
@@ -380,17 +373,15 @@ def main(argv: list[str]) -> int:
     print(HEADER, flush=True)
     proxies: dict[tuple[str, int], Outcome] = {}
     results: list[dict[str, Any]] = []
-    for size in sorted({row.num_gpus for row in rows}):
-        of_size = [row for row in rows if row.num_gpus == size]
-        for row, outcome in zip(of_size, _measure_apart(of_size, iterations), strict=True):
-            key = (row.shape, row.accumulation)
-            if row.label == "proxy" and not outcome.error:
-                proxies[key] = outcome
-            print(format_row(row, outcome, proxies.get(key)), flush=True)
-            results.append({"row": row.name, **asdict(outcome)})
-            if target is not None:
-                report = {"date": time.strftime("%Y-%m-%d"), "versions": software_versions(), "results": results}
-                Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for row in rows:
+        outcome, key = _measure_apart(row, iterations), (row.shape, row.accumulation)
+        if row.label == "proxy" and not outcome.error:
+            proxies[key] = outcome
+        print(format_row(row, outcome, proxies.get(key)), flush=True)
+        results.append({"row": row.name, **asdict(outcome)})
+        if target is not None:
+            report = {"date": time.strftime("%Y-%m-%d"), "versions": software_versions(), "results": results}
+            Path(target).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -30,7 +30,7 @@ def adamw_update_triton(
 ) -> None:
     """One program a block; nothing is asked of the device on the host."""
     numel = master.numel()
-    _update[(triton.cdiv(numel, _BLOCK),)](
+    _adamw_update[(triton.cdiv(numel, _BLOCK),)](
         master,
         grad,
         exp_avg,
@@ -51,7 +51,7 @@ def adamw_update_triton(
 
 
 @triton.jit
-def _update(
+def _adamw_update(
     master,
     grad,
     exp_avg,
