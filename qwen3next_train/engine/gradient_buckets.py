@@ -141,8 +141,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         assert self.partition_gradients is self.cpu_offload is self.overlap_comm is False
         for index, weights in enumerate(self.bit16_groups_flat):
             self._buckets.append(self._bucket(index, weights))
-        # Reverse order of the table is nearly the backward's; all ranks launch in this one.
-        self._order = list(reversed(self._buckets))
+        self._order = list(self._buckets)
         self._num_launched = 0
         self._gathers: dict[int, dist.Work] = {}
         masters = self.single_partition_of_fp32_groups
@@ -211,6 +210,15 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         super().update_lp_params()
 
     # Ours.
+
+    def order_buckets(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Reduce buckets in the order in which backward passes fill them, on all ranks alike.
+
+        Args:
+            parameters: all, in the order in which forward passes use them first; backward passes go the other way.
+        """
+        position = {parameter: index for index, parameter in enumerate(parameters)}
+        self._order = sorted(self._buckets, key=lambda b: min(map(position.__getitem__, b.parameters)), reverse=True)
 
     def wait_for_weights(self, buckets: Iterable[int] | None = None) -> None:
         """Let the device's next work wait for gathered weights; on CPU wait for them.

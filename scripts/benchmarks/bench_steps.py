@@ -6,10 +6,10 @@ is its proxy: one GPU that holds as many experts as a rank of four, so it does t
 The others' rates are also given as a share of the proxy's, measured in the same call.
 
 Steps run through the training engine on random tokens with a learning rate of 0, so that routing stays as it begins:
-nearly uniform. Each row of the table is the median of whole steps; the parts are of one step under torch's profiler on
-rank 0, in milliseconds of the device: what ran inside the named functions, and NCCL's kernels by kind. ``exposed`` is
-NCCL without anything beside it, ``idle`` the time in which nothing runs, ``waits`` how often the host waits for the
-device. ``plan`` is what ``plan`` says the peak is.
+nearly uniform. Each row of the table is the median of whole steps, one behind the other; the parts are means of three
+steps under torch's profiler on rank 0, in milliseconds of the device: what ran inside the named functions, and NCCL's
+kernels by kind. ``exposed`` is NCCL without anything beside it, ``idle`` the time in which nothing runs, ``waits`` how
+often the host waits for the device in a step. ``plan`` is what ``plan`` says the peak is.
 
 Letters: EP ranks that share one set of experts, Z the ZeRO stage.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from bench_shapes import model_flops, random_batch
-from device_timing import GIB, synchronize
+from device_timing import GIB, measure, synchronize
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qwen3next_train.accounting.layout import Layout
@@ -56,6 +56,9 @@ OPTIONS = {
         Option("--worker", "JSON", "measure one row; how ranks are started"),
     )
 }
+_PROFILED_STEPS = 3
+"""More than one, since what is hidden behind the next step is exposed behind the last."""
+
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 _PARTS_BY_KERNEL = {
     "SendRecv": "exchange",
@@ -186,39 +189,24 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
     def step() -> None:
         engine.train_step(batches, totals=totals, lr=0.0, report=Report.NONE)
 
-    for _ in range(3):
-        step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    ms = [_one_ms(step, device, context) for _ in range(iterations)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    timing = measure(step, device, iterations=iterations)
     flops = sum(model_flops(config, batch) for batch in batches)
     plan = memory_per_gpu(config.model, Layout.of(config, context.world_size))
     with _named_parts():
-        events = _profiled(step, device)
+        events = _profiled(lambda: [step() for _ in range(_PROFILED_STEPS)], device)
     on_device = [event for event in events if _is_kernel(event, device)]
     spans = [(event.time_range.start, event.time_range.end, event.name.startswith("nccl")) for event in on_device]
     exposed, idle = _exposed_and_idle(spans)
     return Outcome(
-        ms=tuple(ms),
-        tflops=flops / statistics.median(ms) / 1e9,
-        peak_bytes=peak,
+        ms=timing.ms,
+        tflops=flops / timing.median / 1e9,
+        peak_bytes=timing.peak_bytes,
         plan_bytes=sum(plan.values()) - plan["runtime"],
-        parts=_parts(events, on_device, device),
-        exposed_ms=exposed / 1e3,
-        idle_ms=idle / 1e3,
-        host_waits=sum(event.name in _WAITS for event in events),
+        parts={part: ms / _PROFILED_STEPS for part, ms in _parts(events, on_device, device).items()},
+        exposed_ms=exposed / 1e3 / _PROFILED_STEPS,
+        idle_ms=idle / 1e3 / _PROFILED_STEPS,
+        host_waits=round(sum(event.name in _WAITS for event in events) / _PROFILED_STEPS),
     )
-
-
-def _one_ms(work: Callable[[], None], device: torch.device, context: ProcessContext) -> float:
-    """Of work that begins on all ranks at once."""
-    context.control.any_true(False)
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - started)
 
 
 @contextmanager
@@ -249,7 +237,7 @@ def _in_range(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return wrapped
 
 
-def _profiled(work: Callable[[], None], device: torch.device) -> list[Any]:
+def _profiled(work: Callable[[], object], device: torch.device) -> list[Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         work()
