@@ -190,17 +190,23 @@ def _model_states(kinds: Counter[ParameterKind], layout: Layout, persistent_nume
     shards = _flat_groups(kinds, layout)
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
-    padded = sum(shard.partition * shard.num_ranks for shard in shards)
     if layout.sums_in_buckets:
-        summed, bucket_bytes = padded, 0
+        # Weights in fp32 have gradients in fp32.
+        gradients = sum(
+            shard.partition * shard.num_ranks * max(bytes_of(layout.gradient_dtype), shard.element_bytes)
+            for shard in shards
+        )
+        bucket_bytes = 0
     else:
-        summed = whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
+        gradients = FP32_BYTES * (
+            whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
+        )
         # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
         # activations; stage 1 at the end of the step's last, when they are gone.
         bucket_bytes = FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
     return {
         "weights": sum(shard.partition * shard.num_ranks * shard.element_bytes for shard in shards),
-        "gradients": FP32_BYTES * summed,
+        "gradients": gradients,
         "optimizer": 0 if layout.offload_optimizer else adam_state_bytes(layout) * partitions,
         # An offloaded optimizer's gradients pass through a buffer of the largest of them.
         "zero_buffers": REDUCE_BUCKET_NUMEL * bucket_bytes + gradient_in_flight * (1 + layout.offload_optimizer),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 LayerType = Literal["linear_attention", "full_attention"]
 RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
+GradientDtype = Literal["fp32", "bf16"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -174,6 +175,11 @@ class ParallelConfig(Section):
         description="what the backward pass computes again instead of keeping it: norms, activations (SwiGLU products, "
         "copies of tokens for their experts, output gates, gated norm), gdn_prologue (GDN convolution and gates), or "
         "layer (whole layers)",
+    )
+    gradient_dtype: GradientDtype = Field(
+        "fp32",
+        description="dtype in which gradients are summed over micro-batches and ranks; bf16 halves their memory and "
+        "traffic and rounds every sum (only zero_stage 1, run.precision bf16, no offload)",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="where master weights and moments live and are updated; cpu frees the GPU of them, slower"

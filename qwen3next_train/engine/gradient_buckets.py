@@ -2,7 +2,7 @@
 
 DeepSpeed's stage 1 adds each micro-batch's gradient to an fp32 tensor of its own, copies that into a bucket, divides,
 all-reduces the whole bucket, copies this rank's share out of it, reads it twice for the norm and once more to clip.
-Here an optimizer group is a bucket: one flat fp32 buffer laid out like the group's flat weights, of which every
+Here an optimizer group is a bucket: one flat buffer laid out like the group's flat weights, of which every
 parameter has a view, ``main_grad`` (:class:`~qwen3next_train.kernels.main_grad.MainGrad`). Backward passes add to it,
 the experts' grouped GEMM in its epilogue. During the step's last one a
 bucket is reduce-scattered as soon as its last gradient is there; the partition that this rank receives is what AdamW
@@ -69,7 +69,7 @@ class _Bucket:
     """The gradients of one optimizer group.
 
     Args:
-        gradients: fp32, as long as the group's flat weights.
+        gradients: as long as the group's flat weights.
         partition: this rank's part of it.
         parameters: those of the group.
         process_group: ranks that share it.
@@ -139,18 +139,30 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._buckets: list[_Bucket] = []
         super().__init__(*args, **kwargs)
         assert self.partition_gradients is self.cpu_offload is self.overlap_comm is False
-        for index, weights in enumerate(self.bit16_groups_flat):
-            self._buckets.append(self._bucket(index, weights))
-        self._order = list(self._buckets)
+        self._order: list[_Bucket] = []
         self._num_launched = 0
         self._gathers: dict[int, dist.Work] = {}
-        masters = self.single_partition_of_fp32_groups
-        self.optimizer.published = {master: self._own_weights(index) for index, master in enumerate(masters)}
-        self.non_finite = torch.zeros((), device=self._buckets[0].gradients.device)
+        self.non_finite = torch.zeros((), device=self.bit16_groups_flat[0].device)
         """1 where the last step was skipped, else 0."""
 
-    def _bucket(self, index: int, weights: torch.Tensor) -> _Bucket:
-        gradients = torch.zeros(weights.numel(), dtype=torch.float32, device=weights.device)
+    def allocate(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        """Make the buckets, and fix the order in which all ranks reduce them: that in which backward passes fill them.
+
+        Args:
+            parameters: all, in the order in which forward passes use them first; backward passes go the other way.
+            dtype: of the gradients; those of fp32 weights are fp32.
+        """
+        for index, weights in enumerate(self.bit16_groups_flat):
+            self._buckets.append(self._bucket(index, weights, dtype))
+        position = {parameter: index for index, parameter in enumerate(parameters)}
+        self._order = sorted(self._buckets, key=lambda b: min(map(position.__getitem__, b.parameters)), reverse=True)
+        for index, master in enumerate(self.single_partition_of_fp32_groups):
+            self.optimizer.published[master] = self._own_weights(index)
+            self.optimizer.gradients[master] = self._buckets[index].partition
+
+    def _bucket(self, index: int, weights: torch.Tensor, dtype: torch.dtype) -> _Bucket:
+        dtype = torch.float32 if weights.dtype == torch.float32 else dtype
+        gradients = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
         offsets = self.round_robin_bit16_offsets[index]
         for parameter, offset in zip(self.round_robin_bit16_groups[index], offsets, strict=True):
             parameter.main_grad = MainGrad(gradients.narrow(0, offset, parameter.numel()).view(parameter.shape))
@@ -191,13 +203,9 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._global_grad_norm = norm.masked_fill(~torch.isfinite(norm), torch.inf)
         scale = torch.clamp((norm + 1e-6) / self.clip_grad, min=1.0) if self.clip_grad > 0 else torch.ones_like(norm)
         self.optimizer.grad_scale, self.optimizer.found_inf = scale, self.non_finite
-        masters = self.single_partition_of_fp32_groups
-        for master, bucket in zip(masters, self._buckets, strict=True):
-            master.grad = bucket.partition
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
-        for index, master in enumerate(masters):
-            master.grad = None
+        for index in range(len(self._buckets)):
             self._gather_weights(index)
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -210,15 +218,6 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         super().update_lp_params()
 
     # Ours.
-
-    def order_buckets(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Reduce buckets in the order in which backward passes fill them, on all ranks alike.
-
-        Args:
-            parameters: all, in the order in which forward passes use them first; backward passes go the other way.
-        """
-        position = {parameter: index for index, parameter in enumerate(parameters)}
-        self._order = sorted(self._buckets, key=lambda b: min(map(position.__getitem__, b.parameters)), reverse=True)
 
     def wait_for_weights(self, buckets: Iterable[int] | None = None) -> None:
         """Let the device's next work wait for gathered weights; on CPU wait for them.
@@ -261,7 +260,8 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         if partitions[0].device.type == "cpu":
             # A sum of a million fp32 numbers in a row is off by 1e-4 there; CUDA adds them up as a tree.
             partitions = [partition.double() for partition in partitions]
-        squares = torch.stack(torch._foreach_norm(partitions)).square().sum().float()
+        norms = [torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in partitions]
+        squares = torch.stack(norms).square().sum().float()
         dist.all_reduce(squares, group=self.dp_process_group)
         return squares.sqrt()
 

@@ -88,7 +88,7 @@ class ZeroEngine:
         # DeepSpeed averages gradients over the ranks, which makes their sum of a loss that is as many times larger.
         self._loss_factor = 1 if self._in_buckets else topology.world_size
         if self._in_buckets:
-            self._zero.order_buckets(model.parameters())
+            self._zero.allocate(model.parameters(), DTYPES[config.parallel.gradient_dtype])
             self._wait_for_weights_in_forward()
         self._state: ZeroState = state(
             self._engine.optimizer,

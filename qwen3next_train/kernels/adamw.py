@@ -36,7 +36,7 @@ def adamw_update_reference(
 
     Args:
         master: fp32 weights ``[n]``.
-        grad: fp32 gradients ``[n]``, read only.
+        grad: gradients ``[n]``, fp32 or bf16, read only.
         exp_avg: first moments ``[n]``, fp32 or bf16.
         exp_avg_sq: second moments ``[n]``, likewise.
         weight: receives the updated weights, rounded to its dtype ``[n]``; None: nobody does.
@@ -57,7 +57,7 @@ def adamw_update_reference(
         weights, gradients, first_moments, second_moments = (
             tensor[start : start + _CHUNK_NUMEL] for tensor in (master, grad, exp_avg, exp_avg_sq)
         )
-        scaled = gradients / grad_scale
+        scaled = gradients.float() / grad_scale
         first = first_moments.float().lerp(scaled, 1 - betas[0])
         second = (second_moments.float() * betas[1]).addcmul_(scaled, scaled, value=1 - betas[1])
         first_moments.copy_(first)

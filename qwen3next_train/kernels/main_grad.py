@@ -1,4 +1,4 @@
-"""The fp32 buffer that a parameter's gradients are summed in, which kernels may write to themselves.
+"""The buffer that a parameter's gradients are summed in, which kernels may write to themselves.
 
 Megatron-LM's name and means (``gradient_accumulation_fusion``): the product that makes a weight's gradient adds to the
 buffer in its epilogue, instead of writing a bf16 gradient that another kernel reads and adds.
@@ -16,7 +16,7 @@ class MainGrad:
     """The sum of a parameter's gradients over the micro-batches of a step.
 
     Args:
-        values: fp32, of the parameter's shape; undefined where ``is_empty``.
+        values: of the parameter's shape, in fp32 or narrower; undefined where ``is_empty``.
         is_empty: nothing was added in this step, so the first gradient is written and nothing has to be zeroed.
         has_direct: the kernel that made the gradient has added it; what autograd brings is a placeholder.
     """

@@ -44,7 +44,8 @@ class OnePassAdamW(Optimizer):
 
     ``grad_scale`` and ``found_inf`` are torch's protocol for fused optimizers: set from outside, gradients are divided
     by the one, and nothing changes where the other is 1. ``published`` names tensors that receive updated parameters
-    rounded to their dtype, by parameter.
+    rounded to their dtype, by parameter; ``gradients`` the gradients of parameters that have another dtype or live in a
+    buffer, in place of ``grad``.
 
     Args:
         groups: parameter groups, as of ``torch.optim.AdamW``.
@@ -71,30 +72,31 @@ class OnePassAdamW(Optimizer):
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
         self.published: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; there is no closure to evaluate."""
         assert closure is None, "a closure is not supported"
         with_gradient = [
-            (parameter, group)
+            (parameter, gradient, group)
             for group in self.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None
+            if (gradient := self.gradients.get(parameter, parameter.grad)) is not None
         ]
         if not with_gradient:
             return
         device = with_gradient[0][0].device
         scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-        counts = torch.stack([self._counted(parameter, found_inf) for parameter, _ in with_gradient]).double()
+        counts = torch.stack([self._counted(parameter, found_inf) for parameter, *_ in with_gradient]).double()
         # On the device, since only it knows whether a step counts, and for all at once.
         corrections = torch.stack([1 - beta**counts for beta in self.defaults["betas"]], dim=1)
-        for (parameter, group), of_parameter in zip(with_gradient, corrections, strict=True):
+        for (parameter, gradient, group), of_parameter in zip(with_gradient, corrections, strict=True):
             state, published = self.state[parameter], self.published.get(parameter)
             self._update(
                 parameter.view(-1),
-                parameter.grad.view(-1),
+                gradient.view(-1),
                 state["exp_avg"].view(-1),
                 state["exp_avg_sq"].view(-1),
                 None if published is None else published.view(-1),

@@ -75,7 +75,7 @@ def _adamw_update(
         inside = at < numel
         step_size = lr / tl.load(corrections).to(tl.float32)
         root = tl.sqrt(tl.load(corrections + 1).to(tl.float32))
-        g = tl.load(grad + at, mask=inside) / tl.load(grad_scale)
+        g = tl.load(grad + at, mask=inside).to(tl.float32) / tl.load(grad_scale)
         first = tl.load(exp_avg + at, mask=inside).to(tl.float32)
         first += (1 - BETA1) * (g - first)
         second = BETA2 * tl.load(exp_avg_sq + at, mask=inside).to(tl.float32) + (1 - BETA2) * g * g

@@ -159,7 +159,7 @@ def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.T
 
 
 def _add_weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.Tensor, main_grad: MainGrad) -> None:
-    """Add the fp32 sums of :func:`_weight_gradient` to ``main_grad``, unrounded; or write them where that is empty."""
+    """Add the fp32 sums of :func:`_weight_gradient` to ``main_grad``; or write them where that is empty."""
     if grad_RO.shape[0] == 0:
         main_grad.finish()
         return
@@ -339,7 +339,9 @@ def _sum_over_rows(
         place = result + (expert.to(tl.int64) * num_out + row)[:, None] * num_in + column[None, :]
         inside = (row < num_out)[:, None] & (column < num_in)[None, :]
     # The products are added to what is there: behind them a second tile would not fit into registers.
-    total = tl.load(place, mask=inside, other=0.0) if ACCUMULATE else tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
+    total = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
+    if ACCUMULATE:
+        total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     for first in range(start, whole_steps, STEP):
         total = tl.dot(grad.load([first, first_out]).T, x.load([first, first_in]), total)
     if whole_steps < end:
@@ -351,7 +353,7 @@ def _sum_over_rows(
         right = tl.load(right_place, mask=(last_row < end)[:, None] & (in_column < num_in)[None, :], other=0.0)
         total = tl.dot(left.T, right, total)
     if INTO_MAIN_GRAD:
-        tl.store(place, total, mask=inside)
+        tl.store(place, total.to(result.dtype.element_ty), mask=inside)
     else:
         narrow = total.to(grad_ptr.dtype.element_ty)
         result.store([expert, first_out, first_in], narrow.reshape(1, HEIGHT, WIDTH))

@@ -65,6 +65,12 @@ def test_bf16_keeps_flagged_parameters_in_fp32() -> None:
     assert memory["gradients"] == 4 * (DECAYED + _up(NORMS, 2) + EXPERTS + ROUTERS + GATES)
 
 
+def test_bf16_gradients_take_two_bytes_but_for_weights_in_fp32() -> None:
+    fp32, bf16 = (memory_per_gpu(TINY, replace(ONE, precision="bf16", gradient_dtype=d)) for d in ("fp32", "bf16"))
+    assert bf16["gradients"] == 2 * (DECAYED + _up(NORMS, 2) + EXPERTS) + 4 * (ROUTERS + GATES)
+    assert {part for part in fp32 if fp32[part] != bf16[part]} == {"gradients"}
+
+
 def test_bf16_moments_take_eight_bytes_with_the_master() -> None:
     """4 + 2 + 2 a parameter instead of 4 + 4 + 4; nothing else changes, the step's fp32 gradient included."""
     layout = Layout(64, 8, 1, "bf16", 1, 1)

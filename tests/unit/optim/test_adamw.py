@@ -143,3 +143,17 @@ def test_updated_parameters_are_published_in_their_readers_dtype() -> None:
     optimizer.published[parameters[0]] = weights
     updated, _ = _train(optimizer, 1)
     assert torch.equal(weights, updated.bfloat16())
+
+
+def test_gradients_may_live_in_a_buffer_of_another_dtype() -> None:
+    """They are widened before anything is computed from them."""
+    buffered, plain = _one_pass(), _one_pass()
+    gradient = torch.linspace(-1, 1, 100).bfloat16()
+    for optimizer in (buffered, plain):
+        optimizer.grad_scale = torch.tensor(3.0)
+    buffered.gradients[buffered.param_groups[0]["params"][0]] = gradient
+    plain.param_groups[0]["params"][0].grad = gradient.float()
+    buffered.step()
+    plain.step()
+    for ours, theirs in zip(buffered.param_groups, plain.param_groups, strict=True):
+        assert torch.equal(ours["params"][0], theirs["params"][0])
