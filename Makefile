@@ -65,6 +65,9 @@ baselines: $(ENV)  ## what a model of CONFIG has to beat: gzip and bigrams on it
 bench: $(ENV)  ## a training step on one GPU: time, rate, memory; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_step.py $(ARGS)
 
+bench-steps: $(ENV)  ## whole training steps on 1, 2 and 4 GPUs, what they consist of; options in ARGS
+	$(VENV)/bin/python scripts/benchmarks/bench_steps.py $(ARGS)
+
 bench-ops: $(ENV)  ## each kernel on one GPU: errors, time, share of what the device allows; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_op.py $(ARGS)
 

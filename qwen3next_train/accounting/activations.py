@@ -23,7 +23,7 @@ IMBALANCE_ALLOWANCE = 0.2
 LayerKind = Literal["gdn", "attention", "moe", "other"]
 
 _GDN_CHUNK = 64
-_CHUNK_LOGITS = 2**30  # what the linear_cross_entropy kernel holds at once on CUDA
+_CHUNK_LOGITS = 5 * 2**28  # of kernels.triton.linear_cross_entropy, which cannot be imported without Triton
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,14 @@ def _saved_other(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, .
 def _logits(model: ModelConfig, layout: Layout) -> int:
     """Head and loss of the last depth, when the other depths' gradients already wait for the backward pass.
 
-    A chunk holds fp32 logits and their log-softmax. Each use of the head leaves a weight gradient and a gradient of
-    its input in the activations' dtype; the one under way sums its weight gradient in fp32.
+    By the Triton kernel: a chunk's logits, in whose place their gradient is left. Each use of the head leaves a
+    weight gradient in fp32 and a gradient of its input in the activations' dtype.
     """
-    tokens = min(layout.num_tokens, max(_CHUNK_LOGITS // model.vocab_size, 1))
-    chunk = tokens * model.vocab_size * 2 * FP32_BYTES
-    weight = model.vocab_size * model.hidden_size
-    waiting = layout.element_bytes * (weight + layout.num_tokens * model.hidden_size)
-    return chunk + weight * (FP32_BYTES + layout.element_bytes) + waiting * model.mtp_num_layers
+    num_chunks = math.ceil(layout.num_tokens * model.vocab_size / _CHUNK_LOGITS)
+    chunk = math.ceil(layout.num_tokens / num_chunks) * model.vocab_size * layout.element_bytes
+    of_weight = FP32_BYTES * model.vocab_size * model.hidden_size
+    of_input = layout.element_bytes * layout.num_tokens * model.hidden_size
+    return chunk + (1 + model.mtp_num_layers) * (of_weight + of_input)
 
 
 def _all_to_all(model: ModelConfig, layout: Layout) -> int:

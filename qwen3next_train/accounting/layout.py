@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen3next_train.accounting.hardware import Precision
-from qwen3next_train.config.schema import Config, MomentsDtype, RecomputePart
+from qwen3next_train.config.schema import Config, GradientDtype, MomentsDtype, RecomputePart
 
 FP32_BYTES = 4
 """Of masters, moments, gradients and everything computed in fp32."""
@@ -26,6 +26,7 @@ class Layout:
         recompute: what the backward pass computes again instead of keeping it.
         moments_dtype: dtype of Adam's two moments.
         offload_optimizer: master weights and moments live in host memory.
+        gradient_dtype: what gradients of weights in ``precision`` are summed in, in buckets.
     """
 
     world_size: int
@@ -37,6 +38,7 @@ class Layout:
     recompute: frozenset[RecomputePart] = frozenset()
     moments_dtype: MomentsDtype = "fp32"
     offload_optimizer: bool = False
+    gradient_dtype: GradientDtype = "fp32"
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Layout:
@@ -51,12 +53,18 @@ class Layout:
             recompute=frozenset(config.parallel.recompute),
             moments_dtype=config.optimizer.moments_dtype,
             offload_optimizer=config.parallel.offload_optimizer == "cpu",
+            gradient_dtype=config.parallel.gradient_dtype,
         )
 
     @property
     def element_bytes(self) -> int:
         """Bytes of a weight or an activation."""
         return bytes_of(self.precision)
+
+    @property
+    def sums_in_buckets(self) -> bool:
+        """Whether gradients are summed in the buffers they are reduced from (``engine.gradient_buckets``)."""
+        return self.zero_stage == 1 and not self.offload_optimizer
 
     @property
     def num_tokens(self) -> int:

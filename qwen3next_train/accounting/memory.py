@@ -4,7 +4,8 @@ Model states follow what DeepSpeed 0.19.8 allocates for the engine's set-up (its
 by us, ``grad_accum_dtype: fp32``), measured on its tensors:
 
 * weights: the parameter's dtype, bf16 except fp32-flagged parameters in bf16 runs; whole under stages 1 and 2;
-* gradients: fp32 in every run; whole under stage 1, this rank's partition under stages 2 and 3;
+* gradients: fp32 in every run; whole under stage 1, in buffers as long as the weights' (``engine.gradient_buckets``)
+  unless the optimizer is offloaded; this rank's partition under stages 2 and 3;
 * optimizer: fp32 master, exp_avg and exp_avg_sq (fp32 or bf16) of this rank's partition. The master is a copy in fp32
   runs too. Offloaded, which stage 3 does not have, it is in host memory, with an fp32 gradient and a copy of the
   weights in their dtype. The sums of micro-batches' gradients stay on the GPU, under stage 2 only in bf16 runs.
@@ -190,13 +191,23 @@ def _model_states(kinds: Counter[ParameterKind], layout: Layout, persistent_nume
     shards = _flat_groups(kinds, layout)
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
-    summed = whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
-    # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
-    # activations; stage 1 at the end of the step's last, when they are gone.
-    bucket_bytes = FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
+    if layout.sums_in_buckets:
+        # Weights in fp32 have gradients in fp32.
+        gradients = sum(
+            shard.partition * shard.num_ranks * max(bytes_of(layout.gradient_dtype), shard.element_bytes)
+            for shard in shards
+        )
+        bucket_bytes = 0
+    else:
+        gradients = FP32_BYTES * (
+            whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
+        )
+        # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
+        # activations; stage 1 at the end of the step's last, when they are gone.
+        bucket_bytes = FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
     return {
         "weights": sum(shard.partition * shard.num_ranks * shard.element_bytes for shard in shards),
-        "gradients": FP32_BYTES * summed,
+        "gradients": gradients,
         "optimizer": 0 if layout.offload_optimizer else adam_state_bytes(layout) * partitions,
         # An offloaded optimizer's gradients pass through a buffer of the largest of them.
         "zero_buffers": REDUCE_BUCKET_NUMEL * bucket_bytes + gradient_in_flight * (1 + layout.offload_optimizer),
@@ -222,9 +233,10 @@ def _partition_numel(kinds: Counter[ParameterKind], layout: Layout) -> int:
 def _step_copy(kinds: Counter[ParameterKind], layout: Layout) -> int:
     """Bytes of the flat fp32 gradient that the optimizer step adds on the GPU.
 
-    Under stage 2 in bf16 runs the sums are that gradient; of an offloaded optimizer in fp32 runs it is on the host.
+    In buckets, and under stage 2 in bf16 runs, the sums are that gradient; of an offloaded optimizer in fp32 runs it
+    is on the host.
     """
-    if layout.zero_stage == 2 and layout.precision == "bf16":
+    if layout.sums_in_buckets or (layout.zero_stage == 2 and layout.precision == "bf16"):
         return 0
     if layout.offload_optimizer and layout.precision == "fp32":
         return 0

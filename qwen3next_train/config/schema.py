@@ -41,6 +41,7 @@ from qwen3next_train.config.bounds import (
 LayerType = Literal["linear_attention", "full_attention"]
 RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
+GradientDtype = Literal["fp32", "bf16"]
 
 
 class Section(BaseModel):
@@ -143,7 +144,9 @@ class DataConfig(Section):
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
     )
-    validation_fraction: Fraction = Field(0.02, description="documents held out by hash of their name or content")
+    validation_fraction: Fraction = Field(
+        0.02, description="documents held out by hash of their name or content, or the end of a single text file"
+    )
     tokenizer: PathText = Field(
         "builtin:python-4k", description="tokenizer.json, a folder with one, or builtin:python-4k"
     )
@@ -198,6 +201,11 @@ class ParallelConfig(Section):
         description="what the backward pass computes again instead of keeping it: norms, activations (SwiGLU products, "
         "copies of tokens for their experts, output gates, gated norm), gdn_prologue (GDN convolution and gates), or "
         "layer (whole layers)",
+    )
+    gradient_dtype: GradientDtype = Field(
+        "fp32",
+        description="dtype in which gradients are summed over micro-batches and ranks; bf16 halves their memory and "
+        "traffic and rounds every sum (only zero_stage 1, run.precision bf16, no offload)",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="where master weights and moments live and are updated; cpu frees the GPU of them, slower"

@@ -179,8 +179,25 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             "parallel.offload_optimizer cpu clips by a wrong gradient norm with parallel.zero_stage 3; set "
             "parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
         )
+    if parallel.gradient_dtype == "bf16":
+        yield from _bf16_gradient_violations(config)
     if not run.dir.strip():
         yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
+
+
+def _bf16_gradient_violations(config: Config) -> Iterator[RuleViolation]:
+    """Only gradient buckets can be of bf16, and fp32 runs have nothing to gain."""
+    for key, value, needed in (
+        ("run.precision", config.run.precision, "bf16"),
+        ("parallel.zero_stage", config.parallel.zero_stage, 1),
+        ("parallel.offload_optimizer", config.parallel.offload_optimizer, "none"),
+    ):
+        if value != needed:
+            yield RuleViolation(
+                ("parallel.gradient_dtype", key),
+                f"parallel.gradient_dtype bf16 does not go with {key} {value}; set {key} to {needed}, or "
+                "parallel.gradient_dtype to fp32",
+            )
 
 
 def _optimizer_violations(optimizer: OptimizerConfig) -> Iterator[RuleViolation]:

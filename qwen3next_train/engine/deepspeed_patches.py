@@ -59,8 +59,8 @@ def set_group_timeouts(timeout_s: float) -> None:
 
 
 @contextmanager
-def patched_optimizers() -> Iterator[None]:
-    """Let DeepSpeed build ours: :class:`PartitionedOptimizer` under stages 1 and 2, several dtypes under stage 3.
+def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[None]:
+    """Let DeepSpeed build ``partitioned`` under stages 1 and 2, and one of several dtypes under stage 3.
 
     Stage 3 puts all partitions into one flat buffer and asserts that they share a dtype, at one place
     (``runtime/zero/utils.py:defragment``); gathering, reducing and updating group parameters by dtype already.
@@ -68,7 +68,7 @@ def patched_optimizers() -> Iterator[None]:
     that makes a buffer for each run of equal dtype while the optimizer is built. Optimizer groups have one dtype
     each, so no partition of a group straddles two buffers.
     """
-    deepspeed_engine.DeepSpeedZeroOptimizer = PartitionedOptimizer
+    deepspeed_engine.DeepSpeedZeroOptimizer = partitioned
     stage3.defragment = _defragment_by_dtype
     try:
         yield

@@ -7,18 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import set_z3_leaf_modules
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
-from qwen3next_train.engine.deepspeed_patches import patched_optimizers, quiet_start, set_group_timeouts
+from qwen3next_train.engine.deepspeed_patches import (
+    PartitionedOptimizer,
+    patched_optimizers,
+    quiet_start,
+    set_group_timeouts,
+)
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
+from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
-from qwen3next_train.kernels.selection import DTYPES, KernelSet
+from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
@@ -26,6 +31,9 @@ from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
+
+_GROUP_NUMEL = 178_956_971
+"""Elements of an optimizer group of stages 2 and 3, DeepSpeed's own default."""
 
 
 class ZeroEngine:
@@ -75,6 +83,13 @@ class ZeroEngine:
         self._model = model
         self._engine = _wrap(config, model, table, device=device, num_micro_batches=num_micro_batches)
         state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
+        self._zero = self._engine.optimizer
+        self._in_buckets = isinstance(self._zero, GradientBucketOptimizer)
+        # DeepSpeed averages gradients over the ranks, which makes their sum of a loss that is as many times larger.
+        self._loss_factor = 1 if self._in_buckets else topology.world_size
+        if self._in_buckets:
+            self._zero.allocate(model.parameters(), DTYPES[config.parallel.gradient_dtype])
+            self._wait_for_weights_in_forward()
         self._state: ZeroState = state(
             self._engine.optimizer,
             dict(model.named_parameters()),
@@ -88,9 +103,9 @@ class ZeroEngine:
         """Gradient accumulation: forward and backward over this rank's micro-batches, then one optimizer update.
 
         The loss is normalised once, by counts of the whole global batch (:class:`LossScales`), so a
-        micro-batch's loss is its exact share of the step's loss. DeepSpeed averages gradients over ranks;
-        multiplying by the world size undoes that here and nowhere else, and its division by the number of
-        accumulation steps is switched off.
+        micro-batch's loss is its exact share of the step's loss and gradients have to be summed over micro-batches
+        and ranks. Gradient buckets do so; where DeepSpeed averages over ranks, the loss is multiplied by their number
+        here and nowhere else. Its division by the number of accumulation steps is switched off.
 
         Args:
             batches: this rank's micro-batches, the same number on every rank.
@@ -106,7 +121,7 @@ class ZeroEngine:
         self._model.begin_step()
         for batch in batches:
             output = self._engine(batch.to(self._device), scales)
-            self._engine.backward(output.total * self._world_size, scale_wrt_gas=False)
+            self._engine.backward(output.total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
                 collected.add(output)
             # Or the graph of this micro-batch would live through the forward pass of the next.
@@ -114,7 +129,7 @@ class ZeroEngine:
             # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
             # the weights and clears the gradients; the calls before it do none of that.
             self._engine.step()
-        skipped = bool(self._engine.optimizer.overflow)
+        skipped = bool(self._zero.non_finite if self._in_buckets else self._zero.overflow)
         if report is Report.NONE:
             return StepResult({}, skipped)
         metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
@@ -135,11 +150,21 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""
+        if self._in_buckets:
+            self._zero.wait_for_weights()
         return self._state.fragments()
 
     def load_state(self, read: ReadFragment, optimizer_step: int) -> None:
         """Fill weights, master weights and moments from a checkpoint of any layout."""
         self._state.load(read, optimizer_step)
+
+    def _wait_for_weights_in_forward(self) -> None:
+        """Let each part of the model wait for its own weights only, so that the others are gathered meanwhile."""
+        model = self._model
+        for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head, model.mtp):
+            if part is not None:
+                buckets = self._zero.buckets_of(part)
+                part.register_forward_pre_hook(lambda *_, buckets=buckets: self._zero.wait_for_weights(buckets))
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self._world_size > 1:
@@ -157,13 +182,19 @@ def _wrap(
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
     quiet_start()
-    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, table, config.optimizer))
+    offloaded = config.parallel.offload_optimizer == "cpu"
+    in_buckets = config.parallel.zero_stage == 1 and not offloaded
+    groups = bucketed_groups(
+        parameter_groups(model, table, config.optimizer),
+        max_numel=BUCKET_NUMEL if in_buckets else _GROUP_NUMEL,
+    )
     # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
-    fused = device.type == "cuda" or config.parallel.offload_optimizer == "cpu"
-    optimizer = build_adamw([group for group in groups if group["params"]], config.optimizer, fused=fused)
+    fused = device.type == "cuda" or offloaded
+    update = select_adamw_update(config.kernels, device) if in_buckets else None
+    optimizer = build_adamw(groups, config.optimizer, fused=fused, update=update)
     # Under ZeRO-3 an expert's weights are gathered and reduced together, also on a rank that received no token.
     set_z3_leaf_modules(model, [RoutedExperts])
-    with patched_optimizers():
+    with patched_optimizers(GradientBucketOptimizer if in_buckets else PartitionedOptimizer):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -87,7 +87,7 @@ class ZeroState(ABC):
         for partition in self._partitions:
             # A step tensor of its own for every partition: AdamW increments each in place.
             self._zero.optimizer.state[partition] = {
-                "step": torch.tensor(float(optimizer_step), device=self._step_device(partition)),
+                "step": torch.tensor(float(optimizer_step), device=partition.device),
                 "exp_avg": torch.zeros_like(partition.data, dtype=self._moments_dtype),
                 "exp_avg_sq": torch.zeros_like(partition.data, dtype=self._moments_dtype),
             }
@@ -116,11 +116,6 @@ class ZeroState(ABC):
 
     def _adam_state(self, group: int) -> dict[str, torch.Tensor]:
         return self._zero.optimizer.state.get(self._partitions[group], {})
-
-    def _step_device(self, partition: torch.Tensor) -> torch.device:
-        # Fused AdamW keeps its step on the parameter's device, the plain one on the host.
-        fused = self._zero.optimizer.param_groups[0].get("fused")
-        return partition.device if fused else torch.device("cpu")
 
 
 class PartitionedOptimizerState(ZeroState):

@@ -18,6 +18,7 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
+from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.kernels.attention import VarlenAttention, varlen_attention_reference
 from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy_chunked
 from qwen3next_train.kernels.fla.process import (
@@ -140,6 +141,23 @@ def reference_kernels() -> KernelSet:
     """Every operation by its reference, which runs on any device and in any dtype."""
     names = dict.fromkeys(KernelsConfig.model_fields, "reference")
     return select_kernels(KernelsConfig.model_validate(names), torch.device("cpu"))
+
+
+def select_adamw_update(config: KernelsConfig, device: torch.device) -> AdamWUpdate:
+    """The optimizer's update, which ``kernels.fused`` chooses with the other operations of one pass.
+
+    Args:
+        config: backend names.
+        device: where the optimizer state lives.
+    """
+    choice = _resolve(
+        "fused", config.fused, {"triton": _triton_unavailable_reason}, _Place(device, torch.float32, None)
+    )
+    if choice.backend == "reference":
+        return adamw_update_reference
+    from qwen3next_train.kernels.triton.adamw import adamw_update_triton
+
+    return adamw_update_triton
 
 
 def format_choices(choices: tuple[KernelChoice, ...]) -> str:

@@ -1,8 +1,7 @@
-"""The optimizer: torch's AdamW, or one whose two moments are kept in bf16, which torch's refuses on fp32 weights."""
+"""The optimizer: torch's AdamW, or ours, which updates by one operation and keeps its moments in fp32 or bf16."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,69 +9,113 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from qwen3next_train.config.schema import OptimizerConfig
+from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 
-_CHUNK_NUMEL = 2**24
+_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_adamw(groups: Iterable[dict[str, Any]], settings: OptimizerConfig, *, fused: bool) -> Optimizer:
+def build_adamw(
+    groups: Iterable[dict[str, Any]], settings: OptimizerConfig, *, fused: bool, update: AdamWUpdate | None = None
+) -> Optimizer:
     """AdamW (arXiv 1711.05101) as configured.
 
     Args:
         groups: parameter groups with their ``weight_decay``.
         settings: rates, decays and the dtype of the moments.
-        fused: torch's fused implementation; of no meaning with bf16 moments.
+        fused: torch's fused implementation, where torch's is taken.
+        update: the operation that ours updates by; None: torch's AdamW, which on fp32 weights refuses bf16 moments, so
+            those are ours by the reference.
     """
     betas = (settings.beta1, settings.beta2)
-    if settings.moments_dtype == "bf16":
-        return Bf16MomentsAdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
-    return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
+    if update is None and settings.moments_dtype == "fp32":
+        return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
+    return OnePassAdamW(
+        groups,
+        lr=settings.lr,
+        betas=betas,
+        eps=settings.eps,
+        moments_dtype=_MOMENTS[settings.moments_dtype],
+        update=update or adamw_update_reference,
+    )
 
 
-class Bf16MomentsAdamW(Optimizer):
-    """AdamW on fp32 parameters and gradients with bf16 moments.
+class OnePassAdamW(Optimizer):
+    """AdamW on fp32 parameters and gradients, each updated by one operation.
 
-    All arithmetic is fp32: moments are widened, updated, used and only then rounded to nearest. A moment thus loses
-    nothing it would not lose in the next read, as long as a step's decay is larger than bf16's spacing
-    (``config.validate``). Works through a parameter in pieces, so that the fp32 copies stay small.
+    ``grad_scale`` and ``found_inf`` are torch's protocol for fused optimizers: set from outside, gradients are divided
+    by the one, and nothing changes where the other is 1. ``published`` names tensors that receive updated parameters
+    rounded to their dtype, by parameter; ``gradients`` the gradients of parameters that have another dtype or live in a
+    buffer, in place of ``grad``.
 
     Args:
         groups: parameter groups, as of ``torch.optim.AdamW``.
         lr: learning rate, where a group has none.
         betas: decays of the moments.
         eps: added to the root of the second moment.
+        moments_dtype: of both moments.
+        update: the operation.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        moments_dtype: torch.dtype,
+        update: AdamWUpdate,
+    ) -> None:
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._moments_dtype = moments_dtype
+        self._update = update
+        self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
+        self.published: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; there is no closure to evaluate."""
         assert closure is None, "a closure is not supported"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        with_gradient = [
+            (parameter, gradient, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if (gradient := self.gradients.get(parameter, parameter.grad)) is not None
+        ]
+        if not with_gradient:
+            return
+        device = with_gradient[0][0].device
+        scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
+        found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        counts = torch.stack([self._counted(parameter, found_inf) for parameter, *_ in with_gradient]).double()
+        # On the device, since only it knows whether a step counts, and for all at once.
+        corrections = torch.stack([1 - beta**counts for beta in self.defaults["betas"]], dim=1)
+        for (parameter, gradient, group), of_parameter in zip(with_gradient, corrections, strict=True):
+            state, published = self.state[parameter], self.published.get(parameter)
+            self._update(
+                parameter.view(-1),
+                gradient.view(-1),
+                state["exp_avg"].view(-1),
+                state["exp_avg_sq"].view(-1),
+                None if published is None else published.view(-1),
+                corrections=of_parameter,
+                grad_scale=scale,
+                found_inf=found_inf,
+                lr=group["lr"],
+                betas=self.defaults["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _counted(self, parameter: torch.Tensor, found_inf: torch.Tensor) -> torch.Tensor:
+        """The number of the parameter's update, as its state keeps it; a skipped one is not counted."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        state["step"] += 1
-        count, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
-        step_size = lr / (1 - beta1**count)
-        root_of_correction = math.sqrt(1 - beta2**count)
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for weight, grad, exp_avg, exp_avg_sq in zip(*map(_pieces, tensors), strict=True):
-            first = exp_avg.float().lerp_(grad, 1 - beta1)
-            second = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            exp_avg.copy_(first)
-            exp_avg_sq.copy_(second)
-            denominator = second.sqrt_().div_(root_of_correction).add_(group["eps"])
-            weight.mul_(1 - lr * group["weight_decay"]).addcdiv_(first, denominator, value=-step_size)
-
-
-def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tensor.view(-1).split(_CHUNK_NUMEL)
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=self._moments_dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._moments_dtype)
+        state["step"] += 1 - found_inf
+        count: torch.Tensor = state["step"]
+        return count

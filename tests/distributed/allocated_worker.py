@@ -16,6 +16,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
+from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.topology import Topology
 from tests.distributed.layout_worker import rank_batches
@@ -29,7 +30,9 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def gradient_bytes(model: torch.nn.Module, zero: Any) -> int:
-    """What is accumulated: by stage 1 on the parameters (``grad_accum`` or ``grad``), by the others apart."""
+    """What is accumulated: in buckets, on the parameters (``grad_accum`` or ``grad``), or apart."""
+    if isinstance(zero, GradientBucketOptimizer):
+        return held_bytes(parameter.main_grad.values for parameter in model.parameters())
     on_parameters = [
         vars(parameter)["grad_accum"] if vars(parameter).get("grad_accum") is not None else parameter.grad
         for parameter in model.parameters()

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
 from qwen3next_train.kernels.triton.row_programs import num_processors
 
 _TILE_ROWS = 128
@@ -46,6 +47,8 @@ _LESS_THAN_A_TILE = _Launch((_TILE_ROWS, 128), 64, 4, 3)
 _MANY_ROWS = _Launch((128, 256), 64, 8, 3)
 _FEW_ROWS = _Launch((128, 128), 64, 4, 2)
 _FEW_ROWS_PER_EXPERT = 1024
+# Two programs fit on a multiprocessor, so that one multiplies while the other reads or writes its tile in fp32.
+_MAIN_GRAD = _Launch((128, 128), 64, 4, 3)
 
 
 def grouped_matmul_triton(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts_e: torch.Tensor) -> torch.Tensor:
@@ -56,12 +59,14 @@ def grouped_matmul_triton(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, count
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RI: torch.Tensor, weight_eOI: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+        main_grad = main_grad_of(weight_eOI)
         x_RI, weight_eOI = x_RI.contiguous(), weight_eOI.contiguous()
         experts = counts_e.numel()
         ends_2e = torch.empty(2, experts, dtype=torch.int32, device=x_RI.device)
         block = triton.next_power_of_2(experts)
         _find_ends[(1,)](counts_e, ends_2e, experts, EXPERTS=block, TILE_ROWS=_TILE_ROWS)
         ctx.save_for_backward(x_RI, weight_eOI, ends_2e)
+        ctx.main_grad = main_grad
         return _row_products(x_RI, weight_eOI, ends_2e, to_output=True)
 
     @staticmethod
@@ -72,7 +77,11 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _row_products(grad_RO, weight_eOI, ends_2e, to_output=False)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad_RO, x_RI, ends_2e)
+            if ctx.main_grad is None:
+                grad_weight = _weight_gradient(grad_RO, x_RI, ends_2e)
+            else:
+                _add_weight_gradient(grad_RO, x_RI, ends_2e, ctx.main_grad)
+                grad_weight = ctx.main_grad.added_directly(weight_eOI)
         return grad_x, grad_weight, None
 
 
@@ -143,24 +152,51 @@ def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.T
         return x_RI.new_zeros(experts, num_out, num_in)
     result = x_RI.new_empty(experts, num_out, num_in)
     launch = _FEW_ROWS if num_rows < _FEW_ROWS_PER_EXPERT * experts else _MANY_ROWS
+    # Of three dimensions, so that nothing is written beyond an expert's last row.
+    stored = TensorDescriptor.from_tensor(result, [1, *launch.side])
+    _sum_rows(grad_RO, x_RI, ends_2e, stored, launch, into_main_grad=False, accumulate=False)
+    return result
+
+
+def _add_weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_2e: torch.Tensor, main_grad: MainGrad) -> None:
+    """Add the fp32 sums of :func:`_weight_gradient` to ``main_grad``; or write them where that is empty."""
+    if grad_RO.shape[0] == 0:
+        main_grad.finish()
+        return
+    accumulate = not main_grad.is_empty
+    _sum_rows(grad_RO, x_RI, ends_2e, main_grad.values, _MAIN_GRAD, into_main_grad=True, accumulate=accumulate)
+
+
+def _sum_rows(
+    grad_RO: torch.Tensor,
+    x_RI: torch.Tensor,
+    ends_2e: torch.Tensor,
+    result: torch.Tensor | TensorDescriptor,
+    launch: _Launch,
+    *,
+    into_main_grad: bool,
+    accumulate: bool,
+) -> None:
+    """A program for each tile of each expert's gradient."""
+    num_out, num_in = grad_RO.shape[1], x_RI.shape[1]
     height, width = launch.side
-    _sum_over_rows[(triton.cdiv(num_out, height) * triton.cdiv(num_in, width), experts)](
+    _sum_over_rows[(triton.cdiv(num_out, height) * triton.cdiv(num_in, width), ends_2e.shape[1])](
         TensorDescriptor.from_tensor(grad_RO, [launch.step, height]),
         TensorDescriptor.from_tensor(x_RI, [launch.step, width]),
         grad_RO,
         x_RI,
-        # Of three dimensions, so that nothing is written beyond an expert's last row.
-        TensorDescriptor.from_tensor(result, [1, height, width]),
+        result,
         ends_2e,
         num_out,
         num_in,
         HEIGHT=height,
         WIDTH=width,
         STEP=launch.step,
+        INTO_MAIN_GRAD=into_main_grad,
+        ACCUMULATE=accumulate,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    return result
 
 
 @triton.jit
@@ -288,6 +324,8 @@ def _sum_over_rows(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
+    INTO_MAIN_GRAD: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     """One tile of the gradient of one expert's weight; zeros if the expert has no rows."""
     blocks = tl.cdiv(num_in, WIDTH)
@@ -296,16 +334,26 @@ def _sum_over_rows(
     start = _start(ends, expert)
     end = tl.load(ends + expert)
     whole_steps = start + (end - start) // STEP * STEP
+    if INTO_MAIN_GRAD:
+        row, column = first_out + tl.arange(0, HEIGHT), first_in + tl.arange(0, WIDTH)
+        place = result + (expert.to(tl.int64) * num_out + row)[:, None] * num_in + column[None, :]
+        inside = (row < num_out)[:, None] & (column < num_in)[None, :]
+    # The products are added to what is there: behind them a second tile would not fit into registers.
     total = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)
+    if ACCUMULATE:
+        total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     for first in range(start, whole_steps, STEP):
         total = tl.dot(grad.load([first, first_out]).T, x.load([first, first_in]), total)
     if whole_steps < end:
         out_column, in_column = first_out + tl.arange(0, HEIGHT), first_in + tl.arange(0, WIDTH)
-        row = (whole_steps + tl.arange(0, STEP)).to(tl.int64)
-        left_place = grad_ptr + row[:, None] * num_out + out_column[None, :]
-        left = tl.load(left_place, mask=(row < end)[:, None] & (out_column < num_out)[None, :], other=0.0)
-        right_place = x_ptr + row[:, None] * num_in + in_column[None, :]
-        right = tl.load(right_place, mask=(row < end)[:, None] & (in_column < num_in)[None, :], other=0.0)
+        last_row = (whole_steps + tl.arange(0, STEP)).to(tl.int64)
+        left_place = grad_ptr + last_row[:, None] * num_out + out_column[None, :]
+        left = tl.load(left_place, mask=(last_row < end)[:, None] & (out_column < num_out)[None, :], other=0.0)
+        right_place = x_ptr + last_row[:, None] * num_in + in_column[None, :]
+        right = tl.load(right_place, mask=(last_row < end)[:, None] & (in_column < num_in)[None, :], other=0.0)
         total = tl.dot(left.T, right, total)
-    narrow = total.to(grad_ptr.dtype.element_ty)
-    result.store([expert, first_out, first_in], narrow.reshape(1, HEIGHT, WIDTH))
+    if INTO_MAIN_GRAD:
+        tl.store(place, total.to(result.dtype.element_ty), mask=inside)
+    else:
+        narrow = total.to(grad_ptr.dtype.element_ty)
+        result.store([expert, first_out, first_in], narrow.reshape(1, HEIGHT, WIDTH))

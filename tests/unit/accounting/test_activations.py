@@ -50,10 +50,12 @@ def test_a_token_goes_to_fewer_ranks_than_experts() -> None:
 
 
 def test_long_rows_do_not_grow_the_logits_chunk() -> None:
-    """Beyond a chunk only the waiting MTP gradients grow."""
+    """Beyond a chunk only the waiting gradients of the inputs of both uses grow."""
     short = activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 16384))["logits"]
     long = activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 32768))["logits"]
-    assert long - short == 16384 * 2048 * 2
+    # 2 chunks of 8,192 tokens in bf16, twice the weight's gradient in fp32 and the input's in bf16.
+    assert short == 8192 * 151936 * 2 + 2 * (151936 * 2048 * 4 + 16384 * 2048 * 2)
+    assert long - short == 2 * 16384 * 2048 * 2
 
 
 def test_sources_exist_and_are_kept() -> None:

@@ -52,17 +52,23 @@ def test_one_process_fp32() -> None:
     memory = memory_per_gpu(TINY, ONE)
     padded = _up(DECAYED + ROUTERS, 2) + _up(NORMS + GATES, 2) + EXPERTS
     assert memory["weights"] == 4 * padded
-    assert memory["gradients"] == 4 * (DENSE + EXPERTS)
+    assert memory["gradients"] == 4 * padded
     assert memory["optimizer"] == 12 * padded
     largest = 4 * 12 * 8
-    assert memory["zero_buffers"] == 4 * REDUCE_BUCKET_NUMEL + 4 * largest
+    assert memory["zero_buffers"] == 4 * largest
 
 
 def test_bf16_keeps_flagged_parameters_in_fp32() -> None:
     """Router, A_log and dt_bias take 4 bytes; gradients are fp32 all the same."""
     memory = memory_per_gpu(TINY, replace(ONE, precision="bf16"))
     assert memory["weights"] == 2 * (DECAYED + _up(NORMS, 2) + EXPERTS) + 4 * (ROUTERS + GATES)
-    assert memory["gradients"] == 4 * (DENSE + EXPERTS)
+    assert memory["gradients"] == 4 * (DECAYED + _up(NORMS, 2) + EXPERTS + ROUTERS + GATES)
+
+
+def test_bf16_gradients_take_two_bytes_but_for_weights_in_fp32() -> None:
+    fp32, bf16 = (memory_per_gpu(TINY, replace(ONE, precision="bf16", gradient_dtype=d)) for d in ("fp32", "bf16"))
+    assert bf16["gradients"] == 2 * (DECAYED + _up(NORMS, 2) + EXPERTS) + 4 * (ROUTERS + GATES)
+    assert {part for part in fp32 if fp32[part] != bf16[part]} == {"gradients"}
 
 
 def test_bf16_moments_take_eight_bytes_with_the_master() -> None:
@@ -81,8 +87,11 @@ def test_an_offloaded_optimizer_is_in_host_memory(stage: Stage, precision: Preci
     assert there["optimizer"] == 0
     assert there["weights"] == here["weights"]
     largest = 4 * 12 * 8 * layout.element_bytes
-    assert there["zero_buffers"] == here["zero_buffers"] + largest
-    assert there["gradients"] == (0 if precision == "fp32" else here["gradients"])
+    # Stage 1 sums in the buffers it reduces from, but not for an optimizer on the host.
+    bucket = 4 * REDUCE_BUCKET_NUMEL if stage == 1 else 0
+    assert there["zero_buffers"] == here["zero_buffers"] + largest + bucket
+    whole = 4 * (DENSE + EXPERTS)
+    assert there["gradients"] == (0 if precision == "fp32" else whole if stage == 1 else here["gradients"])
     partitions = here["optimizer"] // 12
     host = host_bytes_per_gpu(TINY, replace(layout, offload_optimizer=True))
     assert host == 16 * partitions + here["weights"] // 8 + largest
@@ -97,11 +106,8 @@ def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[i
     experts = _up(EXPERTS // 2, 8)
     assert memory["weights"] == 4 * (dense + experts)
     assert memory["optimizer"] == 12 * (dense // 8 + experts // 4)
-    if stage == 2:
-        dense_ranks, expert_ranks = gradient_ranks
-        assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
-    else:
-        assert memory["gradients"] == 4 * (DENSE + EXPERTS // 2)
+    dense_ranks, expert_ranks = gradient_ranks
+    assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
 
 
 def test_stage3_partitions_every_parameter() -> None:
@@ -151,14 +157,15 @@ def test_total_covers_weights_and_runtime() -> None:
 
 def test_step_copy_counts_only_beyond_activations() -> None:
     """With one token the optimizer step is the fullest moment, with many the backward pass is."""
-    small = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 1))
-    large = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 4096))
-    activations = sum(activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 1, "bf16", 1, 1)).values())
+    small = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1))
+    large = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 4096))
+    activations = sum(activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1)).values())
     assert small["optimizer_step"] == max(0, small["optimizer"] // 3 - activations)
     assert small["optimizer_step"] > 0
     assert large["optimizer_step"] == 0
-    sharded = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 2, "bf16", 1, 1))
-    assert sharded["optimizer_step"] == 0, "under ZeRO-2 the sums are flat already"
+    for stage in (1, 2):
+        flat = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, stage, "bf16", 1, 1))
+        assert flat["optimizer_step"] == 0, "the sums are flat already"
 
 
 @pytest.mark.parametrize(("world", "expert_parallel"), [(8, 3), (12, 3)])

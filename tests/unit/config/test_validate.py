@@ -34,6 +34,16 @@ RULES = [
         "parallel.zero_stage 3; set parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
     ),
     (
+        {"parallel__gradient_dtype": "bf16", "run__precision": "bf16", "parallel__zero_stage": "2"},
+        "--parallel.gradient_dtype: parallel.gradient_dtype bf16 does not go with parallel.zero_stage 2; set "
+        "parallel.zero_stage to 1, or parallel.gradient_dtype to fp32",
+    ),
+    (
+        {"parallel__gradient_dtype": "bf16", "run__precision": "fp32"},
+        "--parallel.gradient_dtype: parallel.gradient_dtype bf16 does not go with run.precision fp32; set "
+        "run.precision to bf16, or parallel.gradient_dtype to fp32",
+    ),
+    (
         {"optimizer__moments_dtype": "bf16", "optimizer__beta2": "0.999"},
         "--optimizer.beta2: optimizer.beta2 0.999 changes a moment by less than bf16 can hold; with "
         "optimizer.moments_dtype bf16 give at most 0.99, or set optimizer.moments_dtype to fp32",

@@ -1,4 +1,4 @@
-"""What saves memory changes nothing else: recompute, offloaded optimizer, bf16 moments."""
+"""What saves memory changes nothing else: recompute, offloaded optimizer, bf16 moments and gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, ReadFragment
+from qwen3next_train.kernels.main_grad import main_grad_of
 from qwen3next_train.parallel.process_groups import ProcessContext
 from tests.distributed.test_layout_equality import small_config
 from tests.unit.engine.test_zero_engine import _engine, _state, _step
@@ -102,6 +103,19 @@ def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None
             rounded = before if kind == "master" or moments_dtype == "fp32" else before.bfloat16().float()
             assert torch.equal(tensor, rounded), (name, kind)
         assert not _step(engine, _config(moments_dtype=moments_dtype), 2).skipped
+
+
+def test_bf16_gradients_follow_the_curve_of_fp32_ones(context: ProcessContext) -> None:
+    """Four micro-batches a step: each sum is rounded, so norms are off by some 1e-3 and losses by less."""
+    _, fp32 = _train(_config(precision="bf16"), context, 4)
+    engine, bf16 = _train(_config(precision="bf16", gradient_dtype="bf16"), context, 4)
+    dtypes = {p.dtype: main_grad_of(p).values.dtype for p in engine._model.parameters()}
+    assert dtypes == {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
+    assert fp32[0]["loss/lm"] == bf16[0]["loss/lm"]
+    for step, (expected, found) in enumerate(zip(fp32, bf16, strict=True)):
+        assert found["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-3), step
+        assert found["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-2), step
+    assert bf16[0]["optim/grad_norm"] != fp32[0]["optim/grad_norm"]
 
 
 def test_bf16_moments_follow_the_curve_of_fp32_ones(context: ProcessContext) -> None:

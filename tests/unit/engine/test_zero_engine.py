@@ -95,14 +95,13 @@ def test_a_non_finite_gradient_skips_the_update_and_leaves_the_state_bit_equal(c
     assert not _step(engine, config, 2).skipped
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_step_in_bf16_asks_once_whether_it_is_finite(
-    context: ProcessContext, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+    context: ProcessContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each question waits for the device; DeepSpeed asks again to clip, once for each optimizer group."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    config = _bf16(zero_stage=zero_stage, clip_grad=0.5)
+    config = _bf16(zero_stage=2, clip_grad=0.5)
     engine = _engine(config, context)
     original, norms = stage_1_and_2.is_invalid_grad_norm, []
 

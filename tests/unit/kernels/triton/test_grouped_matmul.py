@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from qwen3next_train.kernels.main_grad import MainGrad
+from qwen3next_train.selftest.case import relative_error
 from qwen3next_train.selftest.moe_cases import grouped_matmul as grouped_matmul_case
 from tests.unit.kernels.comparison import check, random
 from tests.unit.kernels.interpreted import DEVICE
@@ -55,6 +59,42 @@ def test_triton_without_rows_gives_zero_gradients() -> None:
     assert not weight.grad.any()
     assert x.grad is not None
     assert x.grad.shape == (0, 8)
+
+
+def error_of_sums(counts: list[int], num_in: int, num_out: int, dtype: torch.dtype) -> float:
+    """Relative error of the weights' gradients of three micro-batches, summed in ``main_grad``."""
+    from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
+
+    draw, experts = random(), len(counts)
+    weight = torch.nn.Parameter(draw.normal(experts, num_out, num_in).to(dtype))
+    # What is there before is not a number, so that reading it shows.
+    main_grad = MainGrad(torch.full((experts, num_out, num_in), math.nan, device=DEVICE))
+    weight.main_grad = main_grad  # type: ignore[attr-defined]
+    weight.register_post_accumulate_grad_hook(lambda p: p.main_grad.add(p.grad))
+    expected = torch.zeros(experts, num_out, num_in, dtype=torch.float64)
+    for _ in range(3):
+        x, upstream = (draw.normal(sum(counts), features).to(dtype) for features in (num_in, num_out))
+        out = grouped_matmul_triton(x.requires_grad_(), weight, counts_e=torch.tensor(counts, device=DEVICE))
+        out.backward(upstream)
+        weight.grad = None
+        of_experts = zip(*(rows.detach().double().cpu().split(counts) for rows in (upstream, x)), strict=True)
+        expected += torch.stack([upstream_RO.T @ x_RI for upstream_RO, x_RI in of_experts])
+    return relative_error(main_grad.values.cpu(), expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU rounds the products of fp32 to tf32, and trains in bf16")
+@pytest.mark.parametrize("counts", [[3, 130, 0, 128], [0, 0, 0, 0]])
+@pytest.mark.parametrize(("num_in", "num_out"), [(72, 264), (128, 128)])
+def test_weight_gradients_are_summed_in_main_grad(counts: list[int], num_in: int, num_out: int) -> None:
+    assert error_of_sums(counts, num_in, num_out, torch.float32) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[300, 0, 129, 1, 64, 2000], [0, 0]])
+@pytest.mark.parametrize(("num_in", "num_out"), [(2048, 1024), (136, 200)])
+def test_weight_gradients_are_summed_unrounded_on_a_gpu(counts: list[int], num_in: int, num_out: int) -> None:
+    # Sums rounded to bf16 would be off by 2e-3.
+    assert error_of_sums(counts, num_in, num_out, torch.bfloat16) < 1e-5
 
 
 @pytest.mark.gpu

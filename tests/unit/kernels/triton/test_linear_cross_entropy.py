@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qwen3next_train.accounting import activations
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.triton import linear_cross_entropy
 from qwen3next_train.kernels.triton.linear_cross_entropy import linear_cross_entropy_triton
@@ -19,6 +20,10 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Six hidden states, the head's weight for a vocabulary of 50, and labels."""
     hidden, weight = case_of(random(), 6, 50, 8).rounded(torch.float32).values()
     return hidden.requires_grad_(), weight.requires_grad_(), torch.arange(6, device=DEVICE)
+
+
+def test_accounting_counts_the_chunk_that_is_used() -> None:
+    assert activations._CHUNK_LOGITS == linear_cross_entropy._CHUNK_LOGITS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,25 @@
+"""The benchmark of whole steps measures what ranks do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import perform
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_row_has_times_rates_and_parts(tmp_path: Path, zero_stage: int) -> None:
+    perform("bench_worker", zero_stage, tmp_path / "report.json", num_processes=2)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["ms"]) == 2
+    assert min(report["ms"]) > 0
+    assert report["tflops"] > 0
+    assert report["plan_bytes"] > 0
+    # Ranges of the profiler: gradients go through buckets under stage 1, through DeepSpeed's own code under stage 3.
+    assert (report["parts"]["accumulation"] > 0) == (zero_stage == 1)
+    assert report["parts"]["AdamW"] > 0
