@@ -41,7 +41,6 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
         "steps_per_print": None,
         # It waits for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -18,10 +18,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as deepspeed_engine
+from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
+
+from qwen3next_train.optim.adamw import OnePassAdamW
 
 
 def quiet_start() -> None:
@@ -34,6 +38,11 @@ def quiet_start() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # The original copies -1 from the host to the device, which waits for the device once for each optimizer group.
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
+    # ZeRO warns of optimizers that are not in its list; tests of every layout hold ours to torch's AdamW.
+    if OnePassAdamW not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(OnePassAdamW)
+    # A skipped step is said by the run's own line. The scale is 1 and stays.
+    loss_scaler.LossScalerBase.update_scale = lambda self, overflow: None
 
 
 def _mark_non_finite(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:

@@ -15,7 +15,6 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": 1,
