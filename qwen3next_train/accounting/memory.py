@@ -19,9 +19,9 @@ Activations, which come on top, are the matter of :mod:`qwen3next_train.accounti
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qwen3next_train.accounting.activations import activation_bytes
@@ -37,8 +37,6 @@ RUNTIME_BYTES = 2 * 2**30
 ADAM_STATE_BYTES = 12
 """Master weight and two moments, fp32, per parameter: what a checkpoint holds."""
 
-# What of the plan is no need: the room for experts that get more than their share, and what is there before.
-_ALLOWANCES = ("imbalance", "runtime")
 # Input, position and targets of a token are 64-bit.
 _BATCH_BYTES = 8
 # DeepSpeed's default under stage 3: at most so many are gathered at once.
@@ -143,13 +141,15 @@ def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[Par
     return sum(shard.partition * (states + shard.element_bytes) for shard in shards) + _largest_gradient(kinds, layout)
 
 
-def certain_bytes_per_gpu(model: ModelConfig, layout: Layout) -> int:
+def certain_bytes(parts: Mapping[str, int]) -> int:
     """Bytes that one GPU has to have free: weights, gradients and optimizer, which are known to the byte.
 
-    Not the whole of :func:`memory_per_gpu`: its activations are what a micro-batch keeps at most, and runs whose peak
-    was a fifth below the plan have been measured.
+    Not all that is planned: activations are what a micro-batch keeps at most, and runs whose peak was a fifth below
+    the plan have been measured.
+
+    Args:
+        parts: of :func:`memory_per_gpu`.
     """
-    parts = memory_per_gpu(model, layout)
     return parts["weights"] + parts["gradients"] + parts["optimizer"]
 
 
@@ -162,18 +162,19 @@ def host_bytes(config: Config, layout: Layout, *, trains_on_host: bool) -> int:
         trains_on_host: the model is on the host too; else a GPU has it, but for an offloaded optimizer.
     """
     model, data = config.model, config.data
-    rows = config.run.global_batch_size // layout.world_size
     # Those that wait, the one that is prepared and the one in use.
     num_steps = data.num_prefetch_steps + 2 if data.num_prefetch_steps else 1
-    total = num_steps * rows * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
+    num_rows = num_steps * (config.run.global_batch_size // layout.world_size)
     if config.eval.interval:
-        held_out = config.eval.rows // layout.world_size
-        total += held_out * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
+        num_rows += config.eval.rows // layout.world_size
+    batches = num_rows * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
     if not trains_on_host:
-        return total + host_bytes_per_gpu(model, layout)
-    parts = memory_per_gpu(model, dataclasses.replace(layout, offload_optimizer=False))
-    # A gradient bucket is touched only as far as the model fills it.
-    return total + sum(size for name, size in parts.items() if name not in (*_ALLOWANCES, "zero_buffers"))
+        return batches + host_bytes_per_gpu(model, layout)
+    parts = memory_per_gpu(model, replace(layout, offload_optimizer=False))
+    # No need of a host: room for experts that get more than their share, what a GPU's process holds before it starts,
+    # and the gradient bucket, which is touched only as far as the model fills it.
+    unused = ("imbalance", "runtime", "zero_buffers")
+    return batches + sum(size for name, size in parts.items() if name not in unused)
 
 
 def adam_state_bytes(layout: Layout) -> int:

@@ -20,12 +20,11 @@ from typing import Literal, Protocol
 import xxhash
 
 from qwen3next_train.exhaustion import system_reason
+from qwen3next_train.files import NO_SUCH_FILE, sync_directory
 
 FileKind = Literal["file", "directory", "symbolic link", "special file"]
 
 READ_CHUNK_BYTES = 4 << 20
-NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What ``flock`` says on a filesystem without locks."""
 
 _FILE_MODE = 0o640
 _DIRECTORY_MODE = 0o750
@@ -138,11 +137,7 @@ class LocalFilesystem:
 
     def fsync_dir(self, path: Path) -> None:
         """Force a directory's names to the device."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """Move a name within one filesystem, atomically; replaces a file, never a non-empty directory."""
@@ -163,8 +158,6 @@ class LocalFilesystem:
 
 
 LOCAL_FILESYSTEM = LocalFilesystem()
-
-_NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR})
 
 
 class UnusableFileError(Exception):
@@ -242,7 +235,7 @@ def is_unreadable(error: OSError) -> bool:
 
     The content may be intact then: it is neither passed over nor replaced.
     """
-    return error.errno not in _NOTHING_THERE
+    return error.errno not in NO_SUCH_FILE
 
 
 def hash_file(fs: Filesystem, path: Path) -> str:

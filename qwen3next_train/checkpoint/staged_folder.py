@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen3next_train.checkpoint.filesystem import (
-    NO_LOCKS,
     Filesystem,
     describe_os_error,
     format_bytes,
@@ -19,6 +17,7 @@ from qwen3next_train.checkpoint.filesystem import (
     remove_tree,
 )
 from qwen3next_train.errors import ConfigError, StorageError
+from qwen3next_train.files import NO_LOCKS, lock_now
 from qwen3next_train.log import get_logger
 
 _LOCK_SUFFIX = ".lock"
@@ -96,11 +95,10 @@ def _open_lock(path: Path, flags: int = 0) -> int:
     """
     descriptor = os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS or not flags & os.O_CREAT:
-            os.close(descriptor)
-            raise
+        lock_now(descriptor, NO_LOCKS if flags & os.O_CREAT else frozenset())
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -150,7 +150,7 @@ def _tokenize(args: Arguments) -> int:
     if output == "":
         raise ConfigError("--output: not a file name (got ''); give the prefix of the .bin and .idx files")
     config = load(args).config
-    from qwen3next_train.data.prepare import tokenize
+    from qwen3next_train.data.tokenize_command import tokenize
 
     return tokenize(config, None if output is None else Path(path_argument(output, "--output")))
 

@@ -22,12 +22,11 @@ from qwen3next_train.launcher import check_host
 from qwen3next_train.log import get_logger
 from qwen3next_train.train.failures import foreseen
 from qwen3next_train.train.memory_check import num_oom_kills, settings_that_help
+from qwen3next_train.train.run_files import MAX_EXIT_BYTES
 from qwen3next_train.train.signals import stop_reason
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-_MAX_EXIT_BYTES = 1 << 20
 
 
 def run_processes(processes: Processes, run_dir: Path, check_world: Callable[[], None]) -> int:
@@ -224,6 +223,6 @@ def _record(run_dir: Path, error: TrainError) -> None:
 
 def _read(run_dir: Path) -> bytes:
     try:
-        return read_file(LOCAL_FILESYSTEM, run_dir / "exit.json", max_bytes=_MAX_EXIT_BYTES)
+        return read_file(LOCAL_FILESYSTEM, run_dir / "exit.json", max_bytes=MAX_EXIT_BYTES)
     except (OSError, UnusableFileError):
         return b""

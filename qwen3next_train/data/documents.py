@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -36,6 +36,7 @@ class Document:
         token_ids: ids to take as they are, nothing appended; None for text.
         identity: decides by its hash whether the document is held out: the file's name, or the content.
         position: stored bytes of the source read up to and with this document.
+        held_out: whether it is held out; None: its hash decides.
     """
 
     where: str
@@ -43,9 +44,12 @@ class Document:
     token_ids: list[int] | None
     identity: bytes
     position: int = 0
+    held_out: bool | None = None
 
     def is_held_out(self, fraction: float) -> bool:
         """Whether the document belongs to the validation part of size ``fraction``, whatever else is in the corpus."""
+        if self.held_out is not None:
+            return self.held_out
         value = int.from_bytes(blake2b(self.identity, digest_size=8).digest(), "little")
         return value < int(fraction * (1 << 64))
 
@@ -74,9 +78,36 @@ def read_documents(source: FileSource, skipped: Counter[str]) -> Iterator[Docume
             raise read_error(file.path, error) from None
 
 
+def is_cut(source: FileSource, held_out_fraction: float) -> bool:
+    """Whether what is held out is the end of a document: of a single text file, which has no other documents."""
+    return held_out_fraction > 0 and len(source.files) == 1 and not _format_of(source.files[0]).holds_records
+
+
+def cut_document(document: Document, held_out_fraction: float) -> Iterator[Document]:
+    """The beginning of a document, for training, and its end, which is held out.
+
+    The cut is behind a line, else behind a space, at most half as far again from the end as the fraction says. A
+    document that is too short for both parts stays whole.
+    """
+    text = document.text
+    target = round(len(text) * (1 - held_out_fraction))
+    if not 0 < target < len(text):
+        yield document
+        return
+    lowest = target - min(target, len(text) - target) // 2
+    cut = next((at + 1 for mark in ("\n", " ") if (at := text.rfind(mark, lowest, target)) >= 0), target)
+    position = document.position * cut // len(text)
+    yield replace(document, text=text[:cut], position=position, held_out=False)
+    yield replace(document, text=text[cut:], held_out=True)
+
+
+def _format_of(file: SourceFile) -> FileFormat:
+    """How a file is read: one without suffix is text when the user has named it; no other is without a format."""
+    return format_of(file.path.name) or _PLAIN_TEXT
+
+
 def _read_file(source: FileSource, file: SourceFile, start: int, skipped: Counter[str]) -> Iterator[Document]:
-    # A file without suffix is text when the user has named it; sources holds no other one that the table lacks.
-    file_format = format_of(file.path.name) or _PLAIN_TEXT
+    file_format = _format_of(file)
     if file_format.holds_records:
         for record in read_records(file.path, file_format, source.text_field, MAX_DOCUMENT_BYTES):
             document = _document_of_record(record, source.text_field, start, skipped)

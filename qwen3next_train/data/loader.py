@@ -21,7 +21,7 @@ from typing import Self
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.blend import Blend
-from qwen3next_train.data.prepare import PreparedData
+from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.rows import RowSampler
 from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.topology import Topology

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from qwen3next_train.errors import DataError, StorageError
 from qwen3next_train.exhaustion import system_reason
+from qwen3next_train.files import NO_SUCH_FILE
 
-_NOT_THERE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
-)
+# Nobody looks a name up before it is opened: it may be one that no file can have, or a socket.
+_NOT_THERE = NO_SUCH_FILE | {errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
 _READ_BYTES = 4 << 20
 
 

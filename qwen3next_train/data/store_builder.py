@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal, Place
-from qwen3next_train.data.documents import Document, read_documents
+from qwen3next_train.data.documents import Document, cut_document, is_cut, read_documents
 from qwen3next_train.data.progress import Progress
 from qwen3next_train.data.reading import remove
 from qwen3next_train.data.sources import FileSource
@@ -60,7 +60,8 @@ def build_stores(
     """Tokenise all documents of a source, from where an earlier call was killed; return the seconds it took in all.
 
     A document is held out by the hash of its identity. When that leaves nothing to train on (a corpus of one or two
-    documents), everything is for training. A part without documents is not written.
+    documents), everything is for training. Of a single text file the end is held out. A part without documents is not
+    written.
 
     Args:
         source: the files.
@@ -68,7 +69,7 @@ def build_stores(
         train_prefix: where to write the store of the training documents, in a directory of this source, tokenizer
             and fraction alone.
         validation_prefix: where to write the store of the held-out documents, in the same directory.
-        held_out_fraction: share of the documents to hold out, 0 for none.
+        held_out_fraction: share of the documents, or of the single text, to hold out, 0 for none.
         skipped: counts the documents that are left out, by reason.
         entry: name of the cache's entry, recorded in both stores; empty for none.
 
@@ -115,7 +116,7 @@ def build_stores(
             ).write(journal_path)
 
         text_bytes = 0
-        for batch, behind in _batches(source, start, skipped):
+        for batch, behind in _batches(source, start, held_out_fraction, skipped):
             for document, token_ids in _encode_batch(batch, tokenizer):
                 num_bytes = len(document.text.encode())
                 part = validation if document.is_held_out(held_out_fraction) else train
@@ -186,7 +187,9 @@ def _are_whole(prefixes: tuple[Path, Path]) -> bool:
     return True
 
 
-def _batches(source: FileSource, start: Place, skipped: Counter[str]) -> Iterator[tuple[list[Document], Place]]:
+def _batches(
+    source: FileSource, start: Place, held_out_fraction: float, skipped: Counter[str]
+) -> Iterator[tuple[list[Document], Place]]:
     """Documents behind ``start`` in batches that keep all cores busy, each with the place behind it."""
     batch: list[Document] = []
     num_chars = 0
@@ -194,7 +197,10 @@ def _batches(source: FileSource, start: Place, skipped: Counter[str]) -> Iterato
     place = start
     for index in range(start.file, len(source.files)):
         left_out, number = dict(skipped), 0
-        for document in read_documents(replace(source, files=(source.files[index],)), skipped):
+        documents = read_documents(replace(source, files=(source.files[index],)), skipped)
+        if is_cut(source, held_out_fraction):
+            documents = (part for document in documents for part in cut_document(document, held_out_fraction))
+        for document in documents:
             number += 1
             if index == start.file and number <= start.documents:
                 continue

@@ -4,8 +4,8 @@
 absent takes the lock ``CACHE/.<key>.lock`` (released by the kernel when its holder dies) and builds in
 ``CACHE/.<key>-partial``; the others wait for the lock and find the directory. What a killed process left there, the
 next holder of the lock goes on with; whoever builds anything removes it after a day, and at once when there is nothing
-to go on with. An entry that turns out to be damaged, when it is opened or later (a file ``damaged`` in it), is built
-again.
+to go on with; the ``tokenize`` command removes it at once. An entry that turns out to be damaged, when it is opened or
+later (a file ``damaged`` in it), is built again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from qwen3next_train.config.error_lines import show
 from qwen3next_train.data.build_journal import JOURNAL_NAME
 from qwen3next_train.data.reading import is_missing, read_error
 from qwen3next_train.data.store_meta import entry_name
-from qwen3next_train.data.store_writer import staging_directory, storage_errors, sync_directory
+from qwen3next_train.data.store_writer import staging_directory, storage_errors
 from qwen3next_train.data.token_store import TokenStore, store_paths
 from qwen3next_train.errors import DataError, StoppedBySignal, StorageError
+from qwen3next_train.files import lock_now, sync_directory
 from qwen3next_train.log import get_logger
 
 # The cache may be a folder that holds other things as well.
@@ -38,8 +39,6 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 _DAMAGE_NOTE = "damaged"
 _UNFINISHED = "fresh"
 _HINT = "free space or set data.cache_dir to a folder that can be written"
-NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What ``flock`` says on a file system without locks."""
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """When a disk is full, what has been written is given up: the run's own last lines need the space."""
@@ -115,6 +114,17 @@ def get_or_build(
                 _remove_abandoned(cache_dir, key)
             build_s = _build_and_publish(cache_dir, key, build, can_resume=is_locked)
     return _open(cache_dir / key, build_s)
+
+
+def remove_unfinished(cache_dir: Path) -> None:
+    """Remove what interrupted processes left of building, of any key, unless it is being built.
+
+    It cannot be gone on with then; to be called when all that is needed here has been built.
+    """
+    for path in cache_dir.glob(".*-*"):
+        match = _STAGING_NAME.fullmatch(path.name)
+        if match is not None and _remove_unless_locked(path, cache_dir / f".{match['key']}.lock"):
+            get_logger().info("%s: removed, left by a tokenization that was interrupted", path)
 
 
 def _open(directory: Path, build_s: float | None) -> CachedStores:
@@ -231,18 +241,20 @@ def _is_old(directory: Path) -> bool:
     return time.time() - newest > _ABANDONED_AFTER_S
 
 
-def _remove_unless_locked(path: Path, lock_path: Path) -> None:
+def _remove_unless_locked(path: Path, lock_path: Path) -> bool:
+    """Remove a staging directory that nobody builds in; False where somebody does, or locks do not work."""
     try:
         # Whoever made the directory has made the lock as well.
         lock = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return
+        return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
+        is_locked = lock_now(lock)
+        if is_locked:
+            shutil.rmtree(path, ignore_errors=True)
+        return is_locked
     except OSError:
-        # Being built, or locks do not work here.
-        pass
+        return False
     finally:
         os.close(lock)
 
@@ -253,15 +265,11 @@ def _locked(path: Path, label: str) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_now(descriptor)
         except BlockingIOError:
             get_logger().info("%s: waiting for another process that tokenizes it", label)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            yield False
-            return
-        yield True
+            is_locked = True
+        yield is_locked
     finally:
         os.close(descriptor)

@@ -8,8 +8,6 @@ folders that nobody has locked are removed by the next ``tokenize`` into the sam
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -18,17 +16,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3next_train.data.reading import is_missing, read_error
-from qwen3next_train.data.store_cache import NO_LOCKS, can_go_on_after
+from qwen3next_train.data.store_cache import can_go_on_after
 from qwen3next_train.data.store_meta import entry_name
-from qwen3next_train.data.store_writer import storage_errors, sync_directory
+from qwen3next_train.data.store_writer import storage_errors
 from qwen3next_train.data.token_store import TokenStore, store_paths
 from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.files import NO_HARD_LINKS, lock_now, sync_directory
 from qwen3next_train.log import get_logger
 
 _PARTIAL_NAME = re.compile(r"\.(?P<name>.+)-[0-9a-f]{32}\.partial", re.DOTALL)
 _REMOVED_NAME = re.compile(r"\..+-[0-9a-f]{32}\.removed", re.DOTALL)
 _STORE_NAME = "train"
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
 def require_unused(prefix: Path) -> None:
@@ -107,7 +105,7 @@ def _publish(staged: Path, prefix: Path) -> None:
                     f"tokenize: {target} exists; move it away and run the same command again, the store is finished"
                 ) from None
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             # A file system without hard links: a file that appears between these two lines would be lost.
             if not is_missing(target):
@@ -126,24 +124,20 @@ def _locked(partial: Path, prefix: Path) -> Iterator[bool]:
         except FileNotFoundError:
             continue  # somebody has removed the folder as a leftover
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_now(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             raise ConfigError(
                 f"tokenize: another process is writing {prefix}; wait for it or choose another output"
             ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-            with _closing(descriptor):
-                yield False
-            return
-        if not _is_same_file(partial / "lock", descriptor):
+        except OSError:
+            os.close(descriptor)
+            raise
+        if is_locked and not _is_same_file(partial / "lock", descriptor):
             os.close(descriptor)
             descriptor = -1
     with _closing(descriptor):
-        yield True
+        yield is_locked
 
 
 @contextmanager
@@ -180,8 +174,10 @@ def _remove_leftovers(folder: Path, *, own: Path) -> None:
             continue
         with _closing(descriptor):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = lock_now(descriptor)
             except OSError:
+                continue
+            if not is_locked:
                 continue
             _remove(path)
             get_logger().info("%s: removed, left by a tokenize that was killed", path)

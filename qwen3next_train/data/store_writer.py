@@ -224,12 +224,3 @@ def staging_directory(parent: Path, prefix: str) -> Iterator[Path]:
         yield staged
     finally:
         rmtree(staged, ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Force a directory's entries (after a rename) to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.formats import Format, format_of
-from qwen3next_train.data.prepare import PreparedData, PreparedSource
+from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.data.sources import FileSource, resolve_local
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import TrainError
@@ -130,7 +130,7 @@ def data_lines(prepared: PreparedData, config: Config) -> list[str]:
 def log_data(prepared: PreparedData, config: Config) -> None:
     """Say before the first step what the run reads, and warn of sources that are repeated too often."""
     if prepared.tokenizer:
-        get_logger().info("tokenizer %s", prepared.tokenizer)
+        get_logger().info("%s", prepared.tokenizer)
     for line in data_lines(prepared, config):
         get_logger().info("data: %s", line)
     uses = uses_of(config, [source.documents.num_tokens for source in prepared.train])

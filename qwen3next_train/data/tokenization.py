@@ -77,7 +77,8 @@ class Tokenizer:
         self.fingerprint = blake2b((content + chosen).encode(), digest_size=16).hexdigest()
         """Hash of the file and of an unusual end-of-document token; equal for equal tokenizers wherever they lie."""
         self._description = (
-            f"{path}: {self.num_ids:,} ids, documents end with {end.token!r} ({self.eos_token_id}, by {end.named_by})"
+            f"tokenizer {path}: {self.num_ids:,} ids, "
+            f"documents end with {end.token!r} ({self.eos_token_id}, by {end.named_by})"
         )
 
     def describe(self, vocab_size: int) -> str:

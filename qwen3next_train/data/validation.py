@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
-from qwen3next_train.data.prepare import PreparedData, PreparedSource
+from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.data.rows import read_row, read_tokens
 from qwen3next_train.errors import DataError
 from qwen3next_train.topology import Topology

@@ -7,18 +7,19 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
+from qwen3next_train.files import NO_HARD_LINKS, sync_directory
 from qwen3next_train.log import get_logger
 
+Row = Mapping[str, Any]
 Verdict = Literal["kept", "later", "damaged"]
 
 FILE_MODE = 0o640
 _MAX_ROW_BYTES = 4 << 20
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NUM_SHOWN = 3
 
 
@@ -30,12 +31,17 @@ def last_step(path: Path) -> int:
     """
     try:
         with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
-            return max((step for line in _lines(source) if (step := _step_of(line)) is not None), default=0)
+            return max((row["step"] for line in _lines(source) if (row := _row_of(line))), default=0)
     except FileNotFoundError:
         return 0
 
 
-def cut_rows(path: Path, resume_step: int, due: Sequence[range] = ()) -> None:
+def cut_rows(
+    path: Path,
+    resume_step: int,
+    due: Sequence[range] = (),
+    on_kept: Callable[[Row], None] | None = None,
+) -> None:
     """Keep the usable rows up to ``resume_step``, in order and once each; replaces the file atomically.
 
     Rows that are due and lost are said by their steps. When lines among those to keep are damaged, the old file is
@@ -45,6 +51,7 @@ def cut_rows(path: Path, resume_step: int, due: Sequence[range] = ()) -> None:
         path: the file; nothing happens when there is none and nothing is due.
         resume_step: step of the checkpoint the run goes on from, 0 for a new run.
         due: the steps that must have been logged, up to ``resume_step``.
+        on_kept: called with every row that is kept, in order.
 
     Raises:
         OSError: it cannot be read or replaced.
@@ -56,14 +63,16 @@ def cut_rows(path: Path, resume_step: int, due: Sequence[range] = ()) -> None:
         with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
             counts = {"kept": 0, "later": 0, "damaged": 0}
             size = 0
-            for verdict, line in _judged(source, resume_step, last_due):
+            for verdict, line, row in _judged(source, resume_step, last_due):
                 counts[verdict] += 1
                 if verdict == "kept":
                     size += len(line)
-                    steps.append(_step_of(line) or 0)
+                    steps.append(row["step"])
+                    if on_kept is not None:
+                        on_kept(row)
             if size < os.fstat(source.fileno()).st_size:
                 source.seek(0)
-                kept = (line for verdict, line in _judged(source, resume_step, last_due) if verdict == "kept")
+                kept = (line for verdict, line, _ in _judged(source, resume_step, last_due) if verdict == "kept")
                 aside = replace_file(path, kept, keep_old=counts["damaged"] > 0)
                 if aside is not None:
                     text = "%s: damaged lines: %d, left out; the old file is kept as %s"
@@ -110,11 +119,7 @@ def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path 
         os.fsync(target.fileno())
     aside = _set_aside(path) if keep_old else None
     staged.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
     return aside
 
 
@@ -140,7 +145,7 @@ def _set_aside(path: Path) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             shutil.copyfile(path, aside)
             return aside
@@ -153,30 +158,31 @@ def _lines(source: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: source.readline(_MAX_ROW_BYTES), b"")
 
 
-def _judged(source: BinaryIO, resume_step: int, last_due: int) -> Iterator[tuple[Verdict, bytes]]:
-    """Every line, and whether it is kept: ``later`` is what a dead attempt wrote after the checkpoint, torn or not."""
+def _judged(source: BinaryIO, resume_step: int, last_due: int) -> Iterator[tuple[Verdict, bytes, Row]]:
+    """Every line, its verdict and its row; ``later`` is what a dead attempt wrote after the checkpoint, torn or not."""
     last = 0
     for line in _lines(source):
-        step = _step_of(line)
-        if step is not None and last < step <= resume_step:
+        row = _row_of(line)
+        step = row.get("step", 0)
+        if last < step <= resume_step:
             last = step
-            yield "kept", line
-        elif last >= last_due or (step is not None and step > resume_step):
-            yield "later", line
+            yield "kept", line, row
+        elif last >= last_due or step > resume_step:
+            yield "later", line, row
         else:
-            yield "damaged", line
+            yield "damaged", line, row
 
 
-def _step_of(line: bytes) -> int | None:
-    """The row's step, None for a line that is torn or damaged."""
+def _row_of(line: bytes) -> Row:
+    """A row with a usable step, empty for a line that is torn or damaged."""
     if not line.endswith(b"\n"):
-        return None
+        return {}
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return {}
     step = row.get("step") if isinstance(row, dict) else None
-    return step if type(step) is int and 0 < step < 2**63 else None
+    return row if type(step) is int and 0 < step < 2**63 else {}
 
 
 def _say_missing(path: Path, steps: Sequence[int], due: Sequence[range], resume_step: int) -> None:

@@ -7,14 +7,14 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from qwen3next_train.errors import StorageError
 from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
-from qwen3next_train.metrics.history import content, cut_rows, open_file, replace_file
+from qwen3next_train.metrics.history import Row, content, cut_rows, open_file, replace_file
 
 Record = Mapping[str, float | int]
 """One logged step: values by metric name (``metrics.names``), ``step`` always among them."""
@@ -46,17 +46,25 @@ class JsonlSink:
         path: the file; created when missing.
         resume_step: step the run goes on from; rows of later steps are removed. 0 for a new run: starts empty.
         due: the steps up to it that earlier attempts have logged, as far as they are known.
+        on_kept: called with every row of earlier attempts that is kept, in order.
 
     Raises:
         StorageError: when the file cannot be opened or cut.
     """
 
-    def __init__(self, path: Path, *, resume_step: int, due: Sequence[range] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int,
+        due: Sequence[range] = (),
+        on_kept: Callable[[Row], None] | None = None,
+    ) -> None:
         self._path = path
         self._pending: deque[bytes] = deque(maxlen=_MAX_PENDING_ROWS)
         self._failing = False
         try:
-            cut_rows(path, resume_step, due)
+            cut_rows(path, resume_step, due, on_kept)
             self._descriptor = open_file(path, _APPENDING)
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class SummarySink:
     """Remembers the losses of a run and logs its summary at the end, unless no step was taken.
 
     Args:
-        metrics_path: ``metrics.jsonl``, whose rows of earlier attempts count too.
+        metrics_path: ``metrics.jsonl``.
         first_step: step the attempt goes on from, 0 for a new run.
         total_steps: last step of the run.
         newest_checkpoint: name of the run's newest checkpoint in ``checkpoints``, None without one.
@@ -49,10 +49,14 @@ class SummarySink:
         self._best: dict[str, _Loss] = {}
         self._bits_per_byte: float | None = None
         self._tokens = self._skipped = 0
-        if first_step:
-            self._read_earlier()
-        self._first_tokens = self._tokens
+        self._first_tokens = 0
         self._started_at = time.monotonic()
+
+    def take_earlier(self, row: Mapping[str, object]) -> None:
+        """Take a row of an earlier attempt, as far as it holds numbers; to be called before :meth:`log`."""
+        with suppress(ValueError, OverflowError):
+            self._take({name: float(value) for name, value in row.items() if isinstance(value, int | float)})
+        self._first_tokens = self._tokens
 
     def advance(self, step: int) -> None:
         """Note a finished step; to be called for every step, logged or not."""
@@ -103,16 +107,3 @@ class SummarySink:
                 # Written so that NaN is never better, and anything is better than NaN.
                 if best is None or best.value != best.value or record[name] < best.value:
                     self._best[name] = _Loss(record[name], step)
-
-    def _read_earlier(self) -> None:
-        try:
-            with self._metrics_path.open("rb") as rows:
-                for line in rows:
-                    try:
-                        found = json.loads(line)
-                        self._take({name: value for name, value in found.items() if isinstance(value, int | float)})
-                    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                        continue
-        except OSError:
-            # What cannot be read is missing from the summary and nowhere else.
-            return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -13,7 +12,6 @@ from typing import Any
 
 from qwen3next_train.checkpoint.filesystem import (
     LOCAL_FILESYSTEM,
-    NO_LOCKS,
     UnusableFileError,
     read_chunks,
     read_file,
@@ -26,6 +24,7 @@ from qwen3next_train.checkpoint.names import (
     list_names,
 )
 from qwen3next_train.errors import ConfigError, StorageError
+from qwen3next_train.files import NO_LOCKS, lock_now
 from qwen3next_train.log import get_logger
 from qwen3next_train.train.run_info import RUN_INFO_NAME, is_run_info
 
@@ -143,14 +142,9 @@ class DirectoryLock:
     def _lock(self, descriptor: int, unsupported: frozenset[int]) -> bool:
         """Lock what is open; whether the filesystem can."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_now(descriptor, unsupported)
         except BlockingIOError:
             raise ConfigError(_in_use(self._path)) from None
-        except OSError as error:
-            if error.errno not in unsupported:
-                raise
-            return False
-        return True
 
     def _write_holder(self) -> None:
         since = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -27,7 +27,8 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
 from qwen3next_train.config.schema import Config, KernelsConfig, SourceConfig
 from qwen3next_train.data.documents import Document, read_documents
-from qwen3next_train.data.prepare import PreparedSource, prepare_evaluation
+from qwen3next_train.data.prepare import prepare_evaluation
+from qwen3next_train.data.prepared import PreparedSource
 from qwen3next_train.data.rows import read_tokens
 from qwen3next_train.data.sources import FileSource, resolve
 from qwen3next_train.data.store_writer import StoreWriter, storage_errors

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import certain_bytes_per_gpu, host_bytes, memory_per_gpu
+from qwen3next_train.accounting.memory import certain_bytes, host_bytes, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import OutOfMemory
 from qwen3next_train.log import get_logger
@@ -39,9 +40,11 @@ def check_memory(config: Config, context: ProcessContext) -> None:
     """
     layout = Layout.of(config, context.world_size)
     device_free = _free_device_bytes(context.device)
+    parts = memory_per_gpu(config.model, layout)
     problem = memory_problem(
         config,
         layout,
+        parts,
         num_local=context.local_world_size,
         host_available=available_host_bytes(),
         device_free=device_free,
@@ -49,7 +52,7 @@ def check_memory(config: Config, context: ProcessContext) -> None:
     first = next((each for each in context.control.gather_json(problem) if each is not None), None)
     if first is not None:
         raise OutOfMemory(first)
-    planned = sum(memory_per_gpu(config.model, layout).values())
+    planned = sum(parts.values())
     if context.rank == 0 and device_free is not None and planned > device_free:
         get_logger().warning(
             "memory: the plan takes up to %s of a GPU that has %s free; should it run out of memory, %s",
@@ -60,19 +63,26 @@ def check_memory(config: Config, context: ProcessContext) -> None:
 
 
 def memory_problem(
-    config: Config, layout: Layout, *, num_local: int, host_available: int | None, device_free: int | None
+    config: Config,
+    layout: Layout,
+    parts: Mapping[str, int],
+    *,
+    num_local: int,
+    host_available: int | None,
+    device_free: int | None,
 ) -> str | None:
     """The line that rejects a run that cannot fit, None when it may.
 
     Args:
         config: the resolved configuration.
         layout: how it is spread.
+        parts: what that takes of a GPU, by :func:`~qwen3next_train.accounting.memory.memory_per_gpu`.
         num_local: processes on this host.
         host_available: bytes that new processes can have on this host, None when unknown.
         device_free: free bytes of this process' GPU, None when it trains on the CPU.
     """
     if device_free is not None:
-        needed = certain_bytes_per_gpu(config.model, layout)
+        needed = certain_bytes(parts)
         if needed > device_free:
             return (
                 f"out of memory: weights, gradients and optimizer take {_gib(needed)} of a GPU "

@@ -12,7 +12,7 @@ from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.describe import compare_configs
 from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
-from qwen3next_train.data.prepare import PreparedData
+from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.errors import CheckpointError, ConfigError, DataError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.wandb_settings import new_run_id

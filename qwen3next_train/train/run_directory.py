@@ -30,14 +30,13 @@ from qwen3next_train.log import get_logger
 from qwen3next_train.metrics import history
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.train.directory_lock import LOCK_NAME, DirectoryLock, read_holder, require_own
-from qwen3next_train.train.run_files import WRITABLE_NAME, RunFiles
+from qwen3next_train.train.run_files import MAX_EXIT_BYTES, WRITABLE_NAME, RunFiles
 from qwen3next_train.train.run_info import RUN_INFO_NAME, read_info
 from qwen3next_train.versions import git_revision, software_versions
 
 if TYPE_CHECKING:
     from qwen3next_train.parallel.control import ControlGroup
 
-_MAX_EXIT_BYTES = 1 << 20
 # Equal on all ranks of an attempt, and different between attempts unless the port was chosen by hand.
 _ATTEMPT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
@@ -316,7 +315,7 @@ class RunDirectory:
 
     def _recorded_reason(self) -> str | None:
         try:
-            recorded = json.loads(read_file(LOCAL_FILESYSTEM, self.path / "exit.json", max_bytes=_MAX_EXIT_BYTES))
+            recorded = json.loads(read_file(LOCAL_FILESYSTEM, self.path / "exit.json", max_bytes=MAX_EXIT_BYTES))
         except (OSError, UnusableFileError, ValueError, RecursionError):
             return None
         return recorded.get("reason") if isinstance(recorded, dict) else None

@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, write_file
+from qwen3next_train.files import NO_HARD_LINKS
 
 WRITABLE_NAME = ".writable"
 """Made and removed to see whether files can be made."""
 
+MAX_EXIT_BYTES = 1 << 20
+"""A larger ``exit.json`` is not what its name says."""
+
 _STAGED = re.compile(r"\.staged-[0-9]+-[0-9]+-(?:config\.yaml|run\.json|exit\.json|\.writable)")
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 class RunFiles:
@@ -50,7 +53,7 @@ class RunFiles:
             # A hard link fails where a rename would replace.
             os.link(staged, target)
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None

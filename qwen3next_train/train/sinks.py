@@ -52,7 +52,15 @@ def open_sinks(
     info = run_dir.read_info()
     resumed_wandb = info.get("wandb_id") == state.wandb_id
     workload = workload_of(config).as_json()
-    metrics = JsonlSink(run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored))
+    summary = SummarySink(
+        run_dir.metrics_path,
+        first_step=state.step,
+        total_steps=config.run.steps,
+        newest_checkpoint=lambda: _newest_checkpoint(run_dir),
+    )
+    metrics = JsonlSink(
+        run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=summary.take_earlier
+    )
     stack.callback(metrics.close)
     run_dir.record_attempt(
         config,
@@ -67,12 +75,6 @@ def open_sinks(
         first_step=state.step,
         eta_s=throughput.eta_s,
         rate_unit=_rate_unit(context),
-    )
-    summary = SummarySink(
-        run_dir.metrics_path,
-        first_step=state.step,
-        total_steps=config.run.steps,
-        newest_checkpoint=lambda: _newest_checkpoint(run_dir),
     )
     wandb = WandbSink(
         config.logging.wandb,

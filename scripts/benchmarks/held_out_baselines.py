@@ -19,7 +19,8 @@ import tokenizers
 
 from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.cli.commands import OPTIONS, load
-from qwen3next_train.data.prepare import PreparedSource, prepare_stores
+from qwen3next_train.data.prepare import prepare_stores
+from qwen3next_train.data.prepared import PreparedSource
 
 DISCOUNT = 0.75
 

@@ -8,7 +8,7 @@ from configparser import ConfigParser
 
 from tests.architecture.tree import PACKAGE, ROOT, imported_packages, modules
 
-TORCH_FREE = ("accounting", "config", "errors", "log", "parameters", "planner", "topology", "versions")
+TORCH_FREE = ("accounting", "config", "errors", "files", "log", "parameters", "planner", "topology", "versions")
 DOORS = {
     "deepspeed": {"engine"},
     "fla": {"kernels"},

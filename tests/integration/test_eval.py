@@ -225,6 +225,20 @@ def test_the_line_for_people(
     assert " bits per byte, " in capsys.readouterr().out
 
 
+def test_how_documents_end_is_said_where_text_is_tokenized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path, documents: list[list[int]]
+) -> None:
+    (tmp_path / "text.txt").write_text("some text " * 50)
+    line = f"tokenizer {BUILTIN}: 4,096 ids, documents end with '<|endoftext|>' (0, by the usual name)"
+    for data, expected in (
+        (str(tmp_path / "text.txt"), [line]),
+        (write_ids(tmp_path / "ids.jsonl", documents), []),
+    ):
+        capsys.readouterr()
+        evaluate_command(checkpoint=None, hf=folder, data=data, as_json=True, device="cpu", tokenizer=BUILTIN)
+        assert capsys.readouterr().err.splitlines() == expected
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_keeps_fp32_parameters_and_ties(tmp_path: Path, tied: bool) -> None:
     config = tiny_model(tie_word_embeddings=tied)

@@ -51,6 +51,9 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
     done = run("console", args)
     assert done.returncode == 0, done.stderr
     assert metrics(run_dir) == uninterrupted
+    # The rate of an attempt is known only with the rows of those before it.
+    assert f"{STEPS} of {STEPS}, {STEPS - stopped_at:.0f} of them in this attempt" in done.stderr
+    assert "tok/s on average" in done.stderr
 
 
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(

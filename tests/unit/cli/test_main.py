@@ -118,7 +118,7 @@ def test_numbers_of_plan_whose_results_are_none(capsys, option, value, limits):
 
 
 def test_tokenize(fake, capsys):
-    calls = fake("data.prepare", "tokenize")
+    calls = fake("data.tokenize_command", "tokenize")
     assert run(capsys, "tokenize", *TINY, "--data.sources", "a.jsonl", "--output", "out/x")[0] == 0
     assert run(capsys, "tokenize", *TINY)[0] == 0
     assert calls[0][0][0].data.sources[0].source == "a.jsonl"

@@ -60,3 +60,7 @@ def make_config(cache_dir: Path, sources: Sequence[dict[str, Any]], **data: Any)
             "data": {"sources": list(sources), "cache_dir": str(cache_dir), "sequence_length": 16, **data},
         }
     )
+
+
+def config_of(tmp_path: Path, *sources: Path | str, **data: object) -> Config:
+    return make_config(tmp_path / "cache", [{"source": str(source)} for source in sources], **data)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from qwen3next_train.data import documents
-from qwen3next_train.data.documents import Document, read_documents
+from qwen3next_train.data.documents import Document, cut_document, read_documents
 from qwen3next_train.data.folders import SourceFile
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.errors import DataError
@@ -183,6 +183,30 @@ def test_hold_out_share_and_stability() -> None:
     assert 1850 < sum(held_out) < 2150
     assert not any(Document("", "", None, str(n).encode()).is_held_out(0.0) for n in range(1000))
     assert [n for n in range(60) if held_out[n]] == [3, 9, 16, 21, 38, 46]
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "cut"),
+    [
+        ("a line\n" * 100, 0.1, 630),
+        ("a line\n" * 100, 0.9, 70),
+        # The last line before the cut is too far from the end; then no space, either.
+        ("a line\n" + "word " * 100, 0.1, 452),
+        ("a line\n" + "x" * 93, 0.1, 90),
+        ("x\n", 0.5, 1),
+        ("x\n", 0.02, None),
+        ("x", 0.5, None),
+    ],
+)
+def test_where_a_single_text_is_cut(text: str, fraction: float, cut: int | None) -> None:
+    document = Document("a.txt", text, None, b"a.txt", 1000)
+    train, *held_out = cut_document(document, fraction)
+    if cut is None:
+        assert (train, held_out) == (document, [])
+        return
+    assert (train.text, [part.text for part in held_out]) == (text[:cut], [text[cut:]])
+    assert [part.is_held_out(fraction) for part in (train, *held_out)] == [False, True]
+    assert [part.position for part in (train, *held_out)] == [1000 * cut // len(text), 1000]
 
 
 def test_null_is_left_out_and_counted_in_every_format(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -11,22 +12,13 @@ import pytest
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data import prepare
 from qwen3next_train.data.documents import Document
-from qwen3next_train.data.prepare import PreparedData, prepare_evaluation, prepare_stores, tokenize
-from qwen3next_train.data.token_store import TokenStore
+from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
+from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
+from qwen3next_train.data.tokenize_command import tokenize
+from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.errors import ConfigError, DataError, StorageError
-from tests.unit.data.corpus import make_config, write_store
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {n} " + "ü" * (n % 30)}) + "\n" for n in range(400)))
-    return path
-
-
-def config_of(tmp_path: Path, *sources: Path | str, **data: object) -> Config:
-    return make_config(tmp_path / "cache", [{"source": str(source)} for source in sources], **data)
+from tests.unit.data.corpus import config_of, make_config, write_store
 
 
 def test_split_by_content_with_exact_counts(tmp_path: Path, corpus: Path) -> None:
@@ -81,12 +73,35 @@ def test_own_validation_sources_leave_the_training_text_whole(tmp_path: Path, co
     assert [source.num_bytes for source in prepared.validation] == [270]
 
 
-def test_single_document_is_for_training_whatever_its_hash(tmp_path: Path) -> None:
+def test_single_record_is_for_training_whatever_its_hash(tmp_path: Path) -> None:
     for name in "abcdefgh":
-        (tmp_path / name).write_text("text " * 50)
-        prepared = prepare_stores(config_of(tmp_path, tmp_path / name, validation_fraction=0.9))
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} text " * 50}))
+        prepared = prepare_stores(config_of(tmp_path, tmp_path / f"{name}.jsonl", validation_fraction=0.9))
         assert len(prepared.train[0].documents.documents) == 1
         assert prepared.validation == ()
+
+
+@pytest.mark.parametrize("name", ["book", "book.txt", "only/book.txt.gz"])
+def test_of_a_single_text_file_the_end_is_held_out(tmp_path: Path, name: str) -> None:
+    lines = [f"line {number} of the only text, ünicode\n" for number in range(2000)]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    raw = "".join(lines).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    source = path if path.parent == tmp_path else path.parent
+    prepared = prepare_stores(config_of(tmp_path, source, validation_fraction=0.1))
+    sizes = [each.num_bytes for each in (*prepared.train, *prepared.validation)]
+    cut = next(at for at in range(2000) if sum(len(line.encode()) for line in lines[:at]) == sizes[0])
+    assert cut == 1803, "the first numbers are shorter"
+    assert sizes[1] == len(raw) - sizes[0]
+    expected = Tokenizer(BUILTIN).encode_documents(["".join(lines[:cut]), "".join(lines[cut:])])
+    assert tokens_of(prepared) == [ids.tolist() for ids in expected]
+    assert ValidationData(prepared, config_of(tmp_path, source), num_rows=None).num_rows > 50
+    whole = prepare_stores(config_of(tmp_path, source, validation_fraction=0.0))
+    assert (whole.train[0].num_bytes, whole.validation) == (len(raw), ())
+    own = [{"source": str(source)}]
+    named = prepare_stores(config_of(tmp_path, source, validation_sources=own, validation_fraction=0.1))
+    assert [each.num_bytes for each in (*named.train, *named.validation)] == [len(raw)] * 2
 
 
 def test_token_store_holds_out_its_last_documents(tmp_path: Path) -> None:
@@ -176,35 +191,6 @@ def test_default_cache_is_the_users(tmp_path: Path, corpus: Path, monkeypatch: p
     assert prepared.train[0].documents.store.prefix.is_relative_to(tmp_path / "xdg" / "qwen3next_train")
 
 
-def test_tokenize_fills_the_cache(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None) == 0
-    train, validation = capsys.readouterr().out.splitlines()
-    assert "train: " in train
-    assert "tokens/s" in train
-    assert "validation: " in validation
-    assert "bytes/token" in validation
-    tokenize(config_of(tmp_path, corpus, validation_fraction=0.1), None)
-    assert capsys.readouterr().out.count("cached") == 2
-
-
-def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out" / "corpus"
-    assert tokenize(config_of(tmp_path, corpus), output) == 0
-    assert f"-> {output}" in capsys.readouterr().out
-    assert sorted(os.listdir(output.parent)) == [f"corpus.{suffix}" for suffix in ("bin", "hashes", "idx", "meta.json")]
-    assert TokenStore(output).num_documents == 400
-    assert len(prepare_stores(config_of(tmp_path, output)).train[0].documents.documents) == 392
-    with pytest.raises(ConfigError, match=r"corpus\.idx exists"):
-        tokenize(config_of(tmp_path, corpus), output)
-    with pytest.raises(ConfigError, match="is a token store already"):
-        tokenize(config_of(tmp_path, output), tmp_path / "again")
-    tokenize(config_of(tmp_path, corpus, corpus), tmp_path / "two")
-    assert (tmp_path / "two_00.idx").exists()
-    assert (tmp_path / "two_01.idx").exists()
-    with pytest.raises(StorageError, match="cannot write"):
-        tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
-
-
 def tokens_of(prepared: PreparedData) -> list[list[int]]:
     return [
         each.documents.read(0, each.documents.num_tokens).tolist() for each in (*prepared.train, *prepared.validation)
@@ -242,34 +228,6 @@ def test_flipped_bits_in_the_users_store_end_the_run_with_file_and_offset(
     with pytest.raises(DataError, match=r"store\.bin: bytes 0 to \d+: expected xxh3 .* restore the store"):
         tokens_of(prepare_stores(config_of(tmp_path, tmp_path / "store")))
     assert path.read_bytes() == raw
-
-
-@pytest.mark.parametrize("output", [".", "..", "/", "a\0b"])
-def test_output_without_a_name(tmp_path: Path, corpus: Path, output: str) -> None:
-    with pytest.raises(ConfigError, match="--output: not a file name"):
-        tokenize(config_of(tmp_path, corpus), Path(output))
-
-
-def test_interrupted_tokenize_of_several_sources_goes_on(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "b.txt").write_text("some text " * 50)
-    config, output = config_of(tmp_path, corpus, tmp_path / "b.txt"), tmp_path / "out" / "s"
-    write = prepare.write_store
-
-    def stop_at_the_second(prefix: Path, key: str, build: Callable[[Path], float]) -> float:
-        if prefix.name == "s_01":
-            raise StorageError("stopped")
-        return write(prefix, key, build)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_store", stop_at_the_second)
-        with pytest.raises(StorageError, match="stopped"):
-            tokenize(config, output)
-    stamp = (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns
-    assert tokenize(config, output) == 0
-    assert (tmp_path / "out" / "s_00.bin").stat().st_mtime_ns == stamp
-    assert TokenStore(tmp_path / "out" / "s_01").num_documents == 1
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])

@@ -122,6 +122,20 @@ def test_killed_at_any_batch_goes_on_to_the_same_files(
     assert files_in(tmp_path / "often") == reference
 
 
+def test_killed_between_the_parts_of_a_single_text_goes_on_to_the_same_files(
+    tmp_path: Path, source: FileSource, kill_after: Callable[[FileSource, Path, int], bool]
+) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"line {number} of the only text\n" for number in range(100)))
+    only = resolve(SourceConfig(source=str(tmp_path / "book.txt")))
+    assert isinstance(only, FileSource)
+    build(only, tmp_path / "reference")
+    for num_records in (1, 2):
+        assert kill_after(only, tmp_path / str(num_records), num_records)
+        build(only, tmp_path / str(num_records))
+        assert files_in(tmp_path / str(num_records)) == files_in(tmp_path / "reference")
+    assert len(files_in(tmp_path / "reference")) == 8
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1

@@ -149,6 +149,18 @@ def test_what_a_process_killed_after_publishing_left_goes_with_the_next_start(tm
     assert not (tmp_path / f".{key}-partial").exists()
 
 
+def test_without_locks_nobody_is_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    partial = tmp_path / ".key-partial" / "fresh"
+    partial.mkdir(parents=True)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for build_it in (build, refuse):
+        assert get_or_build(tmp_path, "key", "label", build_it).train.num_tokens == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key-partial", ".key.lock", "key"]
+
+
 def test_concurrent_processes_build_once(tmp_path: Path) -> None:
     def slow(directory: Path) -> float:
         with (tmp_path / "builds").open("a") as file:

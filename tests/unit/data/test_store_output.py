@@ -154,6 +154,16 @@ def test_leftovers_are_removed_by_the_next_one_of_any_name_unless_somebody_is_at
     assert names_in(tmp_path) == sorted([*kept, *(f"s{suffix}" for suffix in SUFFIXES)])
 
 
+def test_without_locks_nobody_is_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    killed(partial(write_store, tmp_path / "killed", OTHER_KEY, kill_self))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_store(tmp_path / "s", KEY, build)
+    assert names_in(tmp_path) == sorted([f".killed-{OTHER_KEY}.partial", *(f"s{suffix}" for suffix in SUFFIXES)])
+
+
 def test_two_writers_of_one_output(tmp_path: Path) -> None:
     def build_meanwhile(prefix: Path) -> float:
         with pytest.raises(ConfigError, match="another process is writing"):

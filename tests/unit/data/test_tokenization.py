@@ -138,7 +138,8 @@ def test_end_of_document_token_of_other_tokenizers(tmp_path: Path) -> None:
 def test_the_end_of_document_token_is_said_and_part_of_the_fingerprint(builtin: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes((Path(tokenization.__file__).parent / "assets/python-4k/tokenizer.json").read_bytes())
-    assert builtin.describe(4096) == f"{BUILTIN}: 4,096 ids, documents end with '<|endoftext|>' (0, by the usual name)"
+    ends = "documents end with '<|endoftext|>' (0, by the usual name)"
+    assert builtin.describe(4096) == f"tokenizer {BUILTIN}: 4,096 ids, {ends}"
     asked = Tokenizer(str(path), "def")
     assert asked.eos_token_id == asked._tokenizer.token_to_id("def") != 0
     assert encode(asked, "x")[-1] == asked.eos_token_id

@@ -7,7 +7,8 @@ import torch
 
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch
 from qwen3next_train.config.schema import Config
-from qwen3next_train.data.prepare import PreparedData, prepare_evaluation, prepare_stores
+from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
+from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.errors import DataError
 from qwen3next_train.topology import Topology

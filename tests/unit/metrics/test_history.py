@@ -42,6 +42,14 @@ def test_what_a_dead_attempt_wrote_later_is_cut_without_a_word(path, capsys, con
     assert "lost" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("later", [b"", rows(4), b'{"step": 4, "lo'])
+def test_the_rows_that_are_kept_are_handed_on_once(path, later):
+    path.write_bytes(rows(1) + b"{}\n[1]\n" + rows(2, 2, 3) + later)
+    taken = []
+    cut_rows(path, 3, on_kept=taken.append)
+    assert taken == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

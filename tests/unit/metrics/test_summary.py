@@ -1,7 +1,5 @@
 """What the log ends with."""
 
-import json
-
 import pytest
 
 from qwen3next_train.metrics.summary import SummarySink
@@ -35,12 +33,11 @@ def test_a_whole_run(tmp_path):
     ]
 
 
-def test_rows_of_earlier_attempts_count_and_damaged_ones_do_not(tmp_path):
-    rows = [row(1, 8.0), row(2, 1.5), row(3, 3.0)]
-    content = "".join(json.dumps(each) + "\n" for each in rows)
-    damaged = '{"step": 4, "loss\n[1, 2]\nnull\n{"loss/lm": 0.1}\n{"step": "x"}\n\xff\n' + "[" * 100_000 + "\n"
-    (tmp_path / "metrics.jsonl").write_bytes((damaged + content + damaged).encode("latin-1"))
+def test_rows_of_earlier_attempts_count_as_far_as_they_hold_numbers(tmp_path):
     sink = summary(tmp_path, first_step=3)
+    damaged = [{"step": 2, "loss/lm": "0.1"}, {"step": 2, "tokens": float("inf")}, {"step": 2, "loss/lm": 10**400}]
+    for each in (row(1, 8.0), row(2, 1.5), *damaged, row(3, 3.0, extra=[1], more=None)):
+        sink.take_earlier(each)
     sink.log(row(5, 2.0))
     sink.advance(6)
     assert sink.lines(2.0)[:3] == [

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import certain_bytes_per_gpu, host_bytes, memory_per_gpu
+from qwen3next_train.accounting.memory import certain_bytes, host_bytes, memory_per_gpu
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.errors import OutOfMemory
@@ -20,6 +20,14 @@ def tiny(*overrides: tuple[str, str]):
     return load_config([shipped_folder() / "qwen3next_tiny.yaml"], overrides).config
 
 
+def problem_of(config, *, num_local=1, host_available, device_free=None):
+    layout = Layout.of(config, 1)
+    parts = memory_per_gpu(config.model, layout)
+    return memory_problem(
+        config, layout, parts, num_local=num_local, host_available=host_available, device_free=device_free
+    )
+
+
 def test_the_host_of_a_run_on_cpu():
     config = tiny()
     layout = Layout.of(config, 1)
@@ -30,16 +38,15 @@ def test_the_host_of_a_run_on_cpu():
     batches = (4 * 16 + config.eval.rows) * 256 * 8 * 4
     model = sum(parts.values()) - parts["zero_buffers"] - parts["runtime"]
     assert needed == batches + model < 0.3 * GIB
-    assert memory_problem(config, layout, num_local=1, host_available=needed, device_free=None) is None
-    problem = memory_problem(config, layout, num_local=2, host_available=2 * needed - 1, device_free=None)
+    assert problem_of(config, host_available=needed) is None
+    problem = problem_of(config, num_local=2, host_available=2 * needed - 1)
     assert problem is not None
     assert problem.startswith("out of memory: the plan takes 0.3 GiB of host memory for 2 processes, 0.3 GiB are free")
 
 
 def test_more_experts_than_the_host_holds():
     config = tiny(("model.num_experts", "40000"))
-    layout = Layout.of(config, 1)
-    problem = memory_problem(config, layout, num_local=1, host_available=23 * GIB, device_free=None)
+    problem = problem_of(config, host_available=23 * GIB)
     assert problem is not None
     assert "of host memory, 23.0 GiB are free; lower run.micro_batch_size (8), add layer" in problem
 
@@ -51,13 +58,12 @@ def test_a_batch_that_the_host_cannot_prepare():
 
 def test_a_gpu():
     config = tiny()
-    layout = Layout.of(config, 1)
-    needed = certain_bytes_per_gpu(config.model, layout)
+    needed = certain_bytes(memory_per_gpu(config.model, Layout.of(config, 1)))
     # 4 bytes of weight, 4 of gradient, 12 of optimizer a parameter, 1.6 million of them.
     assert needed == pytest.approx(20 * 1.6e6, rel=0.1)
-    assert memory_problem(config, layout, num_local=1, host_available=GIB, device_free=needed) is None
-    assert memory_problem(config, layout, num_local=1, host_available=None, device_free=needed) is None
-    problem = memory_problem(config, layout, num_local=1, host_available=GIB, device_free=needed - 1)
+    assert problem_of(config, host_available=GIB, device_free=needed) is None
+    assert problem_of(config, host_available=None, device_free=needed) is None
+    problem = problem_of(config, host_available=GIB, device_free=needed - 1)
     assert problem is not None
     assert problem.startswith("out of memory: weights, gradients and optimizer take 0.0 GiB of a GPU that has 0.0 GiB")
     assert problem.endswith("see qwen3next-train plan")
