@@ -1,4 +1,4 @@
-"""What is used up on this machine, memory or open files, in the many ways in which libraries say so."""
+"""What is used up on this machine, memory, threads or open files, in the many ways in which libraries say so."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # A library that does not fit is an ImportError.
     return isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Whether the system has refused another thread, for want of memory or by the limit of processes."""
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
 def is_out_of_files(error: BaseException) -> bool:

@@ -157,7 +157,7 @@ def _document_of_record(record: Record, field: str, start: int, skipped: Counter
             skipped["not UTF-8"] += 1
             return None
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r}: expected a string, found {type(value).__name__}")
+        raise DataError(f"{where}: field {field!r}: expected a string, found {type(value).__name__}; set text_field")
     try:
         content = value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -68,7 +68,7 @@ def damage(path: Path | str, file_format: FileFormat, error: Exception) -> DataE
     """
     if isinstance(error, OSError) and (error.errno is not None or file_format.compression is None):
         raise error
-    return DataError(f"{path}: damaged {file_format.compression} file ({error})")
+    return DataError(f"{path}: damaged {file_format.compression} file ({error}); replace it")
 
 
 def _lines(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -108,7 +108,7 @@ def _parse(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({error})") from None
+        raise DataError(f"{where}: not a JSON object ({error}); repair or remove it") from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class _Elements:
                 if isinstance(error, ValueError) and len(self._text) - self._at <= self._max_bytes and self._more(size):
                     size *= 2
                     continue
-                raise DataError(f"{where}: not a JSON object ({error})") from None
+                raise DataError(f"{where}: not a JSON object ({error}); repair or remove it") from None
             if end == len(self._text) and self._more(_CHUNK_BYTES):
                 continue  # a number may go on
             break
@@ -266,11 +266,11 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
                 yield from _records_of_column(batch.column(0), field, path, row, position)
                 row += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)})") from None
+        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)}); replace it") from None
     except OSError as error:
         if error.errno is not None:
             raise
-        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)})") from None
+        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)}); replace it") from None
 
 
 def _read_arrow(path: Path, field: str) -> Iterator[Record]:
@@ -285,7 +285,7 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
                 yield from _records_of_column(batch.column(field), field, path, row, mapped.tell())
                 row += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)})") from None
+        raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
 
 
 def _arrow_batches(mapped: Any) -> Iterator[Any]:

@@ -59,7 +59,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # noqa: BLE001  the Rust library raises bare Exception
-            raise ConfigError(f"data.tokenizer: {path}: not a tokenizer.json ({error})") from None
+            raise ConfigError(f"data.tokenizer: {path}: not a tokenizer.json ({error}); name another") from None
         # Settings that files carry from fine-tuning; truncation would drop most of a long document in silence.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -8,7 +8,7 @@ import traceback
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, OutOfMemory, StorageError, TrainError
-from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory, open_files_hint
+from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory, is_out_of_threads, open_files_hint
 from qwen3next_train.train.memory_check import settings_that_help
 
 _VARIABLES_OF_TORCH = ("TORCH", "PYTORCH")
@@ -32,6 +32,8 @@ def foreseen(error: BaseException, config: Config | None = None) -> TrainError |
         tried = f" (tried to allocate {amount[1] or amount[2]})" if amount else ""
         where = "GPU" if on_device else "host"
         return OutOfMemory(f"out of memory on the {where}{tried}; {settings_that_help(config, on_device=on_device)}")
+    if is_out_of_threads(error):
+        return OutOfMemory("out of memory or processes: no further thread starts; raise ulimit -v or ulimit -u")
     if is_out_of_files(error):
         return StorageError(f"{_place(error)}: too many open files; {open_files_hint()}")
     if isinstance(error, OSError):

@@ -46,6 +46,7 @@ def test_host_memory_of_the_libraries(allocate):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory on the GPU; "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory on the host; "),
         (MemoryError(), "out of memory on the host; "),
+        (RuntimeError("can't start new thread"), "out of memory or processes: no further thread starts; raise "),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory on the host; "),
     ],
 )
