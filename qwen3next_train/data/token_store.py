@@ -84,6 +84,12 @@ class TokenStore:
         self._damage_note = damage_note
         paths = store_paths(prefix)
         self.bin_path, self.idx_path = paths.bin, paths.idx
+        for path in (paths.bin, paths.idx):
+            if is_missing(path):
+                raise DataError(
+                    f"{path}: missing; a token store is {prefix.name}.bin with {prefix.name}.idx beside it, so put "
+                    "both there, or tokenise the text again"
+                )
         self._meta, hashes = _read_side_files(paths)
         self.has_hashes = hashes is not None
         self._bin = CheckedFile(paths.bin, None if hashes is None else hashes.bin)

@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
 from qwen3next_train.checkpoint.tensor_file import open_tensor_file
 from qwen3next_train.config.error_lines import show, show_name
+from qwen3next_train.data.reading import read_error
 from qwen3next_train.errors import CheckpointError, DataError
+from qwen3next_train.files import NO_SUCH_FILE
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -102,7 +104,8 @@ class HfFolder:
         """Content of a small file.
 
         Raises:
-            DataError: it is missing, out of the folder, too long or unreadable.
+            DataError: it is missing, out of the folder or too long.
+            StorageError: it cannot be read now.
         """
         real = self._real_path(name)
         try:
@@ -110,7 +113,7 @@ class HfFolder:
                 raise DataError(f"{self.path / name}: longer than {MAX_JSON_BYTES} bytes")
             return real.read_bytes()
         except OSError as error:
-            raise DataError(f"{self.path / name}: cannot be read ({error.strerror})") from error
+            raise read_error(self.path / name, error) from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
         raw = self.read_bytes(name)
@@ -162,7 +165,9 @@ class HfFolder:
             return open_tensor_file(LOCAL_FILESYSTEM, self._real_path(shard))
         except CheckpointError as error:
             raise DataError(" ".join(str(error).split())) from error
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise read_error(self.path / shard, error) from error
+        except SafetensorError as error:
             raise DataError(f"{self.path / shard}: cannot be read ({' '.join(str(error).split())})") from error
 
     def _real_path(self, name: str) -> Path:
@@ -174,6 +179,9 @@ class HfFolder:
         try:
             real = (root / name).resolve(strict=True)
         except (OSError, RuntimeError) as error:
+            # A link to itself is a RuntimeError before Python 3.13.
+            if isinstance(error, OSError) and error.errno not in NO_SUCH_FILE:
+                raise read_error(self.path / name, error) from error
             raise DataError(f"{self.path / name}: missing, or a link that leads nowhere; repair it") from error
         if real.parent not in allowed:
             raise DataError(f"{self.path / name}: a link out of the folder; copy the file there")

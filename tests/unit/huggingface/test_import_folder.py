@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from qwen3next_train.checkpoint import weights as weights_module
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
+from qwen3next_train.checkpoint.tensor_file import open_tensor_file
 from qwen3next_train.checkpoint.weights import Weights, weights_of_checkpoint
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import CheckpointConfig, Config, DataConfig
 from qwen3next_train.errors import ConfigError, DataError, StorageError
+from qwen3next_train.huggingface import folder as hf_folder
 from qwen3next_train.huggingface import import_folder
 from qwen3next_train.huggingface import weights as hf_weights
 from qwen3next_train.huggingface.import_folder import import_hf
@@ -415,6 +419,24 @@ class TestFaults:
         (folder / SHARD).unlink()
         (folder / SHARD).symlink_to(folder / SHARD)
         self.refused(folder, "a link that leads nowhere")
+
+    @pytest.mark.parametrize("name", ["config.json", SHARD])
+    def test_a_file_that_cannot_be_read_now_is_no_damaged_one(
+        self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+                if Path(path).name == name:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return function(path, *args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+        opened = failing(lambda path: open_tensor_file(LOCAL_FILESYSTEM, path))
+        monkeypatch.setattr(hf_folder, "open_tensor_file", lambda filesystem, path: opened(path))
+        with pytest.raises(StorageError, match=f"{name}: cannot be read .Input/output error.; it may be intact"):
+            weights_of_hf(folder)
 
     def test_special_files(self, folder: Path) -> None:
         (folder / SHARD).unlink()
