@@ -39,7 +39,6 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},

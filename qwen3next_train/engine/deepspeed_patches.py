@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as deepspeed_engine
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
+
+from qwen3next_train.optim.adamw import Bf16MomentsAdamW, EagerAdamW
 
 
 def quiet_start() -> None:
@@ -30,6 +32,8 @@ def quiet_start() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO imports the Muon optimizer, decorated with torch.compile, whose import takes seconds of every rank's start.
     compiler.compile = lambda: compiler.dummy_decorator
+    # Or it would warn that nobody has tried it with ours, which are torch's AdamW or tested against it.
+    utils.ZERO_SUPPORTED_OPTIMIZERS = [EagerAdamW, Bf16MomentsAdamW]
     # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # The original copies -1 from the host to the device, which waits for the device once for each optimizer group.

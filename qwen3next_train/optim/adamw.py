@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -25,10 +26,23 @@ def build_adamw(groups: Iterable[dict[str, Any]], settings: OptimizerConfig, *, 
     betas = (settings.beta1, settings.beta2)
     if settings.moments_dtype == "bf16":
         return Bf16MomentsAdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
-    return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
+    return EagerAdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
 
 
-class Bf16MomentsAdamW(Optimizer):
+class EagerOptimizer(Optimizer):
+    """torch's base class, whose methods import torch.compile to be left out by it: two seconds of a rank's start."""
+
+    add_param_group = unwrap(Optimizer.add_param_group)
+    zero_grad = unwrap(Optimizer.zero_grad)
+
+
+class EagerAdamW(EagerOptimizer, AdamW):
+    """torch's AdamW, which does the same."""
+
+    step = torch.no_grad()(unwrap(AdamW.step))
+
+
+class Bf16MomentsAdamW(EagerOptimizer):
     """AdamW on fp32 parameters and gradients with bf16 moments.
 
     All arithmetic is fp32: moments are widened, updated, used and only then rounded to nearest. A moment thus loses

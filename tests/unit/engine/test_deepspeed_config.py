@@ -14,7 +14,6 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         # Written although it is 0: left out it would mean 1.0.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": 1,
