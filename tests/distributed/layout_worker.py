@@ -1,4 +1,4 @@
-"""Train a few steps at the layout torchrun gives, and write losses and the full training state.
+"""Train a few steps at a layout, and write losses and the full training state.
 
 A task of :mod:`tests.distributed.ranks` whose argument names a file: a list of ``{config, packed, load, save, out,
 first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
