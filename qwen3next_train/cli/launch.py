@@ -18,6 +18,7 @@ from qwen3next_train.cli.arguments import without_option
 from qwen3next_train.cli.forwarding import SignalForwarding
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, Processes
 from qwen3next_train.errors import ConfigError, ExitCode, OutOfMemory, PeerLostError, StoppedBySignal, TrainError
+from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.launcher import check_host
 from qwen3next_train.log import get_logger
 from qwen3next_train.train.failures import foreseen
@@ -109,10 +110,11 @@ def _try_torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainE
 
 def _torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError | _WorkerFailed | None:
     """Run torchrun to its end; return what went wrong."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
+    with imported_to_stay():
+        from torch.distributed import DistError
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main
 
     # It says "failed" of a run that was asked to stop, too. The workers or this process say what there is to say.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_not_routine)

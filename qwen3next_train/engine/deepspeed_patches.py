@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
 
-from qwen3next_train.optim.adamw import OnePassAdamW
+from qwen3next_train.optim.adamw import EagerAdamW, OnePassAdamW
 
 
 def quiet_start() -> None:
@@ -34,13 +34,12 @@ def quiet_start() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO imports the Muon optimizer, decorated with torch.compile, whose import takes seconds of every rank's start.
     compiler.compile = lambda: compiler.dummy_decorator
+    # Or it would warn that nobody has tried it with ours, which are torch's AdamW or tested against it.
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS = [EagerAdamW, OnePassAdamW]
     # DeepSpeed calls collectives by names that newer versions of torch have given up: one warning a call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # The original copies -1 from the host to the device, which waits for the device once for each optimizer group.
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
-    # ZeRO warns of optimizers that are not in its list; tests of every layout hold ours to torch's AdamW.
-    if OnePassAdamW not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(OnePassAdamW)
     # A skipped step is said by the run's own line. The scale is 1 and stays.
     loss_scaler.LossScalerBase.update_scale = lambda self, overflow: None
 

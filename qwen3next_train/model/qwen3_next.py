@@ -77,7 +77,9 @@ class Qwen3NextModel(nn.Module):
         self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding would draw its weights, which on the meta device imports torch.compile: two seconds of a start.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
             for layer_type in config.layer_types

@@ -19,6 +19,7 @@ from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.summary import data_as_json, log_data
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
+from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.step_line import labelled
@@ -119,7 +120,8 @@ def _build_engine(
     kernels = select_kernels(config.kernels, context.device, dtype=dtype, model=config.model)
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided. Not beside
     # the checks: of two threads that import from both ends of a circle, one may be given a module that is half loaded.
-    from qwen3next_train.engine.zero_engine import ZeroEngine
+    with imported_to_stay():
+        from qwen3next_train.engine.zero_engine import ZeroEngine
 
     with checks_meanwhile(kernels, config.model, context.device, dtype) as checks:
         engine = ZeroEngine(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ExitCode, PeerLostError, TrainError
+from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
@@ -52,10 +53,11 @@ class _Attempt:
 
     def train(self, stack: ExitStack) -> tuple[ExitCode, str]:
         """Build and train; return how it ended."""
-        from qwen3next_train.parallel.process_groups import process_context
-        from qwen3next_train.train.build import build_run
-        from qwen3next_train.train.loop import train
-        from qwen3next_train.train.run_fingerprint import run_fingerprint
+        with imported_to_stay():
+            from qwen3next_train.parallel.process_groups import process_context
+            from qwen3next_train.train.build import build_run
+            from qwen3next_train.train.loop import train
+            from qwen3next_train.train.run_fingerprint import run_fingerprint
 
         settings = self.config.run
         joined = process_context(

@@ -87,6 +87,7 @@ schedule.min_lr
 parallel.expert_parallel_size
 parallel.zero_stage
 parallel.recompute
+parallel.gradient_dtype
 parallel.offload_optimizer
 
 kernels.gated_delta_rule

@@ -18,7 +18,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.topology import Topology
+from tests.distributed.engine import build_engine, topology_of
 from tests.distributed.layout_worker import rank_batches
 from tests.unit.accounting.shapes import TINY
 
@@ -76,9 +76,6 @@ def perform(
     report: str,
 ) -> None:
     """One step of four rows, two at a time and rank; rank 0 writes the file ``report``."""
-    from qwen3next_train.engine.zero_engine import ZeroEngine
-    from qwen3next_train.kernels.selection import select_kernels
-
     config = Config.model_validate(
         {
             "model": TINY.model_dump(),
@@ -92,19 +89,11 @@ def perform(
             "optimizer": {"moments_dtype": moments_dtype},
         }
     )
-    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
-    accumulation = 4 // context.world_size
-    engine = ZeroEngine(
-        config,
-        topology=topology,
-        kernels=select_kernels(config.kernels, context.device),
-        device=context.device,
-        num_micro_batches=accumulation,
-    )
+    engine = build_engine(config, context)
     model, zero = engine._model, engine._engine.optimizer
     gradients: list[int] = []
     model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
-    batches = rank_batches(config, topology, 0, packed=True)
+    batches = rank_batches(config, topology_of(config, context), 0, packed=True)
     totals = StepTotals((100, 100), 128, 1000, 4)
     engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
     partitions = partitions_of(zero)

@@ -1,6 +1,6 @@
 """One of two ranks that save and look for checkpoints, with a fault on rank 1 alone.
 
-Run as ``python -m tests.distributed.checkpoint_worker SCENARIO RANK FOLDER``; writes ``rank_<r>.json``.
+:func:`main` writes ``rank_<r>.json``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import signal
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,3 @@ def main(scenario: str, rank: int, folder: Path) -> None:
         dist.destroy_process_group()
     # Without the interpreter's teardown, in which gloo's threads now and then abort the process.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

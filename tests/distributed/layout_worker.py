@@ -1,4 +1,4 @@
-"""Train a few steps at the layout torchrun gives, and write losses and the full training state.
+"""Train a few steps at a layout, and write losses and the full training state.
 
 A task of :mod:`tests.distributed.ranks` whose argument names a file: a list of ``{config, packed, load, save, out,
 first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
@@ -30,6 +30,7 @@ from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
+from tests.distributed.engine import build_engine, topology_of
 
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
@@ -78,18 +79,8 @@ def watch_margins(model: nn.Module) -> list[float]:
 
 def train(config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
     """Train up to step ``run.steps`` and write what came of it."""
-    from qwen3next_train.engine.zero_engine import ZeroEngine
-    from qwen3next_train.kernels.selection import select_kernels
-
-    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
-    accumulation = config.run.global_batch_size // config.run.micro_batch_size // context.world_size
-    engine = ZeroEngine(
-        config,
-        topology=topology,
-        kernels=select_kernels(config.kernels, context.device),
-        device=context.device,
-        num_micro_batches=accumulation,
-    )
+    topology = topology_of(config, context)
+    engine = build_engine(config, context)
     out = Path(job["out"])
     first = 0
     if job["load"]:

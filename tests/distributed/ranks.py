@@ -1,74 +1,83 @@
 """Rank processes that stay: started once for each number of ranks, they do one task after the other.
 
-Each process that is started imports torch and DeepSpeed and compiles nothing twice: some eight seconds of a core, more
-than most tasks take. :func:`perform` gives a task to the ranks and waits for it. A task is a module of this folder with
-a function ``perform(context, *arguments)``, which every rank calls.
+They are forked from a process that has imported torch and DeepSpeed (``preloaded``), which takes some five seconds of
+a core, more than most tasks. :func:`perform` gives a task to the ranks and waits for it. A task is a module of this
+folder with a function ``perform(context, *arguments)``, which every rank calls.
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib
-import json
+import multiprocessing
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.integration.launching import REPOSITORY, environment
+from tests.integration.launching import free_port
 
-_POLL_S = 0.05
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
+
+
+def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Call a function in a process of its own, which ends with this one."""
+    process = _FORKED.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 class _Ranks:
     """The processes of one world."""
 
     def __init__(self, num_processes: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        self._log = self._folder / "log"
-        self._num_tasks = 0
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*torchrun, "-m", "tests.distributed.ranks", str(self._folder), str(os.getpid())],
-                cwd=REPOSITORY,
-                env=environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._log = Path(self._folder.name) / "log"
+        self._log.touch()
+        self._processes, self._connections = [], []
+        port = free_port()
+        for rank in range(num_processes):
+            ours, theirs = _FORKED.Pipe()
+            launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+            launched |= {"LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            variables = {name: str(value) for name, value in launched.items()}
+            self._processes.append(start(_serve, theirs, variables, self._log))
+            self._connections.append(ours)
+            # The rank's end is the rank's alone, so that its death is the end of the connection.
+            theirs.close()
 
     def perform(self, module: str, arguments: list[str], timeout: float) -> None:
         """Have the task done; an AssertionError with what the ranks printed where they failed or took too long."""
-        self._num_tasks += 1
-        task = self._folder / f"{self._num_tasks}.json"
-        hidden = task.with_suffix(".part")
-        hidden.write_text(json.dumps({"module": module, "arguments": arguments}))
-        hidden.rename(task)
         deadline = time.monotonic() + timeout
-        while not task.with_suffix(".done").exists():
-            ended = self._process.poll() is not None
-            if ended or time.monotonic() > deadline:
-                printed = self._log.read_text()
-                self.close()
-                why = "ended" if ended else f"took more than {timeout:g} s"
-                raise AssertionError(f"{module}: the ranks {why}\n{printed}")
-            time.sleep(_POLL_S)
+        try:
+            for connection in self._connections:
+                connection.send((module, arguments))
+            busy = list(self._connections)
+            while busy:
+                answered = wait(busy, max(0.0, deadline - time.monotonic()))
+                if not answered:
+                    self._fail(module, f"took more than {timeout:g} s")
+                for connection in answered:
+                    assert isinstance(connection, Connection)
+                    connection.recv()
+                    busy.remove(connection)
+        except (EOFError, OSError):
+            self._fail(module, "ended")
 
-    def close(self) -> None:
+    def _fail(self, module: str, why: str) -> None:
+        self._close()
+        raise AssertionError(f"{module}: the ranks {why}\n{self._log.read_text()}") from None
+
+    def _close(self) -> None:
         """End the processes and forget them."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for number, ranks in list(_started.items()):
-            if ranks is self:
-                del _started[number]
+        del _started[len(self._processes)]
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
 
 
 _started: dict[int, _Ranks] = {}
@@ -88,36 +97,23 @@ def perform(module: str, *arguments: object, num_processes: int, timeout: float 
     _started[num_processes].perform(module, [str(argument) for argument in arguments], timeout)
 
 
-@atexit.register
-def _close_all() -> None:
-    for ranks in list(_started.values()):
-        ranks.close()
-
-
-def _serve(folder: Path, parent: int) -> None:
-    """What each rank does until its folder or the process that started it is gone."""
+def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None:
+    """What each rank does until the process that started it is gone."""
     import torch
 
     from qwen3next_train.parallel.process_groups import process_context
 
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(variables)
     torch.set_num_threads(1)
     with process_context("cpu") as context:
-        number = 1
-        while folder.exists() and Path(f"/proc/{parent}").exists():
-            task = folder / f"{number}.json"
-            if not task.exists():
-                time.sleep(_POLL_S)
-                continue
-            described = json.loads(task.read_text())
-            importlib.import_module(f"tests.distributed.{described['module']}").perform(
-                context, *described["arguments"]
-            )
-            # Done when all are: nobody begins the next while another still writes.
-            context.control.any_true(False)
-            if context.rank == 0:
-                task.with_suffix(".done").touch()
-            number += 1
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]))
+        while True:
+            try:
+                module, arguments = connection.recv()
+            except EOFError:
+                # Not through the collectives at the end of the context: others may be gone already.
+                os._exit(0)
+            importlib.import_module(f"tests.distributed.{module}").perform(context, *arguments)
+            connection.send(None)

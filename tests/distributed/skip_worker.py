@@ -16,9 +16,8 @@ import torch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, Report, StepResult, StepTotals
 from qwen3next_train.engine.zero_engine import ZeroEngine
-from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.topology import Topology
+from tests.distributed.engine import build_engine, topology_of
 from tests.distributed.layout_worker import rank_batches
 
 INJECTED = (
@@ -38,14 +37,8 @@ def perform(context: ProcessContext, jobs_path: str) -> None:
 
 
 def _observe(config: Config, context: ProcessContext) -> dict[str, Any]:
-    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
-    engine = ZeroEngine(
-        config,
-        topology=topology,
-        kernels=select_kernels(config.kernels, context.device),
-        device=context.device,
-        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
-    )
+    topology = topology_of(config, context)
+    engine = build_engine(config, context)
 
     def step(number: int) -> StepResult:
         batches = rank_batches(config, topology, number, packed=True)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.launching import REPOSITORY, environment
+from tests.distributed import checkpoint_worker
+from tests.distributed.ranks import start
 from tests.unit.checkpoint.support import assert_holds, manager, names, save
 
 pytestmark = pytest.mark.dist
 
 
-def _play(scenario: str, folder: Path) -> tuple[list[int], list[dict[str, Any] | None]]:
+def _play(scenario: str, folder: Path) -> tuple[list[int | None], list[dict[str, Any] | None]]:
     """Exit codes and results of the two ranks."""
-    command = [sys.executable, "-m", "tests.distributed.checkpoint_worker", scenario]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment()) for rank in range(2)
-    ]
+    ranks = [start(checkpoint_worker.main, scenario, rank, folder) for rank in range(2)]
     try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
+        for rank in ranks:
+            rank.join(timeout=120)
+        codes = [rank.exitcode for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

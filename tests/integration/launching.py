@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,14 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1"}
 
 
-def run(form: str, args: list[str], *, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run to the end and return code, stdout and stderr."""
+def run(
+    form: str, args: list[str], *, num_processes: int = 1, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, with more environment variables, and return code, stdout and stderr."""
     return subprocess.run(
         command(form, args, num_processes=num_processes),
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         capture_output=True,
         text=True,
         timeout=280,

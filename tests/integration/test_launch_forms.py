@@ -15,13 +15,15 @@ PROCESSES = {"console": 1, "file": 2, "script": 2, "module": 2}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run directories of six steps, by form."""
+    """Run directories of six steps, by form; beside each a file of what its processes have imported."""
     folder = tmp_path_factory.mktemp("forms")
     corpus = write_corpus(folder)
     found = {}
     for form, num_processes in PROCESSES.items():
-        done = run(form, arguments(corpus, folder / form), num_processes=num_processes)
+        args = arguments(corpus, folder / form)
+        done = run(form, args, num_processes=num_processes, variables={"PYTHONPROFILEIMPORTTIME": "1"})
         assert done.returncode == 0, done.stderr
+        (folder / f"{form}.imports").write_text(done.stderr)
         found[form] = folder / form
     return found
 
@@ -31,6 +33,15 @@ def test_each_launch_form_trains_to_the_last_step(runs: dict[str, Path], form: s
     assert [row["step"] for row in metrics(runs[form])] == [1, 2, 3, 4, 5, 6]
     assert exit_record(runs[form])["code"] == 0
     assert (runs[form] / "checkpoints" / "step_00000006" / "MANIFEST.json").is_file()
+
+
+@pytest.mark.parametrize("form", PROCESSES)
+def test_no_process_imports_the_compiler(runs: dict[str, Path], form: str) -> None:
+    """``torch._dynamo``, which takes as long to import as all that is used of torch."""
+    lines = runs[form].with_suffix(".imports").read_text().splitlines()
+    modules = {line.rpartition("|")[2].strip() for line in lines if "import time:" in line}
+    assert {"torch", "deepspeed"} < modules
+    assert "torch._dynamo" not in modules
 
 
 @pytest.mark.parametrize("form", ["file", "script", "module"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import logger
 
+from qwen3next_train.config.schema import OptimizerConfig
 from qwen3next_train.engine.deepspeed_patches import quiet_start
-from qwen3next_train.optim.adamw import OnePassAdamW
+from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
+from qwen3next_train.optim.adamw import build_adamw
 
 
 @pytest.fixture
@@ -23,10 +26,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_our_optimizer_is_in_the_list_once() -> None:
-    for _ in range(2):
-        quiet_start()
-    assert ZERO_SUPPORTED_OPTIMIZERS.count(OnePassAdamW) == 1
+@pytest.mark.parametrize("update", [None, adamw_update_reference])
+def test_our_optimizers_are_known(update: AdamWUpdate | None) -> None:
+    quiet_start()
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    optimizer = build_adamw(groups, OptimizerConfig(), fused=False, update=update)
+    assert type(optimizer) in zero_utils.ZERO_SUPPORTED_OPTIMIZERS
 
 
 def test_a_skipped_step_is_not_said_by_deepspeed(said: list[str]) -> None:

@@ -11,8 +11,9 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, ReadFragment
 from qwen3next_train.kernels.main_grad import main_grad_of
 from qwen3next_train.parallel.process_groups import ProcessContext
+from tests.distributed.engine import build_engine
 from tests.distributed.test_layout_equality import small_config
-from tests.unit.engine.test_zero_engine import _engine, _state, _step
+from tests.unit.engine.test_zero_engine import _state, _step
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def _config(*, precision: str = "fp32", moments_dtype: str = "fp32", **parallel:
 
 
 def _train(config: Config, context: ProcessContext, num_steps: int = 2) -> tuple[Any, list[dict[str, float]]]:
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     return engine, [_step(engine, config, step).metrics for step in range(num_steps)]
 
 
@@ -85,7 +86,7 @@ def test_a_resume_goes_on_bit_for_bit(
     in_bf16 = all(torch.equal(t, t.bfloat16().float()) for (_, kind), t in saved.items() if kind != "master")
     assert in_bf16 == (moments_dtype == "bf16")
     expected = [_step(engine, config, step).metrics for step in (2, 3)]
-    other = _engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
+    other = build_engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
     other.load_state(_reader(saved), 2)
     assert [_step(other, config, step).metrics for step in (2, 3)] == expected
 
@@ -96,7 +97,7 @@ def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None
     fp32, _ = _train(_config(), context)
     for source, moments_dtype in ((bf16, "fp32"), (fp32, "bf16")):
         saved = _state(source)
-        engine = _engine(_config(moments_dtype=moments_dtype), context)
+        engine = build_engine(_config(moments_dtype=moments_dtype), context)
         engine.load_state(_reader(saved), 2)
         for (name, kind), tensor in _state(engine).items():
             before = saved[name, kind]

@@ -9,23 +9,11 @@ from qwen3next_train.engine.base import FragmentKind, Report, StepTotals
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 from tests.distributed.test_layout_equality import small_config
 
 pytestmark = pytest.mark.slow
-
-
-def _engine(config: Config, context: ProcessContext):  # type: ignore[no-untyped-def]
-    from qwen3next_train.engine.zero_engine import ZeroEngine
-    from qwen3next_train.kernels.selection import select_kernels
-
-    return ZeroEngine(
-        config,
-        topology=Topology(),
-        kernels=select_kernels(config.kernels, context.device),
-        device=context.device,
-        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size,
-    )
 
 
 def _batches(config: Config, step: int) -> tuple[list[PackedBatch], StepTotals]:
@@ -53,7 +41,7 @@ def _bf16(*, zero_stage: int, offload: str = "none", clip_grad: float = 0.0) -> 
 def test_bf16_run_keeps_the_table_s_fp32_parameters_in_fp32_through_a_step(context: ProcessContext) -> None:
     config = small_config(micro_batch_size=4)
     config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "bf16"})})
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     _step(engine, config, 0)
     parameters = dict(engine._model.named_parameters())
     for spec in parameter_table(config.model):
@@ -70,7 +58,7 @@ def test_clipping_divides_the_gradient_by_its_true_norm(context: ProcessContext)
     free, clipped = small_config(micro_batch_size=4), small_config(micro_batch_size=4, clip_grad=1e-3)
     states = []
     for config in (free, clipped):
-        engine = _engine(config, context)
+        engine = build_engine(config, context)
         norm = _step(engine, config, 0).metrics["optim/grad_norm"]
         states.append({key: tensor for key, tensor in _state(engine).items() if key[1] == "exp_avg"})
     # After one step exp_avg is 0.1 g: its norm over all parameters is the norm that was reported.
@@ -82,7 +70,7 @@ def test_clipping_divides_the_gradient_by_its_true_norm(context: ProcessContext)
 
 def test_a_non_finite_gradient_skips_the_update_and_leaves_the_state_bit_equal(context: ProcessContext) -> None:
     config = small_config(micro_batch_size=4)
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     _step(engine, config, 0)
     before = _state(engine)
     poisoned = engine._model.model.norm.weight
@@ -102,7 +90,7 @@ def test_a_step_in_bf16_asks_once_whether_it_is_finite(
     from deepspeed.runtime.zero import stage_1_and_2
 
     config = _bf16(zero_stage=2, clip_grad=0.5)
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     original, norms = stage_1_and_2.is_invalid_grad_norm, []
 
     def noted(norm: torch.Tensor) -> bool:
@@ -119,7 +107,7 @@ def test_no_gradient_is_rounded_on_its_way_in_bf16(context: ProcessContext, zero
     """Those of fp32 parameters have more digits than bf16, which stage 1 keeps; so have the sums of micro-batches."""
     gradients = []
     for config in (_bf16(zero_stage=1), _bf16(zero_stage=zero_stage, offload=offload)):
-        engine = _engine(config, context)
+        engine = build_engine(config, context)
         _step(engine, config, 0)
         gradients.append({name: tensor for (name, kind), tensor in _state(engine).items() if kind == "exp_avg"})
     for spec in parameter_table(config.model):
@@ -128,7 +116,7 @@ def test_no_gradient_is_rounded_on_its_way_in_bf16(context: ProcessContext, zero
 
 def test_state_read_back_into_a_fresh_engine_goes_on_bit_for_bit(context: ProcessContext) -> None:
     config = small_config(micro_batch_size=2, clip_grad=0.5)
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     for step in range(2):
         _step(engine, config, step)
     saved = _state(engine)
@@ -137,14 +125,14 @@ def test_state_read_back_into_a_fresh_engine_goes_on_bit_for_bit(context: Proces
     def read(name: str, kind: FragmentKind, start: int, stop: int) -> torch.Tensor:
         return saved[name, kind][start:stop]
 
-    other = _engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
+    other = build_engine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}), context)
     other.load_state(read, 2)
     assert [_step(other, config, step).metrics for step in (2, 3)] == expected
 
 
 def test_eval_loss_is_the_training_loss_of_the_same_rows(context: ProcessContext) -> None:
     config = small_config(micro_batch_size=4)
-    engine = _engine(config, context)
+    engine = build_engine(config, context)
     batches, totals = _batches(config, 0)
     loss, count = engine.eval_loss(batches)
     assert count == totals.num_targets[0]

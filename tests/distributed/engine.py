@@ -1,0 +1,32 @@
+"""The engine as training builds it, on the ranks of a test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen3next_train.config.schema import Config
+from qwen3next_train.kernels.selection import select_kernels
+from qwen3next_train.parallel.process_groups import ProcessContext
+from qwen3next_train.topology import Topology
+
+if TYPE_CHECKING:
+    from qwen3next_train.engine.zero_engine import ZeroEngine
+
+
+def topology_of(config: Config, context: ProcessContext) -> Topology:
+    """This rank's place."""
+    return Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+
+
+def build_engine(config: Config, context: ProcessContext) -> ZeroEngine:
+    """An engine with new weights."""
+    # DeepSpeed chooses its accelerator when it is first imported: the one that the context has decided on.
+    from qwen3next_train.engine.zero_engine import ZeroEngine
+
+    return ZeroEngine(
+        config,
+        topology=topology_of(config, context),
+        kernels=select_kernels(config.kernels, context.device),
+        device=context.device,
+        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
+    )
