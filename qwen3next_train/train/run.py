@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from qwen3next_train.parallel.rank_check import RankInfo
     from qwen3next_train.train.loop import Run
 
+# Of gloo and torch's store. Which one comes depends on whether the collective was waited for at once or later.
+_LOST_PEER_SIGNS = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Read error"),
+    *("Timed out waiting", "Application timeout caused pair closure", "Socket Timeout"),
+)
 _SOURCE_PLACE = re.compile(r"\[?/\S+\.(?:cc|cpp|h):\d+\]?:? *")
 _DEVELOPERS_ADVICE = re.compile(
     r"\.? (?:This is typically caused by a remote worker.*?GLHF![^;]*|Exception raised from .*)"
@@ -157,5 +162,4 @@ def _is_lost_peer(error: Exception) -> bool:
 
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket Timeout")
-    return any(sign in str(error) for sign in signs)
+    return any(sign in str(error) for sign in _LOST_PEER_SIGNS)

@@ -86,6 +86,7 @@ GLOO = (
     f"[/a/b/pair.cc:5] {LOST}. This is typically caused by a remote worker crashing. "
     "Check the logs of the remote worker before reporting an error. GLHF! x"
 )
+TORN_DOWN = "Application timeout caused pair closure"
 TO_GO_ON = "run the same line to go on"
 
 
@@ -98,6 +99,8 @@ TO_GO_ON = "run the same line to go on"
         (9, lambda run: None, 0, "finished at step 9", 9),
         (0, fails_at(3, DataError("cut")), 65, "cut", 3),
         (0, fails_at(3, RuntimeError(GLOO)), 69, f"rank 0: lost another rank: {LOST}", 3),
+        # Of a collective that another one's failure has torn down before it was waited for.
+        (0, fails_at(3, RuntimeError(TORN_DOWN)), 69, f"rank 0: lost another rank: {TORN_DOWN}", 3),
     ],
 )
 def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, reason, step):
