@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qwen3next_train.kernels.gates import shared_input_reference
 from qwen3next_train.kernels.grouped_gemm import grouped_matmul_reference
 from qwen3next_train.kernels.routing import TokenPermutation
 from qwen3next_train.kernels.triton.token_permutation import TokenPermutationTriton
@@ -64,11 +65,12 @@ def run(dispatcher: TokenDispatcher, weight: torch.Tensor, inputs: list[torch.Te
     """Output, then gradients of tokens, routing weights, expert weights."""
     x, routing = (tensor.clone().requires_grad_() for tensor in inputs)
     weight = weight.clone().requires_grad_()
-    sent = dispatcher.send(x, ids, routing)
-    beside = (x * 0.5).sin()
-    received = dispatcher.receive(sent)
+    to_experts, to_beside = shared_input_reference(x, 2)
+    received = dispatcher.dispatch(dispatcher.begin_dispatch(to_experts), ids, routing)
     rows = grouped_matmul_reference(received.rows_RD, weight, counts_e=received.counts_e).sin()
-    y = dispatcher.combine(rows * received.weights_R.unsqueeze(1), received) + beside
+    returning = dispatcher.begin_combine(rows * received.weights_R.unsqueeze(1), received)
+    beside = (to_beside * 0.5).sin()
+    y = dispatcher.combine(returning) + beside
     factors = torch.arange(1, HIDDEN + 1, device=y.device)
     grads = torch.autograd.grad((y * factors).sum(), (x, routing, weight))
     return [y.detach(), *grads]
