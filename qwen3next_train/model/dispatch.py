@@ -19,9 +19,9 @@ class ExpertRows:
     """What this rank's experts have to compute.
 
     Args:
-        rows_RD: ``[R, D]`` sorted by local expert; R may be 0.
+        rows_RD: ``[R, D]`` sorted by local expert; R may be 0, or room for more rows than there are.
         weights_R: fp32 ``[R]``, what each row's output is to be multiplied with.
-        counts_e: int64 ``[e]``, rows of each expert.
+        counts_e: int64 ``[e]``, rows of each expert; those behind their sum hold nothing and are not read as numbers.
         origin: where the rows came from, for the dispatcher that made them.
     """
 

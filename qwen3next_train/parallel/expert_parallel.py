@@ -1,16 +1,18 @@
 """Expert parallelism: tokens travel to the ranks of their experts and back.
 
-A token goes once to each rank that holds some of its experts, not once to each expert: with 10 of 512 experts
-over 8 ranks that is 5.9 rows instead of 10 each way. The receiving rank copies it for its experts, sums their
-weighted outputs, and one row per (token, rank) travels back. Nothing is dropped, and all sums run in a fixed order
-without atomics, over a rank's experts in the order of a token's choices and then over the ranks: a repeated step is
-equal bit for bit.
+A token goes at most once to each rank, not once to each expert: with 10 of 512 experts over 8 ranks that is 5.9 rows
+instead of 10 each way. The receiving rank copies it for its experts, sums their weighted outputs, and one row per
+(token, rank) travels back. Nothing is dropped, and all sums run in a fixed order without atomics, over a rank's experts
+in the order of a token's choices and then over the ranks: a repeated step is equal bit for bit. The sums travel back
+while the shared expert computes, and so does, in the backward pass, their gradient.
 
-The sums travel back while the shared expert computes, and so does, in the backward pass, their gradient. The number
-of rows has to be known on the host to post the exchange, which costs one wait for the device per layer and pass.
+Two dispatchers do so, with the same results bit for bit. :class:`AllToAllDispatcher` sends the rows that are needed;
+their number has to be known on the host to post the exchange, which costs one wait for the device per layer and pass.
+:class:`DenseDispatcher` sends every token to every rank, so that no size depends on the routing: nothing waits, and
+tokens leave before the router has begun.
 
 Letters: T tokens of this rank, D hidden, K experts per token, P ranks, e local experts, M rows sent (one per
-token and rank), N rows received, R rows of this rank's experts.
+token and rank), N rows received (by the dense exchange N = P T), R rows of this rank's experts, or room for them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ import torch.distributed as dist
 from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.model.dispatch import ExpertRows
 from qwen3next_train.model.recompute import recomputed
-from qwen3next_train.parallel.transfers import Exchange, Travelling, UnevenAllToAll
+from qwen3next_train.parallel.transfers import (
+    Exchange,
+    Gather,
+    SumOverRanks,
+    Travelling,
+    UnevenAllToAll,
+    rows_of_ranks,
+)
 
 
 class ExpertParallelDispatcher:
@@ -143,3 +152,85 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
     def _exchange(self, to_each: Sequence[int], from_each: Sequence[int]) -> Exchange:
         there = UnevenAllToAll(self._group, to_each, from_each)
         return Exchange(there, UnevenAllToAll(self._group, from_each, to_each))
+
+
+class ExpertRoom:
+    """How many rows a rank's experts have room for in a layer, and how many they got; the same room in all layers.
+
+    Where there is too little, rows are left out and the micro-batch's loss is spoilt, so that the step that it belongs
+    to changes nothing on any rank and can be repeated with more room. Nothing here waits for the device.
+
+    Args:
+        rows: R.
+        device: of the model.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = rows
+        self.largest = torch.zeros((), dtype=torch.int64, device=device)
+        """int64 scalar, most rows that a layer of this rank would have needed since :meth:`begin_step`."""
+
+    def begin_step(self) -> None:
+        """Forget what was needed so far."""
+        self.largest.zero_()
+
+    def note(self, num_rows: torch.Tensor) -> None:
+        """A layer needs ``num_rows`` (int64 scalar on the device)."""
+        torch.maximum(self.largest, num_rows, out=self.largest)
+
+    def spoil(self, loss: torch.Tensor) -> torch.Tensor:
+        """A micro-batch's loss, NaN with NaN gradients where a layer had too little room."""
+        return loss * torch.where(self.largest > self.rows, torch.nan, 1.0)
+
+
+class DenseDispatcher(ExpertParallelDispatcher):
+    """Sends all tokens to all ranks (``model.dispatch.TokenDispatcher``); T has to be the same on all of them.
+
+    Token t of rank s is row ``s T + t`` everywhere. Each rank computes the rows of its experts, in a buffer of fixed
+    room, and sends back a sum for each token, which is 0 where it has none of the token's experts.
+
+    Args:
+        group: as of :class:`ExpertParallelDispatcher`.
+        num_experts: E.
+        permutation: selected backend.
+        room: R.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, permutation: TokenPermutation, room: ExpertRoom
+    ) -> None:
+        super().__init__(group, num_experts, permutation)
+        self._room = room
+        self._order: Permutation | None = None
+
+    def begin_dispatch(self, x_TD: torch.Tensor) -> Travelling:
+        """See :class:`TokenDispatcher`."""
+        return Exchange(Gather(self._group), self._sum_of(x_TD)).start(x_TD)
+
+    def dispatch(self, begun: Travelling, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+        """See :class:`TokenDispatcher`."""
+        choices_TX = self._choices(expert_ids_TK, weights_TK)
+        choices = Exchange(Gather(self._group), self._sum_of(choices_TX)).start(choices_TX)
+        rows_RD, weights_R, by_expert = self._receive(begun, choices, self._room.rows)
+        self._room.note(by_expert.counts_E.sum())
+        ends_e = by_expert.counts_E.cumsum(0).clamp(max=self._room.rows)
+        counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1))
+        back = Exchange(self._sum_of(expert_ids_TK), Gather(self._group))
+        return ExpertRows(rows_RD, weights_R, counts_e, (by_expert, back))
+
+    def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Travelling:
+        """See :class:`TokenDispatcher`. Sums of one rank's experts travel in the dtype of ``rows_RD``."""
+        by_expert, back = received.origin
+        travelling: Travelling = back.start(self._permutation.unpermute(rows_RD, by_expert))
+        return travelling
+
+    def combine(self, begun: Travelling) -> torch.Tensor:
+        """See :class:`TokenDispatcher`."""
+        return begun.finish()
+
+    def _sum_of(self, like_TX: torch.Tensor) -> SumOverRanks:
+        """Sums the ranks' terms for as many tokens as ``like_TX`` has."""
+        num_tokens = like_TX.shape[0]
+        if self._order is None or self._order.row_TK.shape[0] != num_tokens:
+            self._order = rows_of_ranks(num_tokens, self._num_ranks, like_TX.device)
+        return SumOverRanks(self._group, self._permutation, self._order)

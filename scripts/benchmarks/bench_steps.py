@@ -177,7 +177,9 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
     device = context.device
     engine = ZeroEngine(
         config,
-        topology=Topology(context.world_size, context.rank, config.parallel.expert_parallel_size),
+        topology=Topology(
+            context.world_size, context.rank, config.parallel.expert_parallel_size, context.ranks_per_node
+        ),
         kernels=select_kernels(config.kernels, device, dtype=DTYPES[config.run.precision], model=config.model),
         device=device,
         num_micro_batches=row.accumulation,
@@ -191,7 +193,7 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
 
     timing = measure(step, device, iterations=iterations)
     flops = sum(model_flops(config, batch) for batch in batches)
-    plan = memory_per_gpu(config.model, Layout.of(config, context.world_size))
+    plan = memory_per_gpu(config.model, Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node))
     with _named_parts():
         events = _profiled(lambda: [step() for _ in range(_PROFILED_STEPS)], device)
     on_device = [event for event in events if _is_kernel(event, device)]
