@@ -44,7 +44,7 @@ class Layout:
     moments_dtype: MomentsDtype = "fp32"
     offload_optimizer: bool = False
     gradient_dtype: GradientDtype = "fp32"
-    token_exchange: TokenExchange = "auto"
+    token_exchange: TokenExchange = "exact"
     ranks_per_node: int = RANKS_PER_NODE
 
     @classmethod

@@ -197,7 +197,7 @@ class ParallelConfig(Section):
 
     expert_parallel_size: Ranks = Field(1, description="ranks that share one set of experts")
     token_exchange: TokenExchange = Field(
-        "auto",
+        "exact",
         description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "
         "experts' rows) or those that are needed (exact); auto: dense within a node over at most 4 ranks",
     )

@@ -53,7 +53,7 @@ OPTIONS = {
         Option("--gpus", "N", "largest number of GPUs (default: all)"),
         Option("--iters", "N", "timed steps of each row (default 8)"),
         Option("--only", "WORDS", "measure rows whose name (slice4_e512/EP4xZ1/acc4) has all these words: EP4,acc4"),
-        Option("--exchange", "KIND", "parallel.token_exchange of every row: dense, exact (default auto)"),
+        Option("--exchange", "KIND", "parallel.token_exchange of every row: auto, dense, exact (the default)"),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
         Option("--worker", "JSON", "measure one row; how ranks are started"),
     )
@@ -360,7 +360,7 @@ def main(argv: list[str]) -> int:
     rows = [row for row in all_rows() if row.num_gpus <= num_gpus and all(word in row.name for word in words)]
     if not rows:
         raise ConfigError(f"nothing to measure with {num_gpus} GPUs and --only {','.join(words)}")
-    exchange = ("parallel.token_exchange", args.last("--exchange") or "auto")
+    exchange = ("parallel.token_exchange", args.last("--exchange") or "exact")
     rows = [replace(row, overrides=(*row.overrides, exchange)) for row in rows]
     target = args.last("--json")
     print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))

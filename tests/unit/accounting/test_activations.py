@@ -53,12 +53,13 @@ def test_dispatch_exists_only_with_expert_parallelism() -> None:
 def test_the_dense_exchange_has_room_for_rows() -> None:
     """16 tokens to both ranks and back; where rows are found; all that two experts of four can get, twice the mean."""
     alone = activation_bytes(TINY, ONE)
-    apart = activation_bytes(TINY, replace(ONE, world_size=2, expert_parallel_size=2))
+    dense = replace(ONE, world_size=2, expert_parallel_size=2, token_exchange="dense")
+    apart = activation_bytes(TINY, dense)
     assert apart["all_to_all"] == 2 * 2 * 16 * 8 * 4
     assert apart["activations_moe"] == alone["activations_moe"] + 3 * 16 * 8 * 2
     assert apart["imbalance"] == 3 * 16 * 2 * 4 * (8 + 3 * 6)
     # With recompute all tokens that arrived are kept, however uneven the load.
-    layout = replace(ONE, world_size=2, expert_parallel_size=2, recompute=frozenset(("activations",)))
+    layout = replace(dense, recompute=frozenset(("activations",)))
     assert activation_bytes(TINY, layout)["imbalance"] == 3 * 16 * 2 * 4 * 2 * 6
 
 

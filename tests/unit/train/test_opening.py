@@ -41,7 +41,7 @@ def test_what_is_not_usual_is_said():
     )
     assert found[1].endswith("; 4 x 1 rows a process")
     assert found[3] == (
-        "layout      4 processes on CPU, fp32, ZeRO-2, experts over 4 ranks, dense exchange, recompute norms + layer, "
+        "layout      4 processes on CPU, fp32, ZeRO-2, experts over 4 ranks, exact exchange, recompute norms + layer, "
         "optimizer in host memory"
     )
     assert found[4] == "output      runs/mine, a checkpoint at the end"
