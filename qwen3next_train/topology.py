@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from qwen3next_train.errors import ConfigError
 
+RANKS_PER_NODE = 8
+"""Of the usual machine, where nothing is known of it."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -20,6 +23,7 @@ class Topology:
         world_size: number of processes.
         rank: this process, ``0 <= rank < world_size``.
         expert_parallel_size: ranks that share one set of experts; divides ``world_size``.
+        ranks_per_node: consecutive ranks that share a machine.
 
     Raises:
         ConfigError: when ``expert_parallel_size`` does not divide ``world_size``.
@@ -28,6 +32,7 @@ class Topology:
     world_size: int = 1
     rank: int = 0
     expert_parallel_size: int = 1
+    ranks_per_node: int = RANKS_PER_NODE
 
     def __post_init__(self) -> None:
         if self.world_size % self.expert_parallel_size:

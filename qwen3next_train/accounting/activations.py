@@ -19,6 +19,10 @@ from qwen3next_train.config.schema import ModelConfig, RecomputePart
 
 IMBALANCE_ALLOWANCE = 0.2
 """Rows above the mean that an expert-parallel rank is expected to receive, as a fraction."""
+ROOM_FACTOR = 1.25
+"""Room for rows of a rank's experts over their expected number, where it has to be known before the routing is."""
+
+_SPARE_ROWS = 1024  # a few hundred rows spread by more than a quarter
 
 LayerKind = Literal["gdn", "attention", "moe", "other"]
 
@@ -83,7 +87,12 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         ``all_to_all``, ``imbalance``.
     """
     tokens, num_layers = layout.num_tokens, _num_layers(model)
-    saved = saved_tensors(model, layout.precision, expert_parallel_size=layout.expert_parallel_size)
+    saved = saved_tensors(
+        model,
+        layout.precision,
+        expert_parallel_size=layout.expert_parallel_size,
+        exchanges_densely=layout.exchanges_densely,
+    )
     whole_layers = "layer" in layout.recompute
     parts = set(layout.recompute) - {"layer"}
     kept = {kind: kept_tensors(tensors, parts) for kind, tensors in saved.items()}
@@ -96,15 +105,38 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
     rows = kept_tensors(saved["moe"], ()) if whole_layers else kept["moe"]
     # Of recomputed layers one layer's rows exist at a time, else those that every layer keeps.
     layers_with_rows = 1 if whole_layers else num_layers["moe"]
+    routed = layers_with_rows * _size((tensor for tensor in rows if tensor.routed), tokens)
     exchange = _all_to_all(model, layout)
-    uneven = layers_with_rows * _size((tensor for tensor in rows if tensor.routed), tokens) + exchange
     return {
         **{f"activations_{kind}": size for kind, size in by_kind.items()},
         "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, tokens, whole=whole_layers),
         "logits": _logits(model, layout),
         "all_to_all": exchange,
-        "imbalance": int(IMBALANCE_ALLOWANCE * uneven) if layout.expert_parallel_size > 1 else 0,
+        "imbalance": _imbalance(model, layout, routed, exchange),
     }
+
+
+def _imbalance(model: ModelConfig, layout: Layout, routed: int, exchange: int) -> int:
+    """Bytes above the mean: of the dense exchange the room that there is, else what may be needed."""
+    if layout.exchanges_densely:
+        mean = expert_rows(model, layout)
+        return routed * (expert_room(model, layout, mean) - mean) // mean
+    return int(IMBALANCE_ALLOWANCE * (routed + exchange)) if layout.expert_parallel_size > 1 else 0
+
+
+def expert_rows(model: ModelConfig, layout: Layout) -> int:
+    """Rows of a rank's experts in one micro-batch and layer, on average."""
+    return layout.num_tokens * model.num_experts_per_tok
+
+
+def expert_room(model: ModelConfig, layout: Layout, num_rows: int) -> int:
+    """Rows that a rank's experts get room for in the dense exchange when they are expected to get ``num_rows``.
+
+    Never more than there can be: of every token of every rank as many as it chooses or the rank has.
+    """
+    size = layout.expert_parallel_size
+    most = size * layout.num_tokens * min(model.num_experts_per_tok, model.num_experts // size)
+    return min(int(ROOM_FACTOR * num_rows) + _SPARE_ROWS, most)
 
 
 def _size(tensors: Iterable[SavedTensor], tokens: int) -> int:
@@ -141,7 +173,7 @@ def _rebuilt_layer(
 
 
 def saved_tensors(
-    model: ModelConfig, precision: Precision, *, expert_parallel_size: int = 1
+    model: ModelConfig, precision: Precision, *, expert_parallel_size: int = 1, exchanges_densely: bool = False
 ) -> dict[LayerKind, tuple[SavedTensor, ...]]:
     """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be recomputed from.
 
@@ -151,7 +183,7 @@ def saved_tensors(
     return {
         "gdn": _saved_gdn(model, element_bytes),
         "attention": _saved_attention(model, element_bytes),
-        "moe": _saved_moe(model, element_bytes, expert_parallel_size),
+        "moe": _saved_moe(model, element_bytes, expert_parallel_size, exchanges_densely=exchanges_densely),
         "other": _saved_other(model, element_bytes),
     }
 
@@ -201,7 +233,9 @@ def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTenso
     )
 
 
-def _saved_moe(model: ModelConfig, element_bytes: int, expert_parallel_size: int) -> tuple[SavedTensor, ...]:
+def _saved_moe(
+    model: ModelConfig, element_bytes: int, expert_parallel_size: int, *, exchanges_densely: bool
+) -> tuple[SavedTensor, ...]:
     hidden, ffn = model.hidden_size, model.moe_intermediate_size
     top_k, shared = model.num_experts_per_tok, model.shared_expert_intermediate_size
     row = element_bytes * hidden
@@ -209,8 +243,12 @@ def _saved_moe(model: ModelConfig, element_bytes: int, expert_parallel_size: int
     copied = norm[-1].name
     between_ranks: tuple[SavedTensor, ...] = ()
     if expert_parallel_size > 1:
-        copied, rows = "rows from other ranks", round(row * ranks_per_token(model, expert_parallel_size))
-        between_ranks = (SavedTensor(copied, rows, routed=True, only_as_source=True),)
+        copied = "rows from other ranks"
+        rows = round(row * _rows_sent(model, expert_parallel_size, exchanges_densely=exchanges_densely))
+        between_ranks = (SavedTensor(copied, rows, routed=not exchanges_densely, only_as_source=True),)
+    if exchanges_densely:
+        # Where each rank finds the rows of all ranks' tokens.
+        between_ranks += (SavedTensor("rows of other ranks' choices", 8 * top_k * (expert_parallel_size - 1)),)
     shared_tensors = (
         SavedTensor("shared gate, up", element_bytes * 2 * shared),
         SavedTensor("shared SwiGLU output", element_bytes * shared, part="activations", sources=("shared gate, up",)),
@@ -238,6 +276,15 @@ def ranks_per_token(model: ModelConfig, expert_parallel_size: int) -> float:
     return expert_parallel_size * (1 - none)
 
 
+def rows_sent_per_token(model: ModelConfig, layout: Layout) -> float:
+    """Ranks that a token goes to, its own included."""
+    return _rows_sent(model, layout.expert_parallel_size, exchanges_densely=layout.exchanges_densely)
+
+
+def _rows_sent(model: ModelConfig, expert_parallel_size: int, *, exchanges_densely: bool) -> float:
+    return expert_parallel_size if exchanges_densely else ranks_per_token(model, expert_parallel_size)
+
+
 def _saved_other(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...]:
     """Of the final norm, and by depth of MTP's three norms and its projection."""
     tensors = _norm("norm", model.hidden_size, element_bytes)
@@ -261,8 +308,8 @@ def _logits(model: ModelConfig, layout: Layout) -> int:
 
 
 def _all_to_all(model: ModelConfig, layout: Layout) -> int:
-    """Send and receive buffer of one layer's dispatch, one copy of a token per rank that it goes to."""
+    """Send and receive buffer of one layer's way back, one row of a token per rank that it goes to."""
     if layout.expert_parallel_size == 1:
         return 0
     row = model.hidden_size * layout.element_bytes
-    return 2 * round(layout.num_tokens * row * ranks_per_token(model, layout.expert_parallel_size))
+    return 2 * round(layout.num_tokens * row * rows_sent_per_token(model, layout))

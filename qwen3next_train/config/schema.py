@@ -42,6 +42,7 @@ LayerType = Literal["linear_attention", "full_attention"]
 RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
 GradientDtype = Literal["fp32", "bf16"]
+TokenExchange = Literal["auto", "dense", "exact"]
 
 
 class Section(BaseModel):
@@ -195,6 +196,11 @@ class ParallelConfig(Section):
     """Layout over processes; the data-parallel size is the world size."""
 
     expert_parallel_size: Ranks = Field(1, description="ranks that share one set of experts")
+    token_exchange: TokenExchange = Field(
+        "exact",
+        description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "
+        "experts' rows) or those that are needed (exact); auto: dense within a node over at most 4 ranks",
+    )
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     recompute: list[RecomputePart] = Field(
         default_factory=list,

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 
+from qwen3next_train.accounting.activations import expert_room, expert_rows
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
@@ -19,16 +21,18 @@ from qwen3next_train.engine.deepspeed_patches import (
     quiet_start,
     set_group_timeouts,
 )
-from qwen3next_train.engine.expert_block import ZeroMoeBlock, mark_expert_parameters
+from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
+from qwen3next_train.log import get_logger
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
+from qwen3next_train.parallel.expert_parallel import ExpertRoom
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
@@ -63,6 +67,7 @@ class ZeroEngine:
         num_micro_batches: int,
     ) -> None:
         self._config = config
+        self._layout = Layout.of(config, topology.world_size, ranks_per_node=topology.ranks_per_node)
         self._world_size = topology.world_size
         self._device = device
         table = parameter_table(config.model)
@@ -82,6 +87,11 @@ class ZeroEngine:
         model.reduce_counts = self._sum_over_ranks
         self._model = model
         self._engine = _wrap(config, model, table, device=device, num_micro_batches=num_micro_batches)
+        self._room: ExpertRoom | None = None
+        if self._layout.exchanges_densely:
+            expected = expert_rows(config.model, self._layout)
+            self._room = ExpertRoom(expert_room(config.model, self._layout, expected), device)
+            exchange_densely(model, self._room)
         state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
         self._zero = self._engine.optimizer
         self._in_buckets = isinstance(self._zero, GradientBucketOptimizer)
@@ -107,6 +117,8 @@ class ZeroEngine:
         and ranks. Gradient buckets do so; where DeepSpeed averages over ranks, the loss is multiplied by their number
         here and nowhere else. Its division by the number of accumulation steps is switched off.
 
+        A step in which a rank's experts got more rows than they have room for is repeated with more room.
+
         Args:
             batches: this rank's micro-batches, the same number on every rank.
             totals: counts over all ranks.
@@ -116,26 +128,67 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         scales = LossScales(num_targets=totals.num_targets, num_micro_batches=totals.num_micro_batches)
-        collected = StepReport(self._config.model)
         self._engine.train()
-        self._model.begin_step()
-        for batch in batches:
-            output = self._engine(batch.to(self._device), scales)
-            self._engine.backward(output.total * self._loss_factor, scale_wrt_gas=False)
-            if report is not Report.NONE:
-                collected.add(output)
-            # Or the graph of this micro-batch would live through the forward pass of the next.
-            del output
-            # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
-            # the weights and clears the gradients; the calls before it do none of that.
-            self._engine.step()
-        skipped = bool(self._zero.non_finite if self._in_buckets else self._zero.overflow)
+        while True:
+            collected, loss = self._accumulate_and_update(batches, scales, report)
+            skipped = bool(self._zero.non_finite if self._in_buckets else self._zero.overflow)
+            if not (skipped and self._makes_room(loss)):
+                break
         if report is Report.NONE:
             return StepResult({}, skipped)
         metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
         metrics["optim/lr"] = lr
         metrics["optim/grad_norm"] = float(self._engine.get_global_grad_norm())
         return StepResult(metrics, skipped)
+
+    def _accumulate_and_update(
+        self, batches: Sequence[PackedBatch], scales: LossScales, report: Report
+    ) -> tuple[StepReport, torch.Tensor]:
+        """What the micro-batches report, and this rank's loss as it came out of the model."""
+        collected = StepReport(self._config.model)
+        loss = torch.zeros((), device=self._device)
+        if self._room is not None:
+            self._room.begin_step()
+        self._model.begin_step()
+        for batch in batches:
+            output = self._engine(batch.to(self._device), scales)
+            loss += output.total.detach()
+            total = output.total if self._room is None else self._room.spoil(output.total)
+            self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
+            if report is not Report.NONE:
+                collected.add(output)
+            # Or the graph of this micro-batch would live through the forward pass of the next.
+            del output, total
+            # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
+            # the weights and clears the gradients; the calls before it do none of that.
+            self._engine.step()
+        return collected, loss
+
+    def _makes_room(self, loss: torch.Tensor) -> bool:
+        """Whether a skipped step is worth repeating: for want of room for experts' rows, of which there is more now.
+
+        All ranks agree. Rows without room are left out, so the model's loss is finite nevertheless; where it is not,
+        the routing behind it is of numbers that are not finite either and says nothing of the room that is needed.
+
+        Args:
+            loss: this rank's, of all micro-batches.
+        """
+        if self._room is None:
+            return False
+        needed = torch.stack([self._room.largest, (~torch.isfinite(loss)).long()])
+        dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+        rows, diverged = needed.tolist()
+        if diverged or rows <= self._room.rows:
+            return False
+        before, self._room.rows = self._room.rows, expert_room(self._config.model, self._layout, rows)
+        get_logger().warning(
+            "parallel.token_exchange: a rank's experts got %d rows in a layer and have room for %d; "
+            "the step is repeated with room for %d",
+            rows,
+            before,
+            self._room.rows,
+        )
+        return True
 
     def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""

@@ -8,6 +8,7 @@ Letters: T tokens, D hidden, N heads, H head dim, R rows, F expert hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,9 @@ def shared_expert_combine_reference(
 def shared_input_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """``x``, ``count`` times, for as many consumers; its gradient is the sum of theirs.
 
+    In an order of their own, here from the last consumer to the first: the graph's, which depends on what else is
+    computed between the consumers, decides nothing.
+
     Args:
         x: any shape; must not be changed in place afterwards.
         count: 2 to :data:`MAX_CONSUMERS`; who needs fewer may leave some of them unused.
@@ -91,4 +95,20 @@ def shared_input_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, .
     Returns:
         Tensors that share the memory of ``x``.
     """
-    return (x,) * count
+    return _SharedInput.apply(x, count)
+
+
+class _SharedInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        # No zeros for those that nobody used.
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        total = None
+        for grad in reversed(grads):
+            if grad is not None:
+                total = grad if total is None else total + grad
+        return total, None

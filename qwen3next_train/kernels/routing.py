@@ -1,7 +1,8 @@
 """Routing to experts in plain torch, the contract of its backends: the router, and the order of the rows it makes.
 
 Letters: T tokens, D hidden, E experts, K experts per token, r rows of the micro-batch, S = T / r tokens per row,
-X = S K chosen experts of a row, P = T K pairs of token and expert, R routed rows (pairs with an expert here).
+X = S K chosen experts of a row, P = T K pairs of token and expert, R rows (as many as there are pairs with an expert
+here, or room for more).
 """
 
 from __future__ import annotations
@@ -89,10 +90,13 @@ def route_logits(
 class Permutation:
     """Routed rows sorted by expert.
 
+    Where there is room for more rows than there are pairs, the rows behind the last hold nothing: what stands there is
+    never read as a number.
+
     Args:
         token_R: int64 ``[R]``, token of each sorted row.
         row_TK: int64 ``[T, K]``, sorted row of each token's k-th expert, -1 where the token has none.
-        counts_E: int64 ``[E]``, rows per expert.
+        counts_E: int64 ``[E]``, pairs per expert, those included for which there is no room.
     """
 
     token_R: torch.Tensor
@@ -107,13 +111,13 @@ class TokenPermutation:
     bit for bit.
     """
 
-    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_routed: int) -> Permutation:
+    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_rows: int) -> Permutation:
         """Stable order of all (token, expert) pairs by expert.
 
         Args:
             expert_ids_TK: int64 ``[T, K]``, -1 for no expert.
             num_experts: E.
-            num_routed: R, the number of ids that are not -1.
+            num_rows: R, room for rows. Pairs that come behind it in the order get no row.
 
         Returns:
             the order, on the device of the ids.
@@ -126,8 +130,11 @@ class TokenPermutation:
         row_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
         counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_P.device)
         counts_E.scatter_add_(0, keys_P, torch.ones_like(keys_P))
-        row_TK = row_P.where(ids_P >= 0, -1).view_as(expert_ids_TK)
-        return Permutation(order_P[:num_routed] // expert_ids_TK.shape[1], row_TK, counts_E[:num_experts])
+        row_TK = row_P.where((ids_P >= 0) & (row_P < num_rows), -1).view_as(expert_ids_TK)
+        token_R = order_P.new_zeros(num_rows)
+        token_P = order_P[:num_rows] // expert_ids_TK.shape[1]
+        token_R[: token_P.shape[0]] = token_P
+        return Permutation(token_R, row_TK, counts_E[:num_experts])
 
     def permute(self, x_TD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
         """Copy each token to its sorted rows: ``[T, D]`` to ``[R, D]``; differentiable."""
@@ -163,10 +170,10 @@ class _Permute(torch.autograd.Function):
 
 class _PermuteWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights_TK, num_routed, row_TK):  # type: ignore[no-untyped-def]
+    def forward(ctx, weights_TK, num_rows, row_TK):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(row_TK)
         # Pairs without a row write to an element behind the last.
-        weights_R = weights_TK.new_zeros(num_routed + 1)
+        weights_R = weights_TK.new_zeros(num_rows + 1)
         weights_R[row_TK] = weights_TK
         return weights_R[:-1].clone()
 

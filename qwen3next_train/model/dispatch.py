@@ -19,9 +19,9 @@ class ExpertRows:
     """What this rank's experts have to compute.
 
     Args:
-        rows_RD: ``[R, D]`` sorted by local expert; R may be 0.
+        rows_RD: ``[R, D]`` sorted by local expert; R may be 0, or room for more rows than there are.
         weights_R: fp32 ``[R]``, what each row's output is to be multiplied with.
-        counts_e: int64 ``[e]``, rows of each expert.
+        counts_e: int64 ``[e]``, rows of each expert; those behind their sum hold nothing and are not read as numbers.
         origin: where the rows came from, for the dispatcher that made them.
     """
 
@@ -34,27 +34,34 @@ class ExpertRows:
 class TokenDispatcher(Protocol):
     """The seam at which expert parallelism enters the model.
 
-    ``send`` may start an exchange between ranks that goes on until ``receive``, so whatever does not need the
-    experts is best computed in between.
+    What ``begin_dispatch`` and ``begin_combine`` start may go on until ``dispatch`` and ``combine``, so whatever needs
+    neither is best computed in between: the router, the shared expert.
     """
 
-    def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
-        """Start to bring every routed row to the rank of its expert.
+    def begin_dispatch(self, x_TD: torch.Tensor) -> Any:
+        """Start to bring tokens to the ranks of their experts, as far as that needs no routing.
 
         Args:
             x_TD: this rank's tokens ``[T, D]``.
-            expert_ids_TK: int64 ``[T, K]`` global expert ids.
-            weights_TK: fp32 ``[T, K]`` weights of the experts' outputs.
 
         Returns:
-            what ``receive`` needs.
+            what ``dispatch`` needs.
         """
 
-    def receive(self, sent: Any) -> ExpertRows:
-        """Rows for this rank's experts, from all ranks that share them."""
+    def dispatch(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+        """Rows for this rank's experts, from all ranks that share them.
 
-    def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
-        """Weighted expert outputs, in the order of ``received``, to their sum per token of this rank ``[T, D]``."""
+        Args:
+            begun: what ``begin_dispatch`` returned.
+            expert_ids_TK: int64 ``[T, K]`` global expert ids.
+            weights_TK: fp32 ``[T, K]`` weights of the experts' outputs.
+        """
+
+    def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Any:
+        """Start to bring back weighted expert outputs, in the order of ``received``; returns what ``combine`` needs."""
+
+    def combine(self, begun: Any) -> torch.Tensor:
+        """Their sum per token of this rank, ``[T, D]``."""
 
 
 class LocalDispatcher:
@@ -69,18 +76,22 @@ class LocalDispatcher:
         self._num_experts = num_experts
         self._permutation = permutation
 
-    def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+    def begin_dispatch(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """See :class:`TokenDispatcher`."""
+        return x_TD
+
+    def dispatch(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
         """See :class:`TokenDispatcher`."""
         order = self._permutation.sort(expert_ids_TK, self._num_experts, expert_ids_TK.numel())
-        rows_RD = recomputed("activations", lambda x_TD: self._permutation.permute(x_TD, order), x_TD)
+        rows_RD = recomputed("activations", lambda x_TD: self._permutation.permute(x_TD, order), begun)
         weights_R = self._permutation.permute_weights(weights_TK, order)
         return ExpertRows(rows_RD, weights_R, order.counts_E, order)
 
-    def receive(self, sent: ExpertRows) -> ExpertRows:
-        """See :class:`TokenDispatcher`."""
-        return sent
-
-    def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
+    def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
         """See :class:`TokenDispatcher`."""
         order: Permutation = received.origin
         return self._permutation.unpermute(rows_RD, order)
+
+    def combine(self, begun: torch.Tensor) -> torch.Tensor:
+        """See :class:`TokenDispatcher`."""
+        return begun

@@ -5,6 +5,8 @@ Letters: T tokens, D hidden, E experts, e local experts, K experts per token, F 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -125,9 +127,9 @@ class SharedExpertGate(nn.Module):
 class SparseMoeBlock(nn.Module):
     """The second half of a layer: ``residual + (routed experts + gate * shared expert)``.
 
-    In order: the router chooses K experts per token; tokens are sent to the ranks of their experts; the shared expert
-    computes while they travel; the routed experts compute (grouped GEMM); their outputs come back and are summed per
-    token; the gate weighs the shared expert, and one kernel adds all three terms.
+    In order: tokens set off to other ranks, as far as that needs no routing; the router chooses K experts per token;
+    the tokens arrive at their experts, which compute (grouped GEMM); their outputs travel back while the shared expert
+    computes, and are summed per token; the gate weighs the shared expert, and one kernel adds all three terms.
 
     ``dispatcher`` is replaced from outside for expert parallelism; the block knows no process group.
 
@@ -167,14 +169,19 @@ class SparseMoeBlock(nn.Module):
         """
         # Four readers of one tensor: their gradients are added by one kernel in the backward pass.
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
+        begun = self.dispatcher.begin_dispatch(to_experts_TD)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
-        sent = self.dispatcher.send(to_experts_TD, ids_TK, weights_TK)
+        returning = self._routed(begun, ids_TK, weights_TK)
         shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)
-        received = self.dispatcher.receive(sent)
-        rows_RD = self.experts(received.rows_RD, received.weights_R, received.counts_e)
-        y_TD = self.dispatcher.combine(rows_RD, received)
+        y_TD = self.dispatcher.combine(returning)
         if shared_TD is None:
             return residual_TD + y_TD, stats
         if self.shared_expert_gate is None:
             return residual_TD + (y_TD + shared_TD), stats
         return self.shared_expert_gate(y_TD, shared_TD, to_gate_TD, residual_TD=residual_TD), stats
+
+    def _routed(self, begun: Any, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+        """The routed experts' outputs, on their way back. A function, so that no variable keeps their rows."""
+        received = self.dispatcher.dispatch(begun, ids_TK, weights_TK)
+        rows_RD = self.experts(received.rows_RD, received.weights_R, received.counts_e)
+        return self.dispatcher.begin_combine(rows_RD, received)

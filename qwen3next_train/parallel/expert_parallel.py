@@ -1,23 +1,24 @@
 """Expert parallelism: tokens travel to the ranks of their experts and back.
 
-A token goes once to each rank that holds some of its experts, not once to each expert: with 10 of 512 experts
-over 8 ranks that is 5.9 rows instead of 10 each way. The receiving rank copies it for its experts, sums their
-weighted outputs, and one row per (token, rank) travels back. No capacity, nothing is dropped, and all sums
-run in a fixed order without atomics, so a repeated step is equal bit for bit.
+A token goes at most once to each rank, not once to each expert: with 10 of 512 experts over 8 ranks that is 5.9 rows
+instead of 10 each way. The receiving rank copies it for its experts, sums their weighted outputs, and one row per
+(token, rank) travels back. Nothing is dropped, and all sums run in a fixed order without atomics, over a rank's experts
+in the order of a token's choices and then over the ranks: a repeated step is equal bit for bit. The sums travel back
+while the shared expert computes, and so does, in the backward pass, their gradient.
 
-The payload travels while the shared expert computes, in the forward and (through the order in which autograd
-runs nodes, latest first) in the backward. The number of rows has to be known on the host to post the
-exchange, which costs one wait for the device per layer and pass.
+Two dispatchers do so, with the same results bit for bit. :class:`AllToAllDispatcher` sends the rows that are needed;
+their number has to be known on the host to post the exchange, which costs one wait for the device per layer and pass.
+:class:`DenseDispatcher` sends every token to every rank, so that no size depends on the routing: nothing waits, and
+tokens leave before the router has begun.
 
 Letters: T tokens of this rank, D hidden, K experts per token, P ranks, e local experts, M rows sent (one per
-token and rank), N rows received, R rows of this rank's experts.
+token and rank), N rows received (by the dense exchange N = P T), R rows of this rank's experts, or room for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,33 +26,20 @@ import torch.distributed as dist
 from qwen3next_train.kernels.routing import Permutation, TokenPermutation
 from qwen3next_train.model.dispatch import ExpertRows
 from qwen3next_train.model.recompute import recomputed
+from qwen3next_train.parallel.transfers import (
+    Exchange,
+    Gather,
+    SumOverRanks,
+    Travelling,
+    UnevenAllToAll,
+    rows_of_ranks,
+)
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """Tokens under way: ``by_rank`` sorts the tokens of this rank by destination, the rest is what arrives."""
+class ExpertParallelDispatcher:
+    """What dispatchers between ranks have in common.
 
-    by_rank: Permutation
-    exchange: _Exchange
-    tokens_ND: torch.Tensor
-    weights_NK: torch.Tensor
-    ids_NK: torch.Tensor
-    num_routed: int
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """How rows came to this rank's experts."""
-
-    by_rank: Permutation
-    by_expert: Permutation
-    exchange: _Exchange
-
-
-class AllToAllDispatcher:
-    """Dispatcher of a rank that holds ``1 / P`` of the experts (``model.dispatch.TokenDispatcher``).
-
-    Every rank of the group must call it equally often, also with tokens of which none goes anywhere else.
+    Every rank of the group must call them equally often, also with tokens of which none goes anywhere else.
 
     Args:
         group: the P ranks that share one set of experts; rank p of it holds experts ``[p e, (p + 1) e)``.
@@ -65,162 +53,184 @@ class AllToAllDispatcher:
         self._num_local = num_experts // self._num_ranks
         self._permutation = permutation
 
-    def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> _Sent:
-        """See :class:`TokenDispatcher`; the exchange goes on until ``receive``."""
-        ranks_TK = expert_ids_TK // self._num_local
-        pairs_P, rows_P = self._count(ranks_TK)
+    def _choices(self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Weights and ids in one message ``[T, 2K]``: an exchange of a few bytes a row costs its latency."""
+        ids_TK = expert_ids_TK.to(_integer_of(weights_TK))
+        return torch.cat([weights_TK, ids_TK.view(weights_TK.dtype)], dim=1)
+
+    def _receive(
+        self, tokens: Travelling, choices: Travelling, num_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Permutation]:
+        """Tokens ``[N, D]`` and their :meth:`_choices` to rows of this rank's experts.
+
+        Args:
+            tokens: under way.
+            choices: under way.
+            num_rows: R.
+
+        Returns:
+            rows ``[R, D]``, weights ``[R]``, order.
+        """
+        # The tokens may still travel while their rows are sorted.
+        by_expert = self._permutation.sort(self._local_ids(choices.arrived()), self._num_local, num_rows)
+        rows_RD = recomputed("activations", lambda x_ND: self._permutation.permute(x_ND, by_expert), tokens.finish())
+        # Behind the tokens here, so that in the backward pass the weights' gradients travel first: the router's
+        # backward waits for them while those of the tokens travel.
+        weights_NK, _ = choices.finish().chunk(2, dim=1)
+        return rows_RD, self._permutation.permute_weights(weights_NK, by_expert), by_expert
+
+    def _local_ids(self, choices_NX: torch.Tensor) -> torch.Tensor:
+        """Local expert of each choice, int64 ``[N, K]``; -1 for experts of other ranks, which have no row here."""
+        _, bits_NK = choices_NX.chunk(2, dim=1)
+        ids_NK = bits_NK.contiguous().view(_integer_of(choices_NX)).long()
+        ids_NK -= dist.get_rank(self._group) * self._num_local
+        return ids_NK.masked_fill_((ids_NK < 0) | (ids_NK >= self._num_local), -1)
+
+
+def _integer_of(weights: torch.Tensor) -> torch.dtype:
+    """An integer type as wide as the weights."""
+    return torch.int32 if weights.dtype == torch.float32 else torch.int64
+
+
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """How rows came to this rank's experts."""
+
+    by_rank: Permutation
+    by_expert: Permutation
+    back: Exchange
+
+
+@dataclass(frozen=True, eq=False)
+class _Returning:
+    """Sums of the ranks' experts on their way back."""
+
+    sums_MD: Travelling
+    by_rank: Permutation
+
+
+class AllToAllDispatcher(ExpertParallelDispatcher):
+    """Sends the rows that are needed and no others (``model.dispatch.TokenDispatcher``)."""
+
+    def begin_dispatch(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """See :class:`TokenDispatcher`. Before the routing is known, nothing can be sent."""
+        return x_TD
+
+    def dispatch(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+        """See :class:`TokenDispatcher`."""
+        pairs_TP = self._pairs(expert_ids_TK)
+        goes_TP = pairs_TP > 0
+        rows_P, pairs_P = goes_TP.sum(0), pairs_TP.sum(0)
         arriving_PX = rows_P.new_empty(self._num_ranks, 2)
         dist.all_to_all_single(arriving_PX, torch.stack([rows_P, pairs_P], dim=1), group=self._group)
         to_each, from_each, pairs = torch.stack([rows_P, *arriving_PX.unbind(1)]).tolist()
-        by_rank = self._permutation.sort(_without_repeats(ranks_TK), self._num_ranks, sum(to_each))
-        destination_M1 = torch.repeat_interleave(rows_P, output_size=sum(to_each)).unsqueeze(1)
-        ids_MK = expert_ids_TK.index_select(0, by_rank.token_R) - destination_M1 * self._num_local
-        # Experts of other ranks have no row there.
-        ids_MK = ids_MK.masked_fill((ids_MK < 0) | (ids_MK >= self._num_local), -1)
-        exchange = _Exchange(self._group, to_each, from_each)
-        tokens_ND, weights_NK, ids_NK = _Send.apply(
-            self._permutation.permute(x_TD, by_rank), self._permutation.permute(weights_TK, by_rank), ids_MK, exchange
+        ranks_P = torch.arange(self._num_ranks, device=goes_TP.device)
+        by_rank = self._permutation.sort(ranks_P.where(goes_TP, -1), self._num_ranks, sum(to_each))
+        choices, tokens = (
+            self._exchange(to_each, from_each).start(self._permutation.permute(sent, by_rank))
+            for sent in (self._choices(expert_ids_TK, weights_TK), begun)
         )
-        return _Sent(by_rank, exchange, tokens_ND, weights_NK, ids_NK, sum(pairs))
+        rows_RD, weights_R, by_expert = self._receive(tokens, choices, sum(pairs))
+        origin = _Origin(by_rank, by_expert, self._exchange(from_each, to_each))
+        return ExpertRows(rows_RD, weights_R, by_expert.counts_E, origin)
 
-    def receive(self, sent: _Sent) -> ExpertRows:
-        """See :class:`TokenDispatcher`."""
-        tokens_ND, weights_NK = _Receive.apply(sent.tokens_ND, sent.weights_NK, sent.exchange)
-        by_expert = self._permutation.sort(sent.ids_NK.long(), self._num_local, sent.num_routed)
-        rows_RD = recomputed("activations", lambda x_ND: self._permutation.permute(x_ND, by_expert), tokens_ND)
-        weights_R = self._permutation.permute_weights(weights_NK, by_expert)
-        return ExpertRows(rows_RD, weights_R, by_expert.counts_E, _Origin(sent.by_rank, by_expert, sent.exchange))
-
-    def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
+    def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> _Returning:
         """See :class:`TokenDispatcher`. Sums of one rank's experts travel in the dtype of ``rows_RD``."""
         origin: _Origin = received.origin
-        sums_ND = self._permutation.unpermute(rows_RD, origin.by_expert)
-        sums_MD = _Return.apply(sums_ND, origin.exchange.reversed())
-        return self._permutation.unpermute(sums_MD, origin.by_rank)
+        return _Returning(origin.back.start(self._permutation.unpermute(rows_RD, origin.by_expert)), origin.by_rank)
 
-    def _count(self, ranks_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs and tokens that go to each rank, int64 ``[P]`` each."""
-        num_tokens = ranks_TK.shape[0]
-        pairs_TP = torch.zeros(num_tokens, self._num_ranks, dtype=torch.int64, device=ranks_TK.device)
-        pairs_TP.scatter_add_(1, ranks_TK, torch.ones_like(ranks_TK))
-        return pairs_TP.sum(0), (pairs_TP > 0).sum(0)
+    def combine(self, begun: _Returning) -> torch.Tensor:
+        """See :class:`TokenDispatcher`."""
+        return self._permutation.unpermute(begun.sums_MD.finish(), begun.by_rank)
+
+    def _pairs(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """How many of a token's experts each rank has, int64 ``[T, P]``."""
+        ranks_TK = expert_ids_TK // self._num_local
+        pairs_TP = ranks_TK.new_zeros(ranks_TK.shape[0], self._num_ranks)
+        return pairs_TP.scatter_add_(1, ranks_TK, torch.ones_like(ranks_TK))
+
+    def _exchange(self, to_each: Sequence[int], from_each: Sequence[int]) -> Exchange:
+        there = UnevenAllToAll(self._group, to_each, from_each)
+        return Exchange(there, UnevenAllToAll(self._group, from_each, to_each))
 
 
-def _without_repeats(ranks_TK: torch.Tensor) -> torch.Tensor:
-    """Each token's ranks, -1 where the same rank stands further left already."""
-    equal_TKK = ranks_TK.unsqueeze(2) == ranks_TK.unsqueeze(1)
-    return ranks_TK.masked_fill(equal_TKK.tril(-1).any(2), -1)
+class ExpertRoom:
+    """How many rows a rank's experts have room for in a layer, and how many they got; the same room in all layers.
 
-
-@dataclass
-class _Exchange:
-    """One uneven all-to-all of rows, its pieces known on the host, and what of it is under way.
+    Where there is too little, rows are left out and the micro-batch's loss is spoilt, so that the step that it belongs
+    to changes nothing on any rank and can be repeated with more room. Nothing here waits for the device.
 
     Args:
-        group: the ranks.
-        to_each: rows for each rank.
-        from_each: rows from each rank.
-        returning: gradients on their way back, from ``_Receive`` to ``_Send``.
+        rows: R.
+        device: of the model.
     """
 
-    group: dist.ProcessGroup
-    to_each: Sequence[int]
-    from_each: Sequence[int]
-    returning: _Returning | None = None
-    _under_way: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = rows
+        self.largest = torch.zeros((), dtype=torch.int64, device=device)
+        """int64 scalar, most rows that a layer of this rank would have needed since :meth:`begin_step`."""
 
-    def reversed(self) -> _Exchange:
-        """The same rows the other way."""
-        return _Exchange(self.group, self.from_each, self.to_each)
+    def begin_step(self) -> None:
+        """Forget what was needed so far."""
+        self.largest.zero_()
 
-    def start(self, rows: torch.Tensor) -> torch.Tensor:
-        """Post the exchange; what it returns may be read after :meth:`wait`."""
-        arriving = rows.new_empty(sum(self.from_each), *rows.shape[1:])
-        rows = rows.contiguous()
-        # As bytes, because gloo and NCCL each lack some dtypes.
-        work = dist.all_to_all_single(
-            arriving.view(torch.uint8),
-            rows.view(torch.uint8),
-            list(self.from_each),
-            list(self.to_each),
-            group=self.group,
-            async_op=True,
-        )
-        self._under_way.append((work, rows))
-        return arriving
+    def note(self, num_rows: torch.Tensor) -> None:
+        """A layer needs ``num_rows`` (int64 scalar on the device)."""
+        torch.maximum(self.largest, num_rows, out=self.largest)
 
-    def wait(self) -> None:
-        """Everything that was started has arrived."""
-        for work, _ in self._under_way:
-            work.wait()
-        self._under_way.clear()
+    def spoil(self, loss: torch.Tensor) -> torch.Tensor:
+        """A micro-batch's loss, NaN with NaN gradients where a layer had too little room."""
+        return loss * torch.where(self.largest > self.rows, torch.nan, 1.0)
 
 
-@dataclass(frozen=True)
-class _Returning:
-    """Gradients of tokens and weights that arrive by ``exchange``."""
+class DenseDispatcher(ExpertParallelDispatcher):
+    """Sends all tokens to all ranks (``model.dispatch.TokenDispatcher``); T has to be the same on all of them.
 
-    exchange: _Exchange
-    tokens_MD: torch.Tensor
-    weights_MK: torch.Tensor
+    Token t of rank s is row ``s T + t`` everywhere. Each rank computes the rows of its experts, in a buffer of fixed
+    room, and sends back a sum for each token, which is 0 where it has none of the token's experts.
 
-
-class _Send(torch.autograd.Function):
-    """Starts the exchange of tokens, weights and ids; in the backward, waits for the gradients' way back.
-
-    ``_Receive`` is its other half: what stands between the two in the forward runs during the exchange, in
-    both passes.
+    Args:
+        group: as of :class:`ExpertParallelDispatcher`.
+        num_experts: E.
+        permutation: selected backend.
+        room: R.
     """
 
-    @staticmethod
-    def forward(ctx, tokens_MD, weights_MK, ids_MK, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange = exchange
-        # Weights and ids in one message: an exchange of a few bytes per row costs its latency.
-        integer = torch.int32 if weights_MK.dtype == torch.float32 else torch.int64
-        both = torch.cat([weights_MK.view(integer), ids_MK.to(integer)], dim=1)
-        tokens_ND, both = exchange.start(tokens_MD), exchange.start(both)
-        weights_NK, ids_NK = both.tensor_split(2, dim=1)
-        weights_NK = weights_NK.view(weights_MK.dtype)
-        ctx.mark_non_differentiable(ids_NK)
-        return tokens_ND, weights_NK, ids_NK
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, permutation: TokenPermutation, room: ExpertRoom
+    ) -> None:
+        super().__init__(group, num_experts, permutation)
+        self._room = room
+        self._order: Permutation | None = None
 
-    @staticmethod
-    def backward(ctx, _tokens, _weights, _ids):  # type: ignore[no-untyped-def]
-        # Taken out, because a node's attributes live as long as the graph.
-        returning, ctx.exchange.returning = ctx.exchange.returning, None
-        returning.exchange.wait()
-        return returning.tokens_MD, returning.weights_MK, None, None
+    def begin_dispatch(self, x_TD: torch.Tensor) -> Travelling:
+        """See :class:`TokenDispatcher`."""
+        return Exchange(Gather(self._group), self._sum_of(x_TD)).start(x_TD)
 
+    def dispatch(self, begun: Travelling, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+        """See :class:`TokenDispatcher`."""
+        choices_TX = self._choices(expert_ids_TK, weights_TK)
+        choices = Exchange(Gather(self._group), self._sum_of(choices_TX)).start(choices_TX)
+        rows_RD, weights_R, by_expert = self._receive(begun, choices, self._room.rows)
+        self._room.note(by_expert.counts_E.sum())
+        ends_e = by_expert.counts_E.cumsum(0).clamp(max=self._room.rows)
+        counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1))
+        back = Exchange(self._sum_of(expert_ids_TK), Gather(self._group))
+        return ExpertRows(rows_RD, weights_R, counts_e, (by_expert, back))
 
-class _Receive(torch.autograd.Function):
-    """Waits for the exchange; in the backward, starts that of the gradients."""
+    def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Travelling:
+        """See :class:`TokenDispatcher`. Sums of one rank's experts travel in the dtype of ``rows_RD``."""
+        by_expert, back = received.origin
+        travelling: Travelling = back.start(self._permutation.unpermute(rows_RD, by_expert))
+        return travelling
 
-    @staticmethod
-    def forward(ctx, tokens_ND, weights_NK, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange = exchange
-        exchange.wait()
-        return tokens_ND.view_as(tokens_ND), weights_NK.clone()
+    def combine(self, begun: Travelling) -> torch.Tensor:
+        """See :class:`TokenDispatcher`."""
+        return begun.finish()
 
-    @staticmethod
-    def backward(ctx, grad_ND, grad_NK):  # type: ignore[no-untyped-def]
-        back = ctx.exchange.reversed()
-        ctx.exchange.returning = _Returning(back, back.start(grad_ND), back.start(grad_NK))
-        return grad_ND, grad_NK, None
-
-
-class _Return(torch.autograd.Function):
-    """One exchange from start to end, in both passes."""
-
-    @staticmethod
-    def forward(ctx, rows, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange = exchange
-        arrived = exchange.start(rows)
-        exchange.wait()
-        return arrived
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        back = ctx.exchange.reversed()
-        arrived = back.start(grad)
-        back.wait()
-        return arrived, None
+    def _sum_of(self, like_TX: torch.Tensor) -> SumOverRanks:
+        """Sums the ranks' terms for as many tokens as ``like_TX`` has."""
+        num_tokens = like_TX.shape[0]
+        if self._order is None or self._order.row_TK.shape[0] != num_tokens:
+            self._order = rows_of_ranks(num_tokens, self._num_ranks, like_TX.device)
+        return SumOverRanks(self._group, self._permutation, self._order)

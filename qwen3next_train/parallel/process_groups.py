@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -54,6 +56,11 @@ class ProcessContext:
     control: ControlGroup
     preparation: ControlGroup
     rank_infos: tuple[RankInfo, ...]
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Consecutive ranks that share a machine; where some have more, a number that divides them all."""
+        return math.gcd(*(len(list(run)) for _, run in groupby(info.host for info in self.rank_infos)))
 
 
 def select_device(name: str, local_rank: int) -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from qwen3next_train.accounting.activations import ranks_per_token
+from qwen3next_train.accounting.activations import rows_sent_per_token
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout
 from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, memory_per_gpu
@@ -133,7 +133,7 @@ def _all_to_all(model: ModelConfig, layout: Layout, device: Device, num_micro_ba
     """Bytes of dispatch and combine in all passes; those for another domain go by the network, at the same time."""
     size = layout.expert_parallel_size
     passes = 3 if "layer" in layout.recompute else 2
-    crossings = 2 * passes * (model.num_hidden_layers + model.mtp_num_layers) * ranks_per_token(model, size)
+    crossings = 2 * passes * (model.num_hidden_layers + model.mtp_num_layers) * rows_sent_per_token(model, layout)
     rows = int(crossings * layout.num_tokens * num_micro_batches)
     sent = rows * model.hidden_size * layout.element_bytes // size
     near = min(size, device.domain_size) - 1

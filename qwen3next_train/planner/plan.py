@@ -22,6 +22,7 @@ from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import Traffic, fits_device, layouts_that_fit, traffic_per_step
 from qwen3next_train.planner.recompute import RecomputeView, extra_work, recompute_views
+from qwen3next_train.topology import RANKS_PER_NODE
 
 ASSUMED_MFU = 0.25
 """MFU when none is stated, without whole layers done again; the best published figures for this model family on Hopper
@@ -100,8 +101,8 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         ConfigError: a number out of range, or a layout that training would reject.
     """
     _check_inputs(config, gpus=gpus, mfu=mfu, tokens=tokens)
-    layout = Layout.of(config, gpus)
     device = find_device(gpu)
+    layout = Layout.of(config, gpus, ranks_per_node=RANKS_PER_NODE if device is None else device.domain_size)
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)

@@ -15,16 +15,21 @@ from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.selftest.case import Case, Outputs, RandomInputs
 
 
-def grouped_matmul(random: RandomInputs, counts: Sequence[int], num_in: int, num_out: int) -> Case:
-    """Rows of each expert, as many as ``counts`` says, times its weight."""
+def grouped_matmul(
+    random: RandomInputs, counts: Sequence[int], num_in: int, num_out: int, *, unused_rows: int = 0
+) -> Case:
+    """Rows of each expert, as many as ``counts`` says, times its weight; behind them room that holds NaN."""
     counts_e = torch.tensor(counts, device=random.device)
     inputs = {
         "x_RI": random.normal(sum(counts), num_in),
         "weight_eOI": random.normal(len(counts), num_out, num_in) * num_in**-0.5,
     }
 
-    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
-        return (kernels.grouped_matmul(**inputs, counts_e=counts_e),)
+    def run(kernels: KernelSet, x_RI: torch.Tensor, weight_eOI: torch.Tensor) -> Outputs:
+        if unused_rows:
+            x_RI = torch.cat([x_RI, x_RI.new_full((unused_rows, num_in), torch.nan)])
+        out_RO = kernels.grouped_matmul(x_RI=x_RI, weight_eOI=weight_eOI, counts_e=counts_e)
+        return (out_RO[: sum(counts)],)
 
     return Case(inputs, run, partial(_plain_grouped_matmul, counts=counts))
 

@@ -168,6 +168,10 @@ def _grouped_matmul(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     ):
         hidden, expert_hidden = _capped(model.hidden_size, limit), _capped(model.moe_intermediate_size, limit)
         yield moe_cases.grouped_matmul(random, counts, hidden, expert_hidden)
+    # Room for more rows than there are, in a tile that is begun and in tiles behind it.
+    yield moe_cases.grouped_matmul(
+        random, (300, 0, 41), _capped(model.hidden_size), _capped(model.moe_intermediate_size), unused_rows=200
+    )
 
 
 def _top_k_routing(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
@@ -57,12 +58,13 @@ def build_run(
         TrainError: one line for everything that speaks against the attempt.
     """
     validate_for_world(config, context.world_size)
-    check_memory(config, context)
-    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+    layout = Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node)
+    check_memory(config, layout, context)
+    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size, context.ranks_per_node)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
-    with opened_with(opening_lines(config, world_size=context.world_size, device=context.device)):
+    with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control)
@@ -84,9 +86,9 @@ def build_run(
     throughput = Throughput(
         peak_flops(config, context.device), context.world_size, flops_total=restored.state.flops_total
     )
-    layout = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
+    processes = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
     data = data_as_json(prepared, config)
-    sinks = open_sinks(config, context, run_dir, restored, throughput, layout, data, stack)
+    sinks = open_sinks(config, context, run_dir, restored, throughput, processes, data, stack)
     return Run(
         config=config,
         control=context.control,

@@ -26,19 +26,19 @@ _CGROUP_FILES = (
 )
 
 
-def check_memory(config: Config, context: ProcessContext) -> None:
+def check_memory(config: Config, layout: Layout, context: ProcessContext) -> None:
     """Compare the plan with the free memory of this rank's GPU and host; to be called on all ranks.
 
     What cannot fit is rejected; a plan that is larger than a GPU's free memory only by activations is said.
 
     Args:
         config: the resolved configuration, which fits the world size.
+        layout: how it is spread.
         context: this process among the others.
 
     Raises:
         OutOfMemory: on every rank, with the line of the first that lacks memory.
     """
-    layout = Layout.of(config, context.world_size)
     device_free = _free_device_bytes(context.device)
     parts = memory_per_gpu(config.model, layout)
     problem = memory_problem(

@@ -46,16 +46,16 @@ def opened_with(lines: Sequence[str]) -> Iterator[None]:
         get_logger().removeFilter(log_first)
 
 
-def opening_lines(config: Config, *, world_size: int, device: torch.device) -> list[str]:
+def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[str]:
     """The plan of a run in a few lines, known before data and model are.
 
     Args:
-        config: the resolved configuration, which fits ``world_size``.
-        world_size: number of processes.
+        config: the resolved configuration, which fits the world size.
+        layout: how it is spread.
         device: where this process trains.
     """
     run, work = config.run, workload_of(config)
-    num_micro_batches = run.global_batch_size // (run.micro_batch_size * world_size)
+    num_micro_batches = run.global_batch_size // (run.micro_batch_size * layout.world_size)
     lines = [
         labelled("model", f"{work.parameters.total:,} parameters, {work.parameters.active:,} active per token"),
         labelled(
@@ -68,10 +68,10 @@ def opening_lines(config: Config, *, world_size: int, device: torch.device) -> l
             f"{run.steps:,} steps = {format_si(run.steps * work.num_tokens).strip()} tokens, "
             f"{format_si(run.steps * work.flops_per_step)}FLOP",
         ),
-        labelled("layout", _layout(config, world_size, device)),
+        labelled("layout", _layout(config, layout, device)),
     ]
     if device.type == "cuda":
-        planned = sum(memory_per_gpu(config.model, Layout.of(config, world_size)).values())
+        planned = sum(memory_per_gpu(config.model, layout).values())
         held = torch.cuda.get_device_properties(device).total_memory
         lines.append(labelled("memory", f"{planned / _GIB:.1f} GiB planned of {held / _GIB:.1f} GiB a GPU"))
     interval = config.checkpoint.interval
@@ -79,8 +79,8 @@ def opening_lines(config: Config, *, world_size: int, device: torch.device) -> l
     return [*lines, labelled("output", f"{run.dir}, a checkpoint {when}")]
 
 
-def _layout(config: Config, world_size: int, device: torch.device) -> str:
-    parallel = config.parallel
+def _layout(config: Config, layout: Layout, device: torch.device) -> str:
+    parallel, world_size = config.parallel, layout.world_size
     kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     parts = [
         f"{world_size:,} {'process' if world_size == 1 else 'processes'} on {kind}",
@@ -88,7 +88,8 @@ def _layout(config: Config, world_size: int, device: torch.device) -> str:
         f"ZeRO-{parallel.zero_stage}",
     ]
     if parallel.expert_parallel_size > 1:
-        parts.append(f"experts over {parallel.expert_parallel_size} ranks")
+        exchange = "dense" if layout.exchanges_densely else "exact"
+        parts.append(f"experts over {parallel.expert_parallel_size} ranks, {exchange} exchange")
     if parallel.recompute:
         parts.append(f"recompute {' + '.join(parallel.recompute)}")
     if parallel.offload_optimizer != "none":

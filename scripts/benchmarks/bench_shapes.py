@@ -31,10 +31,10 @@ class Routing(TokenPermutation):
         self._ids: torch.Tensor | None = None
         self.balanced = False
 
-    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_routed: int) -> Permutation:
+    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_rows: int) -> Permutation:
         """See :class:`TokenPermutation`; the router's weights stay as they are."""
         ids_TK = self._even(expert_ids_TK, num_experts) if self.balanced else expert_ids_TK
-        return self._inner.sort(ids_TK, num_experts, num_routed)
+        return self._inner.sort(ids_TK, num_experts, num_rows)
 
     def permute(self, x_TD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
         """See :class:`TokenPermutation`."""

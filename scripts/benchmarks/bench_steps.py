@@ -8,8 +8,9 @@ The others' rates are also given as a share of the proxy's, measured in the same
 Steps run through the training engine on random tokens with a learning rate of 0, so that routing stays as it begins:
 nearly uniform. Each row of the table is the median of whole steps, one behind the other; the parts are means of three
 steps under torch's profiler on rank 0, in milliseconds of the device: what ran inside the named functions, and NCCL's
-kernels by kind. ``exposed`` is NCCL without anything beside it, ``idle`` the time in which nothing runs, ``waits`` how
-often the host waits for the device in a step. ``plan`` is what ``plan`` says the peak is.
+kernels by kind (the dense exchange's gathers of tokens are part of ``gather``). ``exposed`` is NCCL without anything
+beside it, ``idle`` the time in which nothing runs, ``waits`` how often the host waits for the device in a step.
+``plan`` is what ``plan`` says the peak is.
 
 Letters: EP ranks that share one set of experts, Z the ZeRO stage.
 """
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ OPTIONS = {
         Option("--gpus", "N", "largest number of GPUs (default: all)"),
         Option("--iters", "N", "timed steps of each row (default 8)"),
         Option("--only", "WORDS", "measure rows whose name (slice4_e512/EP4xZ1/acc4) has all these words: EP4,acc4"),
+        Option("--exchange", "KIND", "parallel.token_exchange of every row: auto, dense, exact (the default)"),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
         Option("--worker", "JSON", "measure one row; how ranks are started"),
     )
@@ -177,7 +179,9 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
     device = context.device
     engine = ZeroEngine(
         config,
-        topology=Topology(context.world_size, context.rank, config.parallel.expert_parallel_size),
+        topology=Topology(
+            context.world_size, context.rank, config.parallel.expert_parallel_size, context.ranks_per_node
+        ),
         kernels=select_kernels(config.kernels, device, dtype=DTYPES[config.run.precision], model=config.model),
         device=device,
         num_micro_batches=row.accumulation,
@@ -191,7 +195,7 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
 
     timing = measure(step, device, iterations=iterations)
     flops = sum(model_flops(config, batch) for batch in batches)
-    plan = memory_per_gpu(config.model, Layout.of(config, context.world_size))
+    plan = memory_per_gpu(config.model, Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node))
     with _named_parts():
         events = _profiled(lambda: [step() for _ in range(_PROFILED_STEPS)], device)
     on_device = [event for event in events if _is_kernel(event, device)]
@@ -356,6 +360,8 @@ def main(argv: list[str]) -> int:
     rows = [row for row in all_rows() if row.num_gpus <= num_gpus and all(word in row.name for word in words)]
     if not rows:
         raise ConfigError(f"nothing to measure with {num_gpus} GPUs and --only {','.join(words)}")
+    exchange = ("parallel.token_exchange", args.last("--exchange") or "exact")
+    rows = [replace(row, overrides=(*row.overrides, exchange)) for row in rows]
     target = args.last("--json")
     print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
     print(HEADER, flush=True)

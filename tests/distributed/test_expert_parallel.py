@@ -6,15 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from qwen3next_train.parallel.expert_parallel import _without_repeats
 from tests.distributed.ranks import perform
-
-
-def test_a_token_goes_once_to_each_rank() -> None:
-    ranks = torch.tensor([[3, 0, 3, 3], [1, 1, 1, 1], [0, 1, 2, 3]])
-    assert _without_repeats(ranks).tolist() == [[3, 0, -1, -1], [1, -1, -1, -1], [0, 1, 2, 3]]
 
 
 def _errors(out: Path, world_size: int, device: str) -> dict[str, float]:

@@ -33,14 +33,14 @@ _MOVED_PAIRS = 512
 class TokenPermutationTriton(TokenPermutation):
     """Kernels that count, and that move rows token by token."""
 
-    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_routed: int) -> Permutation:
+    def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_rows: int) -> Permutation:
         """By counting, in three kernels."""
         ids_TK = expert_ids_TK.contiguous()
         num_pairs, blocks = ids_TK.numel(), triton.cdiv(ids_TK.numel(), _PAIRS)
         before = torch.empty(blocks, num_experts, dtype=torch.int32, device=ids_TK.device)
         counts_E = torch.empty(num_experts, dtype=torch.int64, device=ids_TK.device)
         row_TK = torch.empty_like(ids_TK)
-        token_R = torch.empty(num_routed, dtype=torch.int64, device=ids_TK.device)
+        token_R = torch.empty(num_rows, dtype=torch.int64, device=ids_TK.device)
         sizes = {"PAIRS": _PAIRS, "EXPERTS": _EXPERTS}
         _count[(blocks,)](ids_TK, before, num_pairs, num_experts, **sizes)
         _scan[(triton.cdiv(num_experts, 16),)](before, counts_E, blocks, num_experts, BLOCKS=128, EXPERTS=16)
@@ -52,6 +52,7 @@ class TokenPermutationTriton(TokenPermutation):
             token_R,
             num_pairs,
             num_experts,
+            num_rows,
             TOP_K=ids_TK.shape[1],
             num_warps=8,
             **sizes,
@@ -73,9 +74,9 @@ class TokenPermutationTriton(TokenPermutation):
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, row_TK: torch.Tensor, num_routed: int) -> torch.Tensor:
+    def forward(ctx: Any, x_TD: torch.Tensor, row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(row_TK)
-        return _copy_to_rows(x_TD, row_TK, num_routed)
+        return _copy_to_rows(x_TD, row_TK, num_rows)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -85,10 +86,10 @@ class _Permute(torch.autograd.Function):
 
 class _PermuteWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights_TK: torch.Tensor, row_TK: torch.Tensor, num_routed: int) -> torch.Tensor:
+    def forward(ctx: Any, weights_TK: torch.Tensor, row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(row_TK)
         weights_TK = weights_TK.contiguous()
-        weights_R = weights_TK.new_empty(num_routed)
+        weights_R = weights_TK.new_empty(num_rows)
         _scatter_pairs[_pair_blocks(row_TK)](weights_TK, row_TK, weights_R, row_TK.numel(), PAIRS=_MOVED_PAIRS)
         return weights_R
 
@@ -105,19 +106,19 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(row_TK)
-        ctx.num_routed = rows_RD.shape[0]
+        ctx.num_rows = rows_RD.shape[0]
         return _sum_rows(rows_RD, row_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, None]:
         (row_TK,) = ctx.saved_tensors
-        return _copy_to_rows(grad_TD, row_TK, ctx.num_routed), None
+        return _copy_to_rows(grad_TD, row_TK, ctx.num_rows), None
 
 
-def _copy_to_rows(x_TD: torch.Tensor, row_TK: torch.Tensor, num_routed: int) -> torch.Tensor:
+def _copy_to_rows(x_TD: torch.Tensor, row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each token in all its rows ``[R, D]``."""
     x_TD = dense_rows(x_TD)
-    rows_RD = x_TD.new_empty(num_routed, x_TD.shape[1])
+    rows_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
     _spread[(x_TD.shape[0],)](x_TD, row_TK, rows_RD, x_TD.stride(0), **_row_sizes(x_TD, row_TK))
     return rows_RD
 
@@ -178,6 +179,7 @@ def _place(
     tokens,
     num_pairs,
     num_experts,
+    num_rows,
     TOP_K: tl.constexpr,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -197,6 +199,7 @@ def _place(
         row += tl.sum(tl.where(expert[None, :] < mine[:, None], total[None, :], 0), axis=1)
     has_row = mine >= 0
     row += tl.load(before + block * num_experts + mine, mask=has_row, other=0)
+    has_row &= row < num_rows
     tl.store(rows + pair, tl.where(has_row, row, -1).to(tl.int64), mask=pair < num_pairs)
     tl.store(tokens + row, pair // TOP_K, mask=has_row)
 

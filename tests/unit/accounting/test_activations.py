@@ -6,10 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3next_train.accounting.activations import activation_bytes, kept_tensors, ranks_per_token, saved_tensors
+from qwen3next_train.accounting.activations import (
+    activation_bytes,
+    expert_room,
+    expert_rows,
+    kept_tensors,
+    ranks_per_token,
+    saved_tensors,
+)
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import RecomputePart
+from qwen3next_train.config.schema import RecomputePart, TokenExchange
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B, TINY
 
 ONE = Layout(1, 1, 1, "fp32", 1, 16)
@@ -33,7 +40,7 @@ def test_activations_scale_with_tokens() -> None:
 def test_dispatch_exists_only_with_expert_parallelism() -> None:
     """16 tokens, each to 2 x (1 - 1/6) ranks, there and back; nothing of it is kept; a fifth for imbalance."""
     alone = activation_bytes(TINY, ONE)
-    apart = activation_bytes(TINY, replace(ONE, world_size=2, expert_parallel_size=2))
+    apart = activation_bytes(TINY, replace(ONE, world_size=2, expert_parallel_size=2, token_exchange="exact"))
     assert alone["all_to_all"] == alone["imbalance"] == 0
     row = 8 * 4
     assert ranks_per_token(TINY, 2) == pytest.approx(5 / 3)
@@ -41,6 +48,45 @@ def test_dispatch_exists_only_with_expert_parallelism() -> None:
     assert apart["activations_moe"] == alone["activations_moe"]
     routed = 3 * 16 * 2 * 4 * (8 + 3 * 6)
     assert apart["imbalance"] == (routed + apart["all_to_all"]) // 5
+
+
+def test_the_dense_exchange_has_room_for_rows() -> None:
+    """16 tokens to both ranks and back; where rows are found; all that two experts of four can get, twice the mean."""
+    alone = activation_bytes(TINY, ONE)
+    dense = replace(ONE, world_size=2, expert_parallel_size=2, token_exchange="dense")
+    apart = activation_bytes(TINY, dense)
+    assert apart["all_to_all"] == 2 * 2 * 16 * 8 * 4
+    assert apart["activations_moe"] == alone["activations_moe"] + 3 * 16 * 8 * 2
+    assert apart["imbalance"] == 3 * 16 * 2 * 4 * (8 + 3 * 6)
+    # With recompute all tokens that arrived are kept, however uneven the load.
+    layout = replace(dense, recompute=frozenset(("activations",)))
+    assert activation_bytes(TINY, layout)["imbalance"] == 3 * 16 * 2 * 4 * 2 * 6
+
+
+def test_room_for_rows_is_a_quarter_more_than_expected_and_no_more_than_there_can_be() -> None:
+    layout = Layout(4, 4, 1, "bf16", 4, 4096)
+    mean = expert_rows(QWEN3_NEXT_80B, layout)
+    assert mean == 163_840
+    assert expert_room(QWEN3_NEXT_80B, layout, mean) == 204_800 + 1_024
+    assert expert_room(QWEN3_NEXT_80B, layout, 4 * mean) == 4 * mean
+
+
+@pytest.mark.parametrize(
+    ("size", "choice", "ranks_per_node", "dense"),
+    [
+        (1, "dense", 8, False),
+        (2, "auto", 8, True),
+        (4, "auto", 8, True),
+        (4, "auto", 2, False),
+        (4, "dense", 2, True),
+        (8, "auto", 8, False),
+        (8, "dense", 8, True),
+        (4, "exact", 8, False),
+    ],
+)
+def test_which_tokens_travel(size: int, choice: TokenExchange, ranks_per_node: int, dense: bool) -> None:
+    layout = Layout(8, size, 1, "bf16", 1, 16, token_exchange=choice, ranks_per_node=ranks_per_node)
+    assert layout.exchanges_densely is dense
 
 
 def test_a_token_goes_to_fewer_ranks_than_experts() -> None:
@@ -142,7 +188,7 @@ def test_recomputing_never_keeps_more(precision: Precision) -> None:
 
 def test_imbalance_counts_the_rows_that_exist() -> None:
     """Of whole layers those of one layer, else those that every layer keeps."""
-    apart = replace(BF16, world_size=2, expert_parallel_size=2)
+    apart = replace(BF16, world_size=2, expert_parallel_size=2, token_exchange="exact")
     exchange = 2 * round(16 * 8 * 2 * 5 / 3)
     rows, inner = 16 * 2 * 2 * 8, 16 * 2 * 2 * 6
     for recompute, routed in (

@@ -72,6 +72,7 @@ def test_attention_of_documents_of_one_length(deterministic: bool) -> None:
 @pytest.mark.parametrize("counts", [[100, 0, 7, 93], [0, 0, 200, 0], [0, 0, 0, 0]])
 def test_grouped_matmul(backend: str, counts: list[int]) -> None:
     check(grouped_matmul(random(), counts, 64, 128), kernels_with(grouped_matmul=backend))
+    check(grouped_matmul(random(), counts, 64, 128, unused_rows=100), kernels_with(grouped_matmul=backend))
 
 
 @pytest.mark.parametrize(("backend", "head_dim"), [("fla", 64), ("fla", 128), ("fla", 256), ("flash_qla", 128)])

@@ -26,6 +26,25 @@ def test_pairs_without_an_expert_get_no_row() -> None:
     assert order.counts_E.tolist() == [1, 0, 2, 1]
 
 
+def test_room_for_more_rows_than_there_are() -> None:
+    exact, order = REFERENCE.sort(PARTIAL, 4, 4), REFERENCE.sort(PARTIAL, 4, 11)
+    assert order.token_R.shape == (11,)
+    assert order.token_R[:4].tolist() == exact.token_R.tolist()
+    assert torch.equal(order.row_TK, exact.row_TK)
+    assert torch.equal(order.counts_E, exact.counts_E)
+    x = torch.randn(4, 3)
+    rows = REFERENCE.permute(x, order)
+    rows[4:] = torch.nan
+    assert torch.equal(REFERENCE.unpermute(rows, order), REFERENCE.unpermute(rows[:4], exact))
+
+
+def test_pairs_without_room_get_no_row() -> None:
+    order = REFERENCE.sort(PARTIAL, 4, 2)
+    assert order.token_R.tolist() == [2, 0]
+    assert order.row_TK.tolist() == [[1, -1], [-1, -1], [0, -1], [-1, -1]]
+    assert order.counts_E.tolist() == [1, 0, 2, 1], "of all pairs"
+
+
 @pytest.mark.parametrize(("ids", "routed"), [(FULL, 6), (PARTIAL, 4), (torch.full((3, 2), -1), 0)])
 def test_permute_and_unpermute_against_a_loop_and_numeric_gradients(ids: torch.Tensor, routed: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -121,17 +121,21 @@ def test_another_dispatcher_can_take_the_seam() -> None:
         def __init__(self, inner: LocalDispatcher) -> None:
             self.inner, self.calls = inner, []  # type: ignore[var-annotated]
 
-        def send(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
-            self.calls.append("send")
-            return self.inner.send(x_TD, expert_ids_TK, weights_TK)
+        def begin_dispatch(self, x_TD: torch.Tensor) -> Any:
+            self.calls.append("begin_dispatch")
+            return self.inner.begin_dispatch(x_TD)
 
-        def receive(self, sent: Any) -> ExpertRows:
-            self.calls.append("receive")
-            return self.inner.receive(sent)
+        def dispatch(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+            self.calls.append("dispatch")
+            return self.inner.dispatch(begun, expert_ids_TK, weights_TK)
 
-        def combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:
+        def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Any:
+            self.calls.append("begin_combine")
+            return self.inner.begin_combine(rows_RD, received)
+
+        def combine(self, begun: Any) -> torch.Tensor:
             self.calls.append("combine")
-            return self.inner.combine(rows_RD, received)
+            return self.inner.combine(begun)
 
     config = small_config()
     block = block_of(config)
@@ -139,8 +143,10 @@ def test_another_dispatcher_can_take_the_seam() -> None:
     expected = block(x, 1, residual_TD=x)[0]
     recorder = Recorder(LocalDispatcher(config.num_experts, TokenPermutation()))
     block.dispatcher = recorder
+    block.gate.register_forward_pre_hook(lambda *_: recorder.calls.append("router"))
+    block.shared_expert.register_forward_pre_hook(lambda *_: recorder.calls.append("shared expert"))
     assert torch.equal(block(x, 1, residual_TD=x)[0], expected)
-    assert recorder.calls == ["send", "receive", "combine"]
+    assert recorder.calls == ["begin_dispatch", "router", "dispatch", "begin_combine", "shared expert", "combine"]
 
 
 def test_block_can_be_mixed_with_a_module_whose_constructor_must_not_run() -> None:

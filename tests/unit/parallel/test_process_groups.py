@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 
 from qwen3next_train.errors import ConfigError, PeerLostError
-from qwen3next_train.parallel.process_groups import process_context, select_device
+from qwen3next_train.parallel.control import SingleProcess
+from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
+from qwen3next_train.parallel.rank_check import RankInfo
 
 
 def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +71,11 @@ def test_what_this_machine_lacks_is_no_lost_rank(
         assert str(caught.value).startswith("GLOO_SOCKET_IFNAME: no network interface eth7 here; ")
     else:
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("hosts", "expected"), [("aaaa", 4), ("aabb", 2), ("aaaabb", 2), ("abab", 1), ("aaabb", 1)])
+def test_ranks_per_node_divide_every_machine_s(hosts: str, expected: int) -> None:
+    infos = tuple(RankInfo(host, 0, pid) for pid, host in enumerate(hosts))
+    device, control = torch.device("cpu"), SingleProcess()
+    context = ProcessContext(0, len(hosts), 0, 1, device, control, control, infos)
+    assert context.ranks_per_node == expected

@@ -51,7 +51,9 @@ def _wrong_behind_a_tile(kernel: Callable[..., torch.Tensor]) -> Callable[..., t
     def product(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts_e: torch.Tensor) -> torch.Tensor:
         out_RO = kernel(x_RI, weight_eOI, counts_e=counts_e)
         many = torch.cat([torch.arange(count) >= (128 if count > 1024 else count) for count in counts_e.tolist()])
-        return out_RO * (1 + many.to(out_RO.dtype)).unsqueeze(1)
+        factor_R = torch.ones(out_RO.shape[0], dtype=out_RO.dtype)
+        factor_R[: many.shape[0]] += many
+        return out_RO * factor_R.unsqueeze(1)
 
     return product
 

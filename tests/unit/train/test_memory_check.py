@@ -80,7 +80,7 @@ def test_all_ranks_stop_when_one_lacks_memory(monkeypatch):
 
     monkeypatch.setattr(memory_check, "available_host_bytes", lambda: None)
     with pytest.raises(OutOfMemory, match=r"^out of memory: there$"):
-        memory_check.check_memory(tiny(), Context())
+        memory_check.check_memory(tiny(), Layout.of(tiny(), 1), Context())
 
 
 def test_settings_that_help_are_those_not_used_yet():

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.log import get_logger
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 def lines(*overrides, world_size=1):
     config = load_config([shipped_folder() / "qwen3next_tiny.yaml"], [("run.dir", "runs/mine"), *overrides]).config
-    return opening_lines(config, world_size=world_size, device=CPU)
+    return opening_lines(config, Layout.of(config, world_size), CPU)
 
 
 def test_the_tiny_run():
@@ -40,7 +41,7 @@ def test_what_is_not_usual_is_said():
     )
     assert found[1].endswith("; 4 x 1 rows a process")
     assert found[3] == (
-        "layout      4 processes on CPU, fp32, ZeRO-2, experts over 4 ranks, recompute norms + layer, "
+        "layout      4 processes on CPU, fp32, ZeRO-2, experts over 4 ranks, exact exchange, recompute norms + layer, "
         "optimizer in host memory"
     )
     assert found[4] == "output      runs/mine, a checkpoint at the end"

@@ -10,7 +10,7 @@ import torch
 from qwen3next_train.kernels.main_grad import MainGrad
 from qwen3next_train.selftest.case import relative_error
 from qwen3next_train.selftest.moe_cases import grouped_matmul as grouped_matmul_case
-from tests.unit.kernels.comparison import check, random
+from tests.unit.kernels.comparison import check, random, uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
 
@@ -27,6 +27,37 @@ def test_triton_equals_the_loop(
     monkeypatch.setattr(grouped_matmul, "num_processors", lambda device: programs)
     # In fp32, as Triton's interpreter multiplies no matrices of bf16.
     check(grouped_matmul_case(random(), counts, num_in, num_out), torch.float32)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU rounds the products of fp32 to tf32, and trains in bf16")
+@pytest.mark.parametrize("counts", [[3, 130, 0, 128], [130, 3], [0, 0]])
+@pytest.mark.parametrize("unused_rows", [1, 200])
+def test_triton_with_room_for_more_rows(counts: list[int], unused_rows: int) -> None:
+    check(grouped_matmul_case(random(), counts, 72, 264, unused_rows=unused_rows), torch.float32)
+
+
+@pytest.mark.parametrize("counts", [[3, 130, 5], [0, 0, 0], [0, 256, 0]])
+def test_triton_does_not_read_behind_the_last_row(counts: list[int]) -> None:
+    """Neither rows nor their gradients; nor does it write there."""
+    from qwen3next_train.kernels.triton.grouped_matmul import grouped_matmul_triton
+
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    total, room = sum(counts), sum(counts) + 150
+    counts_e = torch.tensor(counts, device=DEVICE)
+    weight = random().normal(3, 24, 16).to(dtype).requires_grad_()
+    x, upstream = random().normal(room, 16).to(dtype), random().normal(room, 24).to(dtype)
+    x[total:], upstream[total:] = torch.nan, torch.nan
+    x.requires_grad_()
+    with uninitialized_is_nan():
+        out = grouped_matmul_triton(x, weight, counts_e=counts_e)
+        found = torch.autograd.grad(out, (x, weight), upstream)
+    assert out[total:].isnan().all()
+    assert found[0][total:].isnan().all()
+    exact = grouped_matmul_triton(x[:total], weight, counts_e=counts_e)
+    expected = torch.autograd.grad(exact, (x, weight), upstream[:total])
+    assert torch.equal(out[:total], exact)
+    assert torch.equal(found[0][:total], expected[0][:total])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_triton_keeps_what_is_not_finite_with_its_expert() -> None:
@@ -109,6 +140,7 @@ def test_weight_gradients_are_summed_unrounded_on_a_gpu(counts: list[int], num_i
 )
 def test_triton_on_a_gpu(counts: list[int], num_in: int, num_out: int) -> None:
     check(grouped_matmul_case(random(), counts, num_in, num_out), torch.bfloat16)
+    check(grouped_matmul_case(random(), counts, num_in, num_out, unused_rows=1000), torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -50,6 +50,31 @@ def test_triton_with_more_blocks_of_pairs_than_are_scanned_at_once() -> None:
     assert torch.equal(order.token_R, reference.token_R)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 70, 400])
+def test_triton_with_room_for_fewer_or_more_rows_than_pairs(num_rows: int) -> None:
+    """Nothing is written outside of the room, and what stands behind the last row is not read."""
+    ids = random_ids(50, 4, 7, absent=0.3)
+    routed, draw = int((ids >= 0).sum()), random()
+    x, weights = draw.normal(50, 24).requires_grad_(), draw.uniform(50, 4).requires_grad_()
+    upstream_TD, upstream_R = draw.normal(50, 24), draw.uniform(num_rows)
+    upstream_R[routed:] = torch.nan
+    results = []
+    for permutation in (REFERENCE, TRITON):
+        with uninitialized_is_nan():
+            order = permutation.sort(ids, 7, num_rows)
+            moved_R = permutation.permute_weights(weights, order)
+            rows_RD = permutation.permute(x, order)
+        with torch.no_grad():
+            rows_RD[routed:] = torch.nan
+        sums_TD = permutation.unpermute(rows_RD, order)
+        grads = torch.autograd.grad((sums_TD, moved_R), (x, weights), (upstream_TD, upstream_R))
+        filled = min(routed, num_rows)
+        results.append((order.token_R[:filled], order.row_TK, order.counts_E, moved_R[:filled], sums_TD, *grads))
+    for expected, found in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found, expected)
+
+
 def test_triton_without_any_row() -> None:
     ids = torch.full((3, 2), -1, device=DEVICE)
     order = TRITON.sort(ids, 5, 0)
