@@ -36,7 +36,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 def test_unfinished_store_cannot_be_read(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store", np.dtype("<u2")) as writer:
         writer.append(np.arange(5))
-    with pytest.raises(DataError, match=r"store\.idx: cannot be read"):
+    with pytest.raises(DataError, match=r"store\.idx: missing"):
         TokenStore(tmp_path / "store")
 
 
