@@ -95,18 +95,22 @@ def shared_input_reference(x: torch.Tensor, count: int) -> tuple[torch.Tensor, .
     Returns:
         Tensors that share the memory of ``x``.
     """
-    return _SharedInput.apply(x, count)
+    return SharedInputFunction.apply(x, count)
 
 
-class _SharedInput(torch.autograd.Function):
+class SharedInputFunction(torch.autograd.Function):
+    """The copies, and their gradients added in plain torch, the last consumer's first."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        """``count`` views of ``x``."""
         # No zeros for those that nobody used.
         ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        """Sum of the gradients that there are."""
         total = None
         for grad in reversed(grads):
             if grad is not None:

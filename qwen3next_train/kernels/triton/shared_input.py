@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.gates import MAX_CONSUMERS
+from qwen3next_train.kernels.gates import MAX_CONSUMERS, SharedInputFunction
 from qwen3next_train.kernels.triton.row_programs import row_warps
 
 _BLOCK = 2048
@@ -23,13 +23,7 @@ def shared_input_triton(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]
     return _SharedInput.apply(x, count)
 
 
-class _SharedInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        # No zeros for those that nobody used.
-        ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for _ in range(count))
-
+class _SharedInput(SharedInputFunction):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         terms = [grad.contiguous() for grad in grads if grad is not None]
