@@ -15,7 +15,7 @@ Construction, flattening, partitions, master weights and groups stay DeepSpeed's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -76,6 +76,7 @@ class _Bucket:
         expected: gradients that arrive in one backward pass (several of a parameter that several recomputed parts use);
             0 until one is over.
         arrived: gradients that have arrived in the present one.
+        missing: parameters of which none has, and maybe none had in earlier ones.
         pending: finishes the reduction that was launched.
     """
 
@@ -85,6 +86,7 @@ class _Bucket:
     process_group: dist.ProcessGroup
     expected: int = 0
     arrived: int = 0
+    missing: set[nn.Parameter] = field(default_factory=set)
     pending: Callable[[], None] | None = None
 
     @property
@@ -92,9 +94,16 @@ class _Bucket:
         """Ranks that share the bucket."""
         return dist.get_world_size(self.process_group)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no further gradient of the present backward pass is to be expected."""
+        return self.arrived == self.expected and not self.missing
+
     def add(self, parameter: nn.Parameter) -> None:
         """Sum the gradient that has come."""
         assert parameter.grad is not None
+        self.arrived += 1
+        self.missing.discard(parameter)
         _main_grad(parameter).add(parameter.grad)
         parameter.grad = None
 
@@ -169,7 +178,8 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         process_group = self.real_dp_process_group[index]
         size = self.partition_size[index]
         partition = gradients.narrow(0, dist.get_rank(process_group) * size, size)
-        return _Bucket(gradients, partition, list(self.bit16_groups[index]), process_group)
+        parameters = list(self.bit16_groups[index])
+        return _Bucket(gradients, partition, parameters, process_group, missing=set(parameters))
 
     # What DeepSpeed calls.
 
@@ -188,6 +198,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         """A backward pass is over: how many gradients arrive in one is known from now on."""
         for bucket in self._buckets:
             bucket.expected, bucket.arrived = max(bucket.expected, bucket.arrived), 0
+            bucket.missing.update(bucket.parameters)
 
     def fill_grad_accum_attribute(self) -> None:
         """Nothing: gradients are where they belong."""
@@ -240,11 +251,10 @@ class GradientBucketOptimizer(PartitionedOptimizer):
             bucket = self._buckets[index]
             assert bucket.pending is None, "a gradient arrived after its bucket had been reduced"
             bucket.add(parameter)
-            bucket.arrived += 1
             if self.is_gradient_accumulation_boundary():
                 # Only what stands next in the order, so that all ranks launch alike.
                 waiting = self._order[self._num_launched :]
-                self._launch(takewhile(lambda b: b.expected and b.arrived == b.expected, waiting))
+                self._launch(takewhile(lambda b: b.is_complete, waiting))
 
         return arrived
 

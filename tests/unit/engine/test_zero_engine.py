@@ -6,6 +6,7 @@ import torch
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, Report, StepTotals
+from qwen3next_train.model.mtp import MultiTokenPredictor
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
@@ -137,3 +138,27 @@ def test_eval_loss_is_the_training_loss_of_the_same_rows(context: ProcessContext
     loss, count = engine.eval_loss(batches)
     assert count == totals.num_targets[0]
     assert loss == pytest.approx(_step(engine, config, 0).metrics["loss/lm"], rel=1e-6)
+
+
+def test_parameters_whose_first_gradient_comes_in_the_last_backward_pass(
+    context: ProcessContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many gradients arrive in a pass is learned from those before, in which these parameters had none."""
+    original = MultiTokenPredictor.forward
+    norms = {}
+    for zero_stage in (1, 2):
+        values = small_config(micro_batch_size=1).model_dump()
+        values["model"]["mtp_num_layers"] = 1
+        values["parallel"]["zero_stage"] = zero_stage
+        config = Config.model_validate(values)
+        calls = iter(range(100))
+
+        def without_gradient_at_first(self, *args, calls=calls):  # type: ignore[no-untyped-def]
+            output, stats = original(self, *args)
+            return (output.detach() if next(calls) < 3 else output), stats
+
+        monkeypatch.setattr(MultiTokenPredictor, "forward", without_gradient_at_first)
+        engine = build_engine(config, context)
+        assert len(_batches(config, 0)[0]) == 4
+        norms[zero_stage] = _step(engine, config, 0).metrics["optim/grad_norm"]
+    assert norms[1] == pytest.approx(norms[2], rel=1e-6)
