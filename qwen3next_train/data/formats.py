@@ -7,10 +7,11 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 
 class Format(Enum):
@@ -53,6 +54,9 @@ READ = ".txt and other text, .jsonl, .json, .csv, .tsv (each also .gz, .zst, .xz
 
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 """What decompression raises besides an :class:`OSError` without error number."""
+
+
+_STORED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,46 @@ def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io
     if compression == "gzip":
         return cast(io.BufferedReader, gzip.GzipFile(fileobj=raw))
     if compression == "bz2":
-        return cast(io.BufferedReader, bz2.BZ2File(raw))
+        return io.BufferedReader(_Members(raw, bz2.BZ2Decompressor))
     if compression == "xz":
-        return cast(io.BufferedReader, lzma.LZMAFile(raw))
+        return io.BufferedReader(_Members(raw, lzma.LZMADecompressor))
     import pyarrow  # type: ignore[import-untyped]
 
     native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compression)
     return io.BufferedReader(native)
+
+
+class _Members(io.RawIOBase):
+    """What the members of an xz or bz2 file hold, one after the other; zeros may stand between and behind them.
+
+    Python's own ``LZMAFile`` and ``BZ2File`` take anything else behind a member for the file's end, a damaged member
+    and xz's padding included.
+    """
+
+    def __init__(self, raw: io.BufferedReader, new: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]) -> None:
+        self._raw, self._new = raw, new
+        self._member = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a part of ``buffer``; 0 at the end. Raises what :data:`DAMAGED` names, or an error of the system."""
+        while True:
+            block = b""
+            if self._member.eof:
+                block = self._member.unused_data.lstrip(b"\0")
+                while not block:
+                    stored = self._raw.read(_STORED_BYTES)
+                    if not stored:
+                        return 0
+                    block = stored.lstrip(b"\0")
+                self._member = self._new()
+            elif self._member.needs_input:
+                block = self._raw.read(_STORED_BYTES)
+                if not block:
+                    raise EOFError("ends before its end-of-stream marker")
+            data = self._member.decompress(block, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)

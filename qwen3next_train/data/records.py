@@ -71,9 +71,10 @@ def damage(path: Path | str, file_format: FileFormat, error: Exception) -> DataE
     return DataError(f"{path}: damaged {file_format.compression} file ({error}); replace it")
 
 
-def _lines(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Lines with their ends, counted from 1."""
-    number = 0
+def _lines(
+    path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int, *, number: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Lines with their ends, counted from 1, or on from ``number``."""
     while True:
         number += 1
         try:
@@ -88,14 +89,17 @@ def _lines(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: i
 
 
 def _read_json(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int) -> Iterator[Record]:
+    blank_lines = 0
     try:
-        start = stream.peek()
+        # White space before the first character, however much.
+        while (start := stream.peek()) and not start.removeprefix(_BOM).strip():
+            blank_lines += stream.read(len(start)).count(b"\n")
     except (OSError, *DAMAGED) as error:
-        raise damage(f"{path}:1", file_format, error) from None
+        raise damage(f"{path}:{blank_lines + 1}", file_format, error) from None
     if start.removeprefix(_BOM).lstrip().startswith(b"["):
         yield from _read_array(path, file_format, stream, max_bytes)
         return
-    for number, line in _lines(path, file_format, stream, max_bytes):
+    for number, line in _lines(path, file_format, stream, max_bytes, number=blank_lines):
         stripped = line.strip()
         if stripped:
             where = f"{path}:{number}"
@@ -285,6 +289,11 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
                 yield from _records_of_column(batch.column(field), field, path, row, mapped.tell())
                 row += batch.num_rows
     except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
+    except OSError as error:
+        # As of parquet: Arrow's own have no number.
+        if error.errno is not None:
+            raise
         raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3next_train.config.error_lines import show_name
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data.folders import Collection, PassedOver, SourceFile, collect_folder, collect_glob
 from qwen3next_train.data.formats import COMPRESSIONS, READ, format_of, suffix_of
@@ -158,7 +159,8 @@ def _require_default_split(source: SourceConfig) -> None:
 def format_passed_over(passed_over: Sequence[PassedOver]) -> str:
     """What is not read of a source, in one line."""
     parts = [
-        f"{group.num_files} {group.reason} ({format_bytes(group.num_bytes)}, such as {group.example})"
+        f"{group.num_files} {show_name(group.reason)} "
+        f"({format_bytes(group.num_bytes)}, such as {show_name(str(group.example))})"
         for group in passed_over
     ]
     return f"passed over {', '.join(parts)}"

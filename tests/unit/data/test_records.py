@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -142,3 +143,48 @@ def test_positions_reach_the_end_of_a_table(tmp_path: Path) -> None:
     positions = [record.position for record in read(path)]
     assert positions == sorted(positions)
     assert positions[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", ["xz", "bz2"])
+def test_all_members_of_a_compressed_file_are_read(tmp_path: Path, suffix: str) -> None:
+    """As ``xz`` and ``bzip2`` do: members one after the other, padded with zeros."""
+    compress = {"xz": lzma.compress, "bz2": bz2.compress}[suffix]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    parts = [b"".join(b'{"text": "%d-%d"}\n' % (part, n) for n in range(5000)) for part in range(3)]
+    path.write_bytes(compress(parts[0]) + b"\0" * 4 + compress(parts[1]) + compress(parts[2]) + b"\0" * (1 << 17))
+    assert texts(path) == [f"{part}-{n}" for part in range(3) for n in range(5000)]
+
+
+@pytest.mark.parametrize("suffix", ["xz", "bz2"])
+@pytest.mark.parametrize("damaged", ["first byte", "garbage", "cut"])
+def test_a_damaged_later_member_is_not_the_file_s_end(tmp_path: Path, suffix: str, damaged: str) -> None:
+    compress = {"xz": lzma.compress, "bz2": bz2.compress}[suffix]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    member = compress(b'{"text": "a"}\n')
+    second = {"first byte": b"?" + member[1:], "garbage": b"garbage", "cut": member[:-5]}[damaged]
+    path.write_bytes(member + second)
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}:.*damaged {suffix} file"):
+        read(path)
+
+
+def test_a_cut_arrow_file_is_damaged(tmp_path: Path) -> None:
+    """Whose error has no number, as if the system had failed."""
+    table = pyarrow.table({"text": [str(n) * 50 for n in range(200)]})
+    whole, path = tmp_path / "whole.arrow", tmp_path / "cut.arrow"
+    with pyarrow.ipc.new_stream(str(whole), table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(whole.read_bytes()[:-600])
+    assert len(read(whole)) == 200
+    with pytest.raises(DataError, match=r"cut\.arrow: damaged arrow file at row 0"):
+        read(path)
+
+
+def test_white_space_before_json_may_be_long(tmp_path: Path) -> None:
+    array, lines, broken = (tmp_path / name for name in ("array.json", "lines.jsonl", "broken.jsonl"))
+    array.write_bytes(b"\xef\xbb\xbf" + b" " * 100_000 + b"\n" * 100_000 + b'[{"text": "a"}]')
+    lines.write_bytes(b"\n" * 100_000 + b'  {"text": "a"}\n{"text": "b"}\n')
+    broken.write_bytes(b"\n" * 100_000 + b"oops\n")
+    assert texts(array) == ["a"]
+    assert texts(lines) == ["a", "b"]
+    with pytest.raises(DataError, match=r"broken\.jsonl:100001: not a JSON object"):
+        read(broken)
