@@ -27,6 +27,7 @@ from qwen3next_train.huggingface import weights as hf_weights
 from qwen3next_train.huggingface.import_folder import import_hf
 from qwen3next_train.huggingface.names import on_disk
 from qwen3next_train.huggingface.weights import weights_of_hf
+from qwen3next_train.log import get_logger
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from tests.unit.huggingface.support import INDEX, Tensors, change_index, random_tensors, tiny_model, write_folder
 
@@ -51,7 +52,8 @@ def assert_holds(output: Path, tensors: Tensors) -> None:
 
 @pytest.fixture(autouse=True)
 def info_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    logger = logging.getLogger("qwen3next_train")
+    # Configured first: caplog brings back the level that it finds.
+    logger = get_logger()
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, logger=logger.name)
     return caplog
