@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from qwen3next_train.data.store_cache import remove_unfinished
 from qwen3next_train.data.store_output import is_written, require_unused, write_store
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.errors import ConfigError
+
+_MAX_NAME_BYTES = 200
+"""Of an output's name: with what the files beside it append, a name may have 255."""
 
 
 def tokenize(config: Config, output: Path | None) -> int:
@@ -51,6 +55,11 @@ def tokenize(config: Config, output: Path | None) -> int:
     if not output.name or output.name == ".." or "\0" in str(output):
         raise ConfigError(
             f"--output: not a file name (got {str(output)!r}); give the prefix of the .bin and .idx files"
+        )
+    if len(os.fsencode(output.name)) > _MAX_NAME_BYTES:
+        raise ConfigError(
+            f"--output: a file name of {len(os.fsencode(output.name))} bytes; give one of at most {_MAX_NAME_BYTES}, "
+            "so that its files' suffixes have room"
         )
     several = len(sources) > 1
     prefixes = [output.with_name(f"{output.name}_{index:02d}") if several else output for index in range(len(sources))]

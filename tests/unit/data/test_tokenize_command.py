@@ -50,6 +50,15 @@ def test_output_without_a_name(tmp_path: Path, corpus: Path, output: str) -> Non
         tokenize(config_of(tmp_path, corpus), Path(output))
 
 
+def test_output_with_too_long_a_name(tmp_path: Path, corpus: Path) -> None:
+    """With the longest that is taken every file beside it can have its name."""
+    with pytest.raises(ConfigError, match="--output: a file name of 202 bytes; give one of at most 200"):
+        tokenize(config_of(tmp_path, corpus), tmp_path / ("ü" * 101))
+    longest = tmp_path / ("ü" * 100)
+    tokenize(config_of(tmp_path, corpus, corpus), longest)
+    assert longest.with_name(f"{longest.name}_01.idx").exists()
+
+
 def test_interrupted_tokenize_of_several_sources_goes_on(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
