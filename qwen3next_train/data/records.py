@@ -297,14 +297,25 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
         raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
 
 
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""What ends a stream; every message of one begins with the first half."""
+
+
 def _arrow_batches(mapped: Any) -> Iterator[Any]:
     """Record batches of either IPC format: the file format has a magic at both ends, the stream format none."""
     import pyarrow.ipc
 
-    is_file = mapped.read(6) == b"ARROW1"
+    start = mapped.read(6)
     mapped.seek(0)
-    if not is_file:
+    if start != b"ARROW1":
         yield from pyarrow.ipc.open_stream(mapped)
+        # The format lets a stream end without its marker, but so does a file that is cut between two batches. Streams
+        # of before Arrow 0.15 begin otherwise and end with four zeros.
+        if start.startswith(_ARROW_END[:4]):
+            end = mapped.tell()
+            mapped.seek(max(0, end - len(_ARROW_END)))
+            if mapped.read() != _ARROW_END:
+                raise pyarrow.ArrowInvalid("no end-of-stream marker at the file's end")
         return
     reader = pyarrow.ipc.open_file(mapped)
     for index in range(reader.num_record_batches):

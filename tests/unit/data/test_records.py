@@ -188,3 +188,19 @@ def test_white_space_before_json_may_be_long(tmp_path: Path) -> None:
     assert texts(lines) == ["a", "b"]
     with pytest.raises(DataError, match=r"broken\.jsonl:100001: not a JSON object"):
         read(broken)
+
+
+@pytest.mark.parametrize("damaged", ["cut between batches", "two streams"])
+def test_an_arrow_stream_ends_with_its_marker(tmp_path: Path, damaged: str) -> None:
+    batch = pyarrow.record_batch({"text": ["a", "b"]})
+    path = tmp_path / "a.arrow"
+    sizes = []
+    with path.open("wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+        for _ in range(2):
+            writer.write_batch(batch)
+            sizes.append(file.tell())
+    assert texts(path) == ["a", "b"] * 2
+    whole = path.read_bytes()
+    path.write_bytes({"cut between batches": whole[: sizes[0]], "two streams": whole * 2}[damaged])
+    with pytest.raises(DataError, match=r"a\.arrow: damaged arrow file .*no end-of-stream marker at the file's end"):
+        read(path)
