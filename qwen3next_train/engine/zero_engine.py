@@ -86,7 +86,10 @@ class ZeroEngine:
         mark_expert_parameters(model)
         model.reduce_counts = self._sum_over_ranks
         self._model = model
-        self._engine = _wrap(config, model, table, device=device, num_micro_batches=num_micro_batches)
+        self._in_buckets = self._layout.sums_in_buckets
+        self._engine = _wrap(
+            config, model, table, device=device, num_micro_batches=num_micro_batches, in_buckets=self._in_buckets
+        )
         self._room: ExpertRoom | None = None
         if self._layout.exchanges_densely:
             expected = expert_rows(config.model, self._layout)
@@ -94,7 +97,6 @@ class ZeroEngine:
             exchange_densely(model, self._room)
         state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
         self._zero = self._engine.optimizer
-        self._in_buckets = isinstance(self._zero, GradientBucketOptimizer)
         # DeepSpeed averages gradients over the ranks, which makes their sum of a loss that is as many times larger.
         self._loss_factor = 1 if self._in_buckets else topology.world_size
         if self._in_buckets:
@@ -144,7 +146,7 @@ class ZeroEngine:
     def _accumulate_and_update(
         self, batches: Sequence[PackedBatch], scales: LossScales, report: Report
     ) -> tuple[StepReport, torch.Tensor]:
-        """What the micro-batches report, and this rank's loss as it came out of the model."""
+        """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
         collected = StepReport(self._config.model)
         loss = torch.zeros((), device=self._device)
         if self._room is not None:
@@ -152,8 +154,10 @@ class ZeroEngine:
         self._model.begin_step()
         for batch in batches:
             output = self._engine(batch.to(self._device), scales)
-            loss += output.total.detach()
-            total = output.total if self._room is None else self._room.spoil(output.total)
+            total = output.total
+            if self._room is not None:
+                loss += total.detach()
+                total = self._room.spoil(total)
             self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
                 collected.add(output)
@@ -232,11 +236,11 @@ def _wrap(
     *,
     device: torch.device,
     num_micro_batches: int,
+    in_buckets: bool,
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
     quiet_start()
     offloaded = config.parallel.offload_optimizer == "cpu"
-    in_buckets = config.parallel.zero_stage == 1 and not offloaded
     groups = bucketed_groups(
         parameter_groups(model, table, config.optimizer),
         max_numel=BUCKET_NUMEL if in_buckets else _GROUP_NUMEL,

@@ -11,8 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from qwen3next_train.config.schema import OptimizerConfig
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
-
-_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from qwen3next_train.kernels.selection import DTYPES
 
 
 def build_adamw(
@@ -35,7 +34,7 @@ def build_adamw(
         lr=settings.lr,
         betas=betas,
         eps=settings.eps,
-        moments_dtype=_MOMENTS[settings.moments_dtype],
+        moments_dtype=DTYPES[settings.moments_dtype],
         update=update or adamw_update_reference,
     )
 
