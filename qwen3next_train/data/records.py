@@ -269,12 +269,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
                 position = num_bytes * min(row + batch.num_rows, num_rows) // num_rows
                 yield from _records_of_column(batch.column(0), field, path, row, position)
                 row += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)}); replace it") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise DataError(f"{path}: damaged parquet file at row {row} ({_first_line(error)}); replace it") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _table_damage(path, "parquet", row, error) from None
 
 
 def _read_arrow(path: Path, field: str) -> Iterator[Record]:
@@ -288,13 +284,15 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
                 _require_column(path, field, batch.schema.names)
                 yield from _records_of_column(batch.column(field), field, path, row, mapped.tell())
                 row += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
-    except OSError as error:
-        # As of parquet: Arrow's own have no number.
-        if error.errno is not None:
-            raise
-        raise DataError(f"{path}: damaged arrow file at row {row} ({_first_line(error)}); replace it") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _table_damage(path, "arrow", row, error) from None
+
+
+def _table_damage(path: Path, kind: str, row: int, error: Exception) -> DataError:
+    """The error for a parquet or arrow file; ``error`` itself where the system failed, which alone has a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return DataError(f"{path}: damaged {kind} file at row {row} ({_first_line(error)}); replace it")
 
 
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
