@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.gates import SharedExpertCombine, SwiGlu
+from qwen3next_train.kernels.linear import Linear, linear
 from qwen3next_train.kernels.routing import TopKRouting
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
@@ -92,16 +92,16 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, kernel: SwiGlu) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
-        self.up_proj = nn.Linear(hidden, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+        self.gate_proj = Linear(hidden, ffn)
+        self.up_proj = Linear(hidden, ffn)
+        self.down_proj = Linear(ffn, hidden)
         self.swiglu = kernel
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``."""
         # One product instead of two: the gradient of x is then one as well, and no sum of two.
-        weight = torch.cat((self.gate_proj.weight, self.up_proj.weight))
-        return self.down_proj(recomputed("activations", self.swiglu, F.linear(x_TD, weight)))
+        gate_up = linear(x_TD, self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(recomputed("activations", self.swiglu, gate_up))
 
 
 class SharedExpertGate(nn.Module):

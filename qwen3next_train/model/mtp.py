@@ -25,6 +25,7 @@ from torch import nn
 
 from qwen3next_train.batch import IGNORE_INDEX
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -67,7 +68,7 @@ class MultiTokenPredictor(nn.Module):
         hidden, eps, kernel = config.hidden_size, config.rms_norm_eps, kernels.rms_norm
         self.pre_fc_norm_embedding = ZeroCenteredRmsNorm(hidden, eps, kernel)
         self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps, kernel)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.fc = Linear(2 * hidden, hidden)
         self.layers = nn.ModuleList(
             DecoderLayer(config, "full_attention", kernels, moe_block=moe_block, local_experts=local_experts)
             for _ in range(config.mtp_num_layers)

@@ -16,6 +16,7 @@ from torch import nn
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy
+from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
@@ -77,9 +78,7 @@ class Qwen3NextModel(nn.Module):
         self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
     ) -> None:
         super().__init__()
-        # nn.Embedding would draw its weights, which on the meta device imports torch.compile: two seconds of a start.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
             for layer_type in config.layer_types
