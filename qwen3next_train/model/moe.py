@@ -16,6 +16,7 @@ from qwen3next_train.kernels.linear import Linear, linear
 from qwen3next_train.kernels.routing import TopKRouting
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
+from qwen3next_train.model.overlap import Stages, interleaved
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.router_losses import RouterStats
 
@@ -156,7 +157,14 @@ class SparseMoeBlock(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
     ) -> tuple[torch.Tensor, RouterStats]:
-        """``x = x + moe(norm(x))`` of the layer, given x and ``norm(x)``.
+        """``x = x + moe(norm(x))`` of the layer, given x and ``norm(x)``; args and result of :meth:`stages`."""
+        (result,) = interleaved([self.stages(x_TD, num_rows, residual_TD=residual_TD)])
+        return result
+
+    def stages(
+        self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
+    ) -> Stages[tuple[torch.Tensor, RouterStats]]:
+        """The block on one micro-batch; other micro-batches may be advanced where it yields.
 
         Args:
             x_TD: ``norm(x)``, ``[T, D]``: read by router, routed experts, shared expert and its gate.
@@ -171,7 +179,9 @@ class SparseMoeBlock(nn.Module):
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
         begun = self.dispatcher.begin_dispatch(to_experts_TD)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
+        yield  # Tokens travel.
         returning = self._routed(begun, ids_TK, weights_TK)
+        yield  # The experts' outputs travel.
         shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)
         y_TD = self.dispatcher.combine(returning)
         if shared_TD is None:
