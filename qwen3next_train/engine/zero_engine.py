@@ -133,14 +133,14 @@ class ZeroEngine:
         self._engine.train()
         while True:
             collected, loss = self._accumulate_and_update(batches, scales, report)
-            skipped = bool(self._zero.non_finite if self._in_buckets else self._zero.overflow)
+            norm, skipped = self._outcome()
             if not (skipped and self._makes_room(loss)):
                 break
         if report is Report.NONE:
             return StepResult({}, skipped)
-        metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
+        metrics = collected.metrics(totals, with_layers=report is Report.LAYERS)
         metrics["optim/lr"] = lr
-        metrics["optim/grad_norm"] = float(self._engine.get_global_grad_norm())
+        metrics["optim/grad_norm"] = float(norm)
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
@@ -159,10 +159,14 @@ class ZeroEngine:
             if self._room is not None:
                 loss += total.detach()
                 total = self._room.spoil(total)
-            self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
+            # In this thread: another one would take turns with it at the interpreter, a quarter of the host's time.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
                 for output in outputs:
                     collected.add(output)
+                if start + self._in_flight >= len(batches):
+                    collected.begin_reduce(self._sum_over_ranks)
             # Or the graph of these micro-batches would live through the forward pass of the next.
             outputs.clear()
             del total
@@ -170,6 +174,13 @@ class ZeroEngine:
             # the weights and clears the gradients; the calls before it do none of that.
             self._engine.step()
         return collected, loss
+
+    def _outcome(self) -> tuple[float | torch.Tensor, bool]:
+        """Gradient norm of the step that was just taken, and whether it was skipped."""
+        if self._in_buckets:
+            norm, skipped = self._zero.outcome()
+            return norm, skipped
+        return self._engine.get_global_grad_norm(), bool(self._zero.overflow)
 
     def _makes_room(self, loss: torch.Tensor) -> bool:
         """Whether a skipped step is worth repeating: for want of room for experts' rows, of which there is more now.

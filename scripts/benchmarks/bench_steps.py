@@ -57,7 +57,8 @@ OPTIONS = {
         Option(
             "--in-flight",
             "N",
-            "parallel.micro_batches_in_flight of the rows of several GPUs: 1 (the default) or 2, then of half the rows",
+            "parallel.micro_batches_in_flight of the rows of several GPUs: 1 (the default) or 2, where there is one "
+            "micro-batch a step two of half the rows",
         ),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
         Option("--worker", "JSON", "measure one row; how ranks are started"),
@@ -138,10 +139,12 @@ def all_rows() -> Iterator[Row]:
 
 
 def _in_flight(row: Row) -> Row:
-    """The same tokens in twice the micro-batches, two of which pass through the model together."""
+    """The same tokens, two micro-batches of which pass through the model together."""
+    together = replace(row, overrides=(*row.overrides, ("parallel.micro_batches_in_flight", "2")))
+    if row.accumulation > 1:
+        return together
     halved = ("run.micro_batch_size", str(row.config.run.micro_batch_size // 2))
-    overrides = (*row.overrides, halved, ("parallel.micro_batches_in_flight", "2"))
-    return replace(row, accumulation=2 * row.accumulation, overrides=overrides)
+    return replace(together, accumulation=2, overrides=(*together.overrides, halved))
 
 
 @dataclass(frozen=True)
