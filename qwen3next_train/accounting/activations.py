@@ -76,7 +76,7 @@ def kept_tensors(tensors: Iterable[SavedTensor], recompute: Collection[Recompute
 
 
 def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
-    """Bytes of one micro-batch between forward and backward.
+    """Bytes of the micro-batches in flight between forward and backward.
 
     Args:
         model: shape of the model.
@@ -86,7 +86,7 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         By part: ``activations_<kind>`` of all layers of a kind, ``rebuilt_layer`` (0 without recompute), ``logits``,
         ``all_to_all``, ``imbalance``.
     """
-    tokens, num_layers = layout.num_tokens, _num_layers(model)
+    tokens, num_layers = layout.num_tokens * layout.micro_batches_in_flight, _num_layers(model)
     saved = saved_tensors(
         model,
         layout.precision,
@@ -107,9 +107,11 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
     layers_with_rows = 1 if whole_layers else num_layers["moe"]
     routed = layers_with_rows * _size((tensor for tensor in rows if tensor.routed), tokens)
     exchange = _all_to_all(model, layout)
+    # Parts are recomputed when one micro-batch's backward pass asks for them, whole layers for all of those in flight.
+    rebuilt_tokens = tokens if whole_layers else layout.num_tokens
     return {
         **{f"activations_{kind}": size for kind, size in by_kind.items()},
-        "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, tokens, whole=whole_layers),
+        "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, rebuilt_tokens, whole=whole_layers),
         "logits": _logits(model, layout),
         "all_to_all": exchange,
         "imbalance": _imbalance(model, layout, routed, exchange),
@@ -304,12 +306,16 @@ def _logits(model: ModelConfig, layout: Layout) -> int:
     chunk = math.ceil(layout.num_tokens / num_chunks) * model.vocab_size * layout.element_bytes
     of_weight = FP32_BYTES * model.vocab_size * model.hidden_size
     of_input = layout.element_bytes * layout.num_tokens * model.hidden_size
-    return chunk + (1 + model.mtp_num_layers) * (of_weight + of_input)
+    return chunk + layout.micro_batches_in_flight * (1 + model.mtp_num_layers) * (of_weight + of_input)
 
 
 def _all_to_all(model: ModelConfig, layout: Layout) -> int:
-    """Send and receive buffer of one layer's way back, one row of a token per rank that it goes to."""
+    """Send and receive buffer of one layer's way back, one row of a token per rank that it goes to.
+
+    Of each micro-batch in flight: the first's outputs travel while the second's are computed.
+    """
     if layout.expert_parallel_size == 1:
         return 0
     row = model.hidden_size * layout.element_bytes
-    return 2 * round(layout.num_tokens * row * rows_sent_per_token(model, layout))
+    tokens = layout.num_tokens * layout.micro_batches_in_flight
+    return 2 * round(tokens * row * rows_sent_per_token(model, layout))

@@ -31,6 +31,7 @@ class Layout:
         offload_optimizer: master weights and moments live in host memory.
         gradient_dtype: what gradients of weights in ``precision`` are summed in, in buckets.
         token_exchange: which tokens travel to other ranks' experts.
+        micro_batches_in_flight: micro-batches that pass through the model together.
         ranks_per_node: consecutive ranks that share a machine, or a domain of fast links.
     """
 
@@ -45,6 +46,7 @@ class Layout:
     offload_optimizer: bool = False
     gradient_dtype: GradientDtype = "fp32"
     token_exchange: TokenExchange = "exact"
+    micro_batches_in_flight: int = 1
     ranks_per_node: int = RANKS_PER_NODE
 
     @classmethod
@@ -62,6 +64,7 @@ class Layout:
             offload_optimizer=config.parallel.offload_optimizer == "cpu",
             gradient_dtype=config.parallel.gradient_dtype,
             token_exchange=config.parallel.token_exchange,
+            micro_batches_in_flight=config.parallel.micro_batches_in_flight,
             ranks_per_node=ranks_per_node,
         )
 

@@ -201,6 +201,11 @@ class ParallelConfig(Section):
         description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "
         "experts' rows) or those that are needed (exact); auto: dense within a node over at most 4 ranks",
     )
+    micro_batches_in_flight: Literal[1, 2] = Field(
+        1,
+        description="micro-batches that pass through the model together; with 2 one computes while the other's tokens travel (no gain "
+        "within a node of H100), and the activations of both are kept",
+    )
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     recompute: list[RecomputePart] = Field(
         default_factory=list,

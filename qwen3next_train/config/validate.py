@@ -77,6 +77,16 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                 "a smaller micro batch or another number of processes",
             )
         )
+    elif run.global_batch_size < rows * parallel.micro_batches_in_flight:
+        violations.append(
+            RuleViolation(
+                ("parallel.micro_batches_in_flight", "run.global_batch_size", "run.micro_batch_size"),
+                f"{parallel.micro_batches_in_flight} needs as many micro-batches a step on each process, but "
+                f"run.global_batch_size {run.global_batch_size} over world size {world_size} and run.micro_batch_size "
+                f"{run.micro_batch_size} gives 1; halve run.micro_batch_size, or set "
+                "parallel.micro_batches_in_flight to 1",
+            )
+        )
     return violations
 
 
@@ -178,6 +188,13 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             ("parallel.offload_optimizer", "parallel.zero_stage"),
             "parallel.offload_optimizer cpu clips by a wrong gradient norm with parallel.zero_stage 3; set "
             "parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
+        )
+    if parallel.micro_batches_in_flight > 1 and parallel.zero_stage == 3:
+        # DeepSpeed 0.19.8: a parameter's gradient may arrive once in a backward pass and bucket.
+        yield RuleViolation(
+            ("parallel.micro_batches_in_flight", "parallel.zero_stage"),
+            f"parallel.micro_batches_in_flight {parallel.micro_batches_in_flight} does not go with parallel.zero_stage "
+            "3; set parallel.zero_stage to 1 or 2, or parallel.micro_batches_in_flight to 1",
         )
     if parallel.gradient_dtype == "bf16":
         yield from _bf16_gradient_violations(config)

@@ -12,7 +12,7 @@ from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, persistent_nu
 from qwen3next_train.config.schema import Config
 
 
-def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
     """DeepSpeed's dictionary.
 
     DeepSpeed's own ``bf16`` mode stays off because it would cast every parameter, the fp32 router, ``A_log``
@@ -22,7 +22,7 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
 
     Args:
         config: the resolved configuration.
-        num_micro_batches: forward-backward passes per optimizer step on each rank.
+        num_passes: forward-backward passes per optimizer step on each rank.
     """
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
@@ -36,7 +36,7 @@ def deepspeed_config(config: Config, *, num_micro_batches: int) -> dict[str, Any
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": config.run.micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_accumulation_steps": num_passes,
         "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": None,
         # It waits for the device twice in every micro-batch.

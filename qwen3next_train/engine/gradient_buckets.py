@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qwen3next_train.engine.deepspeed_patches import PartitionedOptimizer
+from qwen3next_train.engine.host_copy import HostCopy
 from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
 
 BUCKET_NUMEL = 100_000_000
@@ -151,8 +152,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._order: list[_Bucket] = []
         self._num_launched = 0
         self._gathers: dict[int, dist.Work] = {}
-        self.non_finite = torch.zeros((), device=self.bit16_groups_flat[0].device)
-        """1 where the last step was skipped, else 0."""
+        self._outcome = HostCopy(torch.zeros(2))
 
     def allocate(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
         """Make the buckets, and fix the order in which all ranks reduce them: that in which backward passes fill them.
@@ -210,10 +210,12 @@ class GradientBucketOptimizer(PartitionedOptimizer):
             bucket.pending()
             bucket.pending = None
         norm = self._gradient_norm()
-        self.non_finite = (~torch.isfinite(norm)).float()
+        non_finite = (~torch.isfinite(norm)).float()
         self._global_grad_norm = norm.masked_fill(~torch.isfinite(norm), torch.inf)
+        # On its way before the update is launched, so that the host can prepare the next step during the update.
+        self._outcome = HostCopy(torch.stack([self._global_grad_norm, non_finite]))
         scale = torch.clamp((norm + 1e-6) / self.clip_grad, min=1.0) if self.clip_grad > 0 else torch.ones_like(norm)
-        self.optimizer.grad_scale, self.optimizer.found_inf = scale, self.non_finite
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, non_finite
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
         for index in range(len(self._buckets)):
@@ -229,6 +231,11 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         super().update_lp_params()
 
     # Ours.
+
+    def outcome(self) -> tuple[float, bool]:
+        """Gradient norm of the last step, infinite if it is not finite, and whether the step was therefore skipped."""
+        norm, non_finite = self._outcome.read().tolist()
+        return norm, bool(non_finite)
 
     def wait_for_weights(self, buckets: Iterable[int] | None = None) -> None:
         """Let the device's next work wait for gathered weights; on CPU wait for them.

@@ -8,6 +8,7 @@ import torch
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.engine.base import StepTotals
+from qwen3next_train.engine.host_copy import HostCopy
 from qwen3next_train.metrics.moe import balance_metrics
 from qwen3next_train.model.qwen3_next import ModelOutput
 
@@ -24,6 +25,7 @@ class StepReport:
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._sums: torch.Tensor | None = None
+        self._reduced: HostCopy | None = None
         self._num_layers = model.num_hidden_layers + model.mtp_num_layers
 
     def add(self, output: ModelOutput) -> None:
@@ -40,24 +42,30 @@ class StepReport:
         values = torch.cat([part.detach().to(torch.float64) for part in parts])
         self._sums = values if self._sums is None else self._sums + values
 
-    def reduce(
-        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], totals: StepTotals, *, with_layers: bool
-    ) -> dict[str, float]:
-        """Reduce over ranks and copy to the host.
+    def begin_reduce(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reduce over ranks and send to the host; to be called before the update is launched, which is long.
 
         Args:
             sum_over_ranks: in-place all-reduce.
+        """
+        assert self._sums is not None, "no micro-batch was added"
+        self._reduced = HostCopy(sum_over_ranks(self._sums))
+
+    def metrics(self, totals: StepTotals, *, with_layers: bool) -> dict[str, float]:
+        """What was reduced, once it has arrived on the host.
+
+        Args:
             totals: counts of the global batch.
             with_layers: include the per-layer MoE statistics.
 
         Returns:
             Metrics by name; losses in nats per token, before any scaling.
         """
-        assert self._sums is not None, "no micro-batch was added"
+        assert self._reduced is not None, "nothing was reduced"
         model, layers = self._model, self._num_layers
         depths = model.mtp_num_layers
         sizes = [1, depths, layers, layers, layers, layers * model.num_experts]
-        lm, mtp, aux_L, z_L, entropy_L, counts = sum_over_ranks(self._sums).cpu().split(sizes)
+        lm, mtp, aux_L, z_L, entropy_L, counts = self._reduced.read().split(sizes)
         aux_L, z_L, entropy_L = (values / totals.num_micro_batches for values in (aux_L, z_L, entropy_L))
         metrics = {
             "loss/lm": float(lm) / max(totals.num_targets[0], 1),

@@ -87,9 +87,9 @@ class ZeroEngine:
         model.reduce_counts = self._sum_over_ranks
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
-        self._engine = _wrap(
-            config, model, table, device=device, num_micro_batches=num_micro_batches, in_buckets=self._in_buckets
-        )
+        self._in_flight = self._layout.micro_batches_in_flight
+        num_passes = -(-num_micro_batches // self._in_flight)
+        self._engine = _wrap(config, model, table, device=device, num_passes=num_passes, in_buckets=self._in_buckets)
         self._room: ExpertRoom | None = None
         if self._layout.exchanges_densely:
             expected = expert_rows(config.model, self._layout)
@@ -133,14 +133,14 @@ class ZeroEngine:
         self._engine.train()
         while True:
             collected, loss = self._accumulate_and_update(batches, scales, report)
-            skipped = bool(self._zero.non_finite if self._in_buckets else self._zero.overflow)
+            norm, skipped = self._outcome()
             if not (skipped and self._makes_room(loss)):
                 break
         if report is Report.NONE:
             return StepResult({}, skipped)
-        metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
+        metrics = collected.metrics(totals, with_layers=report is Report.LAYERS)
         metrics["optim/lr"] = lr
-        metrics["optim/grad_norm"] = float(self._engine.get_global_grad_norm())
+        metrics["optim/grad_norm"] = float(norm)
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
@@ -152,21 +152,35 @@ class ZeroEngine:
         if self._room is not None:
             self._room.begin_step()
         self._model.begin_step()
-        for batch in batches:
-            output = self._engine(batch.to(self._device), scales)
-            total = output.total
+        for start in range(0, len(batches), self._in_flight):
+            in_flight = batches[start : start + self._in_flight]
+            outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
+            total = torch.stack([output.total for output in outputs]).sum()
             if self._room is not None:
                 loss += total.detach()
                 total = self._room.spoil(total)
-            self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
+            # In this thread: another one would take turns with it at the interpreter, a quarter of the host's time.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
-                collected.add(output)
-            # Or the graph of this micro-batch would live through the forward pass of the next.
-            del output, total
-            # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
+                for output in outputs:
+                    collected.add(output)
+                if start + self._in_flight >= len(batches):
+                    collected.begin_reduce(self._sum_over_ranks)
+            # Or the graph of these micro-batches would live through the forward pass of the next.
+            outputs.clear()
+            del total
+            # Counts backward passes. Only the step's last call, at the gradient-accumulation boundary, clips, updates
             # the weights and clears the gradients; the calls before it do none of that.
             self._engine.step()
         return collected, loss
+
+    def _outcome(self) -> tuple[float | torch.Tensor, bool]:
+        """Gradient norm of the step that was just taken, and whether it was skipped."""
+        if self._in_buckets:
+            norm, skipped = self._zero.outcome()
+            return norm, skipped
+        return self._engine.get_global_grad_norm(), bool(self._zero.overflow)
 
     def _makes_room(self, loss: torch.Tensor) -> bool:
         """Whether a skipped step is worth repeating: for want of room for experts' rows, of which there is more now.
@@ -235,7 +249,7 @@ def _wrap(
     table: Sequence[ParamSpec],
     *,
     device: torch.device,
-    num_micro_batches: int,
+    num_passes: int,
     in_buckets: bool,
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
@@ -255,7 +269,7 @@ def _wrap(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, num_micro_batches=num_micro_batches),
+            config=deepspeed_config(config, num_passes=num_passes),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from qwen3next_train.kernels.main_grad import main_grad_of
+
 LinearCrossEntropy = Callable[..., torch.Tensor]
 """A backend of :func:`linear_cross_entropy_chunked`."""
 
@@ -59,13 +61,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_TD is not None and grad_VD is not None:
                 _chunk_gradients(log_probs_cV, safe_c1, real_c1, hidden_cD, weight_VD, grad_TD[chunk], grad_VD)
         if grad_VD is not None:
-            ctx.save_for_backward(grad_TD, grad_VD.to(weight_VD.dtype))
+            ctx.weight = weight_VD
+            ctx.save_for_backward(grad_TD, grad_VD if main_grad_of(weight_VD) else grad_VD.to(weight_VD.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_TD, grad_VD = ctx.saved_tensors
-        return _scaled(grad_TD, grad), _scaled(grad_VD, grad), None, None
+        main_grad = main_grad_of(ctx.weight)
+        if main_grad is None:
+            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad)
+        else:
+            main_grad.add_scaled(grad_VD, grad)
+            grad_weight = main_grad.added_directly(ctx.weight)
+        return _scaled(grad_TD, grad), grad_weight, None, None
 
 
 def _scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -25,15 +25,31 @@ class MainGrad:
     is_empty: bool = True
     has_direct: bool = False
 
-    def added_directly(self, like: torch.Tensor) -> torch.Tensor:
+    def added_directly(self, like: torch.Tensor) -> torch.Tensor | None:
         """Note that a kernel has written or added to ``values``.
+
+        All uses of a parameter must add so, or none: what autograd brings beside a placeholder is lost.
 
         Returns:
             what the kernel's backward pass returns as the gradient of the parameter ``like``: memory without content,
-            so that autograd calls the parameter's hooks.
+            so that autograd calls the parameter's hooks; None from the second use of the parameter on, because autograd
+            would add two placeholders.
         """
-        self.is_empty, self.has_direct = False, True
-        return torch.empty_like(like)
+        is_first, self.is_empty, self.has_direct = not self.has_direct, False, True
+        return torch.empty_like(like) if is_first else None
+
+    def add_product(self, left_OT: torch.Tensor, right_TI: torch.Tensor) -> None:
+        """Add ``left @ right`` to ``values`` ``[O, I]``, the product unrounded until then."""
+        add_product(self.values, left_OT, right_TI, first=self.is_empty)
+        self.is_empty = False
+
+    def add_scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+        """Add ``gradient`` times the scalar ``factor``, in one pass over memory."""
+        if self.is_empty:
+            torch.mul(gradient, factor, out=self.values)
+            self.is_empty = False
+        else:
+            torch.addcmul(self.values, gradient, factor, out=self.values)
 
     def add(self, gradient: torch.Tensor) -> None:
         """Sum what autograd brings."""
@@ -55,3 +71,17 @@ class MainGrad:
 def main_grad_of(parameter: torch.Tensor) -> MainGrad | None:
     """Where the parameter's gradients are summed, None if autograd does so."""
     return getattr(parameter, "main_grad", None)
+
+
+def add_product(total_OI: torch.Tensor, left_OT: torch.Tensor, right_TI: torch.Tensor, *, first: bool) -> None:
+    """Add ``left @ right`` to ``total_OI``, which may be wider than they are, or write it there if it is the first."""
+    if left_OT.dtype == total_OI.dtype:
+        torch.addmm(total_OI, left_OT, right_TI, beta=0 if first else 1, out=total_OI)
+    elif left_OT.device.type == "cpu":
+        # Only the CUDA product can return more precision than it takes.
+        product = left_OT.to(total_OI.dtype) @ right_TI.to(total_OI.dtype)
+        total_OI.copy_(product if first else total_OI + product)
+    elif first:
+        torch.mm(left_OT, right_TI, out_dtype=total_OI.dtype, out=total_OI)
+    else:
+        torch.addmm(total_OI, left_OT, right_TI, out_dtype=total_OI.dtype, out=total_OI)

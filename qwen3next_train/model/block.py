@@ -10,6 +10,7 @@ Neither sum stands in this file, because each is computed by the kernel that rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
+from qwen3next_train.model.overlap import Stages, interleaved
 from qwen3next_train.model.rope import RotaryTable
 from qwen3next_train.model.router_losses import RouterStats
 
@@ -72,14 +74,21 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNormWithResidual(hidden, eps, kernels.rms_norm)
         self.post_attention_layernorm = FusedAddRmsNorm(hidden, eps, kernels.rms_norm)
 
-    def forward(self, x_TD: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, RouterStats]:
-        """``[T, D]`` to ``[T, D]`` and the router's statistics."""
+    def forward(
+        self, xs_TD: Sequence[torch.Tensor], contexts: Sequence[BatchContext]
+    ) -> tuple[list[torch.Tensor], list[RouterStats]]:
+        """``[T, D]`` to ``[T, D]`` and the router's statistics, of each micro-batch in flight."""
+        works = [self._stages(x_TD, context) for x_TD, context in zip(xs_TD, contexts, strict=True)]
+        outputs, stats = zip(*interleaved(works), strict=True)
+        return list(outputs), list(stats)
+
+    def _stages(self, x_TD: torch.Tensor, context: BatchContext) -> Stages[tuple[torch.Tensor, RouterStats]]:
         # x = x + mixer(norm(x)): x comes through the first norm unchanged, the second norm adds.
         x_TD, normed_TD = self.input_layernorm(x_TD)
         mixed_TD = self._mixer(normed_TD, context)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, mixed_TD)
         # x = x + moe(norm(x)): the MoE block adds, inside the shared expert's kernel.
-        return self.mlp(normed_TD, context.num_rows, residual_TD=x_TD)
+        return (yield from self.mlp.stages(normed_TD, context.num_rows, residual_TD=x_TD))
 
     def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
         if self.layer_type == "linear_attention":

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.norms import QkNormAndRope
@@ -34,10 +35,10 @@ class GatedAttention(nn.Module):
         kv_dim = config.num_key_value_heads * self.head_dim
         self.attention = kernels.varlen_attention
         self.output_gate = kernels.output_gate
-        self.q_proj = nn.Linear(hidden, query_dim * (2 if self.has_gate else 1), bias=False)
-        self.k_proj = nn.Linear(hidden, kv_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_dim, bias=False)
-        self.o_proj = nn.Linear(query_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, query_dim * (2 if self.has_gate else 1))
+        self.k_proj = Linear(hidden, kv_dim)
+        self.v_proj = Linear(hidden, kv_dim)
+        self.o_proj = Linear(query_dim, hidden)
         self.q_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
         self.k_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
 

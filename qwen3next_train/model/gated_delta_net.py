@@ -12,6 +12,7 @@ from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.gdn_prologue import GdnPrologue, GdnPrologueOutputs, HeadShape
+from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.norms import GatedNorm
@@ -70,10 +71,10 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
         self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.gdn_prologue)
         projected = heads.key_heads * sum(heads.group_sizes)
-        self.in_proj_qkvz = nn.Linear(config.hidden_size, projected, bias=False)
-        self.in_proj_ba = nn.Linear(config.hidden_size, 2 * heads.value_heads, bias=False)
+        self.in_proj_qkvz = Linear(config.hidden_size, projected)
+        self.in_proj_ba = Linear(config.hidden_size, 2 * heads.value_heads)
         self.norm = GatedNorm(heads.value_dim, config.rms_norm_eps, kernels.gated_rms_norm)
-        self.out_proj = nn.Linear(heads.value_heads * heads.value_dim, config.hidden_size, bias=False)
+        self.out_proj = Linear(heads.value_heads * heads.value_dim, config.hidden_size)
 
     def forward(self, x_TD: torch.Tensor, sequences: VarlenMetadata) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; no state crosses a document's end."""

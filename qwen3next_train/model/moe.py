@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.gates import SharedExpertCombine, SwiGlu
+from qwen3next_train.kernels.linear import Linear, linear
 from qwen3next_train.kernels.routing import TopKRouting
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.dispatch import LocalDispatcher, TokenDispatcher
+from qwen3next_train.model.overlap import Stages, interleaved
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.router_losses import RouterStats
 
@@ -92,16 +93,16 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, kernel: SwiGlu) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
-        self.up_proj = nn.Linear(hidden, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+        self.gate_proj = Linear(hidden, ffn)
+        self.up_proj = Linear(hidden, ffn)
+        self.down_proj = Linear(ffn, hidden)
         self.swiglu = kernel
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``."""
         # One product instead of two: the gradient of x is then one as well, and no sum of two.
-        weight = torch.cat((self.gate_proj.weight, self.up_proj.weight))
-        return self.down_proj(recomputed("activations", self.swiglu, F.linear(x_TD, weight)))
+        gate_up = linear(x_TD, self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(recomputed("activations", self.swiglu, gate_up))
 
 
 class SharedExpertGate(nn.Module):
@@ -156,7 +157,14 @@ class SparseMoeBlock(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
     ) -> tuple[torch.Tensor, RouterStats]:
-        """``x = x + moe(norm(x))`` of the layer, given x and ``norm(x)``.
+        """``x = x + moe(norm(x))`` of the layer, given x and ``norm(x)``; args and result of :meth:`stages`."""
+        (result,) = interleaved([self.stages(x_TD, num_rows, residual_TD=residual_TD)])
+        return result
+
+    def stages(
+        self, x_TD: torch.Tensor, num_rows: int, *, residual_TD: torch.Tensor
+    ) -> Stages[tuple[torch.Tensor, RouterStats]]:
+        """The block on one micro-batch; other micro-batches may be advanced where it yields.
 
         Args:
             x_TD: ``norm(x)``, ``[T, D]``: read by router, routed experts, shared expert and its gate.
@@ -171,7 +179,9 @@ class SparseMoeBlock(nn.Module):
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
         begun = self.dispatcher.begin_dispatch(to_experts_TD)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
+        yield  # Tokens travel.
         returning = self._routed(begun, ids_TK, weights_TK)
+        yield  # The experts' outputs travel.
         shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)
         y_TD = self.dispatcher.combine(returning)
         if shared_TD is None:

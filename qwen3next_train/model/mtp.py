@@ -20,11 +20,14 @@ Letters: T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from qwen3next_train.batch import IGNORE_INDEX
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -67,7 +70,7 @@ class MultiTokenPredictor(nn.Module):
         hidden, eps, kernel = config.hidden_size, config.rms_norm_eps, kernels.rms_norm
         self.pre_fc_norm_embedding = ZeroCenteredRmsNorm(hidden, eps, kernel)
         self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps, kernel)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.fc = Linear(2 * hidden, hidden)
         self.layers = nn.ModuleList(
             DecoderLayer(config, "full_attention", kernels, moe_block=moe_block, local_experts=local_experts)
             for _ in range(config.mtp_num_layers)
@@ -75,17 +78,25 @@ class MultiTokenPredictor(nn.Module):
         self.norm = ZeroCenteredRmsNorm(hidden, eps, kernel)
 
     def forward(
-        self, hidden_TD: torch.Tensor, embedding_TD: torch.Tensor, depth: int, context: BatchContext
-    ) -> tuple[torch.Tensor, RouterStats]:
-        """Hidden state of ``depth`` (from 1) out of the one before.
+        self,
+        hiddens_TD: Sequence[torch.Tensor],
+        embeddings_TD: Sequence[torch.Tensor],
+        depth: int,
+        contexts: Sequence[BatchContext],
+    ) -> tuple[list[torch.Tensor], list[RouterStats]]:
+        """Hidden state of ``depth`` (from 1) out of the one before, of each micro-batch in flight.
 
         Args:
-            hidden_TD: hidden states of depth - 1 ``[T, D]``.
-            embedding_TD: embeddings of the tokens ``depth`` further on ``[T, D]``.
+            hiddens_TD: hidden states of depth - 1 ``[T, D]``.
+            embeddings_TD: embeddings of the tokens ``depth`` further on ``[T, D]``.
             depth: 1 to ``mtp_num_layers``.
-            context: the micro-batch.
+            contexts: the micro-batches.
         """
+        xs_TD = [self._joined(*parts) for parts in zip(embeddings_TD, hiddens_TD, strict=True)]
+        outs_TD, stats = recomputed_layer(self.layers[depth - 1], xs_TD, contexts)
+        return [self.norm(out_TD) for out_TD in outs_TD], stats
+
+    def _joined(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
         normed = self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)
-        joined = recomputed("norms", lambda *parts: torch.cat(parts, dim=-1), *normed)
-        out_TD, stats = recomputed_layer(self.layers[depth - 1], self.fc(joined), context)
-        return self.norm(out_TD), stats
+        joined: torch.Tensor = self.fc(recomputed("norms", lambda *parts: torch.cat(parts, dim=-1), *normed))
+        return joined

@@ -5,7 +5,7 @@ Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder laye
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import nn
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy
+from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
@@ -77,23 +78,27 @@ class Qwen3NextModel(nn.Module):
         self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
     ) -> None:
         super().__init__()
-        # nn.Embedding would draw its weights, which on the meta device imports torch.compile: two seconds of a start.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
             for layer_type in config.layer_types
         )
         self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
 
-    def forward(self, input_ids_T: torch.Tensor, context: BatchContext) -> tuple[torch.Tensor, list[RouterStats]]:
-        """Tokens ``[T]`` to hidden states after the final norm ``[T, D]`` and each router's statistics."""
-        x_TD = self.embed_tokens(input_ids_T)
+    def forward(
+        self, inputs_T: Sequence[torch.Tensor], contexts: Sequence[BatchContext]
+    ) -> tuple[list[torch.Tensor], list[list[RouterStats]]]:
+        """Tokens ``[T]`` of each micro-batch in flight to hidden states after the final norm ``[T, D]``.
+
+        Returns:
+            the hidden states, and each layer's statistics of each micro-batch's routers.
+        """
+        xs_TD = [self.embed_tokens(input_ids_T) for input_ids_T in inputs_T]
         stats = []
         for layer in self.layers:
-            x_TD, layer_stats = recomputed_layer(layer, x_TD, context)
+            xs_TD, layer_stats = recomputed_layer(layer, xs_TD, contexts)
             stats.append(layer_stats)
-        return self.norm(x_TD), stats
+        return [self.norm(x_TD) for x_TD in xs_TD], stats
 
 
 class LanguageModelHead(nn.Module):
@@ -175,25 +180,30 @@ class Qwen3NextForCausalLM(nn.Module):
         """Start a new optimizer step: expert loads of scope ``global`` are counted from zero."""
         self._loads.begin_step()
 
-    def forward(self, batch: PackedBatch, scales: LossScales) -> ModelOutput:
-        """Losses of one micro-batch.
+    def forward(self, batches: Sequence[PackedBatch], scales: LossScales) -> list[ModelOutput]:
+        """Losses of the micro-batches in flight, of each by itself.
 
         ``total = nll_lm / N_0 + mtp_factor / depths * sum_k nll_mtp_k / N_k
         + (aux_coef * sum_L load_balancing + z_coef * sum_L z) / micro_batches``.
 
         Args:
-            batch: on the parameters' device.
+            batches: on the parameters' device; several pass through the layers together, see ``model.overlap``.
             scales: divisors, counted over the whole step.
         """
         with recomputing(self.recompute, weights_stay=self.weights_stay):
-            return self._losses(batch, scales)
+            contexts = [self._context(batch) for batch in batches]
+            hiddens_TD, stats = self.model([batch.input_ids_T for batch in batches], contexts)
+            nlls = [[self.lm_head(h, batch.labels_T)] for h, batch in zip(hiddens_TD, batches, strict=True)]
+            for depth_nlls, depth_stats in self._predict_further(hiddens_TD, batches, contexts):
+                stats.append(depth_stats)
+                for of_batch, nll in zip(nlls, depth_nlls, strict=True):
+                    of_batch.append(nll)
+            of_batches = zip(nlls, zip(*stats, strict=True), strict=True)
+            return [self._losses(of_batch, layers, scales) for of_batch, layers in of_batches]
 
-    def _losses(self, batch: PackedBatch, scales: LossScales) -> ModelOutput:
-        context = self._context(batch)
-        hidden_TD, stats = self.model(batch.input_ids_T, context)
-        nll_lm = self.lm_head(hidden_TD, batch.labels_T)
-        nll_mtp, mtp_stats = self._predict_further(hidden_TD, batch, context)
-        stats = stats + mtp_stats
+    def _losses(self, nlls: Sequence[torch.Tensor], stats: Sequence[RouterStats], scales: LossScales) -> ModelOutput:
+        """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
+        nll_lm, *nll_mtp = nlls
         balancing_L = self._loads.losses(stats, self.reduce_counts)
         z_L = torch.stack([layer.z for layer in stats])
         config = self.config
@@ -214,7 +224,8 @@ class Qwen3NextForCausalLM(nn.Module):
 
     def forward_hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states after the final norm ``[T, D]``."""
-        return self.model(batch.input_ids_T, self._context(batch))[0]
+        (hidden_TD,), _ = self.model([batch.input_ids_T], [self._context(batch)])
+        return hidden_TD
 
     def forward_logits(self, batch: PackedBatch) -> torch.Tensor:
         """Next-token logits ``[T, V]``, all at once: for evaluation of small batches and tests."""
@@ -235,21 +246,19 @@ class Qwen3NextForCausalLM(nn.Module):
         return BatchContext(VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu), rotary, batch.num_rows)
 
     def _predict_further(
-        self, hidden_TD: torch.Tensor, batch: PackedBatch, context: BatchContext
-    ) -> tuple[list[torch.Tensor], list[RouterStats]]:
-        """Loss sums and router statistics by MTP depth."""
-        nlls: list[torch.Tensor] = []
-        stats: list[RouterStats] = []
+        self, hiddens_TD: list[torch.Tensor], batches: Sequence[PackedBatch], contexts: Sequence[BatchContext]
+    ) -> Iterator[tuple[list[torch.Tensor], list[RouterStats]]]:
+        """Loss sums and router statistics of the micro-batches, by MTP depth."""
         if self.mtp is None:
-            return nlls, stats
-        targets_T = batch.labels_T
+            return
+        targets_T = [batch.labels_T for batch in batches]
         for depth in range(1, self.config.mtp_num_layers + 1):
-            embedding_TD = self.model.embed_tokens(input_ids(targets_T))
-            targets_T = next_targets(targets_T, batch.cu_seqlens)
-            hidden_TD, layer_stats = self.mtp(hidden_TD, embedding_TD, depth, context)
-            nlls.append(self.lm_head(hidden_TD, targets_T))
-            stats.append(layer_stats)
-        return nlls, stats
+            embeddings_TD = [self.model.embed_tokens(input_ids(targets)) for targets in targets_T]
+            targets_T = [
+                next_targets(targets, batch.cu_seqlens) for targets, batch in zip(targets_T, batches, strict=True)
+            ]
+            hiddens_TD, stats = self.mtp(hiddens_TD, embeddings_TD, depth, contexts)
+            yield [self.lm_head(h, targets) for h, targets in zip(hiddens_TD, targets_T, strict=True)], stats
 
 
 def _own_counts(counts: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def is_recomputed(part: RecomputePart) -> bool:
     return current is not None and part in current.parts and torch.is_grad_enabled()
 
 
-def recomputed_layer(layer: Callable[..., tuple[torch.Tensor, R]], *inputs: Any) -> tuple[torch.Tensor, R]:
+def recomputed_layer(layer: Callable[..., tuple[list[torch.Tensor], R]], *inputs: Any) -> tuple[list[torch.Tensor], R]:
     """``layer(*inputs)``, activations first; if ``layer`` is recomputed, of all it computes only its inputs are kept.
 
     All of the layer runs again, its collectives in their order on every rank: stopping at the last tensor that is
@@ -88,13 +88,13 @@ def recomputed_layer(layer: Callable[..., tuple[torch.Tensor, R]], *inputs: Any)
     if current is None or "layer" not in current.parts or not torch.is_grad_enabled():
         return layer(*inputs)
 
-    def layer_to_be_recomputed(*inputs: Any) -> tuple[torch.Tensor, R]:
-        x_TD, rest = layer(*inputs)
-        return _RecomputeFirst.apply(x_TD), rest
+    def layer_to_be_recomputed(*inputs: Any) -> tuple[list[torch.Tensor], R]:
+        xs_TD, rest = layer(*inputs)
+        return [_RecomputeFirst.apply(x_TD) for x_TD in xs_TD], rest
 
     token = _active.set(None)
     try:
-        result: tuple[torch.Tensor, R] = checkpoint(
+        result: tuple[list[torch.Tensor], R] = checkpoint(
             layer_to_be_recomputed, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False
         )
     finally:

@@ -157,7 +157,7 @@ def _run(
     """Losses and the gradient of every weight, as fp32 or wider."""
     model.zero_grad()
     model.begin_step()
-    output = model(batch, scales)
+    output = model([batch], scales)[0]
     output.total.backward()
     gradients = {}
     for name, parameter in model.named_parameters():

@@ -183,7 +183,7 @@ class Bench:
         def whole() -> None:
             model.zero_grad(set_to_none=True)
             model.begin_step()
-            model(batch, scales).total.backward()
+            model([batch], scales)[0].total.backward()
 
         upstream_TD: list[torch.Tensor] = []
 

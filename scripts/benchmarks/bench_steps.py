@@ -54,6 +54,12 @@ OPTIONS = {
         Option("--iters", "N", "timed steps of each row (default 8)"),
         Option("--only", "WORDS", "measure rows whose name (slice4_e512/EP4xZ1/acc4) has all these words: EP4,acc4"),
         Option("--exchange", "KIND", "parallel.token_exchange of every row: auto, dense, exact (the default)"),
+        Option(
+            "--in-flight",
+            "N",
+            "parallel.micro_batches_in_flight of the rows of several GPUs: 1 (the default) or 2, where there is one "
+            "micro-batch a step two of half the rows",
+        ),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
         Option("--worker", "JSON", "measure one row; how ranks are started"),
     )
@@ -132,6 +138,15 @@ def all_rows() -> Iterator[Row]:
                 yield Row(shape, label, num_gpus, accumulation, pairs)
 
 
+def _in_flight(row: Row) -> Row:
+    """The same tokens, two micro-batches of which pass through the model together."""
+    together = replace(row, overrides=(*row.overrides, ("parallel.micro_batches_in_flight", "2")))
+    if row.accumulation > 1:
+        return together
+    halved = ("run.micro_batch_size", str(row.config.run.micro_batch_size // 2))
+    return replace(together, accumulation=2, overrides=(*together.overrides, halved))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a row, on rank 0.
@@ -193,11 +208,17 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
     def step() -> None:
         engine.train_step(batches, totals=totals, lr=0.0, report=Report.NONE)
 
+    def profiled_steps() -> None:
+        # Profilers do not start at once everywhere; who is late would be waited for, as if it were communication.
+        context.control.any_true(False)
+        for _ in range(_PROFILED_STEPS):
+            step()
+
     timing = measure(step, device, iterations=iterations)
     flops = sum(model_flops(config, batch) for batch in batches)
     plan = memory_per_gpu(config.model, Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node))
     with _named_parts():
-        events = _profiled(lambda: [step() for _ in range(_PROFILED_STEPS)], device)
+        events = _profiled(profiled_steps, device)
     on_device = [event for event in events if _is_kernel(event, device)]
     spans = [(event.time_range.start, event.time_range.end, event.name.startswith("nccl")) for event in on_device]
     exposed, idle = _exposed_and_idle(spans)
@@ -362,13 +383,15 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"nothing to measure with {num_gpus} GPUs and --only {','.join(words)}")
     exchange = ("parallel.token_exchange", args.last("--exchange") or "exact")
     rows = [replace(row, overrides=(*row.overrides, exchange)) for row in rows]
+    if args.last("--in-flight") == "2":
+        rows = [_in_flight(row) if row.num_gpus > 1 else row for row in rows]
     target = args.last("--json")
     print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
     print(HEADER, flush=True)
     proxies: dict[tuple[str, int], Outcome] = {}
     results: list[dict[str, Any]] = []
     for row in rows:
-        outcome, key = _measure_apart(row, iterations), (row.shape, row.accumulation)
+        outcome, key = _measure_apart(row, iterations), (row.shape, row.config.run.global_batch_size // row.num_gpus)
         if row.label == "proxy" and not outcome.error:
             proxies[key] = outcome
         print(format_row(row, outcome, proxies.get(key)), flush=True)

@@ -86,6 +86,7 @@ schedule.min_lr
 
 parallel.expert_parallel_size
 parallel.token_exchange
+parallel.micro_batches_in_flight
 parallel.zero_stage
 parallel.recompute
 parallel.gradient_dtype

@@ -49,6 +49,14 @@ def _observe(config: Config, context: ProcessContext) -> dict[str, Any]:
         "room": narrow.engine._room.rows,
         "evaluation": dense.evaluate() == exact.evaluate(),
     }
+    if config.parallel.zero_stage < 3:
+        overlapped, exact_overlapped = (
+            _Training(config, exchange, context, micro_batches_in_flight=2) for exchange in ("dense", "exact")
+        )
+        overlapped.steps()
+        exact_overlapped.steps()
+        seen["overlapped dense as overlapped exact"] = overlapped.is_equal(exact_overlapped)
+        seen["overlapped from exact"] = overlapped.distance(exact)
     narrow.engine._room.rows = LITTLE_ROOM
     narrow.spoil()
     seen["diverged"] = [narrow.step(2).skipped, narrow.engine._room.rows, int(narrow.engine._room.largest)]
@@ -58,8 +66,11 @@ def _observe(config: Config, context: ProcessContext) -> dict[str, Any]:
 class _Training:
     """Two steps by one kind of exchange."""
 
-    def __init__(self, config: Config, exchange: TokenExchange, context: ProcessContext) -> None:
-        parallel = config.parallel.model_copy(update={"token_exchange": exchange})
+    def __init__(
+        self, config: Config, exchange: TokenExchange, context: ProcessContext, *, micro_batches_in_flight: int = 1
+    ) -> None:
+        update = {"token_exchange": exchange, "micro_batches_in_flight": micro_batches_in_flight}
+        parallel = config.parallel.model_copy(update=update)
         self.config = config.model_copy(update={"parallel": parallel})
         self.context = context
         self.topology = Topology(context.world_size, context.rank, parallel.expert_parallel_size)
@@ -102,6 +113,17 @@ class _Training:
         pairs = zip(self.engine.fragments(), other.engine.fragments(), strict=True)
         same = all(torch.equal(mine.tensors[kind], its.tensors[kind]) for mine, its in pairs for kind in mine.tensors)
         return same and self.results == other.results
+
+    def distance(self, other: _Training) -> float:
+        """Largest relative difference of a metric or, by norm, of a parameter's master weights."""
+        found = [0.0]
+        for mine, its in zip(self.results, other.results, strict=True):
+            found += [abs(mine.metrics[name] - value) / max(abs(value), 1e-7) for name, value in its.metrics.items()]
+        for fragment, its_fragment in zip(self.engine.fragments(), other.engine.fragments(), strict=True):
+            expected = its_fragment.tensors["master"]
+            difference = (fragment.tensors["master"] - expected).norm()
+            found.append(float(difference) / max(float(expected.norm()), 1e-7))
+        return max(found)
 
     def spoil(self) -> None:
         """Make all that the model computes NaN."""

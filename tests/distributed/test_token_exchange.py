@@ -71,6 +71,15 @@ def test_dense_has_the_bits_of_exact(
         assert rank["evaluation"]
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] < 3], ids=lambda case: "-".join(map(str, case)))
+def test_two_micro_batches_in_flight_make_the_same_steps(
+    seen: dict[tuple[Any, ...], list[dict[str, Any]]], case: tuple[int, int, int, tuple[str, ...]]
+) -> None:
+    for rank in seen[case]:
+        assert rank["overlapped dense as overlapped exact"]
+        assert rank["overlapped from exact"] < 1e-6
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_a_step_without_enough_room_is_repeated_and_a_diverged_one_is_not(
     seen: dict[tuple[Any, ...], list[dict[str, Any]]], case: tuple[int, int, int, tuple[str, ...]]

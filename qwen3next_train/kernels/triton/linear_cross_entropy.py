@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
+from qwen3next_train.kernels.main_grad import add_product, main_grad_of
 
 _CHUNK_LOGITS = 5 * 2**28
 """Logits of a chunk, at most (8,800 tokens at 150k of them; 2.7 GB in bf16): every chunk after the first reads and
@@ -49,37 +50,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _launch(logits_cV, labels_T[chunk], losses_T[chunk], with_gradient=needs_grad)
             if grad_TD is not None and grad_VD is not None:
                 torch.mm(logits_cV, weight_VD, out=grad_TD[chunk])
-                _add_product(grad_VD, logits_cV.t(), hidden_TD[chunk], first=start == 0)
+                add_product(grad_VD, logits_cV.t(), hidden_TD[chunk], first=start == 0)
             del logits_cV
         if grad_VD is not None:
             ctx.save_for_backward(grad_TD, grad_VD if num_tokens else grad_VD.zero_())
-            ctx.weight_dtype = weight_VD.dtype
+            ctx.weight = weight_VD
         return losses_T.sum()
 
     @staticmethod
     def backward(ctx, grad):
         grad_TD, grad_VD = ctx.saved_tensors
-        return _scaled(grad_TD, grad, grad_TD.dtype), _scaled(grad_VD, grad, ctx.weight_dtype), None, None, None
+        main_grad = main_grad_of(ctx.weight)
+        if main_grad is None:
+            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad, ctx.weight.dtype)
+        else:
+            main_grad.add_scaled(grad_VD, grad)
+            grad_weight = main_grad.added_directly(ctx.weight)
+        return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None
 
 
 def _chunk_rows(num_tokens: int, vocabulary: int, chunk_logits: int) -> int:
     """Rows of each chunk: as few chunks as fit, of equal size but for the last."""
     chunks = math.ceil(num_tokens * vocabulary / chunk_logits)
     return math.ceil(num_tokens / max(chunks, 1)) or 1
-
-
-def _add_product(total_VD: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
-    """Add ``left @ right`` to the fp32 ``total_VD``, or write it there."""
-    if left.dtype == total_VD.dtype:
-        torch.addmm(total_VD, left, right, beta=0 if first else 1, out=total_VD)
-    elif left.device.type == "cpu":
-        # Only the CUDA product can return more precision than it takes.
-        product = left.float() @ right.float()
-        total_VD.copy_(product if first else total_VD + product)
-    elif first:
-        torch.mm(left, right, out_dtype=total_VD.dtype, out=total_VD)
-    else:
-        torch.addmm(total_VD, left, right, out_dtype=total_VD.dtype, out=total_VD)
 
 
 def _launch(logits_cV: torch.Tensor, labels_c: torch.Tensor, losses_c: torch.Tensor, *, with_gradient: bool) -> None:

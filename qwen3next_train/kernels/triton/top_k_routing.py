@@ -326,13 +326,24 @@ def _route_backward(
         share = tl.where(exists, tl.sum(chosen_prob, axis=1), 1.0)
     slope = tl.where(is_choice, (slope - common[:, None]) / share[:, None], 0)
     mean_slope = tl.sum(prob * grad_prob, axis=1) + tl.sum(chosen_prob * slope, axis=1)
-    grad = prob * (grad_prob - mean_slope[:, None])
-    for k in tl.static_range(TOP_K):
-        chosen_k = tl.load(ids + token * TOP_K + k, mask=exists, other=0).to(tl.int32)
-        slope_k = (tl.load(grad_weights + token * TOP_K + k, mask=exists, other=0) - common) / share
-        grad += tl.where(expert == chosen_k[:, None], prob * slope_k[:, None], 0)
+    z_slope = tl.zeros([TOKENS], dtype=tl.float32)
     if WITH_Z:
-        grad += prob * (tl.load(grad_z) * 2 * log_total / num_tokens)[:, None]
+        z_slope = tl.load(grad_z) * 2 * log_total / num_tokens
+    grad = prob * (grad_prob - mean_slope[:, None]) + prob * z_slope[:, None]
+    _store_gradient(grad_logits, grad, token, expert, mask, num_experts, SPLIT)
+    # The chosen experts' gradients are written over it: to look for each of them among all experts would be as many
+    # passes over all. Nobody may write one before what it replaces.
+    tl.debug_barrier()
+    mean_place = grad_mean_prob + tl.program_id(0).to(tl.int64) * num_experts + chosen_id
+    chosen_grad_prob = tl.load(mean_place, mask=is_choice, other=0) / row_tokens
+    grad = chosen_prob * (chosen_grad_prob - mean_slope[:, None]) + chosen_prob * slope
+    grad += chosen_prob * z_slope[:, None]
+    _store_gradient(grad_logits, grad, token, chosen_id, is_choice, num_experts, SPLIT)
+
+
+@triton.jit
+def _store_gradient(grad_logits, grad, token, expert, mask, num_experts, SPLIT: tl.constexpr):
+    """Write some tokens' gradients for some experts, in fp32 or as bf16 parts."""
     if SPLIT:
         high, middle, low = split_in_three(grad)
         place = grad_logits + token[:, None] * (4 * num_experts) + expert

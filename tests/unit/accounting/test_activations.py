@@ -37,6 +37,21 @@ def test_activations_scale_with_tokens() -> None:
         assert two[f"activations_{kind}"] == 2 * one[f"activations_{kind}"]
 
 
+@pytest.mark.parametrize("recompute", [(), ("norms", "activations"), ("layer",)])
+def test_two_micro_batches_in_flight_are_kept_as_one_of_twice_the_rows(recompute: tuple[RecomputePart, ...]) -> None:
+    """But for what exists of one at a time: a chunk of logits, and what is recomputed but whole layers."""
+    layout = replace(ONE, world_size=2, expert_parallel_size=2, recompute=frozenset(recompute))
+    two = activation_bytes(TINY, replace(layout, micro_batches_in_flight=2))
+    wide = activation_bytes(TINY, replace(layout, micro_batch_size=2))
+    one = activation_bytes(TINY, layout)
+    for part in ("activations_gdn", "activations_attention", "activations_moe", "activations_other", "all_to_all"):
+        assert two[part] == wide[part]
+    assert two["imbalance"] == wide["imbalance"]
+    assert two["rebuilt_layer"] == (wide if recompute == ("layer",) else one)["rebuilt_layer"]
+    depths, vocabulary, hidden, tokens, size = 1 + TINY.mtp_num_layers, TINY.vocab_size, TINY.hidden_size, 16, 4
+    assert two["logits"] - one["logits"] == depths * size * hidden * (vocabulary + tokens)
+
+
 def test_dispatch_exists_only_with_expert_parallelism() -> None:
     """16 tokens, each to 2 x (1 - 1/6) ranks, there and back; nothing of it is kept; a fifth for imbalance."""
     alone = activation_bytes(TINY, ONE)

@@ -190,12 +190,12 @@ def test_every_part_is_what_torch_counts(case: str) -> None:
             expected[part] *= 2
 
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        model(batch, scales_of(batch))
+        model([batch], scales_of(batch))[0]
     parts = counted(model, forward)
     assert {part: count for part, count in parts.items() if count} == expected
 
     with FlopCounterMode(display=False) as training:
-        model(batch, scales_of(batch)).total.backward()
+        model([batch], scales_of(batch))[0].total.backward()
     assert training.get_total_flops() == TRAINING_PASSES * sum(expected.values())
 
 
@@ -205,7 +205,7 @@ def test_what_was_counted_is_the_model(case: str) -> None:
     config, rows = CASES[case]
     batch = batch_of(rows, vocab_size=config.vocab_size, mtp_depths=config.mtp_num_layers)
     results: list[Any] = [
-        build(config, kernels)(batch, scales_of(batch)) for kernels in (counted_kernels(), cpu_kernels())
+        build(config, kernels)([batch], scales_of(batch))[0] for kernels in (counted_kernels(), cpu_kernels())
     ]
     torch.testing.assert_close(results[0].nll_lm_sum, results[1].nll_lm_sum, rtol=1e-5, atol=0)
     torch.testing.assert_close(results[0].nll_mtp_sums, results[1].nll_mtp_sums, rtol=1e-5, atol=0)
@@ -220,7 +220,7 @@ def test_reference_kernels_do_no_less() -> None:
     ours = forward_flops(config, num_tokens=batch.num_tokens, sum_squared_lengths=batch.sum_squared_lengths)
     ours["head"] += ours.pop("mtp_head")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(batch, scales_of(batch))
+        model([batch], scales_of(batch))[0]
     parts = counted(model, counter)
     elsewhere = {"gdn_conv", "gdn_delta_rule", "attention_scores", "mtp_attention_scores"}
     assert {part: parts[part] for part in ours.keys() - elsewhere} == {

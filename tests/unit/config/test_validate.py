@@ -34,6 +34,11 @@ RULES = [
         "parallel.zero_stage 3; set parallel.zero_stage to 1 or 2, or parallel.offload_optimizer to none",
     ),
     (
+        {"parallel__micro_batches_in_flight": "2", "parallel__zero_stage": "3"},
+        "--parallel.micro_batches_in_flight: parallel.micro_batches_in_flight 2 does not go with parallel.zero_stage "
+        "3; set parallel.zero_stage to 1 or 2, or parallel.micro_batches_in_flight to 1",
+    ),
+    (
         {"parallel__gradient_dtype": "bf16", "run__precision": "bf16", "parallel__zero_stage": "2"},
         "--parallel.gradient_dtype: parallel.gradient_dtype bf16 does not go with parallel.zero_stage 2; set "
         "parallel.zero_stage to 1, or parallel.gradient_dtype to fp32",
@@ -173,6 +178,18 @@ def test_world_size():
         "of processes",
         "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 3 x run.micro_batch_size 4 = "
         "12; choose a multiple of 12, a smaller micro batch or another number of processes",
+    ]
+
+
+def test_micro_batches_in_flight_have_to_exist():
+    config = load_config([TINY], [("run.micro_batch_size", "4"), ("parallel.micro_batches_in_flight", "2")]).config
+    validate_for_world(config, 2)
+    with pytest.raises(ConfigError) as caught:
+        validate_for_world(config, 4)
+    assert str(caught.value).splitlines() == [
+        "parallel.micro_batches_in_flight: 2 needs as many micro-batches a step on each process, but "
+        "run.global_batch_size 16 over world size 4 and run.micro_batch_size 4 gives 1; halve run.micro_batch_size, or "
+        "set parallel.micro_batches_in_flight to 1",
     ]
 
 

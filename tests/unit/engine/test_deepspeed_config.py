@@ -8,7 +8,7 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         optimizer=OptimizerConfig(clip_grad=0.0),
         parallel=ParallelConfig(zero_stage=1),
     )
-    assert deepspeed_config(config, num_micro_batches=4) == {
+    assert deepspeed_config(config, num_passes=4) == {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
         # Written although it is 0: left out it would mean 1.0.
@@ -28,5 +28,5 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
 
 def test_an_offloaded_optimizer_lives_in_pinned_host_memory() -> None:
     config = Config(parallel=ParallelConfig(offload_optimizer="cpu"))
-    found = deepspeed_config(config, num_micro_batches=1)["zero_optimization"]
+    found = deepspeed_config(config, num_passes=1)["zero_optimization"]
     assert found["offload_optimizer"] == {"device": "cpu", "pin_memory": True}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, ReadFragment
 from qwen3next_train.kernels.main_grad import main_grad_of
@@ -50,9 +51,15 @@ def test_recompute_trains_bit_for_bit_the_same(context: ProcessContext, zero_sta
 
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_an_offloaded_optimizer_takes_the_same_steps(context: ProcessContext, zero_stage: int, precision: str) -> None:
+def test_an_offloaded_optimizer_takes_the_same_steps(
+    context: ProcessContext, zero_stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to the rounding of another implementation of AdamW; three steps of four micro-batches."""
-    here, here_metrics = _train(_config(zero_stage=zero_stage, precision=precision), context, 3)
+    with monkeypatch.context() as patch:
+        if precision == "bf16":
+            # The buckets of stage 1 sum unrounded products, DeepSpeed, which keeps offload, sums gradients in bf16.
+            patch.setattr(Layout, "sums_in_buckets", False)
+        here, here_metrics = _train(_config(zero_stage=zero_stage, precision=precision), context, 3)
     there, there_metrics = _train(
         _config(zero_stage=zero_stage, precision=precision, offload_optimizer="cpu"), context, 3
     )

@@ -101,7 +101,7 @@ def _measure(case: ParityCase) -> ParityResult:
 
 def _ours(model: Qwen3NextForCausalLM, batch: PackedBatch) -> Values:
     model.zero_grad()
-    output = model(batch, scales_of(batch))
+    output = model([batch], scales_of(batch))[0]
     output.total.backward()
     loss = output.nll_lm_sum / batch.num_targets[0]
     assert torch.equal(loss, output.total.detach()), "without MTP and router losses the total is loss/lm"

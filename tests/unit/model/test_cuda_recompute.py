@@ -82,7 +82,7 @@ def _bytes_between_passes(recompute: tuple[RecomputePart, ...]) -> int:
     model.zero_grad(set_to_none=True)
     model.begin_step()
     before = torch.cuda.memory_allocated()
-    output = model(data, LossScales([float(count) for count in data.num_targets], num_micro_batches=1))
+    output = model([data], LossScales([float(count) for count in data.num_targets], num_micro_batches=1))[0]
     between = torch.cuda.memory_allocated() - before
     output.total.backward()
     return between

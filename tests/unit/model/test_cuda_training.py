@@ -72,7 +72,7 @@ def step(model: Qwen3NextForCausalLM, data: PackedBatch) -> torch.Tensor:
     """Forward and backward; the mean next-token loss."""
     model.zero_grad(set_to_none=True)
     model.begin_step()
-    output = model(data, LossScales([float(count) for count in data.num_targets], num_micro_batches=1))
+    output = model([data], LossScales([float(count) for count in data.num_targets], num_micro_batches=1))[0]
     output.total.backward()
     return output.nll_lm_sum / data.num_targets[0]
 

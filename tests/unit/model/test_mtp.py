@@ -71,16 +71,17 @@ def test_a_depth_reads_embedding_then_hidden_state() -> None:
     for depth in range(2):
         embedding = embed(input_ids(targets))
         joined = torch.cat((mtp.pre_fc_norm_embedding(embedding), mtp.pre_fc_norm_hidden(hidden)), dim=1)
-        hidden = mtp.norm(mtp.layers[depth](mtp.fc(joined), context)[0])
+        (out,), _ = mtp.layers[depth]([mtp.fc(joined)], [context])
+        hidden = mtp.norm(out)
         targets = next_targets(targets, batch.cu_seqlens)
         sums.append(F.cross_entropy(model.lm_head(hidden), targets, reduction="sum"))
-    torch.testing.assert_close(model(batch, scales_of(batch)).nll_mtp_sums, torch.stack(sums))
+    torch.testing.assert_close(model([batch], scales_of(batch))[0].nll_mtp_sums, torch.stack(sums))
 
 
 def test_mtp_loss_reaches_the_trunk_and_the_shared_head() -> None:
     model = build(small_config(router_aux_loss_coef=0.0))
     batch = batch_of([[9, 7]])
-    output = model(batch, scales_of(batch))
+    output = model([batch], scales_of(batch))[0]
     (output.total - model.next_token_nll(batch) / batch.num_targets[0]).backward()
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "mtp.fc.weight"):
         assert model.get_parameter(name).grad.abs().max() > 1e-6, name

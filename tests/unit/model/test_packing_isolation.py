@@ -42,7 +42,9 @@ def attention(model: Qwen3NextForCausalLM, batch: PackedBatch) -> torch.Tensor:
 def mtp(model: Qwen3NextForCausalLM, batch: PackedBatch) -> torch.Tensor:
     assert model.mtp is not None
     embed = model.model.embed_tokens
-    return model.mtp(embed(batch.input_ids_T), embed(input_ids(batch.labels_T)), 1, model._context(batch))[0]
+    inputs = [embed(batch.input_ids_T)], [embed(input_ids(batch.labels_T))]
+    (hidden,), _ = model.mtp(*inputs, 1, [model._context(batch)])
+    return hidden
 
 
 def hidden_states(model: Qwen3NextForCausalLM, batch: PackedBatch) -> torch.Tensor:
@@ -133,13 +135,13 @@ def test_losses_of_every_depth_and_weight_gradients(model: Qwen3NextForCausalLM,
     lengths = random_lengths(seed)
     packed = batch_of([lengths, lengths[::-1]], seed=seed, mtp_depths=DEPTHS)
     scales = scales_of(packed)
-    output = model(packed, scales)
+    output = model([packed], scales)[0]
     expected = gradients(model, output.total)
     assert len(expected) == len(list(model.parameters()))
     total = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
     losses = torch.zeros(1 + DEPTHS)
     for batch in alone(packed):
-        part = model(batch, scales)
+        part = model([batch], scales)[0]
         losses += torch.cat((part.nll_lm_sum.view(1), part.nll_mtp_sums))
         for name, gradient in gradients(model, part.total).items():
             total[name] += gradient

@@ -43,7 +43,7 @@ def test_every_parameter_gets_a_gradient(shape: str) -> None:
     config = SHAPES[shape]
     model = build(config)
     batch = batch_of([[20, 13], [33]], mtp_depths=config.mtp_num_layers)
-    model(batch, scales_of(batch)).total.backward()
+    model([batch], scales_of(batch))[0].total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -65,7 +65,7 @@ def test_total_is_the_sum_of_its_parts_each_by_its_own_divisor() -> None:
     )
     model = build(config)
     batch = batch_of([[20, 13]], mtp_depths=2)
-    output = model(batch, LossScales((100.0, torch.tensor(90.0), 80), num_micro_batches=4))
+    output = model([batch], LossScales((100.0, torch.tensor(90.0), 80), num_micro_batches=4))[0]
     expected = (
         output.nll_lm_sum / 100
         + 0.15 * (output.nll_mtp_sums[0] / 90 + output.nll_mtp_sums[1] / 80)
@@ -82,7 +82,7 @@ def test_next_token_loss_equals_cross_entropy_of_the_logits() -> None:
     batch = batch_of([[20, 13]])
     logits = model.forward_logits(batch)
     expected = F.cross_entropy(logits, batch.labels_T, reduction="sum")
-    torch.testing.assert_close(model(batch, scales_of(batch)).nll_lm_sum, expected)
+    torch.testing.assert_close(model([batch], scales_of(batch))[0].nll_lm_sum, expected)
     torch.testing.assert_close(model.next_token_nll(batch), expected)
 
 
@@ -91,21 +91,21 @@ def test_micro_batches_add_up_to_the_whole_batch() -> None:
     rows = [[20, 13], [33], [1, 2, 30], [16, 17]]
     model = build(config)
     whole = batch_of(rows)
-    model(whole, scales_of(whole)).total.backward()
+    model([whole], scales_of(whole))[0].total.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     tokens = np.concatenate([whole.input_ids_T.numpy(), [0]])
     for index, lengths in enumerate(rows):
         row = PackedRow(tokens[33 * index : 33 * index + 34], np.cumsum([0, *lengths]), False)
         part = PackedBatch.from_rows([row], mtp_depths=1)
-        model(part, LossScales(whole.num_targets, num_micro_batches=4)).total.backward()
+        model([part], LossScales(whole.num_targets, num_micro_batches=4))[0].total.backward()
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, expected[name]) < 1e-5, name
 
 
 def _run(model: Qwen3NextForCausalLM, batch: PackedBatch, scales: LossScales) -> tuple[ModelOutput, dict]:
     model.zero_grad()
-    output = model(batch, scales)
+    output = model([batch], scales)[0]
     output.total.backward()
     return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -143,9 +143,9 @@ def test_bf16_keeps_the_tables_fp32_parameters() -> None:
 def test_bf16_is_close_to_fp32_and_trains() -> None:
     config = small_config(initializer_range=0.05)
     batch = batch_of([[40, 24]])
-    expected = build(config)(batch, scales_of(batch))
+    expected = build(config)([batch], scales_of(batch))[0]
     model = build(config, dtype=torch.bfloat16)
-    output = model(batch, scales_of(batch))
+    output = model([batch], scales_of(batch))[0]
     output.total.backward()
     assert output.total.dtype == torch.float32
     assert abs(float(output.total.detach()) / float(expected.total.detach()) - 1) < 2e-2
@@ -185,7 +185,7 @@ def test_thirty_steps_learn_a_repeated_batch() -> None:
     for _ in range(30):
         optimizer.zero_grad()
         model.begin_step()
-        output = model(batch, scales_of(batch))
+        output = model([batch], scales_of(batch))[0]
         output.total.backward()
         optimizer.step()
         losses.append(float(output.nll_lm_sum) / batch.num_targets[0])

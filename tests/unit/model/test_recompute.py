@@ -34,7 +34,7 @@ def _run(
     model.recompute = recompute
     scales = LossScales([sum(b.num_targets[depth] for b in batches) for depth in range(3)], len(batches))
     model.begin_step()
-    outputs = [model(batch, scales) for batch in batches]
+    outputs = [model([batch], scales)[0] for batch in batches]
     for output in reversed(outputs):
         output.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -67,7 +67,7 @@ def test_gradients_are_bit_equal_in_bf16(recompute: tuple[RecomputePart, ...]) -
         model = build(small_config(), dtype=torch.bfloat16)
         model.cast_(torch.bfloat16)
         model.recompute = parts
-        model(batch, scales_of(batch)).total.backward()
+        model([batch], scales_of(batch))[0].total.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
@@ -96,7 +96,7 @@ def test_only_whole_layers_do_expensive_work_again(recompute: tuple[RecomputePar
     """One GDN layer, one attention layer and two MTP layers; the head never runs again."""
     model, calls = _counting_model(recompute)
     batch = batch_of([[20, 13]], mtp_depths=2)
-    model(batch, scales_of(batch)).total.backward()
+    model([batch], scales_of(batch))[0].total.backward()
     passes = 1 + layers_again
     assert calls == {
         "gated_delta_rule": passes,
@@ -113,7 +113,7 @@ def _bytes_between_passes(recompute: tuple[RecomputePart, ...]) -> tuple[int, in
     model.recompute = recompute
     batch = batch_of([[40, 24]], mtp_depths=2)
     with LiveStorages() as storages:
-        total = model(batch, scales_of(batch)).total
+        total = model([batch], scales_of(batch))[0].total
         between = storages.live_bytes(without=list(model.parameters()))
         total.backward()
         del total
@@ -139,15 +139,15 @@ def test_a_layer_runs_again_before_anything_of_it_runs_backward() -> None:
     """Weights that are gathered for a module's backward must not be released by a forward in the middle of it."""
     events = []
 
-    def layer(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def layer(x: torch.Tensor) -> tuple[list[torch.Tensor], None]:
         events.append("forward")
         y = x.exp() * x
         y.register_hook(lambda _: events.append("backward"))
-        return y, None
+        return [y], None
 
     x = torch.ones(3, requires_grad=True)
     with recomputing(["layer"]):
-        y, _ = recomputed_layer(layer, x)
+        (y,), _ = recomputed_layer(layer, x)
     y.sum().backward()
     assert events == ["forward", "forward", "backward"]
     assert x.grad is not None
@@ -158,7 +158,7 @@ def test_evaluation_recomputes_nothing() -> None:
     model, calls = _counting_model(PARTS)
     with torch.no_grad():
         batch = batch_of([[20, 13]], mtp_depths=2)
-        model(batch, scales_of(batch))
+        model([batch], scales_of(batch))[0]
     assert calls["gdn_prologue"] == 1
 
 

@@ -131,7 +131,7 @@ def test_the_model_forgets_counts_at_a_new_step() -> None:
         if isinstance(batch, str):
             model.begin_step()
         else:
-            values.append(model(batch, scales_of(batch)).aux_L)
+            values.append(model([batch], scales_of(batch))[0].aux_L)
     assert not torch.equal(values[1], values[2])
     model.begin_step()
-    torch.testing.assert_close(model(two, scales_of(two)).aux_L, values[2], rtol=0, atol=0)
+    torch.testing.assert_close(model([two], scales_of(two))[0].aux_L, values[2], rtol=0, atol=0)

@@ -47,7 +47,7 @@ def run(kernels: KernelSet, recompute: Collection[RecomputePart] = ()) -> dict[s
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 10)
     batch = PackedBatch.from_rows([PackedRow(tokens, np.array([0, 4, 5, 9]), True)], mtp_depths=0)
     model.begin_step()
-    output = model(batch, LossScales([float(count) for count in batch.num_targets], num_micro_batches=1))
+    output = model([batch], LossScales([float(count) for count in batch.num_targets], num_micro_batches=1))[0]
     output.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"loss": output.total.detach(), **gradients}

@@ -53,7 +53,7 @@ def _balance() -> dict[str, Any]:
         for layer, favoured in enumerate(([0, 1, 2], [3, 4, 5])):
             model.model.layers[layer].mlp.gate.weight[favoured] *= 10.0
     batch = batch_of([[40], [40]], mtp_depths=0)
-    ours = model(batch, scales_of(batch)).aux_L
+    ours = model([batch], scales_of(batch))[0].aux_L
     theirs = transformers_twin(model)(input_ids=batch.input_ids_T.view(2, -1), output_router_logits=True)
     logits = [layer.detach().tolist() for layer in theirs.router_logits]
     return {"ours": ours.tolist(), "theirs": float(theirs.aux_loss.detach()), "router_logits": logits}
@@ -131,7 +131,7 @@ def _single_token() -> tuple[float, float]:
     batch = batch_of([[1]], mtp_depths=0)
     ids = batch.input_ids_T.view(1, 1)
     theirs = transformers_twin(model)(input_ids=ids, labels=ids).loss
-    return float(model(batch, scales_of(batch)).total.detach()), float(theirs.detach())
+    return float(model([batch], scales_of(batch))[0].total.detach()), float(theirs.detach())
 
 
 def _loaded_in_bf16() -> dict[str, Any]:
