@@ -12,6 +12,9 @@ PLAN_CONFIG ?= qwen3next_80b.yaml
 ARGS ?=
 JOBS ?= $(shell nproc)
 
+# Or each of the several hundred processes of the tests would compile the package and the tests for itself.
+unexport PYTHONDONTWRITEBYTECODE
+
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest
 # A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those

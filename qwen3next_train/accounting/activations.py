@@ -167,8 +167,8 @@ def _rebuilt_layer(
     """Bytes that exist again while the largest layer's backward pass runs: of whole layers mixer and experts."""
 
     def recomputed(kind: LayerKind) -> int:
-        there = () if whole else kept[kind]
-        return _size((t for t in saved[kind] if t not in there and not t.only_as_source), tokens)
+        there = set() if whole else {tensor.name for tensor in kept[kind]}
+        return _size((t for t in saved[kind] if t.name not in there and not t.only_as_source), tokens)
 
     mixer = max(recomputed(kind) for kind in ("gdn", "attention") if num_layers[kind])
     return mixer + recomputed("moe") if whole else max(mixer, recomputed("moe"))

@@ -14,6 +14,7 @@ Reading the documents of resolved files is in :mod:`~qwen3next_train.data.docume
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -178,9 +179,14 @@ def format_bytes(num_bytes: float) -> str:
 def _stdlib_files() -> Iterator[SourceFile]:
     """All ``.py`` files of the standard library, sorted by relative path; installed packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    by_name = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    by_name: dict[str, Path] = {}
+    for folder, inside, names in os.walk(root):
+        # Not entered: they may hold many times as many files.
+        inside[:] = set(inside) - {"site-packages", "dist-packages"}
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        by_name |= {path.relative_to(root).as_posix(): path for path in paths}
     for name in sorted(by_name):
-        if not {"site-packages", "dist-packages"}.intersection(name.split("/")) and by_name[name].is_file():
+        if by_name[name].is_file():
             yield SourceFile(name, by_name[name])
 
 

@@ -30,8 +30,9 @@ from qwen3next_train.optim.adamw import EagerAdamW, OnePassAdamW
 
 def quiet_start() -> None:
     """Keep DeepSpeed from compilers when it is first used, from warnings at collectives and from waits at norms."""
-    # Built on first use by a C++ compiler otherwise, on CPU, for a shared-memory collective gloo also has.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would make this table on first use, with setuptools and compilers, and look up this one entry: whether
+    # to build a shared-memory collective in C++, on CPU, that gloo also has.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     # ZeRO imports the Muon optimizer, decorated with torch.compile, whose import takes seconds of every rank's start.
     compiler.compile = lambda: compiler.dummy_decorator
     # Or it would warn that nobody has tried it with ours, which are torch's AdamW or tested against it.

@@ -14,7 +14,7 @@ from tests.architecture.tree import ROOT
 
 
 def perform(context: ProcessContext, zero_stage: str, report: str) -> None:
-    """Two micro-batches a step, experts over all ranks; rank 0 writes the outcome."""
+    """Steps of one micro-batch, experts over all ranks; rank 0 writes the outcome."""
     sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
     from bench_steps import Row, measure_row
 
@@ -22,12 +22,12 @@ def perform(context: ProcessContext, zero_stage: str, report: str) -> None:
         "parallel.zero_stage": zero_stage,
         "parallel.expert_parallel_size": context.world_size,
         "run.micro_batch_size": 1,
-        "run.global_batch_size": 2 * context.world_size,
+        "run.global_batch_size": context.world_size,
         "data.sequence_length": 16,
     }
     config = load_config(
         [find_config("qwen3next_tiny.yaml")], [(key, str(value)) for key, value in overrides.items()]
     ).config
-    outcome = measure_row(Row("", "", context.world_size, 2, ()), context, iterations=2, config=config)
+    outcome = measure_row(Row("", "", context.world_size, 1, ()), context, iterations=2, config=config)
     if context.rank == 0:
         Path(report).write_text(json.dumps(asdict(outcome)))

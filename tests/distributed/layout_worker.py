@@ -2,9 +2,10 @@
 
 A task of :mod:`tests.distributed.ranks` whose argument names a file: a list of ``{config, packed, load, save, out,
 first_sample}``, one training each, one after the other. ``load`` and ``save`` are checkpoint
-directories or empty; training starts at the step of the checkpoint. Each folder ``out`` receives ``metrics.json`` and
-``margins.json`` of the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors and ``loaded_<r>.pt`` of those
-right after loading.
+directories or empty; training starts at the step of the checkpoint. A job that loads goes on in the engine of the one
+before if that has the same configuration: all state comes from the checkpoint. Each folder ``out`` receives
+``metrics.json`` and ``margins.json`` of the steps trained and, per rank, ``rank_<r>.pt`` of plain tensors and
+``loaded_<r>.pt`` of those right after loading.
 """
 
 from __future__ import annotations
@@ -77,16 +78,22 @@ def watch_margins(model: nn.Module) -> list[float]:
     return margins
 
 
-def train(config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
-    """Train up to step ``run.steps`` and write what came of it."""
+def train(engine: Engine, decisions: list[float], config: Config, context: ProcessContext, job: dict[str, Any]) -> None:
+    """Train up to step ``run.steps`` and write what came of it.
+
+    Args:
+        engine: built for ``config``.
+        decisions: list that :func:`watch_margins` made for its model.
+        config: the resolved configuration.
+        context: this rank.
+        job: see the module.
+    """
     topology = topology_of(config, context)
-    engine = build_engine(config, context)
     out = Path(job["out"])
     first = 0
     if job["load"]:
         first = _load(engine, job["load"], context)
         _write_state(engine, out / f"loaded_{context.rank}.pt")
-    decisions = watch_margins(engine._model)
     margins: list[float] = []
     metrics = []
     for step in range(first, config.run.steps):
@@ -147,5 +154,10 @@ def _save(engine: Engine, directory: str, config: Config, context: ProcessContex
 
 def perform(context: ProcessContext, jobs_path: str) -> None:
     """Do one job after the other."""
+    built_for = None
     for job in json.loads(Path(jobs_path).read_text()):
-        train(Config.model_validate(job["config"]), context, job)
+        config = Config.model_validate(job["config"])
+        if config != built_for or not job["load"]:
+            engine, built_for = build_engine(config, context), config
+            decisions = watch_margins(engine._model)
+        train(engine, decisions, config, context, job)

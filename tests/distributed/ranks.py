@@ -1,33 +1,20 @@
 """Rank processes that stay: started once for each number of ranks, they do one task after the other.
 
-They are forked from a process that has imported torch and DeepSpeed (``preloaded``), which takes some five seconds of
-a core, more than most tasks. :func:`perform` gives a task to the ranks and waits for it. A task is a module of this
-folder with a function ``perform(context, *arguments)``, which every rank calls.
+They are forked (:mod:`tests.forked`). :func:`perform` gives a task to the ranks and waits for it. A task is a module of
+this folder with a function ``perform(context, *arguments)``, which every rank calls.
 """
 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.forked import pipe, start
 from tests.integration.launching import free_port
-
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
-
-
-def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Call a function in a process of its own, which ends with this one."""
-    process = _FORKED.Process(target=function, args=arguments, daemon=True)
-    process.start()
-    return process
 
 
 class _Ranks:
@@ -40,7 +27,7 @@ class _Ranks:
         self._processes, self._connections = [], []
         port = free_port()
         for rank in range(num_processes):
-            ours, theirs = _FORKED.Pipe()
+            ours, theirs = pipe()
             launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
             launched |= {"LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             variables = {name: str(value) for name, value in launched.items()}

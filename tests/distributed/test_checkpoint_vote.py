@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import checkpoint_worker
-from tests.distributed.ranks import start
+from tests.forked import start
 from tests.unit.checkpoint.support import assert_holds, manager, names, save
 
 pytestmark = pytest.mark.dist

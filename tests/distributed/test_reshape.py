@@ -16,8 +16,8 @@ from tests.distributed.layouts import Job, Outcome, train_all
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-SAVED_AT = 3
-STEPS = 6
+SAVED_AT = 2
+STEPS = 4
 LAYOUTS = [
     Layout(world_size, expert_parallel_size, zero_stage, 1, packed=True)
     for world_size, expert_parallel_size, zero_stage in (
@@ -47,7 +47,11 @@ def _job(layout: Layout, steps: int, *, load: Path | None = None, save: Path | N
 
 @pytest.fixture(scope="module")
 def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
-    """Save at every layout, then load and go on from each at every layout."""
+    """Save at every layout, then load and go on from each at every layout.
+
+    The first checkpoint is loaded into a new engine of the layout, the others into the same one after it has trained.
+    Of the two steps that follow the first is one of the weights loaded, the second of the moments too.
+    """
     folder = tmp_path_factory.mktemp("reshape")
     checkpoints = {layout: folder / f"checkpoints_{index}" for index, layout in enumerate(LAYOUTS)}
     result = Reshaped({}, {})
@@ -56,7 +60,7 @@ def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
         saving = [_job(layout, SAVED_AT, save=checkpoints[layout]) for layout in layouts]
         result.saved.update(zip(layouts, train_all(saving, folder / f"save_{size}", num_processes=size), strict=True))
     for size, layouts in by_world.items():
-        pairs = [(origin, layout) for origin in LAYOUTS for layout in layouts]
+        pairs = [(origin, layout) for layout in layouts for origin in LAYOUTS]
         loading = [_job(layout, STEPS, load=checkpoints[origin]) for origin, layout in pairs]
         result.continued.update(
             zip(pairs, train_all(loading, folder / f"load_{size}", num_processes=size), strict=True)

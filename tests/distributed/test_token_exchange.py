@@ -67,7 +67,6 @@ def test_dense_has_the_bits_of_exact(
     for rank in seen[case]:
         assert rank["dispatchers"] == [["AllToAllDispatcher"] * 2, ["DenseDispatcher", "AllToAllDispatcher"]]
         assert rank["dense as exact"]
-        assert rank["repeated"]
         assert rank["evaluation"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launching import TWO_RANKS, arguments, metrics, run, write_corpus
+from tests.integration.launching import TWO_RANKS, arguments, exit_codes, metrics, start_ranks, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +16,8 @@ def shared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two_ranks(shared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = run("console", ["--nproc-per-node", "2", *arguments(shared_corpus, run_dir, **TWO_RANKS)])
-    assert done.returncode == 0, done.stderr
+    args = arguments(shared_corpus, run_dir, **TWO_RANKS)
+    assert exit_codes(start_ranks([args, args])) == [0, 0]
     found = metrics(run_dir)
     assert [row["step"] for row in found] == list(range(1, TWO_RANKS["run__steps"] + 1))
     return found

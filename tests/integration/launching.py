@@ -7,10 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests import forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,8 +42,8 @@ SMALL_MODEL = {
 }
 """Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, four micro-batches."""
 
-TWO_RANKS = {"run__steps": 30, "run__global_batch_size": 8}
-"""Overrides of runs that are compared with the fixture ``two_ranks``."""
+TWO_RANKS = {"run__steps": 30, "run__micro_batch_size": 2}
+"""Overrides of runs that are compared with the fixture ``two_ranks``, long enough to be disturbed."""
 
 TIMING = ("perf/tflops_per_gpu", "perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "mem/peak_gib")
 """Metrics that depend on the clock or the allocator."""
@@ -96,6 +99,65 @@ def run(
     )
 
 
+class Forked:
+    """The program in one process, which is forked and not started: the same from its first line on.
+
+    Attributes and methods are those of :class:`subprocess.Popen`.
+    """
+
+    def __init__(self, args: list[str], variables: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forked-")
+        self._outputs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        self._process = forked.start(_program, args, environment() | dict(variables or {}), self._outputs)
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or minus the number of the signal; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Signal the process."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end; stdout and stderr."""
+        self._process.join(timeout)
+        assert self.returncode is not None, f"still running after {timeout} s"
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in self._outputs)
+        return stdout, stderr
+
+
+def _program(args: list[str], variables: Mapping[str, str], outputs: list[Path]) -> None:
+    """What the console script does, in a forked process."""
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(REPOSITORY)
+    sys.argv = ["qwen3next-train", *args]
+    from qwen3next_train.cli.main import main
+
+    sys.exit(main())
+
+
+def run_forked(args: list[str]) -> subprocess.CompletedProcess[str]:
+    """:func:`run` where the start of the process is not what is tested."""
+    process = Forked(args)
+    stdout, stderr = process.communicate(timeout=280)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+
 def start(args: list[str], *, form: str = "console", num_processes: int = 1) -> subprocess.Popen[str]:
     """Start in a process group of its own, to be signalled."""
     return subprocess.Popen(
@@ -109,22 +171,24 @@ def start(args: list[str], *, form: str = "console", num_processes: int = 1) -> 
     )
 
 
-def start_ranks(args_of_rank: list[list[str]]) -> list[subprocess.Popen[str]]:
-    """Start one process per argument list by hand, as the ranks of one run on this machine."""
+def start_ranks(args_of_rank: list[list[str]]) -> list[Forked]:
+    """Fork one process per argument list, as the ranks of one run on this machine."""
     count, port = len(args_of_rank), free_port()
     return [
-        subprocess.Popen(
-            command("console", args),
-            cwd=REPOSITORY,
-            env=environment()
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        Forked(
+            args,
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank, args in enumerate(args_of_rank)
     ]
+
+
+def exit_codes(processes: Sequence[Forked]) -> list[int | None]:
+    """How they ended, when all have."""
+    for process in processes:
+        process.communicate(timeout=200)
+    return [process.returncode for process in processes]
 
 
 def free_port() -> int:

@@ -19,7 +19,15 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.train.evaluate import load_model
-from tests.integration.launching import arguments, exit_record, metrics, run, write_corpus
+from tests.integration.launching import (
+    arguments,
+    exit_codes,
+    exit_record,
+    metrics,
+    run_forked,
+    start_ranks,
+    write_corpus,
+)
 from tests.unit.huggingface.support import read_folder
 
 pytestmark = pytest.mark.slow
@@ -37,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps."""
     run_dir = tmp_path_factory.mktemp("source") / "run"
-    done = run("console", arguments(corpus, run_dir, run__steps=4, run__seed=1))
+    done = run_forked(arguments(corpus, run_dir, run__steps=4, run__seed=1))
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -56,7 +64,7 @@ def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(corpus: Path, imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps from the imported weights, at one go."""
     run_dir = tmp_path_factory.mktemp("started") / "run"
-    done = run("console", arguments(corpus, run_dir, checkpoint__init_from=imported, **CONSTANT))
+    done = run_forked(arguments(corpus, run_dir, checkpoint__init_from=imported, **CONSTANT))
     assert done.returncode == 0, done.stderr
     assert f"new run with the weights of {imported}/checkpoints/step_00000000" in done.stderr
     return run_dir
@@ -90,11 +98,11 @@ def test_moments_and_counters_start_afresh_and_a_resumed_run_goes_on(
 ) -> None:
     """From the training checkpoint, which has moments, counters and generators of its own, in two attempts."""
     run_dir = tmp_path / "run"
-    done = run("console", arguments(corpus, run_dir, checkpoint__init_from=source, run__steps=3, **CONSTANT))
+    done = run_forked(arguments(corpus, run_dir, checkpoint__init_from=source, run__steps=3, **CONSTANT))
     assert done.returncode == 0, done.stderr
     # Not read any more: the run has a checkpoint.
     gone = tmp_path / "gone"
-    done = run("console", arguments(corpus, run_dir, checkpoint__init_from=gone, **CONSTANT))
+    done = run_forked(arguments(corpus, run_dir, checkpoint__init_from=gone, **CONSTANT))
     assert done.returncode == 0, done.stderr
     assert "resumed from step 3" in done.stderr
     assert "checkpoint.init_from is not read: run.dir has a checkpoint" in done.stderr
@@ -106,7 +114,7 @@ def test_run_without_a_checkpoint_refuses_other_weights(
 ) -> None:
     run_dir = shutil.copytree(started, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints")
-    done = run("console", arguments(corpus, run_dir, checkpoint__init_from=source, **CONSTANT))
+    done = run_forked(arguments(corpus, run_dir, checkpoint__init_from=source, **CONSTANT))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     was = config_of(started).checkpoint.init_from
@@ -121,13 +129,11 @@ def test_two_ranks_start_together_and_fail_together(
     corpus: Path, imported: Path, started: Path, tmp_path: Path
 ) -> None:
     args = arguments(corpus, tmp_path / "run", checkpoint__init_from=imported, run__steps=2, **CONSTANT)
-    done = run("module", args, num_processes=2)
-    assert done.returncode == 0, done.stderr
+    assert exit_codes(start_ranks([args, args])) == [0, 0]
     for row, alone in zip(metrics(tmp_path / "run"), metrics(started), strict=False):
         assert row["loss/lm"] == pytest.approx(alone["loss/lm"], rel=1e-5)
     args = arguments(corpus, tmp_path / "other", checkpoint__init_from=imported, model__mtp_num_layers=0)
-    done = run("module", args, num_processes=2)
-    assert done.returncode == 1
+    assert exit_codes(start_ranks([args, args])) == [65, 65]
     record = exit_record(tmp_path / "other")
     assert record["code"] == 65
     assert record["reason"].startswith(

@@ -8,9 +8,9 @@ from tests.integration.launching import arguments, exit_record, metrics, run, wr
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-PROCESSES = {"console": 1, "file": 2, "script": 2, "module": 2}
-"""Launch forms (:func:`tests.integration.launching.command`). The own launcher starts the runs of the fixture
-``two_ranks``."""
+PROCESSES = {"console": 1, "file": 2, "script": 1, "module": 2}
+"""Launch forms (:func:`tests.integration.launching.command`). The own launcher is that of ``test_nodes`` and, on one
+node, of ``test_lost_ranks``."""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,12 @@ def test_no_process_imports_the_compiler(runs: dict[str, Path], form: str) -> No
     assert "torch._dynamo" not in modules
 
 
-@pytest.mark.parametrize("form", ["file", "script", "module"])
+@pytest.mark.parametrize("form", ["file", "module"])
 def test_two_processes_give_the_curve_of_one(runs: dict[str, Path], form: str) -> None:
     for one, two in zip(metrics(runs["console"]), metrics(runs[form]), strict=True):
         for name in ("loss/lm", "loss/mtp", "loss/load_balancing", "optim/grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=2e-6), name
+
+
+def test_one_process_under_torchrun_gives_the_numbers_of_one_without(runs: dict[str, Path]) -> None:
+    assert metrics(runs["script"]) == metrics(runs["console"])

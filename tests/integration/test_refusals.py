@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import arguments, run, write_corpus
+from tests.integration.launching import arguments, run_forked, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _refusal(args: list[str]) -> tuple[int, list[str]]:
-    done = run("console", args)
+    done = run_forked(args)
     assert done.stdout == ""
     return done.returncode, done.stderr.splitlines()
 
@@ -68,7 +68,7 @@ def test_a_corpus_that_fills_no_row_is_refused(tmp_path: Path, content: str, tex
 
 def test_a_directory_of_another_configuration_is_refused_and_left_as_it_is(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
-    assert run("console", arguments(corpus, run_dir, run__steps=2)).returncode == 0
+    assert run_forked(arguments(corpus, run_dir, run__steps=2)).returncode == 0
     before = (run_dir / "metrics.jsonl").read_bytes(), (run_dir / "config.yaml").read_bytes()
     code, lines = _refusal(arguments(corpus, run_dir, run__steps=2, run__seed=7))
     assert (code, len(lines)) == (2, 1)

@@ -1,5 +1,6 @@
 """Stops, kills and resumes against the uninterrupted run, bit for bit (CPU, fp32)."""
 
+import os
 import random
 import signal
 import time
@@ -7,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import arguments, exit_record, metrics, run, start, write_corpus
+from tests.integration.launching import (
+    Forked,
+    arguments,
+    exit_record,
+    metrics,
+    run,
+    run_forked,
+    start,
+    workers_of,
+    write_corpus,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = run("console", arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=3))
+    done = run_forked(arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=3))
     assert done.returncode == 0, done.stderr
     return metrics(run_dir)
 
@@ -39,7 +50,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     run_dir = tmp_path / "run"
     args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=3)
-    process = start(args)
+    process = Forked(args)
     _wait_for_steps(run_dir, 4)
     process.send_signal(stop_signal)
     _, stderr = process.communicate(timeout=120)
@@ -48,7 +59,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
     stopped_at = metrics(run_dir)[-1]["step"]
     assert stopped_at < STEPS
     assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     assert metrics(run_dir) == uninterrupted
     # The rate of an attempt is known only with the rows of those before it.
@@ -64,13 +75,13 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
     args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=1)
     delays = random.Random(20260101)
     for attempt in range(4):
-        process = start(args)
+        process = Forked(args)
         done_before = len(metrics(run_dir)) if (run_dir / "metrics.jsonl").is_file() else 0
         _wait_for_steps(run_dir, min(done_before + 1 + attempt % 2, STEPS - 1))
         time.sleep(delays.random() * 0.3)
         process.kill()
         process.communicate(timeout=60)
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     assert metrics(run_dir) == uninterrupted
 
@@ -85,7 +96,7 @@ def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: P
     assert exit_record(run_dir)["code"] == 75
     stopped_at = metrics(run_dir)[-1]["step"]
     assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == [f"step_{stopped_at:08d}"]
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
 
@@ -95,6 +106,10 @@ def test_own_launcher_ends_quietly_and_a_second_start_meanwhile_leaves_no_trace(
     args = ["--nproc-per-node", "2", *arguments(corpus, run_dir, run__steps=100_000)]
     first = start(args)
     _wait_for_steps(run_dir, 1)
+    # It holds its directory meanwhile without taking the cores.
+    workers = list(workers_of(run_dir).values())
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
     second = run("console", args[2:])
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
@@ -102,6 +117,8 @@ def test_own_launcher_ends_quietly_and_a_second_start_meanwhile_leaves_no_trace(
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
     assert not (run_dir / "exit.json").exists()
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
     _, stderr = first.communicate(timeout=120)
     assert (first.returncode, exit_record(run_dir)["code"]) == (75, 75)

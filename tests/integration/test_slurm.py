@@ -69,7 +69,7 @@ def _signal(workers: list[int], number: signal.Signals) -> None:
 
 def _freeze_after(run_dir: Path, step: int) -> list[int]:
     """Stop the ranks after a step, so that the run cannot end before Slurm has done what the test waits for."""
-    wait_until(lambda: sorted(workers_of(run_dir)) == [0, 1], "two ranks")
+    wait_until(lambda: sorted(workers_of(run_dir)) == [0, 1], "two ranks", poll_s=0.2)
     workers = list(workers_of(run_dir).values())
     wait_until(lambda: num_steps(run_dir) > step, f"step {step + 1}")
     _signal(workers, signal.SIGSTOP)
@@ -93,7 +93,7 @@ def test_job_goes_on_after_its_time_limit_and_after_a_preemption(
     wait_until((run_dir / "exit.json").exists, "the end of the first attempt")
     first = exit_record(run_dir)
     assert (first["code"], first["reason"].split(";")[0]) == (75, f"stopped on SIGUSR1 after step {first['step']}")
-    wait_until(lambda: slurm.job(job).get("Restarts") == "1", "the requeueing")
+    wait_until(lambda: slurm.job(job).get("Restarts") == "1", "the requeueing", poll_s=0.5)
 
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     workers = _freeze_after(run_dir, first["step"] + 2)
@@ -104,7 +104,7 @@ def test_job_goes_on_after_its_time_limit_and_after_a_preemption(
     second = exit_record(run_dir)
     assert (second["code"], second["reason"].split(";")[0]) == (75, f"stopped on SIGTERM after step {second['step']}")
 
-    wait_until(lambda: slurm.job(job)["JobState"] == "COMPLETED", "the last attempt")
+    wait_until(lambda: slurm.job(job)["JobState"] == "COMPLETED", "the last attempt", poll_s=0.5)
     assert slurm.job(job)["Restarts"] == "2"
     assert exit_record(run_dir)["code"] == 0
     assert processes_of(run_dir) == []
@@ -120,13 +120,13 @@ def test_job_goes_on_after_its_time_limit_and_after_a_preemption(
 def test_only_a_stopped_run_is_requeued(tmp_path: Path, slurm: Cluster, shared_corpus: Path) -> None:
     run_dir = tmp_path / "run"
     wrong = _submit(slurm, "--time=5", args=arguments(shared_corpus, tmp_path / "wrong", run__steps=0))
-    wait_until(lambda: slurm.job(wrong)["JobState"] == "FAILED", "the refusal")
+    wait_until(lambda: slurm.job(wrong)["JobState"] == "FAILED", "the refusal", poll_s=0.5)
     assert (slurm.job(wrong)["ExitCode"], slurm.job(wrong)["Restarts"]) == ("2:0", "0")
 
     cancelled = _submit(slurm, "--time=5", args=arguments(shared_corpus, run_dir, run__steps=100_000))
     wait_until(lambda: num_steps(run_dir) > 0, "the first step")
     slurm.run("scancel", cancelled)
-    wait_until(lambda: slurm.job(cancelled)["JobState"] == "CANCELLED", "the cancelled job's end")
+    wait_until(lambda: slurm.job(cancelled)["JobState"] == "CANCELLED", "the cancelled job's end", poll_s=0.5)
     assert slurm.job(cancelled)["Restarts"] == "0"
     # It has saved all the same.
     assert exit_record(run_dir)["code"] == 75

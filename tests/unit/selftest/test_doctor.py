@@ -15,7 +15,7 @@ from qwen3next_train.errors import ConfigError, ExitCode, PeerLostError
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.selftest import doctor
 from qwen3next_train.selftest.doctor import doctor_command
-from tests.integration.launching import run
+from tests.integration.launching import exit_codes, start_ranks
 from tests.unit.model.small_models import cpu_kernels
 
 OPERATIONS = [choice.operation for choice in cpu_kernels().choices]
@@ -151,9 +151,11 @@ def test_under_a_launcher_a_missing_device_ends_all_ranks_at_once(monkeypatch: p
 @pytest.mark.dist
 def test_two_ranks_measure_what_is_between_them() -> None:
     options = ["--model.preset", "tiny", "--run.device", "cpu", "--logging.wandb.mode", "disabled"]
-    done = run("script", ["doctor", "--json", *options], num_processes=2)
-    assert done.returncode == 0, done.stderr
-    found = {item["check"]: item for item in json.loads(done.stdout)}
+    ranks = start_ranks([["doctor", "--json", *options]] * 2)
+    (stdout, stderr), (silent, _) = (rank.communicate(timeout=200) for rank in ranks)
+    assert exit_codes(ranks) == [0, 0], stderr
+    assert silent == ""
+    found = {item["check"]: item for item in json.loads(stdout)}
     assert all(item["ok"] for item in found.values())
     assert found["all-reduce"]["detail"].startswith("all-reduce of 64 MiB over 2 ranks (gloo): right, ")
     assert found["all-to-all"]["detail"] == "rows between 2 ranks: right"

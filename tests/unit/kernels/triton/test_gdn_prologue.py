@@ -30,7 +30,7 @@ def case_of(heads: HeadShape, lengths: tuple[int, ...], width: int = 4) -> Case:
         (HeadShape(2, 2, 4, 6), (6,), 3, torch.bfloat16),
         (HeadShape(1, 1, 5, 3), (1,), 2, torch.float32),
         (ONE_HEAD, (40,), 4, torch.float32),
-        *((ONE_HEAD, (first, 24 - first), 4, torch.float32) for first in range(5, 12)),
+        *((ONE_HEAD, (first, 24 - first), 4, torch.float32) for first in range(5, 9)),
     ],
 )
 def test_triton_equals_the_reference(
@@ -40,7 +40,7 @@ def test_triton_equals_the_reference(
     check(case_of(heads, lengths, width), dtype)
 
 
-@pytest.mark.parametrize("lengths", [(31, 1, 1, 5, 34), (71,), (29, 3, 31)])
+@pytest.mark.parametrize("lengths", [(31, 1, 1, 5, 2), (71,), (29, 3, 8)])
 def test_the_stretches_of_long_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts on both sides of a stretch's border."""
     from qwen3next_train.kernels.triton import gdn_prologue

@@ -37,9 +37,10 @@ def check_triton(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "absent"),
-    [(37, 3, 5, 0.0), (50, 4, 70, 0.3), (3, 1, 1, 0.0), (1, 10, 300, 0.5), (2, 2, 4, 0.0)],
+    [(20, 3, 5, 0.0), (34, 4, 70, 0.3), (3, 1, 1, 0.0), (1, 10, 300, 0.5), (2, 2, 4, 0.0)],
 )
 def test_triton_equals_the_reference(dtype: torch.dtype, tokens: int, top_k: int, experts: int, absent: float) -> None:
+    """Up to two blocks of 128 pairs and of 64 experts."""
     check_triton(random_ids(tokens, top_k, experts, absent=absent), experts, 24, dtype)
 
 
@@ -50,13 +51,13 @@ def test_triton_with_more_blocks_of_pairs_than_are_scanned_at_once() -> None:
     assert torch.equal(order.token_R, reference.token_R)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 70, 400])
+@pytest.mark.parametrize("num_rows", [0, 1, 50, 300])
 def test_triton_with_room_for_fewer_or_more_rows_than_pairs(num_rows: int) -> None:
     """Nothing is written outside of the room, and what stands behind the last row is not read."""
-    ids = random_ids(50, 4, 7, absent=0.3)
+    ids = random_ids(34, 4, 7, absent=0.3)
     routed, draw = int((ids >= 0).sum()), random()
-    x, weights = draw.normal(50, 24).requires_grad_(), draw.uniform(50, 4).requires_grad_()
-    upstream_TD, upstream_R = draw.normal(50, 24), draw.uniform(num_rows)
+    x, weights = draw.normal(34, 24).requires_grad_(), draw.uniform(34, 4).requires_grad_()
+    upstream_TD, upstream_R = draw.normal(34, 24), draw.uniform(num_rows)
     upstream_R[routed:] = torch.nan
     results = []
     for permutation in (REFERENCE, TRITON):

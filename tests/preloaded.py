@@ -1,0 +1,16 @@
+"""What training imports, imported once by the process that others are forked from (:mod:`tests.forked`)."""
+
+import gc
+import os
+
+# DeepSpeed chooses its accelerator when it is first imported; their process context is the CPU's.
+os.environ["DS_ACCELERATOR"] = "cpu"
+# A library asks for GPUs when it is imported. CUDA's own answer would keep forked processes from using one.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+import torch._dynamo  # noqa: F401 - what ZeRO stage 3 imports when it is built
+
+import qwen3next_train.engine.zero_engine  # noqa: F401
+
+# Of what is here nothing becomes garbage; looking through it would cost every process seconds and copies of all pages.
+gc.freeze()
