@@ -203,8 +203,8 @@ class ParallelConfig(Section):
     )
     micro_batches_in_flight: Literal[1, 2] = Field(
         1,
-        description="micro-batches that pass through the model together; with 2 one computes while the other's tokens travel (no gain "
-        "within a node of H100), and the activations of both are kept",
+        description="micro-batches that pass through the model together; with 2 one computes while the other's tokens "
+        "travel (within a node of H100 no gain), and the activations of both are kept",
     )
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     recompute: list[RecomputePart] = Field(
