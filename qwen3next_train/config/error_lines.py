@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 from pydantic_core import ErrorDetails
@@ -19,6 +20,7 @@ Converted = dict[str, Value]
 
 MAX_LINES = 30
 _MAX_SHOWN = 60
+_MAX_PROBLEM = 200
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -120,6 +122,16 @@ def schema_error(error: ErrorDetails, hint: str) -> str:
     if error["type"] in UNUSABLE:
         hint = "give another name"
     return f"{problem} (got {show(value)}); {hint}"
+
+
+def json_problem(error: Exception) -> str:
+    """Why ``json`` could not read something, in one line: its ``ValueError`` or ``RecursionError``."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    if "integer string conversion" in text:  # Python's limit, with advice about Python
+        return f"an integer of more than {sys.get_int_max_str_digits()} digits"
+    return text if len(text) <= _MAX_PROBLEM else text[: _MAX_PROBLEM - 3] + "..."
 
 
 def raise_errors(lines: Sequence[str]) -> None:
