@@ -123,7 +123,14 @@ def test_tokenize(fake, capsys):
     assert run(capsys, "tokenize", *TINY)[0] == 0
     assert calls[0][0][0].data.sources[0].source == "a.jsonl"
     assert [args[1] for args, _ in calls] == [Path("out/x"), None]
-    assert run(capsys, "tokenize", "--output", "")[0] == 2
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "/", "out/", "out/.", "out/..", "~", "~root"])
+def test_output_of_tokenize_is_a_file_name(fake, capsys, output):
+    calls = fake("data.tokenize_command", "tokenize")
+    line = f"--output: not a file name (got {output!r}); give the prefix of the .bin and .idx files\n"
+    assert run(capsys, "tokenize", *TINY, "--output", output) == (2, "", line)
+    assert calls == []
 
 
 def test_checkpoint(fake, capsys):
