@@ -14,6 +14,7 @@ import pytest
 
 from qwen3next_train.config.schema import WandbConfig
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.json_child import JsonChild
 from qwen3next_train.metrics.wandb_sink import WandbLimits, WandbSink
 from tests.unit.metrics.fake_wandb import SOURCE
 
@@ -145,12 +146,41 @@ def test_off_when_nothing_works(tmp_path, fake, messages, faults, reason):
     assert all("not sent" in message for message in messages[1:])
 
 
-def test_blocking_init_is_replaced_by_an_offline_run(tmp_path, fake, messages):
+def test_blocking_init_is_replaced_by_an_offline_run(tmp_path, fake, messages, monkeypatch):
+    """The first child's time is over once it hangs in ``wandb.init``, however long it took to come that far."""
     fake("init_hang")
-    run_sink(tmp_path / "run", limits=WandbLimits(start_s=1.5, close_s=30))
+    receive, children = JsonChild.receive, []
+
+    def hurried(child: JsonChild, timeout_s: float) -> dict[str, str]:
+        if children:
+            return receive(child, timeout_s)
+        children.append(child)
+        while not named(fake(), "init"):
+            time.sleep(0.01)
+        return receive(child, 0)
+
+    monkeypatch.setattr(JsonChild, "receive", hurried)
+    run_sink(tmp_path / "run", limits=WandbLimits(start_s=60, close_s=120))
     assert [arguments["mode"] for arguments, _ in named(fake(), "init")] == ["online", "offline"]
     assert named(fake(), "log") == [[record] for record in RECORDS]
-    assert messages[0].startswith("wandb: offline (no answer within 2 s); to upload this run later: wandb sync ")
+    assert messages[0].startswith("wandb: offline (no answer within 60 s); to upload this run later: wandb sync ")
+
+
+def test_variables_that_have_a_say_and_those_that_have_none(tmp_path, fake, monkeypatch):
+    """Nonsense in what wandb is told anyway would keep it from starting."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "77")
+    monkeypatch.setenv("WANDB_SILENT", "banana")
+    monkeypatch.setenv("WANDB_CONSOLE", "banana")
+    monkeypatch.setenv("WANDB_NOTES", "some")
+    run_sink(tmp_path / "run", mode="offline")
+    [[arguments, settings]] = named(fake(), "init")
+    assert arguments["dir"] == str(tmp_path / "elsewhere")
+    assert settings["init_timeout"] == 77
+    assert (tmp_path / "elsewhere" / "wandb" / "process.log").exists()
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert named(fake(), "environment") == [[["WANDB_DIR", "WANDB_NOTES"]]]
 
 
 def test_logging_that_raises_is_one_line_and_ends_after_three_tries(tmp_path, fake, messages):
@@ -193,6 +223,7 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from qwen3next_train.config.schema import WandbConfig
+from qwen3next_train.metrics.json_child import JsonChild
 from qwen3next_train.metrics.wandb_sink import WandbSink
 
 sink = WandbSink(WandbConfig(), Path(sys.argv[1]), {}, "abcd1234", False)
