@@ -48,6 +48,7 @@ def test_host_memory_of_the_libraries(allocate):
         (MemoryError(), "out of memory on the host; "),
         (RuntimeError("can't start new thread"), "out of memory or processes: no further thread starts; raise "),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory on the host; "),
+        (OSError("libtorch_global_deps.so: failed to map segment from shared object"), "out of memory on the host; "),
     ],
 )
 def test_memory_in_every_spelling(error, begin):
