@@ -21,6 +21,8 @@ Converted = dict[str, Value]
 MAX_LINES = 30
 _MAX_SHOWN = 60
 _MAX_PROBLEM = 200
+_LEAST_LIKENESS = 0.6
+"""Of names, 0 to 1; what is less alike is no misspelling."""
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -72,6 +74,11 @@ def show_stored(value: object) -> str:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
+    return _most_alike(name, candidates)[1]
+
+
+def _most_alike(name: str, candidates: Iterable[str]) -> tuple[float, str]:
+    """How alike the nearest candidate is, 0 to 1, and the candidate."""
     matcher = difflib.SequenceMatcher(autojunk=False)
 
     def ratio(left: str, right: str) -> float:
@@ -88,7 +95,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
         plain = candidate.lower().replace("-", "_").strip("_")
         return max(ratio(name, plain), leaf_weight * ratio(leaf, plain.rpartition(".")[2]))
 
-    return max(candidates, key=score)
+    return max(((score(candidate), candidate) for candidate in candidates), key=lambda scored: scored[0])
 
 
 def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
@@ -109,7 +116,8 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
         return f"did you mean {prefix}{key}?"
     if (instead := answer(name)) is not None:
         return f"{instead};"
-    return f"did you mean {nearest(name, candidates)}?"
+    likeness, candidate = _most_alike(name, candidates)
+    return f"did you mean {candidate}?" if likeness >= _LEAST_LIKENESS else "no key is called anything like it;"
 
 
 def schema_error(error: ErrorDetails, hint: str) -> str:
