@@ -37,11 +37,14 @@ def is_out_of_files(error: BaseException) -> bool:
 
 
 def system_reason(error: OSError) -> str:
-    """The system's reason, with what raises the limit where a process has too many files open."""
+    """The system's reason, with what raises the limit where a limit of the process is the reason."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno != errno.EMFILE:
-        return reason
-    return f"{reason}: {open_files_hint()}"
+    if error.errno == errno.EMFILE:
+        return f"{reason}: {open_files_hint()}"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:
+        return f"{reason}: raise the limit, ulimit -f, which is {limit // 1024}"
+    return reason
 
 
 def memory_limit_hint() -> str:
