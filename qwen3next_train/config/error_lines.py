@@ -21,8 +21,8 @@ Converted = dict[str, Value]
 MAX_LINES = 30
 _MAX_SHOWN = 60
 _MAX_PROBLEM = 200
-_LEAST_LIKENESS = 0.6
-"""Of names, 0 to 1; what is less alike is no misspelling."""
+_LEAST_LIKENESS = 0.5
+"""Of names, 0 to 1: one of two letters is right. What is less alike is no misspelling."""
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
