@@ -304,8 +304,7 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
     row = 0
     try:
         with pyarrow.memory_map(str(path)) as mapped:
-            for batch in _arrow_batches(mapped):
-                _require_column(path, field, batch.schema.names)
+            for batch in _arrow_batches(mapped, path, field):
                 yield from _records_of_column(batch.column(field), field, path, row, mapped.tell())
                 row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -323,14 +322,20 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 """What ends a stream; every message of one begins with the first half."""
 
 
-def _arrow_batches(mapped: Any) -> Iterator[Any]:
-    """Record batches of either IPC format: the file format has a magic at both ends, the stream format none."""
+def _arrow_batches(mapped: Any, path: Path, field: str) -> Iterator[Any]:
+    """Record batches of either IPC format: the file format has a magic at both ends, the stream format none.
+
+    Raises:
+        DataError: there is not one column ``field``, which also a table without rows says.
+    """
     import pyarrow.ipc
 
     start = mapped.read(6)
     mapped.seek(0)
     if start != b"ARROW1":
-        yield from pyarrow.ipc.open_stream(mapped)
+        stream = pyarrow.ipc.open_stream(mapped)
+        _require_column(path, field, stream.schema.names)
+        yield from stream
         # The format lets a stream end without its marker, but so does a file that is cut between two batches. Streams
         # of before Arrow 0.15 begin otherwise and end with four zeros.
         if start.startswith(_ARROW_END[:4]):
@@ -340,6 +345,7 @@ def _arrow_batches(mapped: Any) -> Iterator[Any]:
                 raise pyarrow.ArrowInvalid("no end-of-stream marker at the file's end")
         return
     reader = pyarrow.ipc.open_file(mapped)
+    _require_column(path, field, reader.schema.names)
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)
 

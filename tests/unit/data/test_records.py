@@ -166,6 +166,18 @@ def test_of_two_columns_of_a_name_none_is_taken(tmp_path: Path, name: str) -> No
         read(path)
 
 
+@pytest.mark.parametrize("names", [["id", "body"], ["text", "text"]])
+def test_a_table_without_rows_has_columns_all_the_same(tmp_path: Path, names: list[str]) -> None:
+    table = pyarrow.table([pyarrow.array([], pyarrow.string())] * 2, names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with writer(str(tmp_path / name), table.schema) as sink:
+            sink.write_table(table)
+    for name in ("a.parquet", "file.arrow", "stream.arrow"):
+        with pytest.raises(DataError, match=rf"{name}: (no column 'text', found|2 columns 'text';)"):
+            read(tmp_path / name)
+
+
 def test_the_same_name_further_inside_is_another_field(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "meta": {"text": 1, "text": 2}, "list": ["text", {"text": 3}]}\n')
