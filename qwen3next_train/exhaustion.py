@@ -22,8 +22,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch.OutOfMemoryError, by name: this must not import torch.
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
-    # A library that does not fit is an ImportError.
-    return isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error)) is not None
+    # A library that does not fit is an ImportError, or an OSError without number where ctypes loads it.
+    return isinstance(error, RuntimeError | ImportError | OSError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def is_out_of_threads(error: BaseException) -> bool:
@@ -37,11 +37,22 @@ def is_out_of_files(error: BaseException) -> bool:
 
 
 def system_reason(error: OSError) -> str:
-    """The system's reason, with what raises the limit where a process has too many files open."""
+    """The system's reason, with what raises the limit where a limit of the process is the reason."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno != errno.EMFILE:
-        return reason
-    return f"{reason}: {open_files_hint()}"
+    if error.errno == errno.EMFILE:
+        return f"{reason}: {open_files_hint()}"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:
+        return f"{reason}: raise the limit, ulimit -f, which is {limit // 1024}"
+    return reason
+
+
+def memory_limit_hint() -> str:
+    """What to do where this process may have only so much memory, ready for more to follow; empty without a limit."""
+    limits = (("-v", resource.RLIMIT_AS), ("-d", resource.RLIMIT_DATA))
+    found = [(option, resource.getrlimit(limit)[0] // 1024) for option, limit in limits]
+    raised = [f"ulimit {option}, which is {limit}" for option, limit in found if limit >= 0]
+    return f"raise {' and '.join(raised)}, or " if raised else ""
 
 
 def open_files_hint() -> str:

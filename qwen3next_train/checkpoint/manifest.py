@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qwen3next_train.checkpoint.names import FORMAT, MANIFEST_NAME
 from qwen3next_train.checkpoint.train_state import Count, TrainState
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.config.renamed import with_current_names
 from qwen3next_train.config.strict_yaml import is_shallow
 from qwen3next_train.engine.base import FragmentKind
@@ -245,7 +246,7 @@ def _load_json(raw: bytes) -> dict[str, Any]:
             raw.decode(), parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=_unique_keys
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST_NAME} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{MANIFEST_NAME} is not valid JSON: {json_problem(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{MANIFEST_NAME} is not a JSON object")
     return value

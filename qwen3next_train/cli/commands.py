@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -147,8 +148,9 @@ def _plan(args: Arguments) -> int:
 
 def _tokenize(args: Arguments) -> int:
     output = args.last("--output")
-    if output == "":
-        raise ConfigError("--output: not a file name (got ''); give the prefix of the .bin and .idx files")
+    # Of the text: a path would lose a slash at its end, and what is meant to be in the folder would lie beside it.
+    if output is not None and (os.path.basename(output) in ("", ".", "..") or re.fullmatch("~[^/]*", output)):
+        raise ConfigError(f"--output: not a file name (got {show(output)}); give the prefix of the .bin and .idx files")
     config = load(args).config
     from qwen3next_train.data.tokenize_command import tokenize
 

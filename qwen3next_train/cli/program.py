@@ -11,6 +11,7 @@ from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
 from qwen3next_train.config.error_lines import nearest, show
 from qwen3next_train.errors import ConfigError, ExitCode
+from qwen3next_train.imports import import_numpy
 from qwen3next_train.train.held_signals import release_stop_signals
 
 
@@ -25,6 +26,7 @@ def run_program(argv: list[str]) -> tuple[int, bool]:
 
     Raises:
         TrainError: one line for everything that is wrong.
+        OSError: there is no room for numpy.
     """
     # Help and version answer even when the rest of the line is wrong.
     if "--version" in argv:
@@ -38,6 +40,7 @@ def run_program(argv: list[str]) -> tuple[int, bool]:
     trains = command is TRAIN and "--dry-run" not in args.options
     if not trains:
         release_stop_signals()
+        import_numpy()
     return command.run(args), not trains
 
 

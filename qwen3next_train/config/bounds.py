@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import PurePath
 from typing import Annotated, Final
 
@@ -38,8 +39,17 @@ def usable_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UnusableText("has bytes that are no UTF-8") from error
+        # A word of the command line, whose bytes may well be UTF-8.
+        raise UnusableText(_of_locale() or "has bytes that are no UTF-8") from error
     return text
+
+
+def _of_locale() -> str:
+    """What is wrong where Python does not take words and names for UTF-8; empty where it does."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return ""
+    return f"has characters that names cannot have in this locale ({encoding}; unset PYTHONUTF8 or set LC_ALL=C.UTF-8)"
 
 
 def usable_path(text: str) -> str:
@@ -54,6 +64,10 @@ def usable_path(text: str) -> str:
         if not path.startswith("/") or os.environ.get("HOME") == "":
             raise UnusableText("names a home folder that is not known (set HOME, or write ./~ for a file of that name)")
         usable_text(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UnusableText(_of_locale()) from error
     if len(path.encode()) > _MAX_PATH_BYTES:
         raise UnusableText(f"is longer than {_MAX_PATH_BYTES} bytes")
     if any(len(part.encode()) > _MAX_NAME_BYTES for part in PurePath(path).parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 from pydantic_core import ErrorDetails
@@ -19,6 +20,9 @@ Converted = dict[str, Value]
 
 MAX_LINES = 30
 _MAX_SHOWN = 60
+_MAX_PROBLEM = 200
+_LEAST_LIKENESS = 0.5
+"""Of names, 0 to 1: one of two letters is right. What is less alike is no misspelling."""
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -70,6 +74,11 @@ def show_stored(value: object) -> str:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
+    return _most_alike(name, candidates)[1]
+
+
+def _most_alike(name: str, candidates: Iterable[str]) -> tuple[float, str]:
+    """How alike the nearest candidate is, 0 to 1, and the candidate."""
     matcher = difflib.SequenceMatcher(autojunk=False)
 
     def ratio(left: str, right: str) -> float:
@@ -86,7 +95,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
         plain = candidate.lower().replace("-", "_").strip("_")
         return max(ratio(name, plain), leaf_weight * ratio(leaf, plain.rpartition(".")[2]))
 
-    return max(candidates, key=score)
+    return max(((score(candidate), candidate) for candidate in candidates), key=lambda scored: scored[0])
 
 
 def unknown_key(name: str, value: object, candidates: Iterable[str]) -> str:
@@ -107,7 +116,8 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
         return f"did you mean {prefix}{key}?"
     if (instead := answer(name)) is not None:
         return f"{instead};"
-    return f"did you mean {nearest(name, candidates)}?"
+    likeness, candidate = _most_alike(name, candidates)
+    return f"did you mean {candidate}?" if likeness >= _LEAST_LIKENESS else "no key is called anything like it;"
 
 
 def schema_error(error: ErrorDetails, hint: str) -> str:
@@ -120,6 +130,16 @@ def schema_error(error: ErrorDetails, hint: str) -> str:
     if error["type"] in UNUSABLE:
         hint = "give another name"
     return f"{problem} (got {show(value)}); {hint}"
+
+
+def json_problem(error: Exception) -> str:
+    """Why ``json`` could not read something, in one line: its ``ValueError`` or ``RecursionError``."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    if "integer string conversion" in text:  # Python's limit, with advice about Python
+        return f"an integer of more than {sys.get_int_max_str_digits()} digits"
+    return text if len(text) <= _MAX_PROBLEM else text[: _MAX_PROBLEM - 3] + "..."
 
 
 def raise_errors(lines: Sequence[str]) -> None:

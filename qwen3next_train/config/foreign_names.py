@@ -14,6 +14,11 @@ _EPOCHS = "run.steps says how long a run is, in optimizer steps"
 _NO_FP16 = "run.precision is bf16 or fp32"
 _NO_BIAS = "Qwen3-Next has no biases, leave it out"
 _NO_DROPOUT = "Qwen3-Next is trained without dropout, leave it out"
+_LOAD = "a run goes on in its run.dir by itself, and a new one takes weights from checkpoint.init_from"
+_WHOLE = "a checkpoint always holds the whole state, leave it out"
+_WEIGHTS = "checkpoint.init_from takes the weights alone, run.dir the whole state, leave it out"
+_SETTINGS = "the configuration alone says the settings of a run, leave it out"
+_EXIT = "SIGTERM or SIGUSR1 saves and stops a run, and run.steps says how long it is"
 _RESUME = "the newest checkpoint of run.dir is taken when the same line is run again"
 
 _TEXT_FIELDS = ("text_column", "dataset_text_field", "text_key", "json_keys")
@@ -45,7 +50,7 @@ KEYS: Mapping[str, str] = {
         "run.steps",
     ),
     **dict.fromkeys(("train_samples", "num_train_samples"), "run.steps"),
-    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "logging_dir", "save", "load"), "run.dir"),
+    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "logging_dir", "save"), "run.dir"),
     **dict.fromkeys(("data_seed", "random_seed", "manual_seed"), "run.seed"),
     **dict.fromkeys(("train_batch_size", "batch_size", "total_batch_size", "gbs"), "run.global_batch_size"),
     **dict.fromkeys(
@@ -186,6 +191,43 @@ ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("use_bias", "mlp_bias", "qkv_bias", "bias", "add_bias_linear"), _NO_BIAS),
     **dict.fromkeys(("dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob"), _NO_DROPOUT),
     **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume", "ckpt_step"), _RESUME),
+    **dict.fromkeys(
+        (
+            "load",
+            "load_dir",
+            "load_from",
+            "load_checkpoint",
+            "load_path",
+            "restore_from",
+            "ckpt_path",
+            "non_persistent_load",
+        ),
+        _LOAD,
+    ),
+    **dict.fromkeys(("no_load_optim", "no_load_rng", "load_optimizer", "load_weights_only"), _WEIGHTS),
+    **dict.fromkeys(("no_save_optim", "no_save_rng", "save_only_model", "save_optimizer"), _WHOLE),
+    **dict.fromkeys(
+        (
+            *("use_checkpoint_args", "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"),
+            *("use_mp_args_from_checkpoint_args", "exit_on_missing_checkpoint"),
+        ),
+        _SETTINGS,
+    ),
+    **dict.fromkeys(
+        ("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "exit_signal", "max_time"), _EXIT
+    ),
+    **dict.fromkeys(
+        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors", "async_save"),
+        "checkpoints have one format, leave it out",
+    ),
+    "split": "data.validation_fraction says how much is held out, split of a source which of its splits is read",
+    **dict.fromkeys(
+        ("dataloader_type", "shuffle", "no_shuffle"), "run.seed alone says the order of the data, leave it out"
+    ),
+    **dict.fromkeys(
+        ("tensorboard_dir", "log_throughput", "log_params_norm", "log_num_zeros_in_grad", "log_timers_to_tensorboard"),
+        "what is logged stands in metrics.jsonl and wandb, leave it out",
+    ),
     **dict.fromkeys(("optim", "optimizer_type", "optimizer_name"), "the optimizer is AdamW, leave it out"),
     **dict.fromkeys(
         ("trust_remote_code", "remote_code"), "no code of a checkpoint or a dataset is ever run, leave it out"

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qwen3next_train.errors import ConfigError
+from qwen3next_train.errors import ConfigError, StoppedBySignal
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_NODES = 20_000
+_POLL_S = 0.1
 
 Value = str | int | float | bool | None | list["Value"] | dict[str, "Value"]
 
@@ -41,11 +44,10 @@ def read_yaml(path: Path) -> Value:
 
     Raises:
         ConfigError: one line naming the file, the line and what is not allowed.
+        StoppedBySignal: a signal came that is held, while a pipe said nothing.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            os.set_blocking(file.fileno(), True)
-            raw = file.read(MAX_BYTES + 1)
+        raw = _read(path, MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a readable YAML file") from error
     if len(raw) > MAX_BYTES:
@@ -63,9 +65,32 @@ def read_yaml(path: Path) -> Value:
     return value
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Otherwise a named pipe that nobody writes to would be waited for; so it is empty."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def _read(path: Path, size: int) -> bytes:
+    """Up to ``size`` bytes. A pipe's writer is waited for, but for no longer than until somebody ends the program.
+
+    Raises:
+        OSError: the file cannot be read.
+        StoppedBySignal: as :func:`read_yaml`.
+    """
+    # Opened otherwise, a named pipe that nobody writes to would be waited for; so it is empty.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    raw = b""
+    try:
+        while len(raw) < size:
+            try:
+                piece = os.read(descriptor, size - len(raw))
+            except BlockingIOError:
+                if (waiting := signal.sigpending()) and not select.select([descriptor], (), (), 0)[0]:
+                    name = signal.Signals(min(waiting)).name
+                    raise StoppedBySignal(f"{path}: {name} came before the configuration") from None
+                select.select([descriptor], (), (), _POLL_S)
+                continue
+            if not piece:
+                break
+            raw += piece
+    finally:
+        os.close(descriptor)
+    return raw
 
 
 def parse_yaml(text: str, origin: str) -> Value:

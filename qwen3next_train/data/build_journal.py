@@ -7,11 +7,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from qwen3next_train.data.left_out import LeftOuts
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.store_writer import WrittenSoFar
 
 JOURNAL_NAME = "journal.json"
-_MAX_BYTES = 1 << 16
+_MAX_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Place:
 
     file: int
     documents: int
-    left_out: dict[str, int]
+    left_out: LeftOuts
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Turns a source's files into documents, one at a time, in bounded memory; every error names file and line.
 
 What a record may hold instead of text: nothing (``null``) is left out and counted; bytes are taken as UTF-8, and left
-out and counted where they are not; anything else is an error, as is a record without the field.
+out and counted where they are not; anything else is an error, as is a record without the field. A text file whose
+beginning has a NUL byte is none, as git has it: UTF-16 without its mark is UTF-8 too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen3next_train.data.folders import SourceFile
 from qwen3next_train.data.formats import DAMAGED, ByteStream, FileFormat, Format, format_of
+from qwen3next_train.data.left_out import LeftOuts, leave_out
 from qwen3next_train.data.reading import read_error
 from qwen3next_train.data.records import Record, damage, read_records
 from qwen3next_train.data.sources import FileSource
@@ -23,6 +24,8 @@ MAX_DOCUMENT_BYTES = 1 << 30
 """Longest document read into memory; a longer line or file is rejected instead of exhausting the machine."""
 
 _MAX_TOKEN_ID = (1 << 31) - 1
+_BEGINNING_BYTES = 8000
+"""Of a text file that may have no NUL byte."""
 _PLAIN_TEXT = FileFormat(Format.TEXT, None)
 
 
@@ -32,6 +35,7 @@ class Document:
 
     Args:
         where: file, with line or row number where it has several documents, for messages.
+        name: the same with the file's name in its source, wherever that lies.
         text: the text; empty for token ids.
         token_ids: ids to take as they are, nothing appended; None for text.
         identity: decides by its hash whether the document is held out: the file's name, or the content.
@@ -40,6 +44,7 @@ class Document:
     """
 
     where: str
+    name: str
     text: str
     token_ids: list[int] | None
     identity: bytes
@@ -54,12 +59,13 @@ class Document:
         return value < int(fraction * (1 << 64))
 
 
-def read_documents(source: FileSource, skipped: Counter[str]) -> Iterator[Document]:
+def read_documents(source: FileSource, skipped: LeftOuts) -> Iterator[Document]:
     """All documents of a source in stored order.
 
     Args:
         source: the files.
-        skipped: counts what was left out, by reason: ``empty``, ``null``, ``not UTF-8``.
+        skipped: counts what was left out, by reason: ``empty``, ``null``, ``not UTF-8``, ``binary files``, ``files
+            without documents``.
 
     Raises:
         DataError: a file is missing, or a line or row is broken (names file and line).
@@ -68,11 +74,17 @@ def read_documents(source: FileSource, skipped: Counter[str]) -> Iterator[Docume
     start = 0
     for file in source.files:
         try:
-            for document in _read_file(source, file, start, skipped):
-                if document.text or document.token_ids:
-                    yield document
+            num_found = 0
+            for found in _read_file(source, file, start):
+                num_found += 1
+                if isinstance(found, _Without):
+                    leave_out(skipped, found.reason, found.name)
+                elif found.text or found.token_ids:
+                    yield found
                 else:
-                    skipped["empty"] += 1
+                    leave_out(skipped, "empty", found.name)
+            if not num_found:
+                leave_out(skipped, "files without documents", file.name)
             start += file.path.stat().st_size
         except OSError as error:
             raise read_error(file.path, error) from None
@@ -106,20 +118,24 @@ def _format_of(file: SourceFile) -> FileFormat:
     return format_of(file.path.name) or _PLAIN_TEXT
 
 
-def _read_file(source: FileSource, file: SourceFile, start: int, skipped: Counter[str]) -> Iterator[Document]:
+@dataclass(frozen=True)
+class _Without:
+    """A document, or a whole file, that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def _read_file(source: FileSource, file: SourceFile, start: int) -> Iterator[Document | _Without]:
     file_format = _format_of(file)
     if file_format.holds_records:
         for record in read_records(file.path, file_format, source.text_field, MAX_DOCUMENT_BYTES):
-            document = _document_of_record(record, source.text_field, start, skipped)
-            if document is not None:
-                yield document
+            yield _document_of_record(record, file, source.text_field, start)
     else:
-        yield from _read_text(file, file_format, source.lenient, start, skipped)
+        yield _read_text(file, file_format, source.lenient, start)
 
 
-def _read_text(
-    file: SourceFile, file_format: FileFormat, lenient: bool, start: int, skipped: Counter[str]
-) -> Iterator[Document]:
+def _read_text(file: SourceFile, file_format: FileFormat, lenient: bool, start: int) -> Document | _Without:
     with ByteStream(file.path, file_format.compression) as stream:
         try:
             raw = stream.read(MAX_DOCUMENT_BYTES + 1)
@@ -133,29 +149,32 @@ def _read_text(
     except UnicodeDecodeError as error:
         if not lenient:
             raise DataError(f"{file.path}: not UTF-8 at byte {error.start}; convert the file") from None
-        skipped["not UTF-8"] += 1
-        return
-    yield Document(str(file.path), text, None, file.name.encode("utf-8", "surrogateescape"), position)
+        return _Without(file.name, "not UTF-8")
+    if (zero := raw.find(b"\0", 0, _BEGINNING_BYTES)) >= 0:
+        if not lenient:
+            raise DataError(
+                f"{file.path}: not text, byte {zero} is NUL; convert the file if it is UTF-16, else remove the byte"
+            )
+        return _Without(file.name, "binary files")
+    return Document(str(file.path), file.name, text, None, file.name.encode("utf-8", "surrogateescape"), position)
 
 
-def _document_of_record(record: Record, field: str, start: int, skipped: Counter[str]) -> Document | None:
-    """The document in a record; None for one that is left out, which is counted."""
+def _document_of_record(record: Record, file: SourceFile, field: str, start: int) -> Document | _Without:
     where, fields, position = record.where, record.fields, start + record.position
+    name = file.name + where.removeprefix(str(file.path))
     as_ids = field not in fields and "input_ids" in fields
     if field not in fields and not as_ids:
         raise DataError(f"{where}: no field {field!r}, found {sorted(fields)[:8]}; set text_field")
     value = fields["input_ids" if as_ids else field]
     if value is None:
-        skipped["null"] += 1
-        return None
+        return _Without(name, "null")
     if as_ids:
-        return Document(where, "", _checked_ids(value, where), record.raw, position)
+        return Document(where, name, "", _checked_ids(value, where), record.raw, position)
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError:
-            skipped["not UTF-8"] += 1
-            return None
+            return _Without(name, "not UTF-8")
     if not isinstance(value, str):
         raise DataError(f"{where}: field {field!r}: expected a string, found {type(value).__name__}; set text_field")
     try:
@@ -164,7 +183,7 @@ def _document_of_record(record: Record, field: str, start: int, skipped: Counter
         raise DataError(
             f"{where}: field {field!r}: lone surrogate at character {error.start}; repair the text"
         ) from None
-    return Document(where, value, None, content, position)
+    return Document(where, name, value, None, content, position)
 
 
 def _checked_ids(ids: Any, where: str) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.data.reading import is_missing, read_small_file
 from qwen3next_train.errors import ConfigError, DataError
 
@@ -79,9 +80,11 @@ def named_in(path: Path) -> str | None:
     try:
         settings = json.loads(read_small_file(path, max_bytes=_MAX_SETTINGS_BYTES))
     except DataError as error:
-        raise ConfigError(f"data.tokenizer: {error}; repair or remove it") from None
+        raise ConfigError(f"data.tokenizer: {error}, or remove what has its name") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"data.tokenizer: {path}: cannot be read ({error}); repair or remove it") from None
+        raise ConfigError(
+            f"data.tokenizer: {path}: cannot be read ({json_problem(error)}); repair or remove it"
+        ) from None
     found = settings.get("eos_token") if isinstance(settings, dict) else settings
     token = found.get("content") if isinstance(found, dict) else found
     if token is None:

@@ -1,7 +1,7 @@
 """Finds the files of a folder or glob, and accounts for those that are not read.
 
-Links are followed. A link to a folder that it lies in would never end and is an error; what a link leads to and what
-is read under another name already is read once.
+Links are followed. A link to a folder that it lies in would never end and is an error; what has several names, by
+links of either kind, is read once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,6 +75,19 @@ class Collection:
             else:
                 self.pass_over(file, why)
 
+    def pass_over_repeated(self) -> None:
+        """Pass over files that are read under another name: first come names that are no links, then the order."""
+        names: dict[_Identity, list[SourceFile]] = {}
+        for file in self.files:
+            with suppress(OSError):  # gone since; that is said when it is read
+                names.setdefault(_identity(file.path.stat()), []).append(file)
+        repeated: set[SourceFile] = set()
+        for files in names.values():
+            if len(files) > 1:
+                repeated.update(sorted(files, key=lambda file: (file.path.is_symlink(), _order(file)))[1:])
+        if repeated:
+            self.pass_over_where(lambda file: "links to files that are read already" if file in repeated else None)
+
     @property
     def passed_over(self) -> tuple[PassedOver, ...]:
         """What is not read, by reason."""
@@ -96,6 +110,7 @@ def collect_glob(root: Path, pattern: Sequence[str]) -> Collection:
     Args:
         root: the folder the pattern begins in.
         pattern: its parts, as a shell understands them; ``**`` is any number of folders, at the end all files in them.
+            A part such as ``data[1]`` is a name where there is one.
 
     Raises:
         DataError: as :func:`collect_folder`.
@@ -119,12 +134,10 @@ class _Search:
         self._counts_hidden = counts_hidden
         self._found = Collection()
         self._names: set[str] = set()
-        self._seen: set[_Identity] = set()
         self._visited: set[tuple[_Identity, tuple[str, ...]]] = set()
         self._folders: list[_Folder] = []
         # Looked at last, so that what lies here is read under its own name.
         self._linked_folders: list[_Folder] = []
-        self._linked_files: list[SourceFile] = []
 
     def run(self, pattern: tuple[str, ...]) -> Collection:
         os.scandir(self._root).close()
@@ -137,9 +150,7 @@ class _Search:
             else:
                 self._visited.add(key)
                 self._look_into(folder, folder.pattern)
-        for file in self._linked_files:
-            self._add(file)
-        self._found.files.sort(key=lambda file: file.name.split("/"))
+        self._found.files.sort(key=_order)
         return self._found
 
     def _look_into(self, folder: _Folder, pattern: tuple[str, ...]) -> None:
@@ -148,10 +159,11 @@ class _Search:
             self._look_into(folder, rest)
         try:
             with os.scandir(folder.file.path) as scan:
-                entries = list(scan)
+                entries = sorted(scan, key=lambda entry: entry.name)
         except OSError:
             self._found.pass_over(folder.file, "unreadable folders")
             return
+        is_name = not matches_itself(head) and any(entry.name == head for entry in entries)
         for entry in entries:
             file = SourceFile(f"{folder.file.name}/{entry.name}".removeprefix("/"), Path(entry.path))
             if entry.name.startswith(".") and not head.startswith("."):
@@ -162,7 +174,7 @@ class _Search:
                     self._descend(folder, file, pattern)
                 elif not rest:
                     self._take(file)
-            elif fnmatchcase(entry.name, head):
+            elif entry.name == head if is_name else fnmatchcase(entry.name, head):
                 if not rest:
                     self._take(file)
                 elif file.path.is_dir():
@@ -182,10 +194,7 @@ class _Search:
     def _take(self, file: SourceFile) -> None:
         if file.name not in self._names:
             self._names.add(file.name)
-            if file.path.is_symlink():
-                self._linked_files.append(file)
-            else:
-                self._add(file)
+            self._add(file)
 
     def _add(self, file: SourceFile) -> None:
         try:
@@ -197,12 +206,9 @@ class _Search:
             self._found.pass_over(file, "folders")
         elif not stat.S_ISREG(status.st_mode):
             self._found.pass_over(file, "special files")
-        elif file.path.is_symlink() and _identity(status) in self._seen:
-            self._found.pass_over(file, "links to files that are read already")
         elif not os.access(file.path, os.R_OK):
             self._found.pass_over(file, "unreadable files")
         else:
-            self._seen.add(_identity(status))
             self._found.files.append(file)
 
     def _count_hidden(self, file: SourceFile) -> None:
@@ -214,6 +220,18 @@ class _Search:
             for name in names:
                 path = Path(folder, name)
                 self._found.pass_over(SourceFile(path.relative_to(self._root).as_posix(), path), "hidden files")
+
+
+def matches_itself(pattern: str) -> bool:
+    """Whether a part of a pattern matches its own text, as ``*.txt`` does and ``data[1]`` does not.
+
+    What does not is taken for a name where a file or folder has it.
+    """
+    return fnmatchcase(pattern, pattern)
+
+
+def _order(file: SourceFile) -> list[str]:
+    return file.name.split("/")
 
 
 def _identity(status: os.stat_result) -> _Identity:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.digests import digest_files, digest_of, digest_store
 from qwen3next_train.data.documents import is_cut
+from qwen3next_train.data.left_out import LeftOuts, format_left_out
 from qwen3next_train.data.prepared import PreparedData, PreparedSource, prepared_source
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
 from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
-from qwen3next_train.data.store_builder import build_stores, format_left_out
+from qwen3next_train.data.store_builder import build_stores
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.token_store import TokenStore
 from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of the cache's keys: raise it when the same sources would be tokenised or split differently."""
 
 CHECKED_AT_START_BYTES = 4 << 30
@@ -28,7 +30,8 @@ CHECKED_AT_START_BYTES = 4 << 30
 checked as it is read, block by block, so that a run over terabytes starts at once."""
 
 _LEFT_OUT_NAME = "left_out.json"
-_MAX_LEFT_OUT_BYTES = 1 << 16
+_MAX_LEFT_OUT_BYTES = 1 << 18
+_LEFT_OUTS = TypeAdapter(LeftOuts)
 
 
 def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
@@ -172,7 +175,7 @@ class Preparer:
 
     def build(
         self, files: FileSource, train_prefix: Path, held_out_fraction: float, key: str
-    ) -> tuple[float, Counter[str]]:
+    ) -> tuple[float, LeftOuts]:
         """Tokenise files into the stores of the entry ``key``, the held-out one beside the training one.
 
         Returns:
@@ -184,7 +187,7 @@ class Preparer:
             StorageError: a file, or what was written before, cannot be read now.
             OSError: writing fails.
         """
-        left_out: Counter[str] = Counter()
+        left_out: LeftOuts = {}
         build_s = build_stores(
             files,
             self.tokenizer,
@@ -224,7 +227,7 @@ class Preparer:
 
         def build(directory: Path) -> float:
             build_s, left_out = self.build(files, directory / "train", fraction, key)
-            write_sealed(directory / _LEFT_OUT_NAME, left_out)
+            write_sealed(directory / _LEFT_OUT_NAME, _LEFT_OUTS.dump_python(left_out))
             return build_s
 
         def check(store: TokenStore) -> None:
@@ -251,13 +254,13 @@ def log_passed_over(files: FileSource) -> None:
         get_logger().info("%s: %d files read, %s", files.label, len(files.files), format_passed_over(files.passed_over))
 
 
-def log_left_out(files: FileSource, left_out: Mapping[str, int]) -> None:
+def log_left_out(files: FileSource, left_out: LeftOuts) -> None:
     """Say how many documents were left out, by reason."""
     if left_out:
         get_logger().info("%s: left out %s", files.label, format_left_out(left_out))
 
 
-def _read_left_out(store: TokenStore) -> dict[str, int]:
+def _read_left_out(store: TokenStore) -> LeftOuts:
     """What :func:`build_stores` left out when the store of the cache was made.
 
     Raises:
@@ -265,7 +268,7 @@ def _read_left_out(store: TokenStore) -> dict[str, int]:
         StorageError: it cannot be read now.
     """
     path = store.prefix.with_name(_LEFT_OUT_NAME)
-    counts = read_sealed(path, max_bytes=_MAX_LEFT_OUT_BYTES)
-    if not isinstance(counts, dict):
-        raise DataError(f"{path}: missing or damaged")
-    return counts
+    try:
+        return _LEFT_OUTS.validate_python(read_sealed(path, max_bytes=_MAX_LEFT_OUT_BYTES))
+    except ValidationError:
+        raise DataError(f"{path}: missing or damaged") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data.digests import digest_of
 from qwen3next_train.data.folders import PassedOver
+from qwen3next_train.data.left_out import LeftOuts
 from qwen3next_train.data.token_store import DocumentRange, TokenStore
 
 
@@ -34,7 +35,7 @@ class PreparedSource:
     tokenizer_fingerprint: str | None
     build_s: float | None
     passed_over: tuple[PassedOver, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOuts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

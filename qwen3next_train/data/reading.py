@@ -26,7 +26,7 @@ def read_error(path: Path, error: OSError) -> DataError | StorageError:
     """The one-line error for a file that cannot be opened or read."""
     reason = system_reason(error)
     if error.errno in _NOT_THERE:
-        return DataError(f"{path}: cannot be read ({reason})")
+        return DataError(f"{path}: cannot be read ({reason}); put the file there")
     return StorageError(
         f"{path}: cannot be read ({reason}); it may be intact and was left alone, run again when it can"
     )
@@ -46,7 +46,7 @@ def open_regular(path: Path) -> int:
         raise read_error(path, error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DataError(f"{path}: cannot be read (not a regular file)")
+        raise DataError(f"{path}: cannot be read (not a regular file); put the file there")
     return descriptor
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.data.formats import DAMAGED, ByteStream, FileFormat, Format
 from qwen3next_train.errors import DataError
 
@@ -55,7 +56,7 @@ def read_records(path: Path, file_format: FileFormat, field: str, max_bytes: int
         return
     with ByteStream(path, file_format.compression) as stream:
         if file_format.kind is Format.JSON:
-            yield from _read_json(path, file_format, stream, max_bytes)
+            yield from _read_json(path, file_format, stream, field, max_bytes)
         else:
             yield from _read_csv(path, file_format, stream, field, max_bytes)
 
@@ -88,7 +89,7 @@ def _lines(
         yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
-def _read_json(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int) -> Iterator[Record]:
+def _read_json(path: Path, file_format: FileFormat, stream: ByteStream, field: str, max_bytes: int) -> Iterator[Record]:
     blank_lines = 0
     try:
         # White space before the first character, however much.
@@ -97,13 +98,13 @@ def _read_json(path: Path, file_format: FileFormat, stream: ByteStream, max_byte
     except (OSError, *DAMAGED) as error:
         raise damage(f"{path}:{blank_lines + 1}", file_format, error) from None
     if start.removeprefix(_BOM).lstrip().startswith(b"["):
-        yield from _read_array(path, file_format, stream, max_bytes)
+        yield from _read_array(path, file_format, stream, field, max_bytes)
         return
     for number, line in _lines(path, file_format, stream, max_bytes, number=blank_lines):
         stripped = line.strip()
         if stripped:
             where = f"{path}:{number}"
-            yield Record(where, _object(_parse(line, where), where), stripped, stream.position)
+            yield Record(where, _object(_parse(line, where), stripped, field, where), stripped, stream.position)
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -112,16 +113,25 @@ def _parse(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({error}); repair or remove it") from None
+        raise DataError(f"{where}: not a JSON object ({json_problem(error)}); repair or remove it") from None
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, raw: bytes, field: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise DataError(
+            f"{where}: expected a JSON object, found {type(value).__name__}; "
+            f'write it as {{"{field}": ...}} or remove it'
+        )
+    for name in (field, "input_ids"):
+        # Of two fields of a name json takes the last. The count is quick, and of what is nested elsewhere too.
+        if raw.count(json.dumps(name, ensure_ascii=False).encode()) > 1:
+            _require_one(where, "fields", name, [key for key, _ in json.loads(raw, object_pairs_hook=list)])
     return value
 
 
-def _read_array(path: Path, file_format: FileFormat, stream: ByteStream, max_bytes: int) -> Iterator[Record]:
+def _read_array(
+    path: Path, file_format: FileFormat, stream: ByteStream, field: str, max_bytes: int
+) -> Iterator[Record]:
     """Elements of one array, which may be larger than memory."""
     elements = _Elements(path, file_format, stream, max_bytes)
     elements.expect("[")
@@ -130,7 +140,7 @@ def _read_array(path: Path, file_format: FileFormat, stream: ByteStream, max_byt
         if not is_first:
             elements.expect(",")
         is_first = False
-        yield elements.next()
+        yield elements.next(field)
     elements.expect("]")
     if elements.peek():
         raise DataError(f"{path}: text after the array's end; a file holds one array, or an object a line")
@@ -170,8 +180,8 @@ class _Elements:
             raise DataError(f"{self._path}:item {self._number}: not a JSON array: expected {character!r}, got {shown}")
         self._at += 1
 
-    def next(self) -> Record:
-        """The next element."""
+    def next(self, field: str) -> Record:
+        """The next element, which holds at most one ``field``."""
         where = f"{self._path}:item {self._number}"
         self.peek()
         size = _CHUNK_BYTES
@@ -181,17 +191,18 @@ class _Elements:
             except (ValueError, RecursionError) as error:
                 # Cut off in the middle, or wrong: only more of the file tells. Twice as much each time, so that a
                 # long element is not parsed again and again.
-                if isinstance(error, ValueError) and len(self._text) - self._at <= self._max_bytes and self._more(size):
+                is_cut = isinstance(error, json.JSONDecodeError)
+                if is_cut and len(self._text) - self._at <= self._max_bytes and self._more(size):
                     size *= 2
                     continue
-                raise DataError(f"{where}: not a JSON object ({error}); repair or remove it") from None
+                raise DataError(f"{where}: not a JSON object ({json_problem(error)}); repair or remove it") from None
             if end == len(self._text) and self._more(_CHUNK_BYTES):
                 continue  # a number may go on
             break
         raw = self._text[self._at : end].encode("utf-8", "surrogatepass")
         self._at = end
         self._number += 1
-        return Record(where, _object(value, where), raw, self._stream.position)
+        return Record(where, _object(value, raw, field, where), raw, self._stream.position)
 
     def _more(self, size: int) -> bool:
         if self._ended:
@@ -221,7 +232,7 @@ class _Elements:
 
 
 def _read_csv(path: Path, file_format: FileFormat, stream: ByteStream, field: str, max_bytes: int) -> Iterator[Record]:
-    number = 0
+    first, number = 1, 0
 
     def decoded() -> Iterator[str]:
         nonlocal number
@@ -242,8 +253,6 @@ def _read_csv(path: Path, file_format: FileFormat, stream: ByteStream, field: st
         if header is None:
             return
         _require_column(path, field, header)
-        if header.count(field) > 1:
-            raise DataError(f"{path}: {header.count(field)} columns {field!r}; rename all but one")
         column = header.index(field)
         first = number + 1
         for row in rows:
@@ -253,7 +262,22 @@ def _read_csv(path: Path, file_format: FileFormat, stream: ByteStream, field: st
             if row:
                 yield Record(where, {field: row[column]}, b"", stream.position)
     except csv.Error as error:
-        raise DataError(f"{path}:{number}: not {file_format.kind.value.upper()} ({error})") from None
+        begun = f", in the row that begins in line {first}" if first < number else ""
+        kind = file_format.kind.value.upper()
+        raise DataError(f"{path}:{number}: not {kind}{begun}: {_csv_problem(error)}") from None
+
+
+def _csv_problem(error: csv.Error) -> str:
+    text = str(error)
+    if text.startswith("new-line character"):
+        return "a line ends with a bare carriage return; end lines with line feeds (tr '\\r' '\\n')"
+    if text == "unexpected end of data":
+        return "a quote is not closed before the file's end; close it, or double it if it belongs to the text"
+    if "expected after" in text:
+        return "text behind a closing quote; double quotes that belong to the text"
+    if text.startswith("field larger"):
+        return "a field is too long, or its quote is not closed; split the field or close it"
+    return f"{text}; repair the row"
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
@@ -280,8 +304,7 @@ def _read_arrow(path: Path, field: str) -> Iterator[Record]:
     row = 0
     try:
         with pyarrow.memory_map(str(path)) as mapped:
-            for batch in _arrow_batches(mapped):
-                _require_column(path, field, batch.schema.names)
+            for batch in _arrow_batches(mapped, path, field):
                 yield from _records_of_column(batch.column(field), field, path, row, mapped.tell())
                 row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -299,14 +322,20 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 """What ends a stream; every message of one begins with the first half."""
 
 
-def _arrow_batches(mapped: Any) -> Iterator[Any]:
-    """Record batches of either IPC format: the file format has a magic at both ends, the stream format none."""
+def _arrow_batches(mapped: Any, path: Path, field: str) -> Iterator[Any]:
+    """Record batches of either IPC format: the file format has a magic at both ends, the stream format none.
+
+    Raises:
+        DataError: there is not one column ``field``, which also a table without rows says.
+    """
     import pyarrow.ipc
 
     start = mapped.read(6)
     mapped.seek(0)
     if start != b"ARROW1":
-        yield from pyarrow.ipc.open_stream(mapped)
+        stream = pyarrow.ipc.open_stream(mapped)
+        _require_column(path, field, stream.schema.names)
+        yield from stream
         # The format lets a stream end without its marker, but so does a file that is cut between two batches. Streams
         # of before Arrow 0.15 begin otherwise and end with four zeros.
         if start.startswith(_ARROW_END[:4]):
@@ -316,6 +345,7 @@ def _arrow_batches(mapped: Any) -> Iterator[Any]:
                 raise pyarrow.ArrowInvalid("no end-of-stream marker at the file's end")
         return
     reader = pyarrow.ipc.open_file(mapped)
+    _require_column(path, field, reader.schema.names)
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)
 
@@ -332,6 +362,12 @@ def _records_of_column(column: Any, field: str, path: Path, first_row: int, posi
 def _require_column(path: Path, field: str, names: list[str]) -> None:
     if field not in names:
         raise DataError(f"{path}: no column {field!r}, found {names[:8]}; set text_field")
+    _require_one(str(path), "columns", field, names)
+
+
+def _require_one(where: str, what: str, name: str, names: list[str]) -> None:
+    if names.count(name) > 1:
+        raise DataError(f"{where}: {names.count(name)} {what} {name!r}; rename all but one")
 
 
 def _first_line(error: Exception) -> str:

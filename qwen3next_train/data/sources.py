@@ -24,8 +24,15 @@ from typing import Any
 
 from qwen3next_train.config.error_lines import show_name
 from qwen3next_train.config.schema import SourceConfig
-from qwen3next_train.data.folders import Collection, PassedOver, SourceFile, collect_folder, collect_glob
-from qwen3next_train.data.formats import COMPRESSIONS, READ, format_of, suffix_of
+from qwen3next_train.data.folders import (
+    Collection,
+    PassedOver,
+    SourceFile,
+    collect_folder,
+    collect_glob,
+    matches_itself,
+)
+from qwen3next_train.data.formats import COMPRESSIONS, READ, Format, format_of, suffix_of
 from qwen3next_train.data.reading import read_error
 from qwen3next_train.data.splits import DEFAULT_SPLIT, choose_documents, no_split
 from qwen3next_train.data.token_store import store_paths
@@ -113,19 +120,22 @@ def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
     if path.is_file() and path.suffix in (".bin", ".idx"):
         _require_default_split(source)
         return StoreSource(label, path.with_suffix(""))
-    if path.is_file():
+    if path.is_file() and not _is_pattern(path):
         return _single_file(source, path)
     if path.name and any(candidate.is_file() for candidate in store_paths(path)[:2]):
         _require_default_split(source)
         return StoreSource(label, path)
     if path.is_dir():
-        return _file_source(source, collect_folder(path), f"no {READ} file in this folder")
-    if any(character in label for character in "*?["):
-        root, pattern = _split_glob(path)
-        found = collect_glob(root, pattern) if root.is_dir() else Collection()
-        return _file_source(source, found, "no file matches this pattern", pattern)
-    if path.exists():
+        return _file_source(source, collect_folder(path), f"no {READ} file in this folder", path)
+    if path.exists() and not _is_pattern(path):
         raise DataError(f"{label}: neither a regular file nor a folder; name one")
+    root, pattern = _split_glob(path)
+    if any(_has_wildcard(part) for part in pattern):
+        found = collect_glob(root, pattern) if root.is_dir() else Collection()
+        complaint = "no file matches this pattern"
+        if "[" in label:
+            complaint += ", in which [ begins a set of characters ([[] is a bracket)"
+        return _file_source(source, found, complaint, root, pattern)
     if _HUB_NAME.fullmatch(label) and format_of(label) is None and not label.endswith((".bin", ".idx", *COMPRESSIONS)):
         return None
     raise DataError(f"{label}: no such file, folder or token store; check data.sources")
@@ -140,12 +150,16 @@ def _single_file(source: SourceConfig, path: Path) -> FileSource:
     found = Collection()
     found.files.append(SourceFile(path.name, path))
     # Whoever names a file has chosen it, whatever split its name tells, unless another one is asked for.
-    choose_documents(found, source.split, source.source, pattern=(path.name,))
+    choose_documents(found, source.split, source.source, folder=path.absolute().parent.name, pattern=(path.name,))
     return FileSource(source.source, (SourceFile(path.name, path),), source.text_field, lenient=False)
 
 
-def _file_source(source: SourceConfig, found: Collection, complaint: str, pattern: Sequence[str] = ()) -> FileSource:
-    choose_documents(found, source.split, source.source, pattern=pattern)
+def _file_source(
+    source: SourceConfig, found: Collection, complaint: str, folder: Path, pattern: Sequence[str] = ()
+) -> FileSource:
+    choose_documents(found, source.split, source.source, folder=folder.absolute().name, pattern=pattern)
+    found.pass_over_where(lambda file: "empty files" if _is_empty(file) else None)
+    found.pass_over_repeated()
     if not found.files:
         listed = f" ({format_passed_over(found.passed_over)})" if found.passed_over else ""
         raise DataError(f"{source.source}: {complaint}{listed}; check data.sources")
@@ -190,10 +204,37 @@ def _stdlib_files() -> Iterator[SourceFile]:
             yield SourceFile(name, by_name[name])
 
 
+def _is_empty(file: SourceFile) -> bool:
+    """Whether a file holds no byte. Tables have a schema at least, so an empty one is damaged."""
+    file_format = format_of(file.path.name)
+    if file_format is not None and file_format.kind in (Format.PARQUET, Format.ARROW):
+        return False
+    try:
+        return file.path.stat().st_size == 0
+    except OSError:  # gone since; that is said when it is read
+        return False
+
+
+def _has_wildcard(part: str) -> bool:
+    return any(character in part for character in "*?[")
+
+
+def _is_pattern(path: Path) -> bool:
+    """Whether a path is a pattern even where a file has this very name, which it then matches too."""
+    return any(_has_wildcard(part) for part in path.parts) and all(matches_itself(part) for part in path.parts)
+
+
 def _split_glob(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Split ``a/b/*.txt`` into the folder without wildcards and the parts of the pattern below it."""
+    """Split ``a/b/*.txt`` into the folder without wildcards and the parts of the pattern below it.
+
+    A part that is not a wildcard's own match, such as ``data[1]``, is a folder's name where there is one.
+    """
     parts = path.parts
-    first = next(index for index, part in enumerate(parts) if any(character in part for character in "*?["))
+    first = 0
+    while first < len(parts) - 1 and (
+        not _has_wildcard(parts[first]) or (not matches_itself(parts[first]) and Path(*parts[: first + 1]).is_dir())
+    ):
+        first += 1
     return Path(*parts[:first]), parts[first:]
 
 

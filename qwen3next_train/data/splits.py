@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.data.folders import Collection, SourceFile
 from qwen3next_train.data.formats import format_of, suffix_of
+from qwen3next_train.data.reading import read_small_file
 from qwen3next_train.errors import DataError
 
 DEFAULT_SPLIT = "train"
@@ -28,19 +30,25 @@ _SYNONYMS = {
 _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _WORD = re.compile(r"[a-z]+")
 
-_METADATA = frozenset(("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"))
+_DICT_NAME = "dataset_dict.json"
+_MAX_DICT_BYTES = 1 << 20
+_METADATA = frozenset(("dataset_infos.json", "dataset_info.json", _DICT_NAME, "state.json"))
 _CARD = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct|requirements)([-_.].*)?"
 )
 
 
-def choose_documents(found: Collection, split: str, where: str, *, pattern: Sequence[str] = ()) -> None:
+def choose_documents(
+    found: Collection, split: str, where: str, *, folder: str = "", pattern: Sequence[str] = ()
+) -> None:
     """Pass over what is no document, and files of other splits.
 
     Args:
         found: all files of a folder or glob.
         split: the split that is asked for.
         where: the source, for messages.
+        folder: name of the folder that the names of the files begin in; where it is the split that is asked for and
+            no file tells one, all belong to it.
         pattern: parts of the glob; one that names a split has chosen already, unless another is asked for.
 
     Raises:
@@ -48,9 +56,7 @@ def choose_documents(found: Collection, split: str, where: str, *, pattern: Sequ
     """
     datasets = _dataset_folders(found.files)
     saved = {
-        _folder(file.name): _splits_listed_in(file.path)
-        for file in found.files
-        if file.path.name.lower() == "dataset_dict.json"
+        _folder(file.name): _splits_listed_in(file.path) for file in found.files if file.path.name.lower() == _DICT_NAME
     }
     found.pass_over_where(lambda file: _reason(file, datasets))
     asked = _SYNONYMS.get(split.lower(), split)
@@ -59,8 +65,15 @@ def choose_documents(found: Collection, split: str, where: str, *, pattern: Sequ
         marks = {file: mark if _holds_records(file) else None for file, mark in marks.items()}
     if asked == DEFAULT_SPLIT and _split_of("/".join(pattern), asked, {}) is not None:
         return
-    splits = {file: mark or DEFAULT_SPLIT for file, mark in marks.items()}
+    is_folder_of_split = not any(marks.values()) and asked in (folder, _SYNONYMS.get(folder.lower()))
+    unmarked = asked if is_folder_of_split else DEFAULT_SPLIT
+    splits = {file: mark or unmarked for file, mark in marks.items()}
     if splits and asked not in splits.values():
+        if any(asked == _SYNONYMS.get(name, name) for names in saved.values() for name in names):
+            raise DataError(
+                f"{where}: split {split!r} has no records, though {_DICT_NAME} lists it; choose another split, or copy "
+                "the dataset again if it should have some"
+            )
         present = splits.values() if any(marks.values()) else ()
         raise no_split(split, present, where)
     found.pass_over_where(lambda file: None if splits[file] == asked else f"split {splits[file]}")
@@ -114,10 +127,13 @@ def _holds_records(file: SourceFile) -> bool:
 
 def _splits_listed_in(path: Path) -> frozenset[str]:
     """Splits of a dataset that ``DatasetDict.save_to_disk`` wrote."""
+    raw = read_small_file(path, max_bytes=_MAX_DICT_BYTES)
     try:
-        return frozenset(str(name) for name in json.loads(path.read_text(encoding="utf-8"))["splits"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not the list of splits of a saved dataset ({error}); repair or remove it") from None
+        return frozenset(str(name) for name in json.loads(raw)["splits"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not the list of splits of a saved dataset ({json_problem(error)}); repair or remove it"
+        ) from None
 
 
 def _split_of(name: str, asked: str, saved: dict[str, frozenset[str]]) -> str | None:

@@ -6,8 +6,7 @@ directory goes on there, and the stores are the same bit for bit: each document 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal, Place
 from qwen3next_train.data.documents import Document, cut_document, is_cut, read_documents
+from qwen3next_train.data.left_out import LeftOuts, format_left_out
 from qwen3next_train.data.progress import Progress
 from qwen3next_train.data.reading import remove
 from qwen3next_train.data.sources import FileSource
@@ -54,7 +54,7 @@ def build_stores(
     train_prefix: Path,
     validation_prefix: Path,
     held_out_fraction: float,
-    skipped: Counter[str],
+    skipped: LeftOuts,
     entry: str = "",
 ) -> float:
     """Tokenise all documents of a source, from where an earlier call was killed; return the seconds it took in all.
@@ -128,9 +128,7 @@ def build_stores(
             record(finished=False)
         written = [part for part in parts if part.writer.num_documents]
         if not written:
-            raise DataError(
-                f"{source.label}: no documents ({format_left_out(skipped) or 'no lines'}); check data.sources"
-            )
+            raise DataError(f"{source.label}: no documents ({format_left_out(skipped)}); check data.sources")
         for part, name in zip(written, ("train", "validation"), strict=False):
             part.writer.finish(
                 source=source.label,
@@ -188,7 +186,7 @@ def _are_whole(prefixes: tuple[Path, Path]) -> bool:
 
 
 def _batches(
-    source: FileSource, start: Place, held_out_fraction: float, skipped: Counter[str]
+    source: FileSource, start: Place, held_out_fraction: float, skipped: LeftOuts
 ) -> Iterator[tuple[list[Document], Place]]:
     """Documents behind ``start`` in batches that keep all cores busy, each with the place behind it."""
     batch: list[Document] = []
@@ -250,8 +248,3 @@ def _discard(prefix: Path) -> None:
     """Remove what a writer has left."""
     for path in (*store_paths(prefix), lengths_path(prefix)):
         remove(path)
-
-
-def format_left_out(skipped: Mapping[str, int]) -> str:
-    """Documents that were left out, by reason, in one line."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

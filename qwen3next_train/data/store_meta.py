@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.data.reading import read_small_file
 from qwen3next_train.errors import DataError
 
 MAX_META_BYTES = 1 << 16
-_HINT = "restore it, or remove the store's files and tokenize again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StoreMeta:
             _check_types(value)
             return cls(**value)
         except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: not a store's meta file ({error}); {_HINT}") from None
+            raise DataError(f"{path}: not a store's meta file ({json_problem(error)})") from None
 
     @classmethod
     def read(cls, path: Path) -> StoreMeta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def data_as_json(prepared: PreparedData, config: Config) -> list[dict[str, Any]]
                 group.reason: {"files": group.num_files, "bytes": group.num_bytes, "example": group.example}
                 for group in source.passed_over
             },
-            "left_out": source.left_out,
+            "left_out": {reason: asdict(found) for reason, found in source.left_out.items()},
         }
         for source, use in zip(prepared.train, uses, strict=True)
     ]

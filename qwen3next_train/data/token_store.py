@@ -90,14 +90,19 @@ class TokenStore:
                     f"{path}: missing; a token store is {prefix.name}.bin with {prefix.name}.idx beside it, so put "
                     "both there, or tokenise the text again"
                 )
+        try:
+            self._open(paths)
+        except DataError as error:
+            raise self._damaged_at_start(error) from None
+        if not self.has_hashes:
+            _say_unhashed(prefix)
+
+    def _open(self, paths: StorePaths) -> None:
         self._meta, hashes = _read_side_files(paths)
         self.has_hashes = hashes is not None
         self._bin = CheckedFile(paths.bin, None if hashes is None else hashes.bin)
         self._idx = CheckedFile(paths.idx, None if hashes is None else hashes.idx)
-        try:
-            self._index = StoreIndex(self._idx, str(paths.bin), self._bin.num_bytes)
-        except DataError as error:
-            raise self._damaged_at_start(error) from None
+        self._index = StoreIndex(self._idx, str(paths.bin), self._bin.num_bytes)
         self.dtype = self._index.dtype
         self.num_tokens = self._bin.num_bytes // self.dtype.itemsize
         self.num_documents = len(self._index.documents) - 1
@@ -105,10 +110,8 @@ class TokenStore:
         if self._meta is not None and (self._meta.num_documents, self._meta.num_tokens) != found:
             raise DataError(
                 f"{paths.meta}: expected {self._meta.num_documents} documents and {self._meta.num_tokens} tokens, "
-                f"the store has {found[0]} and {found[1]}; remove it or tokenize again"
+                f"the store has {found[0]} and {found[1]}"
             )
-        if not self.has_hashes:
-            _say_unhashed(prefix)
 
     @property
     def num_bytes(self) -> int:
@@ -207,8 +210,8 @@ def _read_side_files(paths: StorePaths) -> tuple[StoreMeta | None, StoreHashes |
     if is_missing(paths.meta):
         if has_hashes:
             raise DataError(
-                f"{paths.meta}: missing, but {paths.hashes.name} is there; restore it, or remove that file too when "
-                "another program wrote the store"
+                f"{paths.meta}: missing, but {paths.hashes.name} is there, which has to go too when another program "
+                "wrote the store"
             )
         return None, None
     raw = read_small_file(paths.meta, max_bytes=MAX_META_BYTES)
@@ -219,7 +222,7 @@ def _read_side_files(paths: StorePaths) -> tuple[StoreMeta | None, StoreHashes |
         )
     meta = StoreMeta.decode(raw, paths.meta)
     if meta.has_hashes and hashes is None:
-        raise DataError(f"{paths.hashes}: missing; restore it or tokenize again")
+        raise DataError(f"{paths.hashes}: missing")
     return meta, hashes
 
 

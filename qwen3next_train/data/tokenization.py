@@ -180,5 +180,5 @@ def _read(name: str) -> tuple[str, Path | None, str]:
     try:
         return str(path), folder, read_small_file(path, max_bytes=_MAX_FILE_BYTES).decode()
     except (DataError, UnicodeDecodeError) as error:
-        reason = error if isinstance(error, DataError) else f"{path}: cannot be read ({error})"
-        raise ConfigError(f"data.tokenizer: {reason}; name a tokenizer.json") from None
+        reason = error if isinstance(error, DataError) else f"{path}: cannot be read ({error}); convert the file"
+        raise ConfigError(f"data.tokenizer: {reason}, or name another tokenizer.json") from None

@@ -52,10 +52,6 @@ def tokenize(config: Config, output: Path | None) -> int:
     require_sources(config)
     preparer = Preparer(config)
     sources = [*config.data.sources, *config.data.validation_sources]
-    if not output.name or output.name == ".." or "\0" in str(output):
-        raise ConfigError(
-            f"--output: not a file name (got {str(output)!r}); give the prefix of the .bin and .idx files"
-        )
     if len(os.fsencode(output.name)) > _MAX_NAME_BYTES:
         raise ConfigError(
             f"--output: a file name of {len(os.fsencode(output.name))} bytes; give one of at most {_MAX_NAME_BYTES}, "

@@ -24,6 +24,7 @@ from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, format_bytes
 from qwen3next_train.checkpoint.staged_folder import staged_folder
 from qwen3next_train.checkpoint.tensor_file import StoredTensor, write_tensor_file
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
+from qwen3next_train.config.error_lines import json_problem
 from qwen3next_train.config.huggingface import model_config_to_hf
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.errors import ConfigError, ExitCode
@@ -188,7 +189,9 @@ def _with_end_token(file: str, content: bytes, tokenizer: Tokenizer) -> bytes:
     try:
         settings = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"export-hf: {file} of the tokenizer is damaged ({error}); name another tokenizer") from error
+        raise ConfigError(
+            f"export-hf: {file} of the tokenizer is damaged ({json_problem(error)}); name another tokenizer"
+        ) from error
     if not isinstance(settings, dict):
         raise ConfigError(f"export-hf: {file} of the tokenizer is not a JSON object; name another tokenizer")
     key = "eos_token_id" if file == _GENERATION_NAME else "eos_token"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
 from qwen3next_train.checkpoint.tensor_file import open_tensor_file
-from qwen3next_train.config.error_lines import show, show_name
+from qwen3next_train.config.error_lines import json_problem, show, show_name
 from qwen3next_train.data.reading import read_error
 from qwen3next_train.errors import CheckpointError, DataError
 from qwen3next_train.files import NO_SUCH_FILE
@@ -120,9 +120,13 @@ class HfFolder:
         try:
             value = json.loads(raw, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path / name}: not JSON ({' '.join(str(error).split())[:200]})") from error
+            raise DataError(
+                f"{self.path / name}: not JSON ({json_problem(error)}); repair it or fetch it again"
+            ) from error
         if not isinstance(value, dict):
-            raise DataError(f"{self.path / name}: not a JSON object but {type(value).__name__}")
+            raise DataError(
+                f"{self.path / name}: not a JSON object but {type(value).__name__}; repair it or fetch it again"
+            )
         return value
 
     def _weight_map(self) -> dict[str, str] | None:
@@ -186,7 +190,7 @@ class HfFolder:
         if real.parent not in allowed:
             raise DataError(f"{self.path / name}: a link out of the folder; copy the file there")
         if not real.is_file():
-            raise DataError(f"{self.path / name}: not a regular file")
+            raise DataError(f"{self.path / name}: not a regular file; put the file there")
         return real
 
 

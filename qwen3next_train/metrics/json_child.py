@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ class JsonChild:
     Args:
         module: what ``python -m`` runs.
         log_path: receives what the child writes to stderr.
+        hidden: environment variables that the child does not get.
 
     Raises:
         OSError: the process cannot be started.
     """
 
-    def __init__(self, module: str, log_path: Path) -> None:
+    def __init__(self, module: str, log_path: Path, hidden: Collection[str] = ()) -> None:
         package_root = Path(__file__).parents[2]
         path = os.pathsep.join(filter(None, [str(package_root), os.environ.get("PYTHONPATH", "")]))
         with log_path.open("ab") as log:
@@ -41,7 +43,7 @@ class JsonChild:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path},
+                env={name: text for name, text in os.environ.items() if name not in hidden} | {"PYTHONPATH": path},
                 start_new_session=True,
             )
         assert self._process.stdin is not None

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.json_child import JsonChild, LineReader
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.sinks import Record
-from qwen3next_train.metrics.wandb_settings import Mode, page_settings, resolve_mode
+from qwen3next_train.metrics.wandb_settings import DECIDED, Mode, init_timeout_s, page_settings, resolve_mode
 
 _POLL_S = 0.2
 _GRACE_S = 5.0
@@ -65,11 +65,14 @@ class WandbSink:
 
     Args:
         config: section ``logging.wandb``.
-        run_dir: run directory; wandb's files go to ``run_dir/wandb``.
+        run_dir: run directory; wandb's files go to ``run_dir/wandb``, or to that folder of ``WANDB_DIR``.
         run_config: what the run's page shows as its configuration; secrets are masked.
         run_id: the run's id, the same at every resume (:func:`wandb_settings.new_run_id`).
         resumed: an earlier attempt used this id, so offline there may be several directories to upload.
-        limits: time and queue limits.
+        limits: time and queue limits; ``WANDB_INIT_TIMEOUT`` holds for ``wandb.init``.
+
+    Raises:
+        ConfigError: a variable makes no sense.
     """
 
     def __init__(
@@ -83,13 +86,15 @@ class WandbSink:
         limits: WandbLimits = _DEFAULT_LIMITS,
     ) -> None:
         run_dir = run_dir.absolute()
-        self._limits = limits
-        self._wandb_dir = run_dir / "wandb"
+        init_s = init_timeout_s(os.environ) or limits.init_s
+        self._limits = limits = replace(limits, init_s=init_s, start_s=limits.start_s + max(0, init_s - limits.init_s))
+        folder = Path(os.environ.get("WANDB_DIR") or run_dir).absolute()
+        self._wandb_dir = folder / "wandb"
         self._resumed = resumed
         self._settings: dict[str, Any] = {
             **page_settings(config, run_dir.name, os.environ),
             "id": run_id,
-            "dir": str(run_dir),
+            "dir": str(folder),
             "config": Redactor(os.environ).json(run_config),
             "init_s": limits.init_s,
             # Its own limit comes first: then it says how far it got.
@@ -199,7 +204,7 @@ class WandbSink:
 
     def _open_child(self, settings: dict[str, Any]) -> JsonChild:
         self._wandb_dir.mkdir(exist_ok=True)
-        child = JsonChild("qwen3next_train.metrics.wandb_sink", self._wandb_dir / "process.log")
+        child = JsonChild("qwen3next_train.metrics.wandb_sink", self._wandb_dir / "process.log", DECIDED)
         with contextlib.suppress(BrokenPipeError):
             child.send(settings)
         return child

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from qwen3next_train.config.schema import Config
@@ -9,6 +11,7 @@ from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.summary import data_lines, uses_of, warn_of_epochs
 from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
+from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
 from qwen3next_train.parameters import parameter_table
@@ -20,8 +23,9 @@ def dry_run(config: Config) -> int:
     """Build the model on the meta device and print it, the kernels and the first rows.
 
     Raises:
-        TrainError: whatever a real run would reject: device, kernels, data.
+        TrainError: whatever a real run would reject: variables, device, kernels, data.
     """
+    check_settings(config.logging.wandb, os.environ, writes=True)
     device = select_device(config.run.device, local_rank=0)
     dtype = DTYPES[config.run.precision]
     kernels = select_kernels(config.kernels, device, dtype=dtype, model=config.model)

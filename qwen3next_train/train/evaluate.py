@@ -11,7 +11,6 @@ import json
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
 from qwen3next_train.config.schema import Config, KernelsConfig, SourceConfig
 from qwen3next_train.data.documents import Document, read_documents
-from qwen3next_train.data.prepare import prepare_evaluation
+from qwen3next_train.data.left_out import LeftOuts
+from qwen3next_train.data.prepare import log_left_out, log_passed_over, prepare_evaluation
 from qwen3next_train.data.prepared import PreparedSource
 from qwen3next_train.data.rows import read_tokens
 from qwen3next_train.data.sources import FileSource, resolve
@@ -200,7 +200,7 @@ def _prepare(config: Config, source: SourceConfig, stack: ExitStack) -> Prepared
     """Tokenise and open the data; what is written for that alone is removed when ``stack`` is closed."""
     resolved = resolve(source)
     if isinstance(resolved, FileSource):
-        documents = read_documents(resolved, Counter())
+        documents = read_documents(resolved, {})
         first = next(documents, None)
         if first is None:
             raise DataError(f"{source.source}: no documents; name a file with text")
@@ -208,7 +208,10 @@ def _prepare(config: Config, source: SourceConfig, stack: ExitStack) -> Prepared
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen3next-eval-")))
             prefix = folder / "ids"
             with storage_errors(folder, "free space or set TMPDIR"):
-                _write_ids(prefix, read_documents(resolved, Counter()), config.model.vocab_size)
+                left_out: LeftOuts = {}
+                _write_ids(prefix, read_documents(resolved, left_out), config.model.vocab_size)
+            log_passed_over(resolved)
+            log_left_out(resolved, left_out)
             stored = prepare_evaluation(config, SourceConfig(source=str(prefix))).validation[0]
             return PreparedSource(source.source, 1.0, stored.documents, None, stored.fingerprint, None, None)
         if config.data.tokenizer == NO_TOKENIZER:

@@ -8,7 +8,13 @@ import traceback
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError, OutOfMemory, StorageError, TrainError
-from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory, is_out_of_threads, open_files_hint
+from qwen3next_train.exhaustion import (
+    is_out_of_files,
+    is_out_of_memory,
+    is_out_of_threads,
+    open_files_hint,
+    system_reason,
+)
 from qwen3next_train.train.memory_check import settings_that_help
 
 _VARIABLES_OF_TORCH = ("TORCH", "PYTORCH")
@@ -54,7 +60,7 @@ def _happened_in_import_of(package: str, error: BaseException) -> bool:
 
 
 def _storage_line(error: OSError) -> str:
-    reason = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    reason = " ".join(system_reason(error).split())
     if "No usable temporary directory" in reason:
         return f"TMPDIR: {reason[0].lower()}{reason[1:]}; set it to a folder that can be written"
     return f"{_place(error)}: {reason} ({type(error).__name__}); free space, fix permissions or choose another place"

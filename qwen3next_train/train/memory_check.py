@@ -10,6 +10,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import certain_bytes, host_bytes, memory_per_gpu
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import OutOfMemory
+from qwen3next_train.exhaustion import memory_limit_hint
 from qwen3next_train.log import get_logger
 
 # The first error of a run may come before torch is there, and is explained from here.
@@ -106,8 +107,9 @@ def settings_that_help(config: Config | None, *, on_device: bool) -> str:
         config: what was to be trained; None where nothing was.
         on_device: the memory of a GPU is short, not the host's.
     """
+    limit = "" if on_device else memory_limit_hint()
     if config is None:
-        return "close other programs, or use a machine with more memory"
+        return f"{limit}close other programs, or use a machine with more memory"
     run, parallel, data = config.run, config.parallel, config.data
     ways = []
     if run.micro_batch_size > 1:
@@ -129,7 +131,7 @@ def settings_that_help(config: Config | None, *, on_device: bool) -> str:
     if config.optimizer.moments_dtype == "fp32":
         ways.append("set optimizer.moments_dtype to bf16")
     ways.append(f"shorten data.sequence_length ({data.sequence_length}) or make the model smaller")
-    return f"{', '.join(ways)}; see qwen3next-train plan"
+    return f"{limit}{', '.join(ways)}; see qwen3next-train plan"
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:

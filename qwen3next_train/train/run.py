@@ -19,7 +19,7 @@ from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
-from qwen3next_train.metrics.wandb_settings import check_variables
+from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.train.failures import foreseen
 from qwen3next_train.train.held_signals import release_stop_signals
 from qwen3next_train.train.run_directory import RunDirectory
@@ -115,7 +115,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
             # holds the directory, before it has said why.
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
                 check_world()
-                check_variables(config.logging.wandb.mode, os.environ)
+                check_settings(config.logging.wandb, os.environ, writes=rank == 0)
             # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
                 code, reason = attempt.train(stack)

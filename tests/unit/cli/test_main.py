@@ -123,7 +123,14 @@ def test_tokenize(fake, capsys):
     assert run(capsys, "tokenize", *TINY)[0] == 0
     assert calls[0][0][0].data.sources[0].source == "a.jsonl"
     assert [args[1] for args, _ in calls] == [Path("out/x"), None]
-    assert run(capsys, "tokenize", "--output", "")[0] == 2
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "/", "out/", "out/.", "out/..", "~", "~root"])
+def test_output_of_tokenize_is_a_file_name(fake, capsys, output):
+    calls = fake("data.tokenize_command", "tokenize")
+    line = f"--output: not a file name (got {output!r}); give the prefix of the .bin and .idx files\n"
+    assert run(capsys, "tokenize", *TINY, "--output", output) == (2, "", line)
+    assert calls == []
 
 
 def test_checkpoint(fake, capsys):
@@ -383,3 +390,13 @@ def test_signals_are_held_before_anything_is_imported():
         "qwen3next_train.train",
         "qwen3next_train.train.held_signals",
     ]
+
+
+@pytest.mark.parametrize("kib", [30_000, 60_000, 100_000])
+def test_a_limit_of_memory_that_is_too_low_is_one_line(kib):
+    """At the first import that does not fit, whatever it is."""
+    program = [sys.executable, "-m", "qwen3next_train", "plan", "--config", "qwen3next_tiny.yaml"]
+    limited = ["bash", "-c", 'ulimit -v "$0"; exec "$@"', str(kib), *program]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (71, "", 1), done.stderr
+    assert f"raise ulimit -v, which is {kib}, or " in done.stderr

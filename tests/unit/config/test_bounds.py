@@ -1,6 +1,8 @@
 """Numbers that fp32, the data or the machine cannot hold are rejected when the configuration is loaded."""
 
 import math
+import os
+import sys
 from itertools import chain
 
 import pytest
@@ -128,3 +130,13 @@ def test_paths(monkeypatch, path):
 def test_unusable_paths(path):
     with pytest.raises(UnusableText):
         usable_path(path)
+
+
+@pytest.mark.parametrize("text", ["b\udcc3\udcbc", "b\u00fc"])
+def test_a_locale_without_unicode_is_said_as_such(monkeypatch, text):
+    """A word of the command line, whose UTF-8 Python has not read, and a file's text, which it cannot write."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))
+    with pytest.raises(UnusableText, match=r"this locale \(ascii; unset PYTHONUTF8 or set LC_ALL=C\.UTF-8\)"):
+        usable_path(text)
+    assert usable_path("abc") == "abc"

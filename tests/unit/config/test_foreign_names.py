@@ -58,6 +58,16 @@ def test_names_of_other_trainers(tmp_path, name, key):
         ("num_train_epochs", "run.steps says how long a run is, in optimizer steps"),
         ("run.gradient_accumulation_steps", "it follows from run.global_batch_size"),
         ("text_column", "it is text_field of a source"),
+        ("load", "a run goes on in its run.dir by itself, and a new one takes weights from checkpoint.init_from"),
+        ("checkpoint.load_dir", "a run goes on in its run.dir"),
+        ("split", "data.validation_fraction says how much is held out"),
+        ("use_checkpoint_args", "the configuration alone says the settings"),
+        ("no_load_optim", "checkpoint.init_from takes the weights alone"),
+        ("no_save_optim", "a checkpoint always holds the whole state"),
+        ("ckpt_format", "checkpoints have one format"),
+        ("exit_duration_in_mins", "SIGTERM or SIGUSR1 saves and stops a run"),
+        ("dataloader_type", "run.seed alone says the order"),
+        ("tensorboard_dir", "what is logged stands in metrics.jsonl"),
     ],
 )
 def test_names_that_no_one_key_stands_for(name, text):

@@ -211,7 +211,6 @@ UNKNOWN = [
     ("linear-attention-frq: 4", "linear-attention-frq", "--linear-attention-freq"),
     ("model: {moe_shared_expert_size: 4}", "model.moe_shared_expert_size", None),
     ("logging: {wandb: {projct: x}}", "logging.wandb.projct", "logging.wandb.project"),
-    ("zzzz: 1", "zzzz", None),
 ]
 
 
@@ -224,6 +223,12 @@ def test_unknown_key_names_the_nearest(write, text, key, suggestion):
     assert meant
     if suggestion:
         assert meant[1] == suggestion
+
+
+def test_a_name_like_no_other_is_not_guessed_at(write):
+    file = write("zzzz: 1\n")
+    line = f"{file}: zzzz: unknown key (got 1); no key is called anything like it; --help all lists every key"
+    assert lines_of([file]) == [line]
 
 
 def test_look_alike_letters_are_made_visible(write):

@@ -2,7 +2,10 @@
 
 import math
 import os
+import signal
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -125,6 +128,33 @@ def test_a_pipe_is_read_when_somebody_writes_to_it(tmp_path):
     assert read_yaml(Path(f"/dev/fd/{reader}")) == {"a": 1}
     later.join()
     os.close(reader)
+
+
+HELD = """
+import signal, sys
+from pathlib import Path
+from qwen3next_train.config.strict_yaml import read_yaml
+from qwen3next_train.errors import StoppedBySignal
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+print("ready", flush=True)
+try:
+    read_yaml(Path("/dev/stdin"))
+except StoppedBySignal as error:
+    print(error)
+"""
+
+
+def test_a_signal_that_is_held_ends_the_wait_for_a_silent_pipe():
+    """The program holds signals until there is a run directory, whose name is in what it waits for."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HELD], **pipes) as child:
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write("run:")
+        child.stdin.flush()
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.read() == "/dev/stdin: SIGTERM came before the configuration\n"
+    assert child.returncode == 0
 
 
 SCALARS = st.one_of(

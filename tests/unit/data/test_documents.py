@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -13,12 +12,13 @@ import pytest
 from qwen3next_train.data import documents
 from qwen3next_train.data.documents import Document, cut_document, read_documents
 from qwen3next_train.data.folders import SourceFile
+from qwen3next_train.data.left_out import LeftOut, LeftOuts
 from qwen3next_train.data.sources import FileSource
 from qwen3next_train.errors import DataError
 
 
-def read(path: Path, *, field: str = "text", lenient: bool = False) -> tuple[list[Document], Counter[str]]:
-    skipped: Counter[str] = Counter()
+def read(path: Path, *, field: str = "text", lenient: bool = False) -> tuple[list[Document], LeftOuts]:
+    skipped: LeftOuts = {}
     source = FileSource(str(path), (SourceFile(path.name, path),), field, lenient)
     return list(read_documents(source, skipped)), skipped
 
@@ -29,8 +29,8 @@ def texts(path: Path) -> list[str]:
 
 def test_text_file_is_one_document_kept_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\x00\n")
-    assert texts(path) == ["one\r\ntwo\x00\n"]
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\x01\n")
+    assert texts(path) == ["one\r\ntwo\x01\n"]
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
@@ -38,7 +38,33 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"abc\xff")
     with pytest.raises(DataError, match=r"a\.txt: not UTF-8 at byte 3"):
         read(path)
-    assert read(path, lenient=True) == ([], Counter({"not UTF-8": 1}))
+    assert read(path, lenient=True) == ([], {"not UTF-8": LeftOut(1, "a.txt")})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("text", ["some text", "слово слово"])
+def test_utf16_without_a_mark_is_not_text(tmp_path: Path, encoding: str, text: str) -> None:
+    """Which is UTF-8 as it stands, Cyrillic too, where only the spaces have a NUL."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode(encoding))
+    zero = text.encode(encoding).index(0)
+    with pytest.raises(DataError, match=rf"a\.txt: not text, byte {zero} is NUL; convert the file if it is UTF-16"):
+        read(path)
+    assert read(path, lenient=True) == ([], {"binary files": LeftOut(1, "a.txt")})
+
+
+def test_a_nul_far_inside_a_text_belongs_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for num_bytes, is_text in ((7999, False), (8000, True)):
+        path.write_bytes(b"x" * num_bytes + b"\0")
+        found, skipped = read(path, lenient=True)
+        assert (len(found), len(skipped)) == (int(is_text), int(not is_text))
+
+
+def test_files_that_hold_no_document_are_counted(tmp_path: Path) -> None:
+    for name, content in (("a.json", "[ ]"), ("b.csv", "id,text\n"), ("c.jsonl", "\n \n"), ("d.tsv", "")):
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name) == ([], {"files without documents": LeftOut(1, name)})
 
 
 def test_json_lines_with_bom_crlf_blank_lines_and_unicode(tmp_path: Path) -> None:
@@ -47,7 +73,7 @@ def test_json_lines_with_bom_crlf_blank_lines_and_unicode(tmp_path: Path) -> Non
     found, skipped = read(path)
     assert [document.text for document in found] == ["one", "ü😀 é"]
     assert found[1].where == f"{path}:4"
-    assert skipped == Counter({"empty": 1})
+    assert skipped == {"empty": LeftOut(1, "a.jsonl:5")}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +113,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     path.write_text('{"input_ids": [3, 1, 4]}\n{"input_ids": []}\n{"input_ids": [1], "text": "both"}\n')
     found, skipped = read(path)
     assert [(document.text, document.token_ids) for document in found] == [("", [3, 1, 4]), ("both", None)]
-    assert skipped == Counter({"empty": 1})
+    assert skipped == {"empty": LeftOut(1, "a.jsonl:2")}
 
 
 def test_gzip(tmp_path: Path) -> None:
@@ -179,9 +205,9 @@ def test_vanished_file(tmp_path: Path) -> None:
 
 
 def test_hold_out_share_and_stability() -> None:
-    held_out = [Document("", "", None, str(n).encode()).is_held_out(0.1) for n in range(20_000)]
+    held_out = [Document("", "", "", None, str(n).encode()).is_held_out(0.1) for n in range(20_000)]
     assert 1850 < sum(held_out) < 2150
-    assert not any(Document("", "", None, str(n).encode()).is_held_out(0.0) for n in range(1000))
+    assert not any(Document("", "", "", None, str(n).encode()).is_held_out(0.0) for n in range(1000))
     assert [n for n in range(60) if held_out[n]] == [3, 9, 16, 21, 38, 46]
 
 
@@ -199,7 +225,7 @@ def test_hold_out_share_and_stability() -> None:
     ],
 )
 def test_where_a_single_text_is_cut(text: str, fraction: float, cut: int | None) -> None:
-    document = Document("a.txt", text, None, b"a.txt", 1000)
+    document = Document("a.txt", "a.txt", text, None, b"a.txt", 1000)
     train, *held_out = cut_document(document, fraction)
     if cut is None:
         assert (train, held_out) == (document, [])
@@ -218,9 +244,10 @@ def test_null_is_left_out_and_counted_in_every_format(tmp_path: Path) -> None:
             sink.write_table(table)
         for name in ("a.jsonl", "a.parquet", "a.arrow"):
             found, skipped = read(tmp_path / name)
-            assert ([document.text for document in found], skipped) == (["a"], Counter({"null": 2})), name
+            first = "a.jsonl:1" if name == "a.jsonl" else f"{name}:row {int(name == 'a.parquet')}"
+            assert ([document.text for document in found], skipped) == (["a"], {"null": LeftOut(2, first)}), name
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == ([], Counter({"null": 3}))
+    assert read(tmp_path / "a.parquet") == ([], {"null": LeftOut(3, "a.parquet:row 0")})
 
 
 @pytest.mark.parametrize("dtype", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
@@ -230,7 +257,8 @@ def test_bytes_are_text_where_they_are_utf8(tmp_path: Path, dtype: pyarrow.DataT
         sink.write_table(table)
     found, skipped = read(tmp_path / "a.arrow")
     assert [document.text for document in found] == ["ü"]
-    assert skipped == Counter({"not UTF-8": 1, "null": 1, "empty": 1})
+    reasons = ("not UTF-8", "null", "empty")
+    assert skipped == {reason: LeftOut(1, f"a.arrow:row {row}") for row, reason in enumerate(reasons, start=1)}
 
 
 def test_compressed_text_is_one_document(tmp_path: Path) -> None:
@@ -246,5 +274,5 @@ def test_positions_go_on_from_file_to_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 3)
     (tmp_path / "b.txt").write_text("b" * 10)
     files = tuple(SourceFile(name, tmp_path / name) for name in ("a.jsonl", "b.txt"))
-    found = list(read_documents(FileSource("x", files, "text", False), Counter()))
+    found = list(read_documents(FileSource("x", files, "text", False), {}))
     assert [document.position for document in found][2:] == [42, 52]

@@ -71,11 +71,41 @@ def test_what_is_reached_twice_is_read_once_under_its_own_name(tmp_path: Path) -
     (tmp_path / "a").symlink_to(tmp_path / "z")
     (tmp_path / "b.txt").symlink_to(tmp_path / "z/x.txt")
     found = collect_folder(tmp_path)
+    found.pass_over_repeated()
     assert names(found) == ["z/x.txt", "z/y.txt"]
     assert passed_over(found) == {
         "links to files that are read already": (1, 4),
         "links to folders that are read already": (1, 0),
     }
+
+
+def test_a_hard_link_is_read_once_under_its_first_name(tmp_path: Path) -> None:
+    write(tmp_path, "m/x.txt", "y.txt")
+    (tmp_path / "z.txt").hardlink_to(tmp_path / "m/x.txt")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "m/x.txt")
+    (tmp_path / "a.txt").symlink_to("m/x.txt")
+    found = collect_folder(tmp_path)
+    found.pass_over_repeated()
+    assert names(found) == ["b.txt", "y.txt"]
+    assert passed_over(found) == {"links to files that are read already": (3, 12)}
+    assert found.passed_over[0].example == "a.txt"
+    # What is not read under its other name is read under this one.
+    found = collect_folder(tmp_path)
+    found.pass_over_where(lambda file: "because" if file.name == "b.txt" else None)
+    found.pass_over_repeated()
+    assert names(found) == ["m/x.txt", "y.txt"]
+
+
+def test_a_part_that_is_no_match_of_itself_is_a_name_where_there_is_one(tmp_path: Path) -> None:
+    write(tmp_path, "data[1]/a[2].txt", "data[1]/a2.txt", "data1/b.txt", "s/data1/c.txt")
+    assert names(collect_glob(tmp_path, ("data[1]", "*"))) == ["data[1]/a2.txt", "data[1]/a[2].txt"]
+    assert names(collect_glob(tmp_path, ("data[1]", "a[2].txt"))) == ["data[1]/a[2].txt"]
+    assert names(collect_glob(tmp_path / "s", ("data[1]", "*"))) == ["data1/c.txt"]
+    assert names(collect_glob(tmp_path, ("**", "data[1]", "*"))) == [
+        "data[1]/a2.txt",
+        "data[1]/a[2].txt",
+        "s/data1/c.txt",
+    ]
 
 
 @pytest.mark.parametrize("target", [".", "..", "../.."])

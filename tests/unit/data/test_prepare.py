@@ -12,6 +12,7 @@ import pytest
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data import prepare
 from qwen3next_train.data.documents import Document
+from qwen3next_train.data.left_out import LeftOut
 from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
@@ -24,7 +25,7 @@ from tests.unit.data.corpus import config_of, make_config, write_store
 def test_split_by_content_with_exact_counts(tmp_path: Path, corpus: Path) -> None:
     prepared = prepare_stores(config_of(tmp_path, corpus, validation_fraction=0.1))
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    held_out = [text for text in texts if Document("", "", None, text.encode()).is_held_out(0.1)]
+    held_out = [text for text in texts if Document("", "", "", None, text.encode()).is_held_out(0.1)]
     (train,), (validation,) = prepared.train, prepared.validation
     assert len(validation.documents.documents) == len(held_out) > 20
     assert len(train.documents.documents) == 400 - len(held_out)
@@ -149,11 +150,11 @@ def test_what_is_not_read_is_said_at_every_start(tmp_path: Path, capsys: pytest.
     for _ in range(2):
         (source,) = prepare_stores(config_of(tmp_path, folder, validation_fraction=0.0)).train
         assert len(source.documents.documents) == 2
-        assert source.left_out == {"null": 1, "empty": 1}
+        assert source.left_out == {"null": LeftOut(1, "a.ndjson:2"), "empty": LeftOut(1, "a.ndjson:3")}
         assert [(group.reason, group.num_files, group.num_bytes) for group in source.passed_over] == [(".pdf", 1, 1200)]
         said = capsys.readouterr().err
         assert f"{folder}: 1 files read, passed over 1 .pdf (1.2 kB, such as b.pdf)" in said
-        assert f"{folder}: left out 1 empty, 1 null" in said
+        assert f"{folder}: left out 1 empty (such as a.ndjson:3), 1 null (such as a.ndjson:2)" in said
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
@@ -211,7 +212,7 @@ def test_damaged_count_of_what_was_left_out_is_made_again(tmp_path: Path, corpus
         path.write_text(content)
     again = prepare_stores(config)
     assert again.train[0].build_s is not None
-    assert [each.train[0].left_out for each in (first, again)] == [{"empty": 1}] * 2
+    assert [each.train[0].left_out for each in (first, again)] == [{"empty": LeftOut(1, "corpus.jsonl:401")}] * 2
     assert tokens_of(again) == tokens_of(first)
 
 

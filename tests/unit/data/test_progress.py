@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def test_every_source_counts_its_own_tokens_and_the_bytes_of_all_its_files(
             train_prefix=folder / "train",
             validation_prefix=folder / "validation",
             held_out_fraction=0.0,
-            skipped=Counter(),
+            skipped={},
         )
         line = len('{"text": "x"}\n')
         assert updates == [(2 * number, line * number, number) for number in range(1, 7)]

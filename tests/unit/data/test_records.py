@@ -55,10 +55,15 @@ def test_array_of_objects_in_bounded_memory(
         ('[{"text": "a"},]', r"a\.json:item 1: not a JSON object"),
         ('[{"text": "a"}] x', r"a\.json: text after the array's end"),
         ('[{"text": "a"}]\n[{"text": "b"}]', r"a\.json: text after the array's end"),
-        ('["a"]', r"a\.json:item 0: expected a JSON object, found str"),
+        ('["a"]', r"a\.json:item 0: expected a JSON object, found str; write it as {\"text\": ...} or remove it"),
         ("[3]", r"a\.json:item 0: expected a JSON object, found int"),
         ("[[[[", r"a\.json:item 0: not a JSON object"),
-        ("[" * 200_000, r"a\.json:item 0: not a JSON object"),
+        ("[" * 200_000, r"a\.json:item 0: not a JSON object \(nested too deeply\); repair or remove it"),
+        (
+            '[{"text": "a", "n": ' + "9" * 6000 + "}]",
+            r"item 0: not a JSON object \(an integer of more than 4300 digits\)",
+        ),
+        ('[{"text": "a", "text": "b"}]', r"a\.json:item 0: 2 fields 'text'; rename all but one"),
         ('{"data": [\n{"text": "a"}]}', r"a\.json:1: not a JSON object"),
     ],
 )
@@ -103,10 +108,18 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
         (b"text,text\n1,x\n", r"a\.csv: 2 columns 'text'; rename all but one"),
         (b"id,text\n1,x\n2,y,z\n", r"a\.csv:3: 3 fields, the header has 2"),
         (b"id,text\n1\n", r"a\.csv:2: 1 fields, the header has 2"),
-        (b'id,text\n1,"never closed\n2,y\n', r"a\.csv:3: not CSV \(unexpected end of data\)"),
-        (b'id,text\n1,"a" b\n', r"a\.csv:2: not CSV"),
+        (
+            b'id,text\n1,"never closed\n2,y\n',
+            r"a\.csv:3: not CSV, in the row that begins in line 2: a quote is not closed before the file's end; close",
+        ),
+        (b'id,text\n1,"a" b\n', r"a\.csv:2: not CSV: text behind a closing quote; double quotes that"),
+        (b'id,text\n1,x\n2,"a\nb\nc" d\n', r"a\.csv:5: not CSV, in the row that begins in line 3: text behind a"),
+        (b'id,"te\nxt', r"a\.csv:2: not CSV, in the row that begins in line 1: a quote is not closed"),
         (b"id,text\n1,\xff\n", r"a\.csv:2: not UTF-8 at byte 2 of the line"),
-        (b"id,text\r1,x\r2,y\r", r"a\.csv:1: not CSV \(new-line character seen"),
+        (
+            b"id,text\r1,x\r2,y\r",
+            r"a\.csv:1: not CSV: a line ends with a bare carriage return; end lines with line feeds",
+        ),
     ],
 )
 def test_broken_csv_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -135,6 +148,49 @@ def test_damaged_compression_is_one_line(tmp_path: Path, suffix: str, start: str
         with pytest.raises(DataError, match=rf"a\.json\.{suffix}:.*damaged (gzip|zstd|xz|bz2) file") as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.jsonl", "a.json"])
+def test_of_two_columns_of_a_name_none_is_taken(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "id", "text"])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        lines = {"a.csv": "text,id,text\na,b,c\n", "a.jsonl": '{"text": "a", "id": "b", "text": "c"}\n'}
+        path.write_text(lines.get(name, f"[{lines['a.jsonl']}]"))
+    with pytest.raises(DataError, match=rf"{name}(:1|:item 0)?: 2 (columns|fields) 'text'; rename all but one"):
+        read(path)
+
+
+@pytest.mark.parametrize("names", [["id", "body"], ["text", "text"]])
+def test_a_table_without_rows_has_columns_all_the_same(tmp_path: Path, names: list[str]) -> None:
+    table = pyarrow.table([pyarrow.array([], pyarrow.string())] * 2, names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with writer(str(tmp_path / name), table.schema) as sink:
+            sink.write_table(table)
+    for name in ("a.parquet", "file.arrow", "stream.arrow"):
+        with pytest.raises(DataError, match=rf"{name}: (no column 'text', found|2 columns 'text';)"):
+            read(tmp_path / name)
+
+
+def test_the_same_name_further_inside_is_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "meta": {"text": 1, "text": 2}, "list": ["text", {"text": 3}]}\n')
+    assert texts(path) == ["a"]
+
+
+def test_a_long_integer_in_a_line_is_said_in_our_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": ' + "9" * 6000 + "}\n")
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: not a JSON object \(an integer of more than 4300 digits\); repair"
+    ):
+        read(path)
 
 
 def test_positions_reach_the_end_of_a_table(tmp_path: Path) -> None:

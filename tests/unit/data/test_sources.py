@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -81,8 +80,48 @@ def test_documents_of_a_compressed_file_beside_a_readme(tmp_path: Path) -> None:
     (tmp_path / "s.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n'))
     found = find(tmp_path)
     assert isinstance(found, FileSource)
-    assert [document.text for document in read_documents(found, Counter())] == ["a", "b", "c"]
+    assert [document.text for document in read_documents(found, {})] == ["a", "b", "c"]
     assert passed_over(found) == {"dataset cards and licences": (1, 8)}
+
+
+def test_files_without_a_byte_are_counted_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "full.txt")
+    for name in ("a.gz", "a.txt", "b.jsonl", "c.json.zst", "d.csv.gz", "e.txt.xz", "f.parquet"):
+        (tmp_path / name).touch()
+    found = find(tmp_path)
+    # An empty table is damaged, which is said when it is read.
+    assert names(found) == ["f.parquet", "full.txt"]
+    assert passed_over(found) == {"empty files": (5, 0), ".gz": (1, 0)}
+    assert isinstance(found, FileSource)
+    assert {group.example for group in found.passed_over} == {"a.gz", "a.txt"}
+
+
+def test_a_hard_link_and_a_file_of_no_format_behind_a_link(tmp_path: Path) -> None:
+    """The second as the hub's cache has it: a link to a file without suffix in another folder of the same source."""
+    write(tmp_path, "a/x.jsonl", "blobs/0123", "snapshots/placeholder.md")
+    (tmp_path / "b.jsonl").hardlink_to(tmp_path / "a/x.jsonl")
+    (tmp_path / "snapshots/data.jsonl").symlink_to("../blobs/0123")
+    found = find(tmp_path)
+    assert names(found) == ["a/x.jsonl", "snapshots/data.jsonl", "snapshots/placeholder.md"]
+    assert passed_over(found) == {"files without suffix": (1, 4), "links to files that are read already": (1, 4)}
+
+
+def test_brackets_in_names(tmp_path: Path) -> None:
+    write(tmp_path, "data[1]/x[2].jsonl", "data[1]/y.jsonl", "data1/z.jsonl")
+    assert names(find(tmp_path / "data[1]")) == ["x[2].jsonl", "y.jsonl"]
+    assert names(find(tmp_path / "data[1]" / "*.jsonl")) == ["x[2].jsonl", "y.jsonl"]
+    assert names(find(tmp_path / "data[1]" / "**" / "y.jsonl")) == ["y.jsonl"]
+    assert names(find(tmp_path / "data[1]" / "x[2].jsonl")) == ["x[2].jsonl"]
+    assert names(find(tmp_path / "dat?[1]" / "*.jsonl")) == ["data1/z.jsonl"]
+    with pytest.raises(DataError, match=r"no file matches this pattern, in which \[ begins a set of characters"):
+        find(tmp_path / "nothing[1]" / "*.jsonl")
+    with pytest.raises(DataError, match=r"data\[1\]/missing\.jsonl: no such file"):
+        find(tmp_path / "data[1]" / "missing.jsonl")
+
+
+def test_a_file_called_like_the_pattern_does_not_hide_what_it_matches(tmp_path: Path) -> None:
+    write(tmp_path, "*.jsonl", "a.jsonl", "b.jsonl")
+    assert names(find(tmp_path / "*.jsonl")) == ["*.jsonl", "a.jsonl", "b.jsonl"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
@@ -125,7 +164,7 @@ def test_hugging_face_dataset_becomes_its_arrow_files(tmp_path: Path, monkeypatc
     found = find("somebody/set")
     assert isinstance(found, FileSource)
     assert found.label == "somebody/set:train"
-    assert [document.text for document in read_documents(found, Counter())] == ["one", "two"]
+    assert [document.text for document in read_documents(found, {})] == ["one", "two"]
     with pytest.raises(DataError, match=r"somebody/set: no column 'body', found \['id', 'text'\]; set text_field"):
         find("somebody/set", text_field="body")
     with pytest.raises(DataError, match="Unknown split"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -42,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(name: Path, split: str) -> list[str]:
-    return [document.text for document in read_documents(find(name, split), Counter())]
+    return [document.text for document in read_documents(find(name, split), {})]
 
 
 def test_saved_dataset_dict_gives_the_split_that_is_asked_for(saved: Path) -> None:
@@ -98,6 +97,28 @@ def test_only_other_splits_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "test-00000-of-00001.parquet")
     with pytest.raises(DataError, match="no split 'train', found test; set split to one of them"):
         find(tmp_path)
+
+
+def test_an_empty_split_is_said_to_be_empty(tmp_path: Path) -> None:
+    rows = {"train": ["a"], "test": [], "dev": []}
+    splits = {split: datasets.Dataset.from_dict({"text": values}) for split, values in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    for name, split in ((tmp_path / "set", "test"), (tmp_path / "set", "validation"), (tmp_path, "dev")):
+        with pytest.raises(
+            DataError, match=f"split '{split}' has no records, though dataset_dict.json lists it; choose"
+        ):
+            find(name, split)
+    with pytest.raises(DataError, match="no split 'nonsense', found train"):
+        find(tmp_path / "set", "nonsense")
+
+
+def test_the_folder_of_a_split_may_be_named_with_it(saved: Path) -> None:
+    for name, split in (("test", "test"), ("test", "eval"), ("test", "train"), ("extra_sft", "extra_sft")):
+        expected = texts(saved, "extra_sft" if name == "extra_sft" else "test")
+        assert texts(saved / name, split) == texts(saved / name / "*.arrow", split) == expected
+        assert texts(saved / name / "data-00000-of-00001.arrow", split) == expected
+    with pytest.raises(DataError, match="no split 'validation', its files name no split; set split to train"):
+        find(saved / "test", "validation")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data import store_builder
 from qwen3next_train.data.build_journal import JOURNAL_NAME, Journal
 from qwen3next_train.data.formats import ByteStream
+from qwen3next_train.data.left_out import LeftOut, LeftOuts
 from qwen3next_train.data.sources import FileSource, resolve
 from qwen3next_train.data.store_builder import build_stores
 from qwen3next_train.data.token_store import TokenStore
@@ -41,9 +41,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileSource:
     return resolved
 
 
-def build(source: FileSource, directory: Path) -> Counter[str]:
+def build(source: FileSource, directory: Path) -> LeftOuts:
     directory.mkdir(exist_ok=True)
-    skipped: Counter[str] = Counter()
+    skipped: LeftOuts = {}
     build_stores(
         source,
         Tokenizer(BUILTIN),
@@ -96,7 +96,7 @@ def test_killed_at_any_batch_goes_on_to_the_same_files(
     assert sorted(reference) == sorted(
         f"{part}.{suffix}" for part in ("train", "validation") for suffix in ("bin", "hashes", "idx", "meta.json")
     )
-    assert left_out == {"empty": 20, "null": 20}
+    assert left_out == {"empty": LeftOut(20, "a.jsonl:5"), "null": LeftOut(20, "a.jsonl:8")}
     encoded: list[str] = []
     encode = Tokenizer.encode_documents
 

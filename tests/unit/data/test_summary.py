@@ -38,7 +38,9 @@ def test_format_epochs(epochs: float | None, text: str) -> None:
 def test_sources_of_a_run(tmp_path: Path) -> None:
     write_store(tmp_path / "store", [[1] * 40] * 100)
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": f"x {n}"}) + "\n" for n in range(9)))
+    (tmp_path / "text" / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"x {n}"}) + "\n" for n in range(9)) + '{"text": null}\n' * 2
+    )
     (tmp_path / "text" / "b.pdf").write_bytes(b"12345")
     config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "store")}], validation_fraction=0.1)
     run = config.run.model_copy(update={"steps": 9, "global_batch_size": 50})
@@ -51,7 +53,7 @@ def test_sources_of_a_run(tmp_path: Path) -> None:
     (described,) = data_as_json(prepare_stores(config), config)
     assert json.loads(json.dumps(described)) == described
     assert described["source"] == str(tmp_path / "text")
-    assert (described["documents"], described["left_out"]) == (9, {})
+    assert (described["documents"], described["left_out"]) == (9, {"null": {"count": 2, "example": "a.jsonl:10"}})
     assert described["passed_over"] == {".pdf": {"files": 1, "bytes": 5, "example": "b.pdf"}}
 
 

@@ -290,7 +290,7 @@ def meta_with(**changes: object) -> str:
 def test_bad_meta_file(tmp_path: Path, content: str, message: str) -> None:
     write_megatron(tmp_path / "store", DOCUMENTS, [0, 1, 2, 3], code=8, dtype="<u2")
     store_paths(tmp_path / "store").meta.write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"{message}.*; restore the store or tokenize again$"):
         TokenStore(tmp_path / "store")
 
 
@@ -308,7 +308,8 @@ def test_what_is_no_regular_file_is_said_and_not_waited_for(tmp_path: Path, suff
         os.mknod(path, stat.S_IFSOCK | 0o600)
     else:
         path.symlink_to(path)
-    with pytest.raises(DataError, match=rf"store\{suffix}: cannot be read"):
+    remedy = "restore the store or tokenize again"
+    with pytest.raises(DataError, match=rf"store\{suffix}: cannot be read \(.+\); put the file there; {remedy}$"):
         TokenStore(tmp_path / "store")
 
 

@@ -207,7 +207,9 @@ def test_no_file_is_waited_for(tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(asset.read_bytes())
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ConfigError, match=rf"data\.tokenizer: .*{name}: cannot be read \(not a regular file\); "):
+    with pytest.raises(
+        ConfigError, match=rf"data\.tokenizer: .*{name}: cannot be read \(not a regular file\); put the file there, or "
+    ):
         Tokenizer(str(tmp_path))
 
 

@@ -44,12 +44,6 @@ def test_tokenize_writes_a_store_that_trains(tmp_path: Path, corpus: Path, capsy
         tokenize(config_of(tmp_path, corpus), corpus / "below" / "file")
 
 
-@pytest.mark.parametrize("output", [".", "..", "/", "a\0b"])
-def test_output_without_a_name(tmp_path: Path, corpus: Path, output: str) -> None:
-    with pytest.raises(ConfigError, match="--output: not a file name"):
-        tokenize(config_of(tmp_path, corpus), Path(output))
-
-
 def test_output_with_too_long_a_name(tmp_path: Path, corpus: Path) -> None:
     """With the longest that is taken every file beside it can have its name."""
     with pytest.raises(ConfigError, match="--output: a file name of 202 bytes; give one of at most 200"):

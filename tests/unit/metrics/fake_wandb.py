@@ -52,6 +52,7 @@ class Run:
 
 def init(settings, **kwargs):
     note("init", kwargs, settings.settings)
+    note("environment", sorted(name for name in os.environ if name.startswith("WANDB_")))
     print("chatter that must not reach the pipe")
     if "init_hang" in FAULTS and kwargs["mode"] == "online":
         time.sleep(600)

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen3next_train.config.schema import WandbConfig
 from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.json_child import JsonChild
 from qwen3next_train.metrics.wandb_sink import WandbLimits, WandbSink
 from tests.unit.metrics.fake_wandb import SOURCE
 
 RECORDS = [{"step": step, "loss/lm": 1 / step, "tokens": 10 * step} for step in range(1, 6)]
-QUICK = WandbLimits(init_s=1, start_s=20, finish_s=5, close_s=30)
+PATIENT = WandbLimits(start_s=200, finish_s=200, close_s=250)
+"""Longer than anything takes, on a machine that is busy too."""
 
 
 @pytest.fixture
@@ -51,7 +54,12 @@ def fake(tmp_path, monkeypatch) -> Callable[..., list[list]]:
 
 
 def run_sink(
-    run_dir: Path, *, mode: str = "auto", limits: WandbLimits = QUICK, resumed: bool = False, config: dict | None = None
+    run_dir: Path,
+    *,
+    mode: str = "auto",
+    limits: WandbLimits = PATIENT,
+    resumed: bool = False,
+    config: dict | None = None,
 ) -> None:
     run_dir.mkdir(exist_ok=True)
     sink = WandbSink(WandbConfig(mode=mode), run_dir, config or {}, "abcd1234", resumed, limits=limits)
@@ -128,7 +136,7 @@ def test_command_uploads_all_attempts_of_a_resumed_run(tmp_path, fake, messages)
 
 
 def test_failed_run_is_marked(tmp_path, fake):
-    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=QUICK)
+    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=PATIENT)
     sink.close(failed=True)
     assert named(fake(), "finish") == [[1]]
 
@@ -145,17 +153,46 @@ def test_off_when_nothing_works(tmp_path, fake, messages, faults, reason):
     assert all("not sent" in message for message in messages[1:])
 
 
-def test_blocking_init_is_replaced_by_an_offline_run(tmp_path, fake, messages):
+def test_blocking_init_is_replaced_by_an_offline_run(tmp_path, fake, messages, monkeypatch):
+    """The first child's time is over once it hangs in ``wandb.init``, however long it took to come that far."""
     fake("init_hang")
-    run_sink(tmp_path / "run", limits=WandbLimits(start_s=1.5, close_s=30))
+    receive, children = JsonChild.receive, []
+
+    def hurried(child: JsonChild, timeout_s: float) -> dict[str, str]:
+        if children:
+            return receive(child, timeout_s)
+        children.append(child)
+        while not named(fake(), "init"):
+            time.sleep(0.01)
+        return receive(child, 0)
+
+    monkeypatch.setattr(JsonChild, "receive", hurried)
+    run_sink(tmp_path / "run", limits=PATIENT)
     assert [arguments["mode"] for arguments, _ in named(fake(), "init")] == ["online", "offline"]
     assert named(fake(), "log") == [[record] for record in RECORDS]
-    assert messages[0].startswith("wandb: offline (no answer within 2 s); to upload this run later: wandb sync ")
+    assert messages[0].startswith("wandb: offline (no answer within 200 s); to upload this run later: wandb sync ")
+
+
+def test_variables_that_have_a_say_and_those_that_have_none(tmp_path, fake, monkeypatch):
+    """Nonsense in what wandb is told anyway would keep it from starting."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "77")
+    monkeypatch.setenv("WANDB_SILENT", "banana")
+    monkeypatch.setenv("WANDB_CONSOLE", "banana")
+    monkeypatch.setenv("WANDB_NOTES", "some")
+    run_sink(tmp_path / "run", mode="offline")
+    [[arguments, settings]] = named(fake(), "init")
+    assert arguments["dir"] == str(tmp_path / "elsewhere")
+    assert settings["init_timeout"] == 77
+    assert (tmp_path / "elsewhere" / "wandb" / "process.log").exists()
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert named(fake(), "environment") == [[["WANDB_DIR", "WANDB_NOTES"]]]
 
 
 def test_logging_that_raises_is_one_line_and_ends_after_three_tries(tmp_path, fake, messages):
     fake("log")
-    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=QUICK)
+    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=PATIENT)
     while sink._thread.is_alive():
         sink.log(RECORDS[0])
         time.sleep(0.01)
@@ -169,7 +206,7 @@ def test_logging_that_raises_is_one_line_and_ends_after_three_tries(tmp_path, fa
 
 def test_hanging_process_stalls_nothing_and_is_killed(tmp_path, fake, messages):
     fake("hang")
-    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=WandbLimits(close_s=1, queue_size=10))
+    sink = WandbSink(WandbConfig(), tmp_path, {}, "abcd1234", False, limits=replace(PATIENT, close_s=1, queue_size=10))
     while not messages:
         time.sleep(0.01)
     big = {f"moe/layer_{layer:02d}/max_violation": 0.1 for layer in range(2000)} | {"step": 1}
@@ -184,7 +221,7 @@ def test_hanging_process_stalls_nothing_and_is_killed(tmp_path, fake, messages):
 @pytest.mark.parametrize("fault", ["finish", "finish_hang"])
 def test_upload_that_does_not_end_names_the_command(tmp_path, fake, messages, fault):
     fake(fault)
-    run_sink(tmp_path / "run", limits=WandbLimits(finish_s=1))
+    run_sink(tmp_path / "run", limits=replace(PATIENT, finish_s=1))
     assert len([message for message in messages if "upload not complete" in message]) == 1
     assert messages[-1] == f"wandb: to upload this run: wandb sync {tmp_path / 'run' / 'wandb' / 'run-1-abcd1234'}"
 
@@ -193,6 +230,7 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from qwen3next_train.config.schema import WandbConfig
+from qwen3next_train.metrics.json_child import JsonChild
 from qwen3next_train.metrics.wandb_sink import WandbSink
 
 sink = WandbSink(WandbConfig(), Path(sys.argv[1]), {}, "abcd1234", False)
@@ -240,7 +278,7 @@ def test_real_wandb_without_a_network(tmp_path, messages, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    run_sink(tmp_path / "run", limits=WandbLimits(init_s=2))
+    run_sink(tmp_path / "run", limits=replace(PATIENT, init_s=2))
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*-abcd1234"))) == 1
     assert messages[0].startswith("wandb: offline (")
     everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())

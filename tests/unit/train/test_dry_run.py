@@ -59,3 +59,12 @@ def test_what_a_run_would_refuse_is_refused(
     assert main(["--config", "qwen3next_tiny.yaml", "--dry-run", *argv]) == code
     (said,) = capsys.readouterr().err.splitlines()
     assert line in said
+
+
+@pytest.mark.parametrize(("variable", "text"), [("WANDB_MODE", "banana"), ("WANDB_PROJECT", "a/b")])
+def test_variables_that_a_run_rejects_are_rejected(
+    variable: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert main(["--config", "qwen3next_tiny.yaml", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f"{variable}: not a ")

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_host_memory_of_the_libraries(allocate):
         (MemoryError(), "out of memory on the host; "),
         (RuntimeError("can't start new thread"), "out of memory or processes: no further thread starts; raise "),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory on the host; "),
+        (OSError("libtorch_global_deps.so: failed to map segment from shared object"), "out of memory on the host; "),
     ],
 )
 def test_memory_in_every_spelling(error, begin):
@@ -111,3 +113,10 @@ def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
         "the working directory, which is gone: No such file or directory (FileNotFoundError); free space, fix "
         "permissions or choose another place"
     )
+
+
+def test_a_limit_of_file_sizes_is_named(monkeypatch):
+    error = OSError(errno.EFBIG, "File too large", "a.bin")
+    assert str(foreseen(error)).startswith("a.bin: File too large (OSError); free space")
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (8192, -1) if limit == resource.RLIMIT_FSIZE else (-1, -1))
+    assert str(foreseen(error)).startswith("a.bin: File too large: raise the limit, ulimit -f, which is 8 (OSError); ")
