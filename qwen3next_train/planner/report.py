@@ -221,6 +221,8 @@ def _time_line(plan: Plan) -> str:
     basis = "at the stated MFU" if plan.stated_mfu is not None else "by the table of rates"
     if plan.stated_mfu is None and plan.step_is_estimate:
         basis = "an estimate: rates of the h100, scaled"
+    if plan.stated_mfu is None and plan.device is not None and plan.layout.world_size > plan.device.domain_size:
+        basis += "; those between nodes are not measured"
     return (
         f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days on {plan.layout.world_size} {plan.gpu}, "
         f"{plan.step_time_s:.3g} s a step, {_tokens(plan.workload.num_tokens / plan.step_time_s)}/s · "
@@ -257,6 +259,8 @@ def _fastest_lines(plan: Plan) -> list[str]:
     rows = [
         f"{label:<{_LABEL_WIDTH}}{line}" for label, line in zip(["fastest", *[""] * MAX_FASTEST], lines, strict=False)
     ]
+    if any(each.layout.micro_batches_in_flight > 1 for each in plan.fastest):
+        rows += _row("", "what two micro-batches in flight hide is expected, not measured")
     return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
 
 

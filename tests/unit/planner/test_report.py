@@ -132,6 +132,19 @@ def test_the_source_of_the_time_is_said() -> None:
         assert basis in format_plan(make_plan(config_80b(), gpus=64, gpu=gpu, mfu=mfu, tokens=None))
 
 
+def test_what_is_not_measured_is_said() -> None:
+    """Rates between nodes where there are several; two in flight where the table has them."""
+    between, in_flight = "; those between nodes are not measured", "what two micro-batches in flight hide is expected"
+    for gpus, rows, gpu, expected in ((64, 1, "h200", (True, False)), (64, 4, "h200", (True, True))):
+        config = config_80b(global_batch_size=gpus * rows)
+        text = format_plan(make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None))
+        assert (between in text, in_flight in text) == expected
+    one_node = make_plan(config_80b(), gpus=8, gpu="h200", mfu=None, tokens=None)
+    assert between not in format_plan(one_node)
+    stated = make_plan(config_80b(), gpus=64, gpu="h200", mfu=0.3, tokens=None)
+    assert between not in format_plan(stated)
+
+
 def test_layouts_that_only_fit_offloaded_are_not_called_fast() -> None:
     """8 H100 hold the 80B with its optimizer in host memory only."""
     text = format_plan(make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None))
