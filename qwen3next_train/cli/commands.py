@@ -316,7 +316,7 @@ COMMANDS = {
                     "number of GPUs (default: parallel.expert_parallel_size, the fewest that can train it)",
                 ),
                 Option("--gpu", "NAME", f"kind of GPU (default {DEFAULT_GPU})"),
-                Option("--mfu", "X", "model FLOPs utilisation to assume, between 0 and 1"),
+                Option("--mfu", "X", "model FLOPs utilisation to assume (default: measured rates), between 0 and 1"),
                 Option("--tokens", "N", "tokens to train on (default: those of run.steps)"),
                 JSON,
             ),

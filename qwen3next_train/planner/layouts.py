@@ -1,59 +1,49 @@
-"""Layouts near a given one that fit a device, and what each sends over the links."""
+"""Layouts that fit a device: near a given one that does not, and the fastest there are."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from qwen3next_train.accounting.activations import rows_sent_per_token
 from qwen3next_train.accounting.hardware import Device
-from qwen3next_train.accounting.layout import FP32_BYTES, Layout
-from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, memory_per_gpu
-from qwen3next_train.config.schema import Config, ModelConfig, MomentsDtype, OptimizerConfig, RecomputePart
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
+from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
 from qwen3next_train.config.validate import MAX_BF16_BETA
+from qwen3next_train.planner.step_time import StepClock, StepTime
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
 """Recompute without large matrix products: cheaper than keeping the results."""
 USABLE_FRACTION = 0.95
 """Share of the device memory a plan may fill; the allocator loses the rest to fragmentation."""
-INTER_NODE_BYTES_PER_S = 50 * 10**9
-"""Network bandwidth per GPU between NVLink domains, one direction: 400 Gbit/s, the usual for these nodes."""
-HOST_BYTES_PER_S = 30 * 10**9
-"""Rate of one GPU's share of its host at copying to and from the GPU and updating weights: PCIe or memory."""
+MAX_FASTEST = 5
+"""Layouts that :func:`fastest_layouts` names."""
 
 _WHOLE_LAYERS: frozenset[RecomputePart] = frozenset(("layer",))
 _EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too small
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
-_ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+"""All of them."""
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What one GPU sends per optimizer step, in bytes, and the seconds that takes at full link speed.
+class TimedLayout:
+    """A layout that fits.
 
     Args:
-        all_to_all_bytes: expert dispatch and combine, forward, recompute and backward, one copy per token and rank.
-        all_to_all_s: at the link's rate within a domain, at the network's beyond, both at a time.
-        state_bytes: gradient reduction and weight gathering of ZeRO.
-        state_s: at the link's rate when the run is one domain, else at the network's.
-        host_s: of an offloaded optimizer: gradients down, update in host memory, weights up.
+        layout: the layout.
+        step: seconds of a step.
+        memory_bytes: bytes on one GPU.
     """
 
-    all_to_all_bytes: int
-    all_to_all_s: float
-    state_bytes: int
-    state_s: float
-    host_s: float
-
-    @property
-    def total_s(self) -> float:
-        """Seconds if nothing overlaps."""
-        return self.all_to_all_s + self.state_s + self.host_s
+    layout: Layout
+    step: StepTime
+    memory_bytes: int
 
 
 def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
@@ -62,7 +52,7 @@ def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
 
 
 def layouts_that_fit(
-    config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind], *, layers_again_s: float
+    config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind], clock: StepClock
 ) -> tuple[Layout, ...]:
     """A few layouts that fit, best first (:func:`_rank`).
 
@@ -74,7 +64,7 @@ def layouts_that_fit(
         layout: one that does not fit.
         device: what it should fit on.
         kinds: :func:`~qwen3next_train.accounting.memory.parameter_kinds` of the model.
-        layers_again_s: seconds of a step on these GPUs that recomputing whole layers would add.
+        clock: tells the time of their steps.
     """
     more_gpus = (replace(layout, world_size=layout.world_size * factor) for factor in (1, *_FACTORS))
     shorter = (
@@ -84,9 +74,8 @@ def layouts_that_fit(
     )
     found: list[Layout] = []
     for start in (*more_gpus, *shorter):
-        again_s = layers_again_s * layout.world_size / start.world_size
         fitting = [
-            (_rank(config, layout, candidate, device, kinds, again_s), index, candidate)
+            (_rank(config, layout, candidate, clock), index, candidate)
             for index, candidate in enumerate(_neighbours(config, start))
             if fits_device(memory_per_gpu(config.model, candidate, kinds=kinds), device)
         ]
@@ -101,6 +90,55 @@ def layouts_that_fit(
         if found and (layout.offload_optimizer or not found[0].offload_optimizer):
             return tuple(found)
     return tuple(found)
+
+
+def fastest_layouts(
+    config: Config,
+    layout: Layout,
+    device: Device,
+    kinds: Counter[ParameterKind],
+    clock: StepClock,
+    progress: Callable[[int, int], None],
+) -> tuple[TimedLayout, ...]:
+    """The fastest layouts on the same GPUs that fit, the fastest first.
+
+    They differ in what changes neither results nor what is stored: expert-parallel size, ZeRO stage, micro-batch,
+    micro-batches in flight and recompute. Of each expert-parallel size, stage and number in flight the best one
+    is named, and the best under stage 1 in any case.
+
+    Args:
+        config: the configuration; its global batch must divide.
+        layout: its layout.
+        device: what they should fit on.
+        kinds: as of :func:`layouts_that_fit`.
+        clock: tells the time of their steps.
+        progress: is told how many of how many layouts have been looked at.
+    """
+    no_parts: frozenset[RecomputePart] = frozenset()
+    candidates = [
+        near
+        for near in _same_states(config, layout, (no_parts, no_parts.union(CHEAP_PARTS), _WHOLE_LAYERS))
+        if not _is_uneven(config, near)
+    ]
+    timed = sorted(
+        ((clock.step(near), len(changed_fields(layout, near)), index) for index, near in enumerate(candidates)),
+        key=lambda found: (found[0].total_s, *found[1:]),
+    )
+    found: dict[tuple[int, int, int], TimedLayout] = {}
+    for num_done, (step, _, index) in enumerate(timed):
+        progress(num_done, len(timed))
+        near = candidates[index]
+        key = near.expert_parallel_size, near.zero_stage, near.micro_batches_in_flight
+        if key in found:
+            continue
+        memory = memory_per_gpu(config.model, near, kinds=kinds)
+        if fits_device(memory, device):
+            found[key] = TimedLayout(near, step, sum(memory.values()))
+    ranked = tuple(found.values())
+    of_stage_1 = tuple(each for each in ranked[MAX_FASTEST:] if each.layout.zero_stage == 1)
+    if of_stage_1 and not any(each.layout.zero_stage == 1 for each in ranked[:MAX_FASTEST]):
+        return (*ranked[: MAX_FASTEST - 1], of_stage_1[0])
+    return ranked[:MAX_FASTEST]
 
 
 def _distinct(layout: Layout, ranked: Sequence[Layout]) -> list[Layout]:
@@ -119,81 +157,46 @@ def changed_fields(old: Layout, new: Layout) -> set[tuple[str, object]]:
     return {(name, value) for name, value in after.items() if value != before[name]}
 
 
-def traffic_per_step(config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind]) -> Traffic:
-    """Bytes and seconds of plain collectives; nothing is assumed to overlap. Arguments as above."""
-    num_micro_batches = config.run.global_batch_size // (layout.world_size * layout.micro_batch_size)
-    all_to_all_bytes, all_to_all_s = _all_to_all(config.model, layout, device, num_micro_batches)
-    state_bytes, state_s = _state(kinds, layout, device, num_micro_batches)
-    # All that lies there is read and written once a step.
-    host_bytes = 2 * host_bytes_per_gpu(config.model, layout, kinds=kinds)
-    return Traffic(all_to_all_bytes, all_to_all_s, state_bytes, state_s, host_bytes / HOST_BYTES_PER_S)
-
-
-def _all_to_all(model: ModelConfig, layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
-    """Bytes of dispatch and combine in all passes; those for another domain go by the network, at the same time."""
-    size = layout.expert_parallel_size
-    passes = 3 if "layer" in layout.recompute else 2
-    crossings = 2 * passes * (model.num_hidden_layers + model.mtp_num_layers) * rows_sent_per_token(model, layout)
-    rows = int(crossings * layout.num_tokens * num_micro_batches)
-    sent = rows * model.hidden_size * layout.element_bytes // size
-    near = min(size, device.domain_size) - 1
-    far = size - 1 - near
-    return sent * (size - 1), max(sent * near / device.link_bytes_per_s, sent * far / _network_rate(device, 1))
-
-
-def _state(kinds: Counter[ParameterKind], layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
-    """ZeRO's bytes: stage 1 once a step, stage 2 its gradients and stage 3 everything every micro-batch."""
-    element_bytes = layout.element_bytes
-    # Gradients travel in fp32, all-reduced (twice the bytes of a reduce-scatter) under stages 1 and 2; weights are
-    # gathered once a step, under stage 3 for the forward and for the backward pass.
-    per_element = {
-        1: 2 * FP32_BYTES + element_bytes,
-        2: 2 * FP32_BYTES * num_micro_batches + element_bytes,
-        3: num_micro_batches * (2 * element_bytes + FP32_BYTES),
-    }[layout.zero_stage]
-    sent, seconds = 0, 0.0
-    for kind, count in kinds.items():
-        sets = layout.expert_parallel_size if kind.num_experts else 1
-        ranks = layout.world_size // sets
-        kind_bytes = per_element * (count * kind.numel // sets * (ranks - 1) // ranks)
-        # The members of a group within one domain reduce among themselves first and share their network links.
-        spans_domains = layout.world_size > device.domain_size
-        rate = _network_rate(device, max(1, device.domain_size // sets)) if spans_domains else device.link_bytes_per_s
-        sent, seconds = sent + kind_bytes, seconds + kind_bytes / rate
-    return sent, seconds
-
-
-def _network_rate(device: Device, num_links: int) -> int:
-    """Bytes per second between domains through the network links of ``num_links`` GPUs."""
-    return min(num_links * INTER_NODE_BYTES_PER_S, device.link_bytes_per_s)
-
-
 def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
-    """Layouts on as many GPUs, with any expert-parallel size and stage that work and no less done to save memory."""
+    """Layouts on as many GPUs, with no less done to save memory."""
+    more = sorted({layout.recompute, layout.recompute.union(CHEAP_PARTS), layout.recompute | _WHOLE_LAYERS}, key=len)
+    for near, moments_dtype, offload in product(
+        _same_states(config, layout, more),
+        _moments_dtypes(config.optimizer, layout.moments_dtype),
+        sorted({layout.offload_optimizer, True}),
+    ):
+        if offload and near.zero_stage == 3:
+            continue  # a combination that config.validate rejects
+        yield replace(near, moments_dtype=moments_dtype, offload_optimizer=offload)
+
+
+def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[RecomputePart]]) -> Iterator[Layout]:
+    """Layouts on as many GPUs, with any expert-parallel size, ZeRO stage and micro-batches that work."""
     common = math.gcd(layout.world_size, config.model.num_experts)
     rows = config.run.global_batch_size // layout.world_size
     sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
     micro_batch_sizes = (
         size for size in sorted(sizes) if rows * layout.world_size == config.run.global_batch_size and rows % size == 0
     )
-    for micro_batch_size, expert_parallel_size, zero_stage, recompute, moments_dtype, offload in product(
+    for micro_batch_size, expert_parallel_size, zero_stage, in_flight, parts in product(
         micro_batch_sizes,
         (size for size in range(1, common + 1) if common % size == 0),
-        _ZERO_STAGES,
-        sorted({layout.recompute, layout.recompute.union(CHEAP_PARTS), layout.recompute | _WHOLE_LAYERS}, key=len),
-        _moments_dtypes(config.optimizer, layout.moments_dtype),
-        sorted({layout.offload_optimizer, True}),
+        ZERO_STAGES,
+        (1, 2),
+        recompute,
     ):
-        if offload and zero_stage == 3:
-            continue  # a combination that config.validate rejects
+        # Without an exchange there is nothing to hide; config.validate rejects the other two.
+        if in_flight > 1 and (expert_parallel_size == 1 or zero_stage == 3 or rows // micro_batch_size < in_flight):
+            continue
+        if layout.offload_optimizer and zero_stage == 3:
+            continue
         yield replace(
             layout,
             expert_parallel_size=expert_parallel_size,
             zero_stage=zero_stage,
             micro_batch_size=micro_batch_size,
-            recompute=recompute,
-            moments_dtype=moments_dtype,
-            offload_optimizer=offload,
+            micro_batches_in_flight=in_flight,
+            recompute=parts,
         )
 
 
@@ -204,21 +207,15 @@ def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[M
     return [current, "bf16"]
 
 
-def _rank(
-    config: Config,
-    layout: Layout,
-    near: Layout,
-    device: Device,
-    kinds: Counter[ParameterKind],
-    layers_again_s: float,
-) -> tuple[bool, bool, bool, float, int]:
-    """Sort key: an even load first; no offload; moments as precise as asked for; then seconds that are spent on
-    sending and on computing again, where a tenth more or less does not count; then the number of changed settings.
+def _is_uneven(config: Config, layout: Layout) -> bool:
+    return config.model.num_experts // layout.expert_parallel_size < _EVEN_EXPERTS
+
+
+def _rank(config: Config, layout: Layout, near: Layout, clock: StepClock) -> tuple[bool, bool, bool, float, int]:
+    """Sort key: an even load first; no offload; moments as precise as asked for; then the time of a step, where a tenth
+    more or less does not count, for as much work on as many GPUs; then the number of changed settings.
     """
-    seconds = traffic_per_step(config, near, device, kinds).total_s
-    if "layer" in near.recompute:
-        seconds += layers_again_s
-    uneven = config.model.num_experts // near.expert_parallel_size < _EVEN_EXPERTS
-    tenths = round(math.log(max(seconds, 1e-9), 1.1))
+    tenths = round(math.log(clock.step(near).total_s, 1.1))
     rougher = near.moments_dtype != layout.moments_dtype
+    uneven = _is_uneven(config, near)
     return uneven, near.offload_optimizer, rougher, tenths, len(changed_fields(layout, near))

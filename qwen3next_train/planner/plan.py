@@ -6,7 +6,8 @@ Pure arithmetic over the configuration; no torch, no GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from qwen3next_train.accounting.hardware import Device, find_device
 from qwen3next_train.accounting.layout import Layout
@@ -20,13 +21,13 @@ from qwen3next_train.accounting.workload import Workload, workload_of
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
-from qwen3next_train.planner.layouts import Traffic, fits_device, layouts_that_fit, traffic_per_step
-from qwen3next_train.planner.recompute import RecomputeView, extra_work, recompute_views
+from qwen3next_train.planner.layouts import ZERO_STAGES, TimedLayout, fastest_layouts, fits_device, layouts_that_fit
+from qwen3next_train.planner.recompute import RecomputeView, recompute_views
+from qwen3next_train.planner.step_time import StepClock, StepTime
 from qwen3next_train.topology import RANKS_PER_NODE
 
-ASSUMED_MFU = 0.25
-"""MFU when none is stated, without whole layers done again; the best published figures for this model family on Hopper
-are 0.1 to 0.3."""
+TIME_ERROR = 0.1
+"""By how much predicted times were wrong at most where they were measured."""
 _SECONDS_PER_DAY = 86_400
 
 
@@ -38,9 +39,8 @@ class Plan:
         config: the planned configuration.
         layout: its layout over the GPUs.
         gpu: GPU as the user named it.
-        device: its row of the device table; None when unknown, and then ``fits``, times and traffic are None.
-        mfu: model FLOPs utilisation that the times assume.
-        mfu_is_assumed: nobody stated it.
+        device: its row of the device table; None when unknown, and then ``fits`` and times are None.
+        stated_mfu: model FLOPs utilisation that the times assume in place of :attr:`step`; None where none is stated.
         workload: size of the model and work of a step.
         num_steps: steps of the run.
         memory_by_part: bytes on one GPU.
@@ -49,15 +49,17 @@ class Plan:
         fits: whether the memory fits the device.
         recompute: what the same layout would take with more recompute, the mildest first.
         changes: layouts near this one that fit, best first; empty when this one fits or none does.
-        traffic: communication per step.
+        step: time of a step by the table of rates.
+        step_is_estimate: the device's rates were not measured but scaled.
+        fastest: the fastest layouts on the same GPUs that fit, the fastest first.
+        other_stages: seconds of a step of :attr:`recommended` under every other ZeRO stage, whether it fits or not.
     """
 
     config: Config
     layout: Layout
     gpu: str
     device: Device | None
-    mfu: float
-    mfu_is_assumed: bool
+    stated_mfu: float | None
     workload: Workload
     num_steps: int
     memory_by_part: dict[str, int]
@@ -66,7 +68,10 @@ class Plan:
     fits: bool | None
     recompute: tuple[RecomputeView, ...]
     changes: tuple[Layout, ...]
-    traffic: Traffic | None
+    step: StepTime | None
+    step_is_estimate: bool
+    fastest: tuple[TimedLayout, ...]
+    other_stages: dict[int, float]
 
     @property
     def memory_bytes(self) -> int:
@@ -74,28 +79,52 @@ class Plan:
         return sum(self.memory_by_part.values())
 
     @property
+    def recommended(self) -> TimedLayout | None:
+        """The layout to take; None when none fits."""
+        return recommended_of(self.fastest) if self.fastest else None
+
+    @property
     def step_time_s(self) -> float | None:
-        """Seconds per optimizer step at :attr:`mfu`; None when the device's peak is unknown."""
-        if self.device is None:
+        """Seconds per optimizer step, at the stated MFU if there is one; None when the device is unknown."""
+        if self.device is None or self.step is None:
             return None
-        peak = self.device.peak_flops(self.layout.precision)
-        return self.workload.flops_per_step / (self.layout.world_size * peak * self.mfu)
+        return self.step.total_s if self.stated_mfu is None else self._at_peak_s(self.device) / self.stated_mfu
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation of such a step; None when the device is unknown."""
+        if self.device is None or self.step_time_s is None:
+            return None
+        return self._at_peak_s(self.device) / self.step_time_s
+
+    def _at_peak_s(self, device: Device) -> float:
+        peak = self.layout.world_size * device.peak_flops(self.layout.precision)
+        return self.workload.flops_per_step / peak
 
     @property
     def days(self) -> float | None:
-        """Days for all steps; None when the device's peak is unknown."""
+        """Days for all steps; None when the device is unknown."""
         return None if self.step_time_s is None else self.num_steps * self.step_time_s / _SECONDS_PER_DAY
 
 
-def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens: float | None) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    gpus: int,
+    gpu: str,
+    mfu: float | None,
+    tokens: float | None,
+    progress: Callable[[int, int], None] = lambda num_done, num_all: None,
+) -> Plan:
     """Plan a run.
 
     Args:
         config: resolved configuration.
         gpus: number of GPUs, one process each.
         gpu: a name of :mod:`qwen3next_train.accounting.hardware` or a ``torch.cuda`` device name.
-        mfu: model FLOPs utilisation in (0, 1] for the times; None assumes :data:`ASSUMED_MFU`.
+        mfu: model FLOPs utilisation in (0, 1] for the times; None takes :mod:`qwen3next_train.planner.rates`.
         tokens: tokens to train on; None takes ``run.steps``.
+        progress: is told how many of how many layouts have been looked at.
 
     Raises:
         ConfigError: a number out of range, or a layout that training would reject.
@@ -106,20 +135,19 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)
+    clock = None if device is None else StepClock(config, device, kinds)
     fits = None if device is None else fits_device(memory, device)
     changes: tuple[Layout, ...] = ()
-    if device is not None and not fits:
-        layers_again = extra_work(frozenset(("layer",)), workload) * workload.flops_per_step
-        rate = gpus * device.peak_flops(layout.precision) * (ASSUMED_MFU if mfu is None else mfu)
-        changes = layouts_that_fit(config, layout, device, kinds, layers_again_s=layers_again / rate)
+    fastest: tuple[TimedLayout, ...] = ()
+    if device is not None and clock is not None:
+        fastest = fastest_layouts(config, layout, device, kinds, clock, progress)
+        changes = () if fits else layouts_that_fit(config, layout, device, kinds, clock)
     return Plan(
         config=config,
         layout=layout,
         gpu=gpu,
         device=device,
-        # Of model FLOPs: what is done again takes time and does not count.
-        mfu=ASSUMED_MFU / (1 + extra_work(layout.recompute, workload)) if mfu is None else mfu,
-        mfu_is_assumed=mfu is None,
+        stated_mfu=mfu,
         workload=workload,
         num_steps=config.run.steps if tokens is None else math.ceil(tokens / workload.num_tokens),
         memory_by_part=memory,
@@ -128,8 +156,29 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         fits=fits,
         recompute=recompute_views(config, layout, device, kinds, workload),
         changes=changes,
-        traffic=None if device is None else traffic_per_step(config, layout, device, kinds),
+        step=None if clock is None else clock.step(layout),
+        step_is_estimate=clock is not None and clock.rates.is_estimate,
+        fastest=fastest,
+        other_stages={} if clock is None or not fastest else _other_stages(recommended_of(fastest).layout, clock),
     )
+
+
+def recommended_of(fastest: Sequence[TimedLayout]) -> TimedLayout:
+    """The fastest under ZeRO-1 unless another stage is faster by more than the times may be wrong, else the fastest."""
+    of_stage_1 = (each for each in fastest if each.layout.zero_stage == 1)
+    best = next(of_stage_1, fastest[0])
+    return best if best.step.total_s <= (1 + TIME_ERROR) * fastest[0].step.total_s else fastest[0]
+
+
+def _other_stages(layout: Layout, clock: StepClock) -> dict[int, float]:
+    """Seconds of a step by ZeRO stage; stage 3 has one micro-batch in flight, and no offload."""
+    stages: dict[int, float] = {}
+    for stage in ZERO_STAGES:
+        in_flight = 1 if stage == 3 else layout.micro_batches_in_flight
+        if stage != layout.zero_stage and not (stage == 3 and layout.offload_optimizer):
+            other = replace(layout, zero_stage=stage, micro_batches_in_flight=in_flight)
+            stages[stage] = clock.step(other).total_s
+    return stages
 
 
 def _check_inputs(config: Config, *, gpus: int, mfu: float | None, tokens: float | None) -> None:

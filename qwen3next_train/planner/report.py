@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Collection
 from typing import Any, get_args
 
@@ -12,7 +14,8 @@ from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.data.summary import planned_uses, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
-from qwen3next_train.planner.plan import Plan, make_plan
+from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout
+from qwen3next_train.planner.plan import TIME_ERROR, Plan, make_plan
 from qwen3next_train.planner.recompute import RecomputeView
 
 NO_GPU = "cpu"
@@ -22,6 +25,7 @@ RECOMPUTE_PARTS: tuple[RecomputePart, ...] = get_args(RecomputePart)
 
 _LABEL_WIDTH = 13
 _LINE_WIDTH = 118
+_PROGRESS_S = 1.0
 
 
 def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens: float | None, as_json: bool) -> int:
@@ -44,7 +48,9 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
     if gpu != NO_GPU and find_device(gpu) is None:
         known = ", ".join(device.name for device in DEVICES)
         raise ConfigError(f"plan: --gpu: unknown GPU {gpu!r}; choose one of {known}, or {NO_GPU} for no device")
-    plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens)
+    progress = _Progress()
+    plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens, progress=progress.show)
+    progress.close()
     uses = planned_uses(config.model_copy(update={"run": config.run.model_copy(update={"steps": plan.num_steps})}))
     if as_json:
         print(json.dumps(plan_as_json(plan) | {"data": uses_as_json(uses)}, indent=2))
@@ -52,6 +58,29 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
         lines = use_lines(uses) + [f"WARNING {line}" for line in warn_of_epochs(uses)] if uses else ["no source named"]
         print("\n".join([format_plan(plan), *(row for line in lines for row in _row("data", line))]))
     return ExitCode.FINISHED
+
+
+class _Progress:
+    """How many layouts have been looked at, on a line of a terminal's stderr once a second has passed."""
+
+    def __init__(self) -> None:
+        self._shown_at = time.monotonic()
+        self._width = 0
+
+    def show(self, num_done: int, num_all: int) -> None:
+        """Called for every layout."""
+        now = time.monotonic()
+        if now - self._shown_at >= _PROGRESS_S and sys.stderr.isatty():
+            line = f"plan: looked at {num_done:,} of {num_all:,} layouts"
+            sys.stderr.write("\r" + line)
+            sys.stderr.flush()
+            self._shown_at, self._width = now, len(line)
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -68,7 +97,23 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         },
         "checkpoint_bytes": plan.checkpoint_bytes,
         "step_time_s": plan.step_time_s,
+        "step_time_by_part": None if plan.step is None else plan.step.by_part(),
         "days": plan.days,
+        "fastest": [_fastest_as_json(plan, each) for each in plan.fastest],
+    }
+
+
+def _fastest_as_json(plan: Plan, timed: TimedLayout) -> dict[str, Any]:
+    layout = timed.layout
+    return {
+        "expert_parallel_size": layout.expert_parallel_size,
+        "zero_stage": layout.zero_stage,
+        "micro_batch_size": layout.micro_batch_size,
+        "micro_batches_in_flight": layout.micro_batches_in_flight,
+        "recompute": [part for part in RECOMPUTE_PARTS if part in layout.recompute],
+        "step_time_s": timed.step.total_s,
+        "flops_per_gpu": plan.workload.flops_per_step / (layout.world_size * timed.step.total_s),
+        "memory_bytes": timed.memory_bytes,
     }
 
 
@@ -90,7 +135,8 @@ def format_plan(plan: Plan) -> str:
         *(_row("host/GPU", _host_line(plan)) if plan.host_bytes else ()),
         *_row("recompute", _recompute_line(plan)),
         *_row("time", _time_line(plan)),
-        *_row("traffic", _traffic_line(plan)),
+        *(_row("step time", _step_parts(plan)) if plan.step is not None else ()),
+        *_fastest_lines(plan),
         *_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"),
     ]
     if plan.fits is False:
@@ -168,38 +214,69 @@ def _activations(memory_by_part: dict[str, int]) -> int:
 
 
 def _time_line(plan: Plan) -> str:
-    if plan.step_time_s is None or plan.days is None:
+    if plan.step_time_s is None or plan.days is None or plan.mfu is None:
         return "unknown without a known device"
     tokens = _tokens(plan.num_steps * plan.workload.num_tokens)
-    mfu = f"{plan.mfu:.1%} MFU{' (assumed)' if plan.mfu_is_assumed else ''}"
+    rate = _tflops(plan, plan.step_time_s)
+    basis = "at the stated MFU" if plan.stated_mfu is not None else "by the table of rates"
+    if plan.stated_mfu is None and plan.step_is_estimate:
+        basis = "an estimate: rates of the h100, scaled"
+    if plan.stated_mfu is None and plan.device is not None and plan.layout.world_size > plan.device.domain_size:
+        basis += "; those between nodes are not measured"
     return (
-        f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days at {mfu} on {plan.layout.world_size} {plan.gpu}, "
-        f"{plan.step_time_s:.3g} s a step, {_tokens(plan.workload.num_tokens / plan.step_time_s)}/s"
+        f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days on {plan.layout.world_size} {plan.gpu}, "
+        f"{plan.step_time_s:.3g} s a step, {_tokens(plan.workload.num_tokens / plan.step_time_s)}/s · "
+        f"{rate:.0f} TFLOP/s a GPU, {plan.mfu:.1%} MFU, {basis}"
     )
 
 
-def _traffic_line(plan: Plan) -> str:
-    traffic = plan.traffic
-    if traffic is None or plan.device is None or plan.step_time_s is None:
-        return "unknown without a known device"
-    across = plan.layout.expert_parallel_size > plan.device.domain_size
-    where = f" across domains of {plan.device.domain_size}" if across else ""
-    share = traffic.total_s / plan.step_time_s
-    host = f"optimizer in host memory {traffic.host_s:.3g} s · " if traffic.host_s else ""
-    text = (
-        f"expert all-to-all {_bytes(traffic.all_to_all_bytes)}{where} {traffic.all_to_all_s:.3g} s · "
-        f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · {host}"
-        f"together {share:.0%} of the step if nothing overlaps"
+def _tflops(plan: Plan, step_s: float) -> float:
+    """Model TFLOP/s of a GPU."""
+    return plan.workload.flops_per_step / (plan.layout.world_size * step_s) / 1e12
+
+
+def _step_parts(plan: Plan) -> str:
+    assert plan.step is not None
+    parts = [f"{part} {seconds:.3g} s" for part, seconds in plan.step.by_part().items() if seconds]
+    return " · ".join([*parts, f"in all {plan.step.total_s:.3g} s"])
+
+
+def _fastest_lines(plan: Plan) -> list[str]:
+    """The fastest layouts that fit, and what other ZeRO stages would take."""
+    if plan.device is None:
+        return []
+    if plan.recommended is None:
+        offload = "with" if plan.layout.offload_optimizer else "without"
+        return _row("fastest", f"no layout fits {plan.layout.world_size} {plan.gpu} {offload} an offloaded optimizer")
+    lines = [f"EP  ZeRO  micro-batch  in flight    s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
+    for each in plan.fastest:
+        layout = each.layout
+        lines.append(
+            f"{layout.expert_parallel_size:>2}{layout.zero_stage:>6}{layout.micro_batch_size:>13}"
+            f"{layout.micro_batches_in_flight:>11}{each.step.total_s:>12.3g}"
+            f"{_tflops(plan, each.step.total_s):>15.0f}{each.memory_bytes / 1e9:>8.1f}  {_parts_list(layout.recompute)}"
+        )
+    rows = [
+        f"{label:<{_LABEL_WIDTH}}{line}" for label, line in zip(["fastest", *[""] * MAX_FASTEST], lines, strict=False)
+    ]
+    if any(each.layout.micro_batches_in_flight > 1 for each in plan.fastest):
+        rows += _row("", "what two micro-batches in flight hide is expected, not measured")
+    return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
+
+
+def _stages_line(plan: Plan, best: TimedLayout) -> str:
+    """Which stage to take, and what the others would take instead."""
+    stage = best.layout.zero_stage
+    others = ", ".join(
+        f"stage {other} {abs(seconds / best.step.total_s - 1):.0%} {'more' if seconds > best.step.total_s else 'less'}"
+        for other, seconds in plan.other_stages.items()
     )
-    longest_s = max(traffic.all_to_all_s, traffic.state_s)
-    if longest_s > plan.step_time_s:
-        text += f" · even if all of it overlaps, at most {plan.mfu * plan.step_time_s / longest_s:.1%} MFU"
-        if longest_s == traffic.state_s:
-            key = "run.global_batch_size" if plan.layout.zero_stage == 1 else "run.micro_batch_size"
-            text += f": a larger {key} sends as much for more tokens"
-    elif share > 1 - plan.mfu:
-        text += " · the stated MFU needs overlap or a layout with less traffic"
-    return text
+    has_stage_1 = any(each.layout.zero_stage == 1 for each in plan.fastest)
+    verdict = "stage 1 fits" if stage == 1 else f"stage 1 {'is slower' if has_stage_1 else 'does not fit'}"
+    if best is not plan.fastest[0]:
+        verdict += f" and is within {TIME_ERROR:.0%} of the fastest, the error of these times"
+    where = f"take stage {stage} with EP {best.layout.expert_parallel_size}: {best.step.total_s:.3g} s a step"
+    return f"{verdict} · {where} · the same layout would take under {others}"
 
 
 def _change_lines(plan: Plan) -> list[str]:
@@ -222,6 +299,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
         ("parallel.zero_stage", old.zero_stage, new.zero_stage),
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),
+        ("parallel.micro_batches_in_flight", old.micro_batches_in_flight, new.micro_batches_in_flight),
         ("parallel.recompute", _parts_list(old.recompute), _parts_list(new.recompute)),
         ("optimizer.moments_dtype", old.moments_dtype, new.moments_dtype),
         ("parallel.offload_optimizer", "none", "cpu" if new.offload_optimizer != old.offload_optimizer else "none"),

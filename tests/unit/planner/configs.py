@@ -19,6 +19,7 @@ def config_80b(
     sequence_length: int = 4096,
     steps: int = 1000,
     recompute: Iterable[RecomputePart] = (),
+    micro_batches_in_flight: int = 1,
 ) -> Config:
     """The 80B under one layout."""
     return Config(
@@ -26,12 +27,15 @@ def config_80b(
         run=RunConfig(steps=steps, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
         data=DataConfig(sequence_length=sequence_length),
         parallel=ParallelConfig(
-            expert_parallel_size=expert_parallel_size, zero_stage=zero_stage, recompute=list(recompute)
+            expert_parallel_size=expert_parallel_size,
+            zero_stage=zero_stage,
+            recompute=list(recompute),
+            micro_batches_in_flight=2 if micro_batches_in_flight == 2 else 1,
         ),
     )
 
 
-def config_of(layout: Layout) -> Config:
+def config_of(layout: Layout, *, global_batch_size: int = 256) -> Config:
     """The 80B as ``layout`` has it."""
     config = config_80b(
         expert_parallel_size=layout.expert_parallel_size,
@@ -39,6 +43,8 @@ def config_of(layout: Layout) -> Config:
         micro_batch_size=layout.micro_batch_size,
         sequence_length=layout.sequence_length,
         recompute=layout.recompute,
+        micro_batches_in_flight=layout.micro_batches_in_flight,
+        global_batch_size=global_batch_size,
     )
     offload = config.parallel.model_copy(update={"offload_optimizer": "cpu" if layout.offload_optimizer else "none"})
     return config.model_copy(

@@ -23,9 +23,24 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "with_recompute"},
         "checkpoint_bytes": None,
         "step_time_s": None,
+        "step_time_by_part": {"model", "recompute", "exchange", "gradients", "reduction", "update", "host", "idle"},
         "days": None,
+        "fastest": None,
         "data": None,
     }
+    assert len(report["fastest"]) == 5
+    for layout in report["fastest"]:
+        assert layout.keys() == {
+            "expert_parallel_size",
+            "zero_stage",
+            "micro_batch_size",
+            "micro_batches_in_flight",
+            "recompute",
+            "step_time_s",
+            "flops_per_gpu",
+            "memory_bytes",
+        }
+        assert layout["step_time_s"] * layout["flops_per_gpu"] * 64 == pytest.approx(report["flops"]["per_step"])
     (source,) = report["data"]
     assert source.keys() == {"source", "share", "tokens", "epochs"}
     assert source["epochs"] == 953_675 * 256 * 4096 / source["tokens"]
@@ -51,7 +66,9 @@ def test_json_without_a_device_has_nulls(capsys: pytest.CaptureFixture[str]) -> 
     assert report["memory_per_gpu"]["fits"] is None
     assert all(view["fits"] is None for view in report["memory_per_gpu"]["with_recompute"])
     assert report["step_time_s"] is None
+    assert report["step_time_by_part"] is None
     assert report["days"] is None
+    assert report["fastest"] == []
 
 
 def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +79,10 @@ def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert "25.44 GFLOP at sequence length 4096 (Megatron-LM counts 25.08 GFLOP)" in out
     assert "256 x 4096 = 1.05 M tokens = 26.67 PFLOP; per GPU 4 x 1 rows" in out
     assert "953,675 steps" in out
-    assert "25.0% MFU (assumed) on 64 h100" in out
+    assert "% MFU, by the table of rates" in out
+    assert "\nstep time    model " in out
+    assert "\nfastest      EP  ZeRO  micro-batch  in flight" in out
+    assert "\nZeRO         stage 1 fits · take stage 1 with EP " in out
     assert "975.90 GB" in out
     assert "\ndata         WARNING builtin:python-stdlib: " in out
     assert max(map(len, out.splitlines())) <= 132
@@ -102,10 +122,42 @@ def test_advice_is_settings_as_they_are_written() -> None:
     )
 
 
-def test_traffic_longer_than_the_step_bounds_the_mfu() -> None:
-    """One row a GPU and step: sending the gradients takes five times as long as the assumed MFU leaves."""
-    text = format_plan(make_plan(config_80b(), gpus=256, gpu="h100", mfu=0.25, tokens=None))
-    assert "at most 5.3% MFU: a larger run.global_batch_size sends as much for more tokens" in text
+def test_the_source_of_the_time_is_said() -> None:
+    """Measured, scaled or stated."""
+    for gpu, mfu, basis in (
+        ("h200", None, "% MFU, by the table of rates"),
+        ("b200", None, "% MFU, an estimate: rates of the h100, scaled"),
+        ("b200", 0.2, "450 TFLOP/s a GPU, 20.0% MFU, at the stated MFU"),
+    ):
+        assert basis in format_plan(make_plan(config_80b(), gpus=64, gpu=gpu, mfu=mfu, tokens=None))
+
+
+def test_what_is_not_measured_is_said() -> None:
+    """Rates between nodes where there are several; two in flight where the table has them."""
+    between, in_flight = "; those between nodes are not measured", "what two micro-batches in flight hide is expected"
+    for gpus, rows, gpu, expected in ((64, 1, "h200", (True, False)), (64, 4, "h200", (True, True))):
+        config = config_80b(global_batch_size=gpus * rows)
+        text = format_plan(make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None))
+        assert (between in text, in_flight in text) == expected
+    one_node = make_plan(config_80b(), gpus=8, gpu="h200", mfu=None, tokens=None)
+    assert between not in format_plan(one_node)
+    stated = make_plan(config_80b(), gpus=64, gpu="h200", mfu=0.3, tokens=None)
+    assert between not in format_plan(stated)
+
+
+def test_layouts_that_only_fit_offloaded_are_not_called_fast() -> None:
+    """8 H100 hold the 80B with its optimizer in host memory only."""
+    text = format_plan(make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None))
+    assert "\nfastest      no layout fits 8 h100 without an offloaded optimizer" in text
+
+
+def test_other_stages_are_compared_in_the_same_layout() -> None:
+    """By how much, in words, from the times of the plan."""
+    plan = make_plan(config_80b(global_batch_size=1024), gpus=64, gpu="h200", mfu=None, tokens=None)
+    assert plan.recommended is not None
+    best = plan.recommended.step.total_s
+    costs = [f"stage {stage} {seconds / best - 1:.0%} more" for stage, seconds in plan.other_stages.items()]
+    assert f"the same layout would take under {costs[0]}, {costs[1]}" in format_plan(plan)
 
 
 def test_table_of_a_layout_that_fits() -> None:
@@ -113,7 +165,8 @@ def test_table_of_a_layout_that_fits() -> None:
     plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="b200", mfu=0.3, tokens=None)
     text = format_plan(plan)
     assert ": fits" in text
-    assert "change" not in text
+    assert "\nchange" not in text
+    assert "\ntoo large" not in text
 
 
 def test_hopeless_layout_is_said_to_be_one() -> None:

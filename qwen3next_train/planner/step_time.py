@@ -1,0 +1,231 @@
+"""How long an optimizer step takes on a rank, for any layout, from the table of rates.
+
+A step of ZeRO-1 is its micro-batches' forward and backward passes, the part of the exchange of tokens that nothing
+hides, and the update. Gradients are reduced to their owners during the last backward pass and weights gathered during
+the next forward pass (``engine.gradient_buckets``): what does not fit behind them lies open, what does makes their
+products slower. Under DeepSpeed's own stages 2 and 3 nothing is hidden.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from qwen3next_train.accounting.activations import rows_sent_per_token, saved_tensors
+from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES, count_mixers, forward_flops
+from qwen3next_train.accounting.hardware import Device
+from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
+from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu
+from qwen3next_train.config.schema import Config, RecomputePart
+from qwen3next_train.planner.rates import Rates, rates_of
+
+_NOT_PRODUCTS = frozenset({"attention_scores", "mtp_attention_scores", "gdn_conv", "gdn_delta_rule"})
+"""Parts whose time is not that of their FLOPs at the rate of matrix products."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on one rank, by part; they follow one another and add up to the step.
+
+    Args:
+        model_s: forward and backward passes.
+        recompute_s: what they compute again.
+        exchange_s: tokens to experts and back as far as nothing hides it, the host's waits, work on tokens of other
+            ranks, and what products lose to what is hidden.
+        gradients_s: adding them up.
+        reduction_s: reducing gradients and gathering weights as far as nothing hides it, and what products lose.
+        update_s: norm and AdamW.
+        host_s: of an offloaded optimizer: gradients down, update in host memory, weights up.
+        idle_s: the device waits for launches.
+    """
+
+    model_s: float
+    recompute_s: float
+    exchange_s: float
+    gradients_s: float
+    reduction_s: float
+    update_s: float
+    host_s: float
+    idle_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the step."""
+        return sum(self.by_part().values())
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds by part, without the unit at the end of their names."""
+        return {each.name.removesuffix("_s"): getattr(self, each.name) for each in fields(self)}
+
+
+class StepClock:
+    """Times of steps of one configuration on one kind of device.
+
+    Args:
+        config: its model, global batch and sequence length.
+        device: what it runs on.
+        kinds: :func:`~qwen3next_train.accounting.memory.parameter_kinds` of the model.
+        rates: other ones than the device's.
+    """
+
+    def __init__(
+        self, config: Config, device: Device, kinds: Counter[ParameterKind], *, rates: Rates | None = None
+    ) -> None:
+        self.rates = rates_of(device, config.run.precision) if rates is None else rates
+        self._config = config
+        self._device = device
+        self._kinds = kinds
+        gdn, attention = count_mixers(config.model)
+        depths = config.model.mtp_num_layers
+        self._num_layers = config.model.num_hidden_layers + depths
+        of_kind = {"gdn": gdn, "attention": attention + depths, "moe": self._num_layers, "other": 1}
+        self._kept_bytes = sum(
+            of_kind[kind] * sum(tensor.bytes_per_token for tensor in tensors if not tensor.only_as_source)
+            for kind, tensors in saved_tensors(config.model, config.run.precision).items()
+        )
+
+    def step(self, layout: Layout) -> StepTime:
+        """One step under a layout whose micro-batches make up the global batch."""
+        rates = self.rates
+        micro_batches = self._config.run.global_batch_size // (layout.world_size * layout.micro_batch_size)
+        layers_s, head_s = self._micro_batch(layout)
+        again = sum(_recompute_share(rates, part) for part in layout.recompute)
+        passes_s = layers_s * (1 + again) + head_s
+        exchange_s = self._exchange(layout, micro_batches, layers_s * (1 + again) * micro_batches)
+        gradients_s, update_s = self._gradients(layout, micro_batches)
+        host_bytes = 2 * host_bytes_per_gpu(self._config.model, layout, kinds=self._kinds)
+        return StepTime(
+            model_s=micro_batches * (layers_s + head_s),
+            recompute_s=micro_batches * layers_s * again,
+            exchange_s=exchange_s,
+            gradients_s=gradients_s,
+            reduction_s=self._reduction(layout, micro_batches, passes_s),
+            update_s=update_s,
+            # All that lies there is read and written once a step.
+            host_s=host_bytes / rates.host_bytes_per_s,
+            idle_s=micro_batches * passes_s * rates.idle_fraction + rates.idle_step_s,
+        )
+
+    def _micro_batch(self, layout: Layout) -> tuple[float, float]:
+        """Seconds of layers, and of head and loss, without recompute."""
+        model, rates, tokens = self._config.model, self.rates, layout.num_tokens
+        squared = tokens * layout.sequence_length
+        forward = forward_flops(model, num_tokens=tokens, sum_squared_lengths=squared)
+        products = {part: TRAINING_PASSES * flops for part, flops in forward.items() if part not in _NOT_PRODUCTS}
+        outside = sum(products[part] for part in PARTS_OUTSIDE_LAYERS)
+        scores = TRAINING_PASSES * (forward["attention_scores"] + forward["mtp_attention_scores"])
+        logits = tokens * model.vocab_size * (1 + model.mtp_num_layers)
+        experts = sum(count * kind.numel for kind, count in self._kinds.items() if kind.num_experts)
+        layers_s = (
+            (sum(products.values()) - outside) / rates.products_flops
+            + scores / rates.attention_flops
+            + tokens * self._kept_bytes / rates.kept_bytes_per_s
+            + experts / layout.expert_parallel_size / rates.expert_weights_per_s
+        )
+        return layers_s, outside / rates.products_flops + logits / rates.logits_per_s
+
+    def _exchange(self, layout: Layout, micro_batches: int, layers_s: float) -> float:
+        """Seconds that the exchange adds to a step whose layers take ``layers_s``."""
+        size, rates = layout.expert_parallel_size, self.rates
+        if size == 1:
+            return 0.0
+        passes = 3 if "layer" in layout.recompute else 2
+        crossings = 2 * passes * self._num_layers * micro_batches
+        to_rank = layout.num_tokens * rows_sent_per_token(self._config.model, layout) / size
+        to_rank *= self._config.model.hidden_size * layout.element_bytes
+        near = min(size, self._device.domain_size) - 1
+        far = size - 1 - near
+        dense = layout.exchanges_densely
+        to_peer, to_all = (
+            (rates.dense_peer_bytes_per_s, rates.dense_bytes_per_s)
+            if dense
+            else (rates.exact_peer_bytes_per_s, rates.exact_bytes_per_s)
+        )
+        # Both ways at a time.
+        near_s = max(to_rank / to_peer, to_rank * near / to_all)
+        seconds = crossings * max(near_s, to_rank * far / self._network_rate(1))
+        alone = rates.dense_exposed if dense else rates.exact_exposed
+        paired = (micro_batches - micro_batches % 2) / micro_batches if layout.micro_batches_in_flight > 1 else 0.0
+        exposed = seconds * (paired * rates.exposed_in_flight + (1 - paired) * alone)
+        exposed = max(exposed, seconds - layers_s)
+        sent = crossings * to_rank * (near + far)
+        slower_s = sent * (1 - exposed / seconds) / rates.beside_bytes_per_s
+        # Of the crossings of a forward and a backward pass, half bring tokens and half what became of them.
+        work_s = sent / (2 * passes) / rates.received_bytes_per_s
+        waits_s = 0.0 if dense else (passes - 1) * self._num_layers * micro_batches * rates.exact_wait_s
+        return exposed + slower_s + work_s + waits_s
+
+    def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
+        """Seconds of summing gradients, and of the update."""
+        rates, local, owned = self.rates, 0.0, 0.0
+        dense = 0
+        for kind, count in self._kinds.items():
+            sets = layout.expert_parallel_size if kind.num_experts else 1
+            held = count * kind.numel / sets
+            local, owned = local + held, owned + held * sets / layout.world_size
+            dense += 0 if kind.num_experts else count * kind.numel
+        if layout.sums_in_buckets:
+            update_s = owned / rates.norm_per_s + owned / rates.adamw_per_s
+            return micro_batches * dense / rates.summed_per_s, update_s
+        per_parameter = rates.deepspeed_bytes + (rates.stage3_bytes if layout.zero_stage == 3 else 0)
+        summing = micro_batches * local * per_parameter / rates.memory_bytes_per_s
+        return (
+            summing,
+            0.0 if layout.offload_optimizer else owned * rates.deepspeed_step_bytes / rates.memory_bytes_per_s,
+        )
+
+    def _reduction(self, layout: Layout, micro_batches: int, passes_s: float) -> float:
+        """Seconds that reducing gradients and gathering weights add."""
+        weights = layout.element_bytes
+        if layout.sums_in_buckets:
+            reduced_s, reduced = self._state(layout, max(bytes_of(layout.gradient_dtype), weights))
+            gathered_s, gathered = self._state(layout, weights)
+            # A backward pass is two thirds of a micro-batch, or of all that are in flight.
+            first = min(layout.micro_batches_in_flight, micro_batches)
+            last = first if micro_batches % layout.micro_batches_in_flight == 0 else 1
+            return self._open(reduced_s, reduced, last * passes_s * 2 / 3) + self._open(
+                gathered_s, gathered, first * passes_s / 3
+            )
+        # DeepSpeed all-reduces under stages 1 and 2, and gathers twice a micro-batch under stage 3.
+        per_element = {
+            1: 2 * FP32_BYTES + weights,
+            2: 2 * FP32_BYTES * micro_batches + weights,
+            3: micro_batches * (2 * weights + FP32_BYTES),
+        }[layout.zero_stage]
+        return self._state(layout, per_element)[0]
+
+    def _open(self, seconds: float, sent: float, window_s: float) -> float:
+        """What is seen of a transfer behind passes of ``window_s``."""
+        if not seconds:
+            return 0.0
+        exposed = max(seconds * (1 - self.rates.reduction_hidden), seconds - window_s)
+        return exposed + sent * (1 - exposed / seconds) / self.rates.beside_bytes_per_s
+
+    def _state(self, layout: Layout, bytes_per_element: int) -> tuple[float, float]:
+        """Seconds, and bytes that a rank sends, to move every element once between the ranks that share it."""
+        sent, seconds = 0.0, 0.0
+        for kind, count in self._kinds.items():
+            sets = layout.expert_parallel_size if kind.num_experts else 1
+            ranks = layout.world_size // sets
+            of_kind = bytes_per_element * count * kind.numel / sets * (ranks - 1) / ranks
+            # The members of a group within one domain reduce among themselves first and share their network links.
+            spans_domains = layout.world_size > self._device.domain_size
+            links = max(1, self._device.domain_size // sets)
+            rate = self._network_rate(links) if spans_domains else self.rates.state_bytes_per_s
+            sent, seconds = sent + of_kind, seconds + of_kind / rate
+        return seconds, sent
+
+    def _network_rate(self, num_links: int) -> float:
+        """Bytes per second between domains through the network links of ``num_links`` GPUs."""
+        return min(num_links * self.rates.network_bytes_per_s, self.rates.state_bytes_per_s)
+
+
+def _recompute_share(rates: Rates, part: RecomputePart) -> float:
+    """Of the layers' time."""
+    shares: dict[RecomputePart, float] = {
+        "norms": rates.recompute_norms,
+        "activations": rates.recompute_activations,
+        "gdn_prologue": rates.recompute_gdn_prologue,
+        "layer": rates.recompute_layer,
+    }
+    return shares[part]

@@ -1,0 +1,209 @@
+"""Predicted times of steps against measured ones, and the parts of a step by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qwen3next_train.accounting.activations import ranks_per_token
+from qwen3next_train.accounting.hardware import Device, find_device
+from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import parameter_kinds
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import find_config
+from qwen3next_train.config.schema import Config
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.planner.plan import TIME_ERROR
+from qwen3next_train.planner.rates import rates_of
+from qwen3next_train.planner.step_time import StepClock, StepTime
+from tests.unit.accounting.shapes import QWEN3_NEXT_80B
+from tests.unit.planner.configs import config_80b
+
+ROWS = 4
+"""Of a micro-batch in all rows of the records."""
+
+
+def device(name: str) -> Device:
+    found = find_device(name)
+    assert found is not None
+    return found
+
+
+def bench(shape: str, **overrides: object) -> Config:
+    return load_config(
+        [find_config(f"bench_{shape}.yaml")], [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
+    ).config
+
+
+def clock(config: Config, gpu: str = "h100", **rates: float) -> StepClock:
+    kinds = parameter_kinds(config.model)
+    return StepClock(config, device(gpu), kinds, rates=replace(rates_of(device(gpu), config.run.precision), **rates))
+
+
+def step_80b(gpus: int, gpu: str = "h100", *, config: Config | None = None, **rates: float) -> StepTime:
+    config = config_80b() if config is None else config
+    return clock(config, gpu, **rates).step(Layout.of(config, gpus))
+
+
+# GPUs, expert-parallel size, micro-batches, exchange, ZeRO stage; milliseconds a step.
+MEASURED = [
+    # docs/benchmarks/whole-steps.md, column C.
+    (1, 1, 1, "exact", 1, 154.7),
+    (1, 1, 4, "exact", 1, 545.3),
+    (4, 4, 1, "exact", 1, 173.3),
+    (4, 4, 1, "dense", 1, 167.9),
+    # The same, measured again on the same day on another machine.
+    (1, 1, 4, "exact", 1, 542.1),
+    (1, 1, 4, "exact", 1, 537.3),
+    (4, 4, 4, "dense", 1, 610.5),
+    (4, 2, 4, "dense", 1, 624.4),
+    # Stages 2 and 3, whose path is DeepSpeed's, on the machine whose stage 1 took 730 ms before the buckets.
+    (4, 4, 4, "exact", 2, 793.0),
+    (4, 4, 4, "exact", 3, 1022.0),
+]
+SYNCHRONIZED = [(4, 4, 1, 185.4), (4, 4, 4, 641.9), (4, 2, 1, 213.5), (4, 2, 4, 671.0)]
+"""Column B: every step was waited for, and buckets were not yet reduced in the order in which they fill."""
+HIDDEN_IN_B = 0.3
+"""Of reduction and gathering of EP 2 x DP 2 there: of 99 and 108 ms of NCCL 71 and 74 were exposed."""
+
+
+def slice4(gpus: int, expert_parallel_size: int, micro_batches: int, exchange: str, zero_stage: int) -> Config:
+    return bench(
+        "slice4_e512",
+        model__num_experts=128 if gpus == 1 else 512,
+        parallel__expert_parallel_size=expert_parallel_size,
+        parallel__zero_stage=zero_stage,
+        parallel__token_exchange=exchange,
+        run__global_batch_size=ROWS * micro_batches * gpus,
+    )
+
+
+@pytest.mark.parametrize(("gpus", "size", "micro_batches", "exchange", "stage", "ms"), MEASURED)
+def test_measured_steps(gpus: int, size: int, micro_batches: int, exchange: str, stage: int, ms: float) -> None:
+    """Under ZeRO-1 within 4 % of what was measured, under all stages within what ``plan`` takes for its error."""
+    config = slice4(gpus, size, micro_batches, exchange, stage)
+    predicted = 1e3 * clock(config).step(Layout.of(config, gpus, ranks_per_node=gpus)).total_s
+    assert predicted == pytest.approx(ms, rel=0.04 if stage == 1 else TIME_ERROR)
+
+
+@pytest.mark.parametrize(("gpus", "size", "micro_batches", "ms"), SYNCHRONIZED)
+def test_measured_steps_before_the_order_of_buckets(gpus: int, size: int, micro_batches: int, ms: float) -> None:
+    """With as much hidden as there was at the time, within 5 %."""
+    config = slice4(gpus, size, micro_batches, "exact", 1)
+    timed = clock(config, reduction_hidden=HIDDEN_IN_B).step(Layout.of(config, gpus, ranks_per_node=gpus))
+    assert 1e3 * timed.total_s == pytest.approx(ms, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "recompute", "ms"),
+    [
+        ("h100", "[]", 260.3),
+        ("h200", "[]", 243.2),
+        ("h200", "[norms]", 246.9),
+        ("h200", "[norms,activations,gdn_prologue]", 253.1),
+        ("h200", "[layer]", 307.9),
+    ],
+)
+def test_measured_micro_batches_of_three_times_the_layers(gpu: str, recompute: str, ms: float) -> None:
+    """docs/benchmarks, FLA. No rate of an H100 is from this shape; of an H200 those of memory are."""
+    config = bench("ep8_proxy", run__global_batch_size=ROWS, parallel__recompute=recompute)
+    step = clock(config, gpu).step(Layout.of(config, 1))
+    assert 1e3 * (step.model_s + step.recompute_s) == pytest.approx(ms, rel=0.03)
+
+
+def test_parts_add_up() -> None:
+    """One rank sends nothing and has no host optimizer; the names are those of the JSON object."""
+    config = slice4(1, 1, 4, "exact", 1)
+    step = clock(config).step(Layout.of(config, 1))
+    assert step.exchange_s == step.reduction_s == step.host_s == step.recompute_s == 0
+    assert step.total_s == pytest.approx(step.model_s + step.gradients_s + step.update_s + step.idle_s)
+    assert step.by_part()["model"] == step.model_s
+
+
+def test_exchange_by_hand() -> None:
+    """4 crossings x 49 layers x 4 micro-batches of 5.9 / 8 of a rank's tokens to each of seven peers."""
+    rates = rates_of(device("h100"), "bf16")
+    to_peer = ranks_per_token(QWEN3_NEXT_80B, 8) / 8 * 4096 * 4096
+    crossings = 4 * 49 * 4
+    seconds = crossings * 7 * to_peer / 191e9
+    assert 7 * to_peer / 191e9 > to_peer / 126e9, "all peers are the narrower way"
+    expected = 0.77 * seconds + 0.23 * crossings * 7 * to_peer / 610e9 + crossings / 4 * 7 * to_peer / 215e9
+    expected += 49 * 4 * rates.exact_wait_s
+    config = config_80b(global_batch_size=256)
+    assert step_80b(64, config=config).exchange_s == pytest.approx(expected, rel=1e-6)
+
+
+def test_exchange_between_nodes_goes_by_the_network() -> None:
+    """Of 32 ranks 24 are elsewhere, each reached through this GPU's link; twice the rate takes half of the time."""
+    config = config_80b(expert_parallel_size=32)
+    to_peer = ranks_per_token(QWEN3_NEXT_80B, 32) / 32 * 4096 * 4096
+    free = {"received_bytes_per_s": 1e30, "beside_bytes_per_s": 1e30, "exact_wait_s": 0.0, "exact_exposed": 1.0}
+    step = step_80b(64, config=config, **free)
+    assert step.exchange_s == pytest.approx(4 * 49 * 4 * 24 * to_peer / 45e9, rel=1e-6)
+    twice = step_80b(64, config=config, network_bytes_per_s=90e9, **free)
+    assert twice.exchange_s == pytest.approx(step.exchange_s / 2)
+
+
+def test_two_in_flight_hide_the_exchange_of_pairs() -> None:
+    """Of four micro-batches all, of three two."""
+    free = {"received_bytes_per_s": 1e30, "beside_bytes_per_s": 1e30, "exact_wait_s": 0.0}
+    for rows, share in ((4, 1.0), (3, 2 / 3)):
+        one = config_80b(global_batch_size=64 * rows)
+        two = config_80b(global_batch_size=64 * rows, micro_batches_in_flight=2)
+        alone, paired = (step_80b(64, config=config, **free).exchange_s for config in (one, two))
+        assert paired / alone == pytest.approx((share * 0.2 + (1 - share) * 0.77) / 0.77)
+
+
+def test_zero_1_reduces_once_and_gathers_once() -> None:
+    """Four bytes an element to owners, two back; what all eight GPUs of a node share uses their eight network links."""
+    experts = sum(spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if spec.expert) // 8
+    dense = sum(spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if not spec.expert)
+    sent = experts * 7 / 8, dense * 63 / 64
+    once = sent[0] / 45e9 + sent[1] / 205e9
+    for rows in (1, 4):
+        config = config_80b(global_batch_size=64 * rows)
+        seen = step_80b(64, config=config, reduction_hidden=0.0)
+        assert seen.reduction_s == pytest.approx(6 * once, rel=1e-6)
+    node = step_80b(8, reduction_hidden=0.0)
+    assert node.reduction_s == pytest.approx(6 * dense * 7 / 8 / 205e9, rel=1e-6)
+
+
+def test_what_is_hidden_is_bounded_by_the_passes() -> None:
+    """Of one row a GPU what two thirds and one third of its passes do not cover lies open; of eight rows nothing."""
+    for rows, covers in ((1, False), (8, True)):
+        config = config_80b(global_batch_size=64 * rows, micro_batch_size=rows)
+        hidden = step_80b(64, config=config, reduction_hidden=1.0, beside_bytes_per_s=1e30)
+        seen = step_80b(64, config=config, reduction_hidden=0.0)
+        assert (hidden.model_s > seen.reduction_s) is covers
+        assert hidden.reduction_s == pytest.approx(0 if covers else seen.reduction_s - hidden.model_s, abs=1e-9)
+
+
+def test_what_is_hidden_makes_products_slower() -> None:
+    """By the bytes that travel beside them: six of every element."""
+    config = config_80b(global_batch_size=64 * 8, micro_batch_size=8)
+    sent = 6 * sum(
+        spec.numel / 8 * 7 / 8 if spec.expert else spec.numel * 63 / 64 for spec in parameter_table(QWEN3_NEXT_80B)
+    )
+    hidden = step_80b(64, config=config, reduction_hidden=1.0)
+    assert hidden.reduction_s == pytest.approx(sent / 610e9, rel=1e-6)
+
+
+def test_stages_2_and_3_send_every_micro_batch() -> None:
+    """Eight bytes an element and micro-batch and two a step; eight and four of weights and gradients."""
+    one, four = (
+        {stage: step_80b(64, config=config_80b(zero_stage=stage, global_batch_size=64 * n)) for stage in (2, 3)}
+        for n in (1, 4)
+    )
+    assert four[2].reduction_s / one[2].reduction_s == pytest.approx((8 * 4 + 2) / (8 + 2))
+    assert four[3].reduction_s / one[3].reduction_s == pytest.approx(4)
+    assert four[3].gradients_s > four[2].gradients_s > step_80b(64).gradients_s
+
+
+def test_bf16_gradients_travel_in_two_bytes() -> None:
+    """And weights in two as before: four in place of six."""
+    config = config_80b()
+    layout = Layout.of(config, 64)
+    timer = clock(config, reduction_hidden=0.0)
+    halved = timer.step(replace(layout, gradient_dtype="bf16")).reduction_s
+    assert halved == pytest.approx(timer.step(layout).reduction_s * 4 / 6)
