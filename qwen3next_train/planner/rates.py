@@ -62,7 +62,7 @@ TABLE: dict[str, Rate] = {
     "recompute_gdn_prologue": _alike(0.011, "no", _PARTS),
     "recompute_layer": _alike(0.33, "no", f"{_PARTS}, slice4_e512 alike"),
     "idle_fraction": _alike(0.013, "no", f"{_PROFILED}: gaps between kernels"),
-    "idle_step_s": _alike(5e-3, "no", _PROFILED),
+    "idle_step_s": _alike(0.5e-3, "no", "steps, 2026-11-28, one H100: the next step is launched during the update"),
     # Tokens to experts and back.
     "exact_peer_bytes_per_s": _alike(126e9, "link", f"{_FOUR}, EP 2 x DP 2: uneven all-to-all to one peer"),
     "exact_bytes_per_s": _alike(191e9, "link", f"{_FOUR}, EP 4, alone: uneven all-to-all to three peers"),
@@ -73,13 +73,13 @@ TABLE: dict[str, Rate] = {
     ),
     "exact_exposed": _alike(0.77, "no", f"{_FOUR}, EP 4, exact, four micro-batches"),
     "dense_exposed": _alike(0.6, "no", f"{_FOUR}, EP 4 and EP 2 x DP 2, dense, four micro-batches"),
-    "exposed_in_flight": _alike(0.2, "no", "expected of two micro-batches in flight (0018), not measured"),
+    "exposed_in_flight": _alike(0.6, "no", "steps, 2026-11-28, four H100, EP 4, dense: as much as with one in flight"),
     "exact_wait_s": _alike(0.5e-3, "no", f"{_FOUR}, EP 4, one micro-batch: the host's wait in a layer's forward pass"),
     # What runs beside products takes memory and multiprocessors from them.
     "beside_bytes_per_s": _alike(610e9, "link", f"{_FOUR}: six products of 8192 x 4096 beside a gather of tokens"),
     # Gradients, weights, optimizer under ZeRO-1; a parameter counts once.
     "summed_per_s": _of_memory(
-        238e9, f"{_PROFILED}: gradients of dense parameters that a kernel adds, before products did"
+        7.8e12, "steps, 2026-11-28, one H100, slice4_e512: what autograd still brings, as dense parameters a second"
     ),
     "norm_per_s": _of_memory(617e9, _PROFILED),
     "adamw_per_s": _of_memory(100e9, _PROFILED),

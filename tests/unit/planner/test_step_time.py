@@ -48,24 +48,21 @@ def step_80b(gpus: int, gpu: str = "h100", *, config: Config | None = None, **ra
 
 # GPUs, expert-parallel size, micro-batches, exchange, ZeRO stage; milliseconds a step.
 MEASURED = [
-    # docs/benchmarks/whole-steps.md, column C.
-    (1, 1, 1, "exact", 1, 154.7),
-    (1, 1, 4, "exact", 1, 545.3),
+    # docs/benchmarks/whole-steps.md, columns E and F.
+    (1, 1, 1, "exact", 1, 146.7),
+    (1, 1, 1, "exact", 1, 149.9),
+    (1, 1, 4, "exact", 1, 532.5),
+    (1, 1, 4, "exact", 1, 528.1),
+    (4, 4, 1, "dense", 1, 166.0),
+    (4, 4, 4, "dense", 1, 592.5),
+    (4, 4, 4, "dense", 1, 590.1),
+    # Columns C and D, before the last changes, which took 3 % of a step.
     (4, 4, 1, "exact", 1, 173.3),
-    (4, 4, 1, "dense", 1, 167.9),
-    # The same, measured again on the same day on another machine.
-    (1, 1, 4, "exact", 1, 542.1),
-    (1, 1, 4, "exact", 1, 537.3),
-    (4, 4, 4, "dense", 1, 610.5),
     (4, 2, 4, "dense", 1, 624.4),
     # Stages 2 and 3, whose path is DeepSpeed's, on the machine whose stage 1 took 730 ms before the buckets.
     (4, 4, 4, "exact", 2, 793.0),
     (4, 4, 4, "exact", 3, 1022.0),
 ]
-SYNCHRONIZED = [(4, 4, 1, 185.4), (4, 4, 4, 641.9), (4, 2, 1, 213.5), (4, 2, 4, 671.0)]
-"""Column B: every step was waited for, and buckets were not yet reduced in the order in which they fill."""
-HIDDEN_IN_B = 0.3
-"""Of reduction and gathering of EP 2 x DP 2 there: of 99 and 108 ms of NCCL 71 and 74 were exposed."""
 
 
 def slice4(gpus: int, expert_parallel_size: int, micro_batches: int, exchange: str, zero_stage: int) -> Config:
@@ -85,14 +82,6 @@ def test_measured_steps(gpus: int, size: int, micro_batches: int, exchange: str,
     config = slice4(gpus, size, micro_batches, exchange, stage)
     predicted = 1e3 * clock(config).step(Layout.of(config, gpus, ranks_per_node=gpus)).total_s
     assert predicted == pytest.approx(ms, rel=0.04 if stage == 1 else TIME_ERROR)
-
-
-@pytest.mark.parametrize(("gpus", "size", "micro_batches", "ms"), SYNCHRONIZED)
-def test_measured_steps_before_the_order_of_buckets(gpus: int, size: int, micro_batches: int, ms: float) -> None:
-    """With as much hidden as there was at the time, within 5 %."""
-    config = slice4(gpus, size, micro_batches, "exact", 1)
-    timed = clock(config, reduction_hidden=HIDDEN_IN_B).step(Layout.of(config, gpus, ranks_per_node=gpus))
-    assert 1e3 * timed.total_s == pytest.approx(ms, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +141,7 @@ def test_two_in_flight_hide_the_exchange_of_pairs() -> None:
         one = config_80b(global_batch_size=64 * rows)
         two = config_80b(global_batch_size=64 * rows, micro_batches_in_flight=2)
         alone, paired = (step_80b(64, config=config, **free).exchange_s for config in (one, two))
-        assert paired / alone == pytest.approx((share * 0.2 + (1 - share) * 0.77) / 0.77)
+        assert paired / alone == pytest.approx((share * 0.6 + (1 - share) * 0.77) / 0.77)
 
 
 def test_zero_1_reduces_once_and_gathers_once() -> None:
