@@ -32,6 +32,7 @@ class Layout:
         gradient_dtype: what gradients of weights in ``precision`` are summed in, in buckets.
         token_exchange: which tokens travel to other ranks' experts.
         ranks_per_node: consecutive ranks that share a machine, or a domain of fast links.
+        context_parallel_size: ranks that share the tokens of a row.
     """
 
     world_size: int
@@ -46,6 +47,7 @@ class Layout:
     gradient_dtype: GradientDtype = "fp32"
     token_exchange: TokenExchange = "exact"
     ranks_per_node: int = RANKS_PER_NODE
+    context_parallel_size: int = 1
 
     @classmethod
     def of(cls, config: Config, world_size: int, *, ranks_per_node: int = RANKS_PER_NODE) -> Layout:
@@ -63,6 +65,7 @@ class Layout:
             gradient_dtype=config.parallel.gradient_dtype,
             token_exchange=config.parallel.token_exchange,
             ranks_per_node=ranks_per_node,
+            context_parallel_size=config.parallel.context_parallel_size,
         )
 
     @property
@@ -86,7 +89,16 @@ class Layout:
     @property
     def num_tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
-        return self.micro_batch_size * self.sequence_length
+        return self.micro_batch_size * self.sequence_length // self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of ranks, with rows of their own."""
+        return self.world_size // self.context_parallel_size
+
+    def num_micro_batches(self, global_batch_size: int) -> int:
+        """Micro-batches of a rank and step."""
+        return global_batch_size // (self.data_parallel_size * self.micro_batch_size)
 
 
 def bytes_of(precision: Precision) -> int:

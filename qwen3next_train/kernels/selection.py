@@ -6,11 +6,13 @@ substituted for it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -26,7 +28,13 @@ from qwen3next_train.kernels.fla.process import (
     only_operations_of_fla,
     use_tuned_configs,
 )
-from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule import (
+    DeltaRuleSummary,
+    GatedDeltaRule,
+    delta_rule_summary_reference,
+    gated_delta_rule_reference,
+    summary_by,
+)
 from qwen3next_train.kernels.gates import (
     OutputGate,
     SharedExpertCombine,
@@ -81,6 +89,7 @@ class KernelSet:
     """The operations the model is built from, and how each was chosen."""
 
     gated_delta_rule: GatedDeltaRule
+    delta_rule_summary: DeltaRuleSummary
     gdn_prologue: GdnPrologue
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
@@ -128,8 +137,11 @@ def select_kernels(
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
+    rule = _load_gated_delta_rule(operations["gated_delta_rule"].backend, place)
+    operations["delta_rule_summary"] = _choose_summary(operations["gated_delta_rule"], place)
     return KernelSet(
-        gated_delta_rule=_load_gated_delta_rule(operations["gated_delta_rule"].backend, place),
+        gated_delta_rule=rule,
+        delta_rule_summary=_load_delta_rule_summary(operations["delta_rule_summary"].backend, rule, place),
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
@@ -422,9 +434,7 @@ def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
 
         return gated_delta_rule_flash_qla
     heads = place.rule_head_dims
-    use_tuned_configs(place.capability, heads or ())
-    keep_delta_rule_from_flash_qla()
-    with only_operations_of_fla():
+    with _operations_of_fla(place):
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
             from qwen3next_train.kernels.fla.gated_delta_rule_hopper import gated_delta_rule_fla_hopper
 
@@ -432,6 +442,40 @@ def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
         from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
 
         return gated_delta_rule_fla
+
+
+@contextmanager
+def _operations_of_fla(place: _Place) -> Iterator[None]:
+    """For the import of FLA's operations."""
+    use_tuned_configs(place.capability, place.rule_head_dims or ())
+    keep_delta_rule_from_flash_qla()
+    with only_operations_of_fla():
+        yield
+
+
+def _choose_summary(rule: KernelChoice, place: _Place) -> KernelChoice:
+    """FLA's beside any rule of a vendor, as FlashQLA has none; where FLA cannot run the rule itself, called twice."""
+    choice = replace(rule, operation="delta_rule_summary")
+    if rule.backend == "reference" or _fla_unavailable_reason(place) is None:
+        return replace(choice, backend="reference" if rule.backend == "reference" else "fla")
+    return choice
+
+
+def _load_delta_rule_summary(backend: str, rule: GatedDeltaRule, place: _Place) -> DeltaRuleSummary:
+    if backend == "reference":
+        return delta_rule_summary_reference
+    if backend != "fla":
+        return summary_by(rule)
+
+    @functools.cache
+    def load() -> DeltaRuleSummary:
+        with _operations_of_fla(place):
+            from qwen3next_train.kernels.fla.delta_rule_summary import delta_rule_summary_fla
+
+            return delta_rule_summary_fla
+
+    # At the first call: most runs need no summary, and beside FlashQLA nothing else of FLA.
+    return lambda *inputs, **named: load()(*inputs, **named)
 
 
 def _load_attention(backend: str) -> VarlenAttention:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from qwen3next_train.accounting.activations import rows_sent_per_token
+from qwen3next_train.accounting.activations import kv_heads_exchanged, passed_state_bytes, rows_sent_per_token
+from qwen3next_train.accounting.flops import count_mixers
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout
 from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, memory_per_gpu
 from qwen3next_train.config.schema import Config, ModelConfig, MomentsDtype, OptimizerConfig, RecomputePart
-from qwen3next_train.config.validate import MAX_BF16_BETA
+from qwen3next_train.config.validate import MAX_BF16_BETA, context_fits
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
 """Recompute without large matrix products: cheaper than keeping the results."""
@@ -27,6 +28,7 @@ HOST_BYTES_PER_S = 30 * 10**9
 
 _WHOLE_LAYERS: frozenset[RecomputePart] = frozenset(("layer",))
 _EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too small
+_LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchanges than other ways to save memory
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
 _ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -39,6 +41,8 @@ class Traffic:
     Args:
         all_to_all_bytes: expert dispatch and combine, forward, recompute and backward, one copy per token and rank.
         all_to_all_s: at the link's rate within a domain, at the network's beyond, both at a time.
+        context_bytes: heads of attention and states of Gated DeltaNet between the ranks that share rows, in all passes.
+        context_s: at the same rates.
         state_bytes: gradient reduction and weight gathering of ZeRO.
         state_s: at the link's rate when the run is one domain, else at the network's.
         host_s: of an offloaded optimizer: gradients down, update in host memory, weights up.
@@ -46,6 +50,8 @@ class Traffic:
 
     all_to_all_bytes: int
     all_to_all_s: float
+    context_bytes: int
+    context_s: float
     state_bytes: int
     state_s: float
     host_s: float
@@ -53,7 +59,7 @@ class Traffic:
     @property
     def total_s(self) -> float:
         """Seconds if nothing overlaps."""
-        return self.all_to_all_s + self.state_s + self.host_s
+        return self.all_to_all_s + self.context_s + self.state_s + self.host_s
 
 
 def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
@@ -121,24 +127,50 @@ def changed_fields(old: Layout, new: Layout) -> set[tuple[str, object]]:
 
 def traffic_per_step(config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind]) -> Traffic:
     """Bytes and seconds of plain collectives; nothing is assumed to overlap. Arguments as above."""
-    num_micro_batches = config.run.global_batch_size // (layout.world_size * layout.micro_batch_size)
+    num_micro_batches = layout.num_micro_batches(config.run.global_batch_size)
     all_to_all_bytes, all_to_all_s = _all_to_all(config.model, layout, device, num_micro_batches)
+    context_bytes, context_s = _context(config.model, layout, device, num_micro_batches)
     state_bytes, state_s = _state(kinds, layout, device, num_micro_batches)
     # All that lies there is read and written once a step.
     host_bytes = 2 * host_bytes_per_gpu(config.model, layout, kinds=kinds)
-    return Traffic(all_to_all_bytes, all_to_all_s, state_bytes, state_s, host_bytes / HOST_BYTES_PER_S)
+    host_s = host_bytes / HOST_BYTES_PER_S
+    return Traffic(all_to_all_bytes, all_to_all_s, context_bytes, context_s, state_bytes, state_s, host_s)
 
 
 def _all_to_all(model: ModelConfig, layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
     """Bytes of dispatch and combine in all passes; those for another domain go by the network, at the same time."""
     size = layout.expert_parallel_size
-    passes = 3 if "layer" in layout.recompute else 2
+    passes = _passes(layout)
     crossings = 2 * passes * (model.num_hidden_layers + model.mtp_num_layers) * rows_sent_per_token(model, layout)
     rows = int(crossings * layout.num_tokens * num_micro_batches)
     sent = rows * model.hidden_size * layout.element_bytes // size
+    return sent * (size - 1), _seconds(sent, size, device)
+
+
+def _context(model: ModelConfig, layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
+    """Bytes between the ranks that share rows: heads there and back, and each rank's states to all others."""
+    size = layout.context_parallel_size
+    if size == 1:
+        return 0, 0.0
+    gdn_layers, attention_layers = count_mixers(model)
+    heads = 2 * (model.num_attention_heads + kv_heads_exchanged(model, size))
+    head_bytes = layout.num_tokens * heads * model.head_dim * layout.element_bytes // size
+    state_bytes = passed_state_bytes(model, layout.micro_batch_size)
+    to_each = (attention_layers + model.mtp_num_layers) * head_bytes + gdn_layers * state_bytes
+    sent = _passes(layout) * num_micro_batches * to_each
+    return sent * (size - 1), _seconds(sent, size, device)
+
+
+def _passes(layout: Layout) -> int:
+    """How often a layer sends: forward, backward, and forward again."""
+    return 3 if "layer" in layout.recompute else 2
+
+
+def _seconds(to_each: int, size: int, device: Device) -> float:
+    """Seconds to send so many bytes to each of a group's other ranks, consecutive ones in a domain."""
     near = min(size, device.domain_size) - 1
     far = size - 1 - near
-    return sent * (size - 1), max(sent * near / device.link_bytes_per_s, sent * far / _network_rate(device, 1))
+    return max(to_each * near / device.link_bytes_per_s, to_each * far / _network_rate(device, 1))
 
 
 def _state(kinds: Counter[ParameterKind], layout: Layout, device: Device, num_micro_batches: int) -> tuple[int, float]:
@@ -171,13 +203,8 @@ def _network_rate(device: Device, num_links: int) -> int:
 def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
     """Layouts on as many GPUs, with any expert-parallel size and stage that work and no less done to save memory."""
     common = math.gcd(layout.world_size, config.model.num_experts)
-    rows = config.run.global_batch_size // layout.world_size
-    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
-    micro_batch_sizes = (
-        size for size in sorted(sizes) if rows * layout.world_size == config.run.global_batch_size and rows % size == 0
-    )
-    for micro_batch_size, expert_parallel_size, zero_stage, recompute, moments_dtype, offload in product(
-        micro_batch_sizes,
+    for share, expert_parallel_size, zero_stage, recompute, moments_dtype, offload in product(
+        _shares(config, layout),
         (size for size in range(1, common + 1) if common % size == 0),
         _ZERO_STAGES,
         sorted({layout.recompute, layout.recompute.union(CHEAP_PARTS), layout.recompute | _WHOLE_LAYERS}, key=len),
@@ -189,12 +216,31 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
         yield replace(
             layout,
             expert_parallel_size=expert_parallel_size,
+            context_parallel_size=share[0],
             zero_stage=zero_stage,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=share[1],
             recompute=recompute,
             moments_dtype=moments_dtype,
             offload_optimizer=offload,
         )
+
+
+def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int]]:
+    """Context-parallel sizes, no smaller than the layout's, and micro-batch sizes. Only single rows are cut further."""
+    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
+    for factor in (1, *_FACTORS[:-1]):
+        context = layout.context_parallel_size * factor
+        ranks, rest = divmod(layout.world_size, context)
+        if rest or config.run.global_batch_size % ranks:
+            continue
+        if not context_fits(config.model, layout.sequence_length, context):
+            continue
+        if factor > 1 and layout.sequence_length // context < _LEAST_SLICE:
+            continue
+        rows = config.run.global_batch_size // ranks
+        for size in sorted(sizes) if factor == 1 else (1,):
+            if rows % size == 0:
+                yield context, size
 
 
 def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[MomentsDtype]:

@@ -122,10 +122,12 @@ def _flops_line(plan: Plan) -> str:
 
 def _step_line(plan: Plan) -> str:
     rows = plan.config.run.global_batch_size
-    accumulation = rows // (plan.layout.world_size * plan.layout.micro_batch_size)
+    accumulation = plan.layout.num_micro_batches(rows)
+    slices = f", of each 1/{plan.layout.context_parallel_size}" if plan.layout.context_parallel_size > 1 else ""
     return (
         f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.workload.num_tokens)} = "
         f"{_si(plan.workload.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
+        f"{slices}"
     )
 
 
@@ -185,13 +187,18 @@ def _traffic_line(plan: Plan) -> str:
     across = plan.layout.expert_parallel_size > plan.device.domain_size
     where = f" across domains of {plan.device.domain_size}" if across else ""
     share = traffic.total_s / plan.step_time_s
+    context = ""
+    if plan.layout.context_parallel_size > 1:
+        beyond = plan.layout.context_parallel_size > plan.device.domain_size
+        far = f" across domains of {plan.device.domain_size}" if beyond else ""
+        context = f"heads and states {_bytes(traffic.context_bytes)}{far} {traffic.context_s:.3g} s · "
     host = f"optimizer in host memory {traffic.host_s:.3g} s · " if traffic.host_s else ""
     text = (
-        f"expert all-to-all {_bytes(traffic.all_to_all_bytes)}{where} {traffic.all_to_all_s:.3g} s · "
+        f"expert all-to-all {_bytes(traffic.all_to_all_bytes)}{where} {traffic.all_to_all_s:.3g} s · {context}"
         f"gradients and weights {_bytes(traffic.state_bytes)} {traffic.state_s:.3g} s · {host}"
         f"together {share:.0%} of the step if nothing overlaps"
     )
-    longest_s = max(traffic.all_to_all_s, traffic.state_s)
+    longest_s = max(traffic.all_to_all_s, traffic.context_s, traffic.state_s)
     if longest_s > plan.step_time_s:
         text += f" · even if all of it overlaps, at most {plan.mfu * plan.step_time_s / longest_s:.1%} MFU"
         if longest_s == traffic.state_s:
@@ -219,6 +226,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
     settings = (
         ("GPUs", old.world_size, new.world_size),
         ("parallel.expert_parallel_size", old.expert_parallel_size, new.expert_parallel_size),
+        ("parallel.context_parallel_size", old.context_parallel_size, new.context_parallel_size),
         ("parallel.zero_stage", old.zero_stage, new.zero_stage),
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),
@@ -230,7 +238,11 @@ def _changed_settings(old: Layout, new: Layout) -> str:
 
 
 def _layout(layout: Layout) -> str:
-    return f"EP {layout.expert_parallel_size}, DP {layout.world_size}, ZeRO-{layout.zero_stage}, {layout.precision}"
+    context = f"CP {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    return (
+        f"EP {layout.expert_parallel_size}, {context}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
+        f"{layout.precision}"
+    )
 
 
 def _parts(counts: dict[str, int]) -> str:

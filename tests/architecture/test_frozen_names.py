@@ -85,6 +85,7 @@ schedule.decay_steps
 schedule.min_lr
 
 parallel.expert_parallel_size
+parallel.context_parallel_size
 parallel.token_exchange
 parallel.zero_stage
 parallel.recompute

@@ -112,7 +112,7 @@ def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
 
 
 def test_batch_size_must_divide(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of world size 3 x .* 1"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of data-parallel size 3 x .* 1"):
         loader(data, world=3, micro=1)
 
 

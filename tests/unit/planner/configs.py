@@ -19,6 +19,7 @@ def config_80b(
     sequence_length: int = 4096,
     steps: int = 1000,
     recompute: Iterable[RecomputePart] = (),
+    context_parallel_size: int = 1,
 ) -> Config:
     """The 80B under one layout."""
     return Config(
@@ -26,7 +27,10 @@ def config_80b(
         run=RunConfig(steps=steps, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
         data=DataConfig(sequence_length=sequence_length),
         parallel=ParallelConfig(
-            expert_parallel_size=expert_parallel_size, zero_stage=zero_stage, recompute=list(recompute)
+            expert_parallel_size=expert_parallel_size,
+            context_parallel_size=context_parallel_size,
+            zero_stage=zero_stage,
+            recompute=list(recompute),
         ),
     )
 
@@ -38,6 +42,7 @@ def config_of(layout: Layout) -> Config:
         zero_stage=layout.zero_stage,
         micro_batch_size=layout.micro_batch_size,
         sequence_length=layout.sequence_length,
+        context_parallel_size=layout.context_parallel_size,
         recompute=layout.recompute,
     )
     offload = config.parallel.model_copy(update={"offload_optimizer": "cpu" if layout.offload_optimizer else "none"})
