@@ -30,8 +30,10 @@ which is what layouts differ by, and a single one taken the other way shows as 1
 """
 NARROWEST = 5e-6
 """Smallest difference of logits between a chosen expert and the best one that was not, over all steps of one rank."""
+METRIC_BOUND = 1e-6
+"""Largest relative difference of a metric at any step."""
 BOUND = 1e-5
-"""Largest relative difference of a metric at any step, or of a parameter (norms) after the last."""
+"""Largest relative difference of a parameter (norms) after the last step."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Layout:
     accumulation: int
     packed: bool
     steps: int = STEPS
+    context_parallel_size: int = 1
 
     @property
     def job(self) -> Job:
@@ -52,10 +55,11 @@ class Layout:
         And with a third of its learning rate: at the full one twenty steps multiply differences in rounding by up to
         ten.
         """
+        data_parallel_size = self.world_size // self.context_parallel_size
         overrides = {
             "run.steps": self.steps,
             "run.global_batch_size": GLOBAL_BATCH_SIZE,
-            "run.micro_batch_size": GLOBAL_BATCH_SIZE // self.world_size // self.accumulation,
+            "run.micro_batch_size": GLOBAL_BATCH_SIZE // data_parallel_size // self.accumulation,
             "data.sequence_length": 24,
             "model.vocab_size": 512,
             "model.hidden_size": 64,
@@ -63,6 +67,7 @@ class Layout:
             "optimizer.lr": 1e-3,
             "schedule.kind": "constant",
             "parallel.expert_parallel_size": self.expert_parallel_size,
+            "parallel.context_parallel_size": self.context_parallel_size,
             "parallel.zero_stage": self.zero_stage,
         }
         return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
@@ -79,11 +84,12 @@ def references(steps: int = STEPS) -> list[Layout]:
 
 
 def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
-    """Every expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    """Every context-parallel and expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    sizes = [size for size in (1, 2, 4) if world_size % size == 0]
     return [
-        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps)
-        for expert_parallel_size in (1, 2, 4)
-        if world_size % expert_parallel_size == 0
+        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, context_parallel_size)
+        for context_parallel_size in sizes
+        for expert_parallel_size in sizes
         for zero_stage in (1, 2, 3)
         for accumulation in (1, 3)
         for packed in (True, False)
