@@ -184,6 +184,8 @@ class BatchSlices:
 
     def to(self, device: torch.device) -> BatchSlices:
         """Copy without waiting."""
+        if device.type == "cpu":
+            return self
         return BatchSlices(
             self.plan, *(_copy(values, device) for values in (self.whole, self.convolved, self.scanned, self.last))
         )

@@ -134,7 +134,8 @@ def _build_engine(
     with imported_to_stay():
         from qwen3next_train.engine.zero_engine import ZeroEngine
 
-    with checks_meanwhile(kernels, config.model, context.device, dtype) as checks:
+    passes_state = topology.context_parallel_size > 1
+    with checks_meanwhile(kernels, config.model, context.device, dtype, passes_state=passes_state) as checks:
         engine = ZeroEngine(
             config,
             topology=topology,
