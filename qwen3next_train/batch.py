@@ -166,29 +166,34 @@ class BatchSlices:
         whole: documents of the uncut micro-batch.
         convolved: documents of the extended slices.
         scanned: pieces of the extended slices.
-        last: the slices' last pieces, one after the other.
+        first: the slices' first pieces, one after the other.
+        last: the slices' last pieces, likewise.
     """
 
     plan: SlicePlan
     whole: torch.Tensor
     convolved: torch.Tensor
     scanned: torch.Tensor
+    first: torch.Tensor
     last: torch.Tensor
 
     @classmethod
     def of(cls, plan: SlicePlan) -> BatchSlices:
         """On the host."""
-        lengths = np.array([0, *(stop - start for start, stop in plan.last)], dtype=np.int32)
-        cumulated = (plan.whole, plan.convolved, plan.scanned, lengths.cumsum(dtype=np.int32))
-        return cls(plan, *map(torch.from_numpy, cumulated))
+        ends = (_ends(plan.first_ranges), _ends(plan.last))
+        return cls(plan, *map(torch.from_numpy, (plan.whole, plan.convolved, plan.scanned, *ends)))
 
     def to(self, device: torch.device) -> BatchSlices:
         """Copy without waiting."""
         if device.type == "cpu":
             return self
-        return BatchSlices(
-            self.plan, *(_copy(values, device) for values in (self.whole, self.convolved, self.scanned, self.last))
-        )
+        host = (self.whole, self.convolved, self.scanned, self.first, self.last)
+        return BatchSlices(self.plan, *(_copy(values, device) for values in host))
+
+
+def _ends(ranges: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
+    """Starts of the ranges laid one after the other, and the end."""
+    return np.array([0, *(stop - start for start, stop in ranges)], dtype=np.int32).cumsum(dtype=np.int32)
 
 
 def mtp_targets(labels_T: torch.Tensor, cu_seqlens: torch.Tensor, depths: int) -> tuple[torch.Tensor, ...]:

@@ -87,6 +87,11 @@ class SlicePlan:
     passes: tuple[tuple[bool, ...], ...]
 
     @property
+    def first_ranges(self) -> tuple[tuple[int, int], ...]:
+        """By row, the range of extended positions of the piece with which the slice begins."""
+        return tuple((int(self.scanned[piece]), int(self.scanned[piece + 1])) for piece in self.first)
+
+    @property
     def extended_length(self) -> int:
         """Tokens of a row's extended slice."""
         return int(self.convolved[-1]) // self.num_rows

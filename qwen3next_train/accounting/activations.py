@@ -195,7 +195,7 @@ def saved_tensors(
     }
     if context_parallel_size > 1:
         mixers = {
-            "gdn": (*mixers["gdn"], _passed_states(model, num_rows)),
+            "gdn": (*mixers["gdn"], *_saved_to_pass_states(model, num_rows)),
             "attention": _saved_attention_by_heads(model, element_bytes, context_parallel_size),
         }
     return {
@@ -251,10 +251,14 @@ def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTenso
     )
 
 
-def _passed_states(model: ModelConfig, num_rows: int) -> SavedTensor:
-    """The state that arrives at the slice of each row, and what the slice makes of one."""
-    size = passed_state_bytes(model, num_rows)
-    return SavedTensor("arriving state, transition, fp32", 0, bytes_per_layer=size)
+def _saved_to_pass_states(model: ModelConfig, num_rows: int) -> tuple[SavedTensor, ...]:
+    """The state that arrives at the slice of each row, what the slice makes of one, and decays besides their sums."""
+    projected = tuple(tensor.name for tensor in _saved_gdn(model, FP32_BYTES) if tensor.name.startswith("projected"))
+    decay = FP32_BYTES * model.linear_num_value_heads
+    return (
+        SavedTensor("arriving state, transition, fp32", 0, bytes_per_layer=passed_state_bytes(model, num_rows)),
+        SavedTensor("decay, fp32", decay, part="gdn_prologue", sources=projected),
+    )
 
 
 def passed_state_bytes(model: ModelConfig, num_rows: int) -> int:

@@ -29,10 +29,14 @@ from qwen3next_train.kernels.fla.process import (
     use_tuned_configs,
 )
 from qwen3next_train.kernels.gated_delta_rule import (
+    DeltaRule,
+    DeltaRuleStateGradient,
     DeltaRuleSummary,
     GatedDeltaRule,
+    delta_rule_state_gradient_reference,
     delta_rule_summary_reference,
     gated_delta_rule_reference,
+    state_gradient_by,
     summary_by,
 )
 from qwen3next_train.kernels.gates import (
@@ -90,6 +94,7 @@ class KernelSet:
 
     gated_delta_rule: GatedDeltaRule
     delta_rule_summary: DeltaRuleSummary
+    delta_rule_state_gradient: DeltaRuleStateGradient
     gdn_prologue: GdnPrologue
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
@@ -137,11 +142,15 @@ def select_kernels(
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
-    rule = _load_gated_delta_rule(operations["gated_delta_rule"].backend, place)
-    operations["delta_rule_summary"] = _choose_summary(operations["gated_delta_rule"], place)
+    passing = _choose_passing(operations["gated_delta_rule"], place)
+    operations |= {
+        name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_rule_state_gradient")
+    }
+    rule = _load_passing(passing.backend, _load_gated_delta_rule(operations["gated_delta_rule"].backend, place), place)
     return KernelSet(
-        gated_delta_rule=rule,
-        delta_rule_summary=_load_delta_rule_summary(operations["delta_rule_summary"].backend, rule, place),
+        gated_delta_rule=rule.scan,
+        delta_rule_summary=rule.summary,
+        delta_rule_state_gradient=rule.state_gradient,
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
@@ -453,29 +462,31 @@ def _operations_of_fla(place: _Place) -> Iterator[None]:
         yield
 
 
-def _choose_summary(rule: KernelChoice, place: _Place) -> KernelChoice:
-    """FLA's beside any rule of a vendor, as FlashQLA has none; where FLA cannot run the rule itself, called twice."""
-    choice = replace(rule, operation="delta_rule_summary")
-    if rule.backend == "reference" or _fla_unavailable_reason(place) is None:
-        return replace(choice, backend="reference" if rule.backend == "reference" else "fla")
-    return choice
+def _choose_passing(rule: KernelChoice, place: _Place) -> KernelChoice:
+    """How states are passed: by FLA beside any vendor's rule, as FlashQLA cannot; where FLA cannot run, by the rule."""
+    by_fla = rule.backend != "reference" and _fla_unavailable_reason(place) is None
+    return replace(rule, backend="fla") if by_fla else rule
 
 
-def _load_delta_rule_summary(backend: str, rule: GatedDeltaRule, place: _Place) -> DeltaRuleSummary:
+def _load_passing(backend: str, scan: GatedDeltaRule, place: _Place) -> DeltaRule:
     if backend == "reference":
-        return delta_rule_summary_reference
+        return DeltaRule(scan, delta_rule_summary_reference, delta_rule_state_gradient_reference)
     if backend != "fla":
-        return summary_by(rule)
+        return DeltaRule(scan, summary_by(scan), state_gradient_by(scan))
 
     @functools.cache
-    def load() -> DeltaRuleSummary:
+    def load() -> DeltaRule:
         with _operations_of_fla(place):
-            from qwen3next_train.kernels.fla.delta_rule_summary import delta_rule_summary_fla
+            from qwen3next_train.kernels.fla.state_passing import delta_rule_state_gradient_fla, delta_rule_summary_fla
 
-            return delta_rule_summary_fla
+            return DeltaRule(scan, delta_rule_summary_fla, delta_rule_state_gradient_fla)
 
-    # At the first call: most runs need no summary, and beside FlashQLA nothing else of FLA.
-    return lambda *inputs, **named: load()(*inputs, **named)
+    # At the first call: most runs pass no states, and beside FlashQLA need nothing else of FLA.
+    return DeltaRule(
+        scan,
+        lambda *inputs, **named: load().summary(*inputs, **named),
+        lambda *inputs, **named: load().state_gradient(*inputs, **named),
+    )
 
 
 def _load_attention(backend: str) -> VarlenAttention:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.gated_delta_rule import DeltaRule
 from qwen3next_train.kernels.gdn_prologue import GdnPrologue, GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
@@ -67,7 +68,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         heads = HeadShape.of(config)
         self.rule = kernels.gated_delta_rule
-        self.summary = kernels.delta_rule_summary
+        self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_rule_state_gradient)
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
         self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.gdn_prologue)
@@ -107,4 +108,4 @@ class GatedDeltaNet(nn.Module):
             out_TNV: torch.Tensor = self.rule(q_THK, k_THK, v_TNV, **gates, sequences=sequences)[0]
             return out_TNV
         gates = {"g_XN": inputs.g_TN, "beta_XN": inputs.beta_TN}
-        return pass_state(self.rule, self.summary, q_THK, k_THK, v_TNV, **gates, slices=slices)
+        return pass_state(self.passed, q_THK, k_THK, v_TNV, **gates, slices=slices)

@@ -23,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from qwen3next_train.batch import BatchSlices
 from qwen3next_train.kernels.attention import VarlenAttention
-from qwen3next_train.kernels.gated_delta_rule import DeltaRuleSummary, GatedDeltaRule
+from qwen3next_train.kernels.gated_delta_rule import DeltaRule, DeltaRuleSummary, GatedDeltaRule
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.row_slices import SlicePlan
@@ -61,7 +61,8 @@ class SlicedSequences:
         whole: documents of the uncut micro-batch, U tokens.
         convolved: documents of the extended slices, X tokens.
         scanned: their pieces, halos apart.
-        last: the last piece of each slice, one after the other.
+        first: the first piece of each slice, one after the other.
+        last: the last piece of each slice, likewise.
     """
 
     group: SequenceGroup
@@ -69,6 +70,7 @@ class SlicedSequences:
     whole: VarlenMetadata
     convolved: VarlenMetadata
     scanned: VarlenMetadata
+    first: VarlenMetadata
     last: VarlenMetadata
 
     @classmethod
@@ -78,8 +80,9 @@ class SlicedSequences:
         assert (plan.part.index, plan.part.count) == (group.rank, group.size), "the batch is another rank's"
         pairs = ((getattr(slices, name), getattr(plan, name)) for name in ("whole", "convolved", "scanned"))
         whole, convolved, scanned = (VarlenMetadata(values, torch.from_numpy(host)) for values, host in pairs)
-        ends = torch.tensor([0, *(stop - start for start, stop in plan.last)]).cumsum(0).int()
-        return cls(group, plan, whole, convolved, scanned, VarlenMetadata(slices.last, ends))
+        host = BatchSlices.of(plan)
+        first, last = VarlenMetadata(slices.first, host.first), VarlenMetadata(slices.last, host.last)
+        return cls(group, plan, whole, convolved, scanned, first, last)
 
     def extended(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[X, D]``: before each row's slice the last positions of the slice before."""
@@ -93,9 +96,23 @@ class SlicedSequences:
         # With the norm that makes x, on which it depends; what has travelled is kept.
         return recomputed("norms", join, x_TD, before_rhD)
 
+    def first_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``[X, ...]`` the first piece of each slice."""
+        return _ranges(x, self.plan.first_ranges)
+
+    def last_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``[X, ...]`` the last piece of each slice."""
+        return _ranges(x, self.plan.last)
+
     def own(self, y_XD: torch.Tensor) -> torch.Tensor:
         """``[X, D]`` to ``[T, D]``: without the halos."""
         return y_XD.unflatten(0, (self.plan.num_rows, -1))[:, self.plan.part.halo :].flatten(0, 1)
+
+
+def _ranges(x: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The ranges one after the other; of one a view."""
+    parts = [x[start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_by_heads(
@@ -133,8 +150,7 @@ def attend_by_heads(
 
 
 def pass_state(
-    rule: GatedDeltaRule,
-    summary: DeltaRuleSummary,
+    rule: DeltaRule,
     q_XHK: torch.Tensor,
     k_XHK: torch.Tensor,
     v_XNV: torch.Tensor,
@@ -148,11 +164,11 @@ def pass_state(
     One gather of every slice's summary (the state it leaves when it begins empty, and the matrix that takes an arriving
     state to its end) lets every rank compute the state that arrives there, and the rule starts from it. Backward, the
     gradient of an arriving state is what the slice's outputs say of it, and what arrives from the slice behind, taken
-    through the same matrix: a second gather, from the other end. So nothing is differentiated through the matrices.
+    through the same matrix: a second gather, and the chain from the other end. Nothing is differentiated through the
+    matrices.
 
     Args:
-        rule: selected backend; called once, its gradient twice.
-        summary: selected backend.
+        rule: selected backends.
         q_XHK: queries of the extended slices, as of the rule.
         k_XHK: keys.
         v_XNV: values.
@@ -164,9 +180,9 @@ def pass_state(
         ``[X, N, V]``; of halos what means nothing, and has no gradient if nobody reads it.
     """
     operands = (q_XHK, k_XHK, v_XNV, g_XN, beta_XN)
-    arriving_rNKV, transition_rNKK = _arriving_state(summary, *operands[1:], slices=slices)
+    arriving_rNKV, transition_rNKK = _arriving_state(rule.summary, *operands[1:], slices=slices)
     if not torch.is_grad_enabled():
-        return _scan(rule, operands, _spread(arriving_rNKV, slices), slices)[0]
+        return _scan(rule.scan, operands, _spread(arriving_rNKV, slices), slices)[0]
     return _PassedState.apply(rule, slices, arriving_rNKV, transition_rNKK, *operands)
 
 
@@ -233,11 +249,7 @@ def _arriving_state(
     slices: SlicedSequences,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that arrives here ``[r, N, K, V]``, and this rank's transitions ``[r, N, K, K]``."""
-
-    def last(x: torch.Tensor) -> torch.Tensor:
-        parts = [x[start:stop] for start, stop in slices.plan.last]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
+    last = slices.last_pieces
     own_rNKX = summary(last(k_XHK), last(v_XNV), g_TN=last(g_XN), beta_TN=last(beta_XN), sequences=slices.last)
     state_rNKV, transition_rNKK = own_rNKX.split((v_XNV.shape[-1], k_XHK.shape[-1]), dim=-1)
     states_PrNKV, transitions_PrNKK = _gathered(state_rNKV, transition_rNKK, slices)
@@ -280,46 +292,54 @@ def _spread(states_rNKV: torch.Tensor, slices: SlicedSequences) -> torch.Tensor:
 class _PassedState(torch.autograd.Function):
     """:func:`_scan` and, for its gradient, what travels between the ranks.
 
-    The gradient of the state at the end comes from the ranks behind, and these need the gradients of the states that
-    arrive at theirs: so the rule's backward runs once for the outputs, and once more, linear as it is, for the state at
-    the end. The rule's own graph is kept here without tensors; those it saves are saved as this function's, so that
-    whoever recomputes or counts saved tensors meets each of them once.
+    The gradient of the state at a slice's end is made of those of the states that arrive at the ranks behind, and must
+    be there before the rule's backward begins: so another operation computes the gradient of an arriving state alone.
+    The rule's own graph is kept here without tensors; those it saves are saved as this function's, so that whoever
+    recomputes or counts saved tensors meets each of them once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        rule: GatedDeltaRule,
+        rule: DeltaRule,
         slices: SlicedSequences,
         arriving_rNKV: torch.Tensor,
         transition_rNKK: torch.Tensor,
         *operands: torch.Tensor,
     ) -> torch.Tensor:
+        initial_DNKV = _spread(arriving_rNKV, slices)
+        saved = _Saved(initial_DNKV)
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            inputs = [_Root.apply(anchor, x.detach()) for x in (*operands, arriving_rNKV)]
-            initial_DNKV = _spread(inputs[-1], slices)
-            saved = _Saved(initial_DNKV)
+            inputs = [_Root.apply(anchor, x.detach()) for x in operands]
             with saved_tensors_hooks(saved.pack, saved.unpack):
-                out_XNV, ends_rNKV = _scan(rule, inputs[:-1], initial_DNKV, slices)
-        ctx.slices, ctx.saved, ctx.inputs = slices, saved, list(map(get_gradient_edge, inputs))
+                out_XNV, ends_rNKV = _scan(rule.scan, inputs, initial_DNKV, slices)
+        ctx.rule, ctx.slices, ctx.saved = rule, slices, saved
+        ctx.inputs = list(map(get_gradient_edge, inputs))
         ctx.outputs = get_gradient_edge(out_XNV), get_gradient_edge(ends_rNKV)
-        ctx.save_for_backward(arriving_rNKV, transition_rNKK, *saved.take())
+        q_XHK, k_XHK, _, g_XN, beta_XN = operands
+        ctx.save_for_backward(arriving_rNKV, transition_rNKK, q_XHK, k_XHK, g_XN, beta_XN, *saved.take())
         return out_XNV.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_XNV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        arriving_rNKV, transition_rNKK, *tensors = ctx.saved_tensors
+        arriving_rNKV, transition_rNKK, q_XHK, k_XHK, g_XN, beta_XN, *tensors = ctx.saved_tensors
+        rule: DeltaRule = ctx.rule
         slices: SlicedSequences = ctx.slices
-        out_XNV, ends_rNKV = ctx.outputs
-        ctx.saved.put(tensors, _spread(arriving_rNKV, slices))
-        *by_outputs, of_arriving_rNKV = torch.autograd.grad(out_XNV, ctx.inputs, grad_XNV, retain_graph=True)
+        first = slices.first_pieces
+        of_arriving_rNKV = rule.state_gradient(
+            first(q_XHK),
+            first(k_XHK),
+            first(grad_XNV),
+            g_TN=first(g_XN),
+            beta_TN=first(beta_XN),
+            sequences=slices.first,
+        )
         grads_PrNKV, transitions_PrNKK = _gathered(of_arriving_rNKV, transition_rNKK, slices)
         leaving_rNKV = leaving_gradients(grads_PrNKV, transitions_PrNKK, slices.plan, rank=slices.group.rank)
-        by_ends = torch.autograd.grad(ends_rNKV, ctx.inputs[:-1], leaving_rNKV, allow_unused=True)
+        ctx.saved.put(tensors, _spread(arriving_rNKV, slices))
+        grads = torch.autograd.grad(ctx.outputs, ctx.inputs, (grad_XNV, leaving_rNKV))
         ctx.saved.take()
-        # The queries have nothing to do with the state at the end, and some backends say so.
-        grads = [one if two is None else one + two for one, two in zip(by_outputs, by_ends, strict=True)]
         return None, None, None, None, *grads
 
 

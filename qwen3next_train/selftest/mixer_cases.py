@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from qwen3next_train.kernels.gated_delta_rule import (
     GatedDeltaRule,
     recurrent_gated_delta_rule,
+    state_gradient_by,
     summary_by,
 )
 from qwen3next_train.kernels.gdn_prologue import HeadShape
@@ -68,6 +69,21 @@ def delta_rule_summary(random: RandomInputs, heads: HeadShape, sequences: Varlen
 
     def definition(**inputs: torch.Tensor) -> Outputs:
         return (summary_by(recurrent_gated_delta_rule)(**inputs, sequences=sequences),)
+
+    return Case(inputs, run, definition, frozenset({"g_TN"}), differentiable=False)
+
+
+def delta_rule_state_gradient(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata) -> Case:
+    """What a document's outputs say of the state that it begins with."""
+    inputs = dict(delta_rule_summary(random, heads, sequences).inputs)
+    queries = F.normalize(random.normal(*inputs["k_THK"].shape), dim=-1)
+    inputs = {"q_THK": queries, "grad_TNV": inputs.pop("v_TNV"), **inputs}
+
+    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
+        return (kernels.delta_rule_state_gradient(**inputs, sequences=sequences),)
+
+    def definition(**inputs: torch.Tensor) -> Outputs:
+        return (state_gradient_by(recurrent_gated_delta_rule)(**inputs, sequences=sequences),)
 
     return Case(inputs, run, definition, frozenset({"g_TN"}), differentiable=False)
 

@@ -154,6 +154,7 @@ KERNELS: Any = SimpleNamespace(
     gdn_prologue=_gdn_prologue,
     gated_delta_rule=_rule,
     delta_rule_summary=_summary,
+    delta_rule_state_gradient=None,
     rms_norm=_RmsNorm(),
     qk_norm_rope=lambda x, weight, *angles, eps: _Kept.apply((x,), x, weight),
     gated_rms_norm=lambda x, gate, weight, *, eps: _Kept.apply((gate,), x, gate, weight),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,12 @@ from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet, reference_kernels, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import Case, compare
-from qwen3next_train.selftest.mixer_cases import delta_rule_summary, gated_delta_rule, varlen_attention
+from qwen3next_train.selftest.mixer_cases import (
+    delta_rule_state_gradient,
+    delta_rule_summary,
+    gated_delta_rule,
+    varlen_attention,
+)
 from qwen3next_train.selftest.moe_cases import grouped_matmul
 from tests.unit.kernels.comparison import largest_error, random, uninitialized_is_nan
 from tests.unit.kernels.packing import CPU
@@ -126,11 +132,12 @@ def test_references_run_on_cuda_as_on_cpu() -> None:
 
 @pytest.mark.parametrize("backend", ["fla", "flash_qla"])
 @pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (1,), (64,)])
-def test_summary_of_what_documents_do_to_a_state(backend: str, lengths: tuple[int, ...]) -> None:
-    """Every element is written, whatever was in the memory before."""
+@pytest.mark.parametrize("make_case", [delta_rule_summary, delta_rule_state_gradient])
+def test_what_passes_states(make_case: Callable[..., Case], backend: str, lengths: tuple[int, ...]) -> None:
+    """Every element is written, whatever was in the memory before; states and transitions apart."""
     kernels = kernels_with(gated_delta_rule=backend)
     sequences = VarlenMetadata.from_lengths(lengths, torch.device("cuda"))
-    case = delta_rule_summary(random(), HeadShape(2, 4, 128, 128), sequences)
+    case = make_case(random(), HeadShape(2, 4, 128, 128), sequences)
     inputs = case.rounded(torch.bfloat16)
     with uninitialized_is_nan():
         (found,) = case.run(kernels, **inputs)

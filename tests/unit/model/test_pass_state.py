@@ -9,7 +9,7 @@ import torch
 from qwen3next_train.batch import BatchSlices
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
-from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule import DeltaRule, gated_delta_rule_reference
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet, reference_kernels, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
@@ -62,8 +62,7 @@ def in_slices(
         leaves = [extended(inputs[name], group.rank, size).requires_grad_() for name in NAMES]
         *operands, g_XN, beta_XN = leaves
         out = pass_state(
-            kernels.gated_delta_rule,
-            kernels.delta_rule_summary,
+            DeltaRule(kernels.gated_delta_rule, kernels.delta_rule_summary, kernels.delta_rule_state_gradient),
             *operands,
             g_XN=g_XN,
             beta_XN=beta_XN,

@@ -58,7 +58,7 @@ def test_right_kernels_pass(dtype: torch.dtype) -> None:
         assert check.ok, check.detail
 
 
-@pytest.mark.parametrize("operation", ["gated_delta_rule", "delta_rule_summary"])
+@pytest.mark.parametrize("operation", ["gated_delta_rule", "delta_rule_summary", "delta_rule_state_gradient"])
 def test_what_passes_states_is_compared_where_states_are_passed(operation: str) -> None:
     right = chosen(operation, getattr(cpu_kernels(), operation), "fla")
     (check,) = gated_delta_net_checks(right, MODEL, CPU, torch.float32, passes_state=True)
@@ -74,8 +74,8 @@ def test_what_passes_states_is_compared_where_states_are_passed(operation: str) 
 def _without_states(operation: str) -> Callable:
     """Right but for what begins with a state."""
     kernels = cpu_kernels()
-    if operation == "delta_rule_summary":
-        return lambda *inputs, **named: kernels.delta_rule_summary(*inputs, **named).tril()
+    if operation != "gated_delta_rule":
+        return lambda *inputs, **named: getattr(kernels, operation)(*inputs, **named).tril()
 
     def rule(*inputs: torch.Tensor, initial_state_DNKV: torch.Tensor | None = None, **named: Any) -> Any:
         if initial_state_DNKV is not None:
