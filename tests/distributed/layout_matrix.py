@@ -96,9 +96,9 @@ def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
     ]
 
 
-def covering_layouts(world_size: int) -> list[Layout]:
-    """About a quarter of :func:`all_layouts`, in which every pair of two settings occurs."""
-    layouts, chosen = all_layouts(world_size), []
+def covering_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
+    """A few of :func:`all_layouts`, in which every pair of two settings occurs."""
+    layouts, chosen = all_layouts(world_size, steps), []
     missing = set().union(*map(_pairs, layouts))
     while missing:
         best = max(layouts, key=lambda layout: len(_pairs(layout) & missing))
