@@ -129,6 +129,37 @@ def test_all_to_all_bytes_by_hand() -> None:
     assert across.traffic.all_to_all_s == pytest.approx(24 * to_one_rank / 50e9), "three of four ranks are elsewhere"
 
 
+def test_bytes_between_ranks_that_share_rows_by_hand() -> None:
+    """The 80B at 128k over 8 ranks: 12 attention layers and an MTP depth, 36 of Gated DeltaNet, twice."""
+    config = config_80b(sequence_length=131_072, context_parallel_size=8, global_batch_size=8)
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert plan.layout.num_tokens == 16_384
+    assert plan.layout.data_parallel_size == 8
+    assert plan.layout.num_micro_batches(8) == 1
+    heads = 2 * (16 + 8) * 256 * 2 * 16_384
+    states = 32 * 128 * (128 + 128) * 4
+    assert plan.traffic is not None
+    assert plan.traffic.context_bytes == 2 * (13 * heads // 8 + 36 * states) * 7
+    assert plan.traffic.context_s == pytest.approx(plan.traffic.context_bytes / 450e9)
+    wide = config_80b(sequence_length=131_072, context_parallel_size=16, global_batch_size=4)
+    across = make_plan(wide, gpus=64, gpu="h100", mfu=None, tokens=None).traffic
+    assert across is not None
+    to_each = across.context_bytes / 15
+    assert across.context_s == pytest.approx(8 * to_each / 50e9), "half of the group is in another domain"
+
+
+def test_long_rows_are_proposed_to_be_shared_before_they_are_shortened() -> None:
+    config = config_80b(sequence_length=131_072, zero_stage=2, recompute=("layer",), global_batch_size=16)
+    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    assert plan.fits is False
+    best = plan.changes[0]
+    assert (best.world_size, best.sequence_length) == (16, 131_072)
+    assert best.context_parallel_size > 1
+    for layout in plan.changes:
+        proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu="h200", mfu=None, tokens=None)
+        assert proposed.memory_bytes > 0
+
+
 def test_state_bytes_and_seconds_by_hand() -> None:
     """ZeRO-1 sends ten bytes an element a step; what all eight GPUs of a node share uses their eight network links."""
     plan = make_plan(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=None)
