@@ -78,11 +78,9 @@ class SlicedSequences:
         """Of a batch on its device."""
         plan = slices.plan
         assert (plan.part.index, plan.part.count) == (group.rank, group.size), "the batch is another rank's"
-        pairs = ((getattr(slices, name), getattr(plan, name)) for name in ("whole", "convolved", "scanned"))
-        whole, convolved, scanned = (VarlenMetadata(values, torch.from_numpy(host)) for values, host in pairs)
         host = BatchSlices.of(plan)
-        first, last = VarlenMetadata(slices.first, host.first), VarlenMetadata(slices.last, host.last)
-        return cls(group, plan, whole, convolved, scanned, first, last)
+        names = ("whole", "convolved", "scanned", "first", "last")
+        return cls(group, plan, *(VarlenMetadata(getattr(slices, name), getattr(host, name)) for name in names))
 
     def extended(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[X, D]``: before each row's slice the last positions of the slice before."""
