@@ -1,6 +1,9 @@
 """The contract between data and model: one micro-batch of packed rows, flattened over rows.
 
-Letters: T tokens of the micro-batch (``num_rows * sequence_length``), D documents (pieces) in it.
+With context parallelism a rank has an equal slice of every row (``row_slices``); targets and positions are those of the
+uncut row.
+
+Letters: T tokens of the micro-batch on this rank (of all of its rows, or of their slices), D documents (pieces) in it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from qwen3next_train.row_slices import RowSlice, SlicePlan, plan_slices, squares_of_slice
 
 IGNORE_INDEX = -100
 """Label of a position that has no target (the last token of a document)."""
@@ -42,23 +47,29 @@ class PackedBatch:
     Args:
         input_ids_T: int64 ``[T]``.
         labels_T: int64 ``[T]``, the next token of the same document, or :data:`IGNORE_INDEX`.
+        mtp_targets: by MTP depth from 1, int64 ``[T]``: the token one further on in the same document than at the depth
+            before, or :data:`IGNORE_INDEX`.
         positions_T: int64 ``[T]``, position inside the document piece, for RoPE.
         cu_seqlens: int32 ``[D + 1]``, starts of the document pieces and T, on the tensors' device.
         cu_seqlens_cpu: the same on the host, so that no kernel has to ask the device for it.
-        num_rows: rows in the batch; T is a multiple of it.
+        num_rows: rows in the batch, or slices of rows; T is a multiple of it.
         num_targets: number of labels that are real, by prediction depth: ``[0]`` next token, ``[k]`` the
             k-th MTP depth (the token k further on in the same document).
-        sum_squared_lengths: sum of the squared lengths of the document pieces (attention's FLOPs).
+        sum_squared_lengths: sum of the squared lengths of the document pieces (attention's FLOPs), or of it
+            the slices' share.
+        slices: how the rows are cut, None for whole rows.
     """
 
     input_ids_T: torch.Tensor
     labels_T: torch.Tensor
+    mtp_targets: tuple[torch.Tensor, ...]
     positions_T: torch.Tensor
     cu_seqlens: torch.Tensor
     cu_seqlens_cpu: torch.Tensor
     num_rows: int
     num_targets: tuple[int, ...]
     sum_squared_lengths: int
+    slices: BatchSlices | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[PackedRow], *, mtp_depths: int) -> PackedBatch:
@@ -66,7 +77,7 @@ class PackedBatch:
 
         Args:
             rows: at least one row, all with the same number of tokens.
-            mtp_depths: MTP depths to count targets for.
+            mtp_depths: MTP depths there are targets for.
         """
         length = len(rows[0].tokens) - 1
         assert all(len(row.tokens) == length + 1 for row in rows)
@@ -82,9 +93,11 @@ class PackedBatch:
         counts = tuple(int(np.maximum(targets - depth, 0).sum()) for depth in range(mtp_depths + 1))
         positions = np.arange(length * len(rows)) - np.repeat(cu_seqlens[:-1], lengths)
         cu_seqlens_cpu = torch.from_numpy(cu_seqlens.astype(np.int32))
+        targets_T = torch.from_numpy(labels)
         return cls(
             input_ids_T=torch.from_numpy(inputs),
-            labels_T=torch.from_numpy(labels),
+            labels_T=targets_T,
+            mtp_targets=mtp_targets(targets_T, cu_seqlens_cpu, mtp_depths),
             positions_T=torch.from_numpy(positions),
             cu_seqlens=cu_seqlens_cpu,
             cu_seqlens_cpu=cu_seqlens_cpu,
@@ -98,6 +111,37 @@ class PackedBatch:
         """T, all tokens of the batch."""
         return self.input_ids_T.numel()
 
+    def cut(self, part: RowSlice) -> PackedBatch:
+        """One rank's slices of whole rows on the host; the slices of all ranks have every token once.
+
+        Args:
+            part: of each row. One slice of one is the row.
+        """
+        assert self.slices is None, "cut already"
+        if part.count == 1:
+            return self
+        cu_seqlens = self.cu_seqlens_cpu.numpy()
+        plan = plan_slices(cu_seqlens, num_rows=self.num_rows, part=part)
+
+        def own(values_T: torch.Tensor) -> torch.Tensor:
+            # A copy, or the whole row would stay as long as its slice does.
+            return values_T.view(self.num_rows, part.count, -1)[:, part.index].flatten().clone()
+
+        labels_T, further = own(self.labels_T), tuple(map(own, self.mtp_targets))
+        pieces = torch.from_numpy(plan.pieces)
+        return PackedBatch(
+            input_ids_T=own(self.input_ids_T),
+            labels_T=labels_T,
+            mtp_targets=further,
+            positions_T=own(self.positions_T),
+            cu_seqlens=pieces,
+            cu_seqlens_cpu=pieces,
+            num_rows=self.num_rows,
+            num_targets=tuple(int((targets_T != IGNORE_INDEX).sum()) for targets_T in (labels_T, *further)),
+            sum_squared_lengths=squares_of_slice(cu_seqlens, num_rows=self.num_rows, part=part),
+            slices=BatchSlices.of(plan),
+        )
+
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to ``device`` without waiting for the copy."""
         if device.type == "cpu":
@@ -106,9 +150,66 @@ class PackedBatch:
             self,
             input_ids_T=_copy(self.input_ids_T, device),
             labels_T=_copy(self.labels_T, device),
+            mtp_targets=tuple(_copy(targets_T, device) for targets_T in self.mtp_targets),
             positions_T=_copy(self.positions_T, device),
             cu_seqlens=_copy(self.cu_seqlens_cpu, device),
+            slices=None if self.slices is None else self.slices.to(device),
         )
+
+
+@dataclass(frozen=True)
+class BatchSlices:
+    """A plan of cuts, and what of it kernels read, as int32 ``[pieces + 1]``, on the batch's device.
+
+    Args:
+        plan: the cuts.
+        whole: documents of the uncut micro-batch.
+        convolved: documents of the extended slices.
+        scanned: pieces of the extended slices.
+        first: the slices' first pieces, one after the other.
+        last: the slices' last pieces, likewise.
+    """
+
+    plan: SlicePlan
+    whole: torch.Tensor
+    convolved: torch.Tensor
+    scanned: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: SlicePlan) -> BatchSlices:
+        """On the host."""
+        ends = (_ends(plan.first_ranges), _ends(plan.last))
+        return cls(plan, *map(torch.from_numpy, (plan.whole, plan.convolved, plan.scanned, *ends)))
+
+    def to(self, device: torch.device) -> BatchSlices:
+        """Copy without waiting."""
+        if device.type == "cpu":
+            return self
+        host = (self.whole, self.convolved, self.scanned, self.first, self.last)
+        return BatchSlices(self.plan, *(_copy(values, device) for values in host))
+
+
+def _ends(ranges: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
+    """Starts of the ranges laid one after the other, and the end."""
+    return np.array([0, *(stop - start for start, stop in ranges)], dtype=np.int32).cumsum(dtype=np.int32)
+
+
+def mtp_targets(labels_T: torch.Tensor, cu_seqlens: torch.Tensor, depths: int) -> tuple[torch.Tensor, ...]:
+    """Targets of each MTP depth from 1: those of the depth before shifted by one inside every document.
+
+    The last position of a document, which the shift leaves empty, is ignored.
+
+    Args:
+        labels_T: int64 ``[T]``, targets of depth 0, of whole rows.
+        cu_seqlens: int32 ``[D + 1]``.
+        depths: number of depths.
+    """
+    targets = [labels_T]
+    for _ in range(depths):
+        targets.append(targets[-1].roll(-1).index_fill_(0, cu_seqlens[1:].long() - 1, IGNORE_INDEX))
+    return tuple(targets[1:])
 
 
 def _ends_with_target(row: PackedRow) -> npt.NDArray[np.bool_]:

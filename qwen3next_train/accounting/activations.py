@@ -92,6 +92,8 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         layout.precision,
         expert_parallel_size=layout.expert_parallel_size,
         exchanges_densely=layout.exchanges_densely,
+        context_parallel_size=layout.context_parallel_size,
+        num_rows=layout.micro_batch_size,
     )
     whole_layers = "layer" in layout.recompute
     parts = set(layout.recompute) - {"layer"}
@@ -113,7 +115,8 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         **{f"activations_{kind}": size for kind, size in by_kind.items()},
         "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, rebuilt_tokens, whole=whole_layers),
         "logits": _logits(model, layout),
-        "all_to_all": exchange,
+        # Never at the same time.
+        "all_to_all": max(exchange, _context_exchange(model, layout)),
         "imbalance": _imbalance(model, layout, routed, exchange),
     }
 
@@ -175,16 +178,31 @@ def _rebuilt_layer(
 
 
 def saved_tensors(
-    model: ModelConfig, precision: Precision, *, expert_parallel_size: int = 1, exchanges_densely: bool = False
+    model: ModelConfig,
+    precision: Precision,
+    *,
+    expert_parallel_size: int = 1,
+    exchanges_densely: bool = False,
+    context_parallel_size: int = 1,
+    num_rows: int = 1,
 ) -> dict[LayerKind, tuple[SavedTensor, ...]]:
     """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be recomputed from.
 
     Every operation keeps its inputs, as the CUDA kernels do; delta rule and attention keep some results of their own.
     """
     element_bytes = bytes_of(precision)
-    return {
+    mixers = {
         "gdn": _saved_gdn(model, element_bytes),
         "attention": _saved_attention(model, element_bytes),
+    }
+    if context_parallel_size > 1:
+        mixers = {
+            "gdn": (*mixers["gdn"], *_saved_to_pass_states(model, num_rows)),
+            "attention": _saved_attention_by_heads(model, element_bytes, context_parallel_size),
+        }
+    return {
+        "gdn": mixers["gdn"],
+        "attention": mixers["attention"],
         "moe": _saved_moe(model, element_bytes, expert_parallel_size, exchanges_densely=exchanges_densely),
         "other": _saved_other(model, element_bytes),
     }
@@ -233,6 +251,52 @@ def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTenso
         SavedTensor("log-sum-exp, fp32", FP32_BYTES * model.num_attention_heads),
         *((gated,) if has_gate else ()),
     )
+
+
+def _saved_to_pass_states(model: ModelConfig, num_rows: int) -> tuple[SavedTensor, ...]:
+    """The state that arrives at the slice of each row, what the slice makes of one, and decays besides their sums."""
+    projected = tuple(tensor.name for tensor in _saved_gdn(model, FP32_BYTES) if tensor.name.startswith("projected"))
+    decay = FP32_BYTES * model.linear_num_value_heads
+    return (
+        SavedTensor("arriving state, transition, fp32", 0, bytes_per_layer=passed_state_bytes(model, num_rows)),
+        SavedTensor("decay, fp32", decay, part="gdn_prologue", sources=projected),
+    )
+
+
+def passed_state_bytes(model: ModelConfig, num_rows: int) -> int:
+    """Bytes of a state of a Gated DeltaNet layer, and of what a slice makes of one, for each row."""
+    key_dim = model.linear_key_head_dim
+    return FP32_BYTES * num_rows * model.linear_num_value_heads * key_dim * (model.linear_value_head_dim + key_dim)
+
+
+def _saved_attention_by_heads(
+    model: ModelConfig, element_bytes: int, context_parallel_size: int
+) -> tuple[SavedTensor, ...]:
+    """Some heads of all tokens: what has travelled is not recomputed, and the output is kept before and behind."""
+    keys = element_bytes * kv_heads_exchanged(model, context_parallel_size) * model.head_dim
+    queries = element_bytes * query_dim(model)
+    exchanged = {
+        "query, key": SavedTensor("query, key", queries + keys),
+        "value": SavedTensor("value", keys),
+    }
+    saved = (exchanged.get(tensor.name, tensor) for tensor in _saved_attention(model, element_bytes))
+    return (*saved, SavedTensor("attention output of whole rows", queries))
+
+
+def kv_heads_exchanged(model: ModelConfig, context_parallel_size: int) -> int:
+    """Key heads, or value heads, that a token sends to its group: repeated where there are fewer than ranks."""
+    return max(model.num_key_value_heads, context_parallel_size)
+
+
+def _context_exchange(model: ModelConfig, layout: Layout) -> int:
+    """Send and receive buffer of queries, keys and values, or of the states of all ranks."""
+    size = layout.context_parallel_size
+    if size == 1:
+        return 0
+    heads = model.num_attention_heads + 2 * kv_heads_exchanged(model, size)
+    tokens = 2 * layout.num_tokens * heads * model.head_dim * layout.element_bytes
+    states = (size + 1) * passed_state_bytes(model, layout.micro_batch_size)
+    return max(tokens, states)
 
 
 def _saved_moe(

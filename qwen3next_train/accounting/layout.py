@@ -33,6 +33,7 @@ class Layout:
         token_exchange: which tokens travel to other ranks' experts.
         micro_batches_in_flight: micro-batches that pass through the model together.
         ranks_per_node: consecutive ranks that share a machine, or a domain of fast links.
+        context_parallel_size: ranks that share the tokens of a row.
     """
 
     world_size: int
@@ -48,6 +49,7 @@ class Layout:
     token_exchange: TokenExchange = "exact"
     micro_batches_in_flight: int = 1
     ranks_per_node: int = RANKS_PER_NODE
+    context_parallel_size: int = 1
 
     @classmethod
     def of(cls, config: Config, world_size: int, *, ranks_per_node: int = RANKS_PER_NODE) -> Layout:
@@ -66,6 +68,7 @@ class Layout:
             token_exchange=config.parallel.token_exchange,
             micro_batches_in_flight=config.parallel.micro_batches_in_flight,
             ranks_per_node=ranks_per_node,
+            context_parallel_size=config.parallel.context_parallel_size,
         )
 
     @property
@@ -89,7 +92,16 @@ class Layout:
     @property
     def num_tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
-        return self.micro_batch_size * self.sequence_length
+        return self.micro_batch_size * self.sequence_length // self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of ranks, with rows of their own."""
+        return self.world_size // self.context_parallel_size
+
+    def num_micro_batches(self, global_batch_size: int) -> int:
+        """Micro-batches of a rank and step."""
+        return global_batch_size // (self.data_parallel_size * self.micro_batch_size)
 
 
 def bytes_of(precision: Precision) -> int:

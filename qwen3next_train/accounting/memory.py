@@ -165,10 +165,14 @@ def host_bytes(config: Config, layout: Layout, *, trains_on_host: bool) -> int:
     model, data = config.model, config.data
     # Those that wait, the one that is prepared and the one in use.
     num_steps = data.num_prefetch_steps + 2 if data.num_prefetch_steps else 1
-    num_rows = num_steps * (config.run.global_batch_size // layout.world_size)
+    num_rows = num_steps * (config.run.global_batch_size // layout.data_parallel_size)
     if config.eval.interval:
-        num_rows += config.eval.rows // layout.world_size
-    batches = num_rows * data.sequence_length * _BATCH_BYTES * (3 + model.mtp_num_layers)
+        num_rows += config.eval.rows // layout.data_parallel_size
+    num_tokens = num_rows * data.sequence_length // layout.context_parallel_size
+    if layout.context_parallel_size > 1:
+        # Rows are whole until they are cut.
+        num_tokens += config.run.micro_batch_size * data.sequence_length
+    batches = num_tokens * _BATCH_BYTES * (3 + model.mtp_num_layers)
     if not trains_on_host:
         return batches + host_bytes_per_gpu(model, layout)
     parts = memory_per_gpu(model, replace(layout, offload_optimizer=False))

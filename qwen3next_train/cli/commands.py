@@ -20,6 +20,7 @@ from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.settings import from_command_line
 from qwen3next_train.config.strict_yaml import plain_value
+from qwen3next_train.config.validate import fewest_processes
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.launcher import MAX_PROCESSES
 
@@ -127,7 +128,7 @@ def _dry_run(config: Config, num_processes: int) -> int:
     from qwen3next_train.planner.report import NO_GPU, plan_command
 
     gpu = NO_GPU if config.run.device == "cpu" else DEFAULT_GPU
-    gpus = max(num_processes, config.parallel.expert_parallel_size)
+    gpus = max(num_processes, fewest_processes(config.parallel))
     plan_command(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None, as_json=False)
     from qwen3next_train.train.dry_run import dry_run
 
@@ -142,7 +143,7 @@ def _plan(args: Arguments) -> int:
     from qwen3next_train.planner.report import plan_command
 
     gpu = args.last("--gpu") or DEFAULT_GPU
-    num_gpus = config.parallel.expert_parallel_size if gpus is None else int(gpus)
+    num_gpus = fewest_processes(config.parallel) if gpus is None else int(gpus)
     return plan_command(config, gpus=num_gpus, gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in args.options)
 
 
@@ -313,7 +314,7 @@ COMMANDS = {
                 Option(
                     "--gpus",
                     "N",
-                    "number of GPUs (default: parallel.expert_parallel_size, the fewest that can train it)",
+                    "number of GPUs (default: the fewest that can train it, by expert and context parallelism)",
                 ),
                 Option("--gpu", "NAME", f"kind of GPU (default {DEFAULT_GPU})"),
                 Option("--mfu", "X", "model FLOPs utilisation to assume (default: measured rates), between 0 and 1"),

@@ -120,6 +120,13 @@ KEYS: Mapping[str, str] = {
     # Parallelism and memory.
     **dict.fromkeys(("ep_size", "ep", "expert_parallel", "expert_model_parallel"), "parallel.expert_parallel_size"),
     **dict.fromkeys(
+        (
+            *("cp_size", "cp", "context_parallel", "sp_size", "sequence_parallel_size", "ring_degree"),
+            *("ulysses_degree", "ulysses_size", "ulysses_sequence_parallel_size", "ulysses_parallel_size"),
+        ),
+        "parallel.context_parallel_size",
+    ),
+    **dict.fromkeys(
         ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
         "parallel.zero_stage",
     ),

@@ -271,7 +271,7 @@ _TABLE: tuple[MegatronArgument, ...] = (
     _renamed("--expert-model-parallel-size", "parallel.expert_parallel_size"),
     _fixed("--tensor-model-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
     _fixed("--pipeline-model-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
-    _fixed("--context-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
+    _renamed("--context-parallel-size", "parallel.context_parallel_size"),
     _fixed("--expert-tensor-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
     _fixed_switch("--sequence-parallel", False, "it splits activations over tensor-parallel ranks", "parallel"),
     _fixed_switch("--use-distributed-optimizer", True, "ZeRO shards the optimizer in every stage", "parallel"),

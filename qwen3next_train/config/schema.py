@@ -196,6 +196,9 @@ class ParallelConfig(Section):
     """Layout over processes; the data-parallel size is the world size."""
 
     expert_parallel_size: Ranks = Field(1, description="ranks that share one set of experts")
+    context_parallel_size: Ranks = Field(
+        1, description="ranks that share the tokens of a row, a slice each; for rows too long for one GPU"
+    )
     token_exchange: TokenExchange = Field(
         "exact",
         description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "

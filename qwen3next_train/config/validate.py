@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3next_train.config.schema import Config, LayerType, ModelConfig, OptimizerConfig, ScheduleConfig
+from qwen3next_train.config.schema import (
+    Config,
+    LayerType,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
@@ -55,24 +63,35 @@ def validate(config: Config) -> list[RuleViolation]:
     ]
 
 
+def fewest_processes(parallel: ParallelConfig) -> int:
+    """Processes that a layout takes at least."""
+    return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size)
+
+
 def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
     """Broken rules of running the configuration on ``world_size`` processes."""
     violations = []
     run, parallel = config.run, config.parallel
-    if world_size % parallel.expert_parallel_size:
-        violations.append(
-            RuleViolation(
-                ("parallel.expert_parallel_size",),
-                f"{parallel.expert_parallel_size} does not divide the world size {world_size}; choose a divisor or "
-                "start another number of processes",
+    sizes = {"expert": parallel.expert_parallel_size, "context": parallel.context_parallel_size}
+    for name, size in sizes.items():
+        if world_size % size:
+            violations.append(
+                RuleViolation(
+                    (f"parallel.{name}_parallel_size",),
+                    f"{size} does not divide the world size {world_size}; choose a divisor or "
+                    "start another number of processes",
+                )
             )
-        )
-    rows = world_size * run.micro_batch_size
+    ranks = max(1, world_size // sizes["context"])
+    rows = ranks * run.micro_batch_size
     if run.global_batch_size % rows:
+        with_rows = f"world size {world_size}"
+        if sizes["context"] > 1:
+            with_rows += f" / parallel.context_parallel_size {sizes['context']}"
         violations.append(
             RuleViolation(
                 ("run.global_batch_size", "run.micro_batch_size"),
-                f"run.global_batch_size {run.global_batch_size} is not a multiple of world size {world_size} x "
+                f"run.global_batch_size {run.global_batch_size} is not a multiple of {with_rows} x "
                 f"run.micro_batch_size {run.micro_batch_size} = {rows}; choose a multiple of {rows}, "
                 "a smaller micro batch or another number of processes",
             )
@@ -182,6 +201,7 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
+    yield from _context_violations(config)
     if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
         # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
         yield RuleViolation(
@@ -200,6 +220,54 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
         yield from _bf16_gradient_violations(config)
     if not run.dir.strip():
         yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
+
+
+def _context_violations(config: Config) -> Iterator[RuleViolation]:
+    """Why the tokens of a row cannot be shared by so many ranks."""
+    model, size = config.model, config.parallel.context_parallel_size
+    if size == 1:
+        return
+    key, row = "parallel.context_parallel_size", config.data.sequence_length
+    heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
+    fitting = [str(other) for other in range(2, heads + 1) if context_fits(model, row, other)]
+    hint = f"choose {', '.join(fitting)} or 1" if fitting else "set it to 1"
+    if heads % size:
+        yield RuleViolation(
+            (key, "model.num_attention_heads"),
+            f"{key} {size} does not divide model.num_attention_heads {heads}, which its ranks share in attention; "
+            f"{hint}",
+        )
+    elif not _repeats(kv_heads, size):
+        yield RuleViolation(
+            (key, "model.num_key_value_heads"),
+            f"{key} {size} neither divides model.num_key_value_heads {kv_heads} nor is a multiple of it; {hint}",
+        )
+    longer = -(-max(row, size * halo) // size) * size
+    if row % size:
+        yield RuleViolation(
+            (key, "data.sequence_length"),
+            f"{key} {size} does not divide data.sequence_length {row} into equal slices; {hint}, or make rows of "
+            f"{longer} tokens",
+        )
+    elif row // size < halo:
+        yield RuleViolation(
+            (key, "data.sequence_length", "model.linear_conv_kernel_dim"),
+            f"{key} {size} cuts data.sequence_length {row} into slices of {row // size}, shorter than the {halo} "
+            f"tokens that model.linear_conv_kernel_dim {halo + 1} looks back; {hint}, or make rows of {longer} tokens",
+        )
+
+
+def context_fits(model: ModelConfig, row: int, size: int) -> bool:
+    """Whether ``size`` ranks can share rows of ``row`` tokens."""
+    if size == 1:
+        return True
+    shares_heads = model.num_attention_heads % size == 0 and _repeats(model.num_key_value_heads, size)
+    return shares_heads and row % size == 0 and row // size >= model.linear_conv_kernel_dim - 1
+
+
+def _repeats(one: int, other: int) -> bool:
+    """Whether one of the two divides the other."""
+    return max(one, other) % min(one, other) == 0
 
 
 def _bf16_gradient_violations(config: Config) -> Iterator[RuleViolation]:

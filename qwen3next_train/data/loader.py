@@ -3,8 +3,11 @@
 The whole data state is one integer, the number of consumed samples, valid at any world size::
 
     step       takes samples [consumed, consumed + G)                             G = global batch size
-    micro-batch m of rank r   takes [consumed + (m * W + r) * B, ... + B)         W = world size, B = micro-batch size
+    micro-batch m of rank r   takes [consumed + (m * W + r) * B, ... + B)         W = ranks, B = micro-batch size
     sample i   -> (source, index) by the blend -> row by the source's sampler     pure functions of (seed, i)
+
+With context parallelism W counts the groups of ranks that share a row and r is the group; every rank of a group makes
+the whole rows and keeps its slice of each.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from qwen3next_train.data.blend import Blend
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.rows import RowSampler
 from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.row_slices import WHOLE_ROW, RowSlice
 from qwen3next_train.topology import Topology
 
 _POLL_S = 0.1
@@ -89,12 +93,13 @@ class StepLoader:
         topology: this rank's place.
         global_batch_size: samples per step over all ranks.
         micro_batch_size: samples per rank and micro-batch.
-        mtp_depths: MTP depths to count targets for.
+        mtp_depths: MTP depths there are targets for.
         start_sample: samples consumed before the first step; any number.
         num_prefetch_steps: steps prepared ahead; 0 prepares each when it is asked for.
+        part: this rank's slice of every row.
 
     Raises:
-        ConfigError: the global batch is not a multiple of world size times micro-batch size.
+        ConfigError: the global batch is not a multiple of ranks with rows of their own times micro-batch size.
     """
 
     def __init__(
@@ -107,11 +112,12 @@ class StepLoader:
         mtp_depths: int,
         start_sample: int,
         num_prefetch_steps: int,
+        part: RowSlice = WHOLE_ROW,
     ) -> None:
-        if global_batch_size % (topology.world_size * micro_batch_size):
+        if global_batch_size % (topology.data_parallel_size * micro_batch_size):
             raise ConfigError(
-                f"run.global_batch_size: {global_batch_size} is not a multiple of world size {topology.world_size} "
-                f"x run.micro_batch_size {micro_batch_size}; change one of them"
+                f"run.global_batch_size: {global_batch_size} is not a multiple of data-parallel size "
+                f"{topology.data_parallel_size} x run.micro_batch_size {micro_batch_size}; change one of them"
             )
         steps = _steps(
             data,
@@ -120,6 +126,7 @@ class StepLoader:
             micro_batch_size=micro_batch_size,
             mtp_depths=mtp_depths,
             start_sample=start_sample,
+            part=part,
         )
         self.last_wait_s = 0.0
         """Seconds the last step was waited for."""
@@ -163,15 +170,16 @@ def _steps(
     micro_batch_size: int,
     mtp_depths: int,
     start_sample: int,
+    part: RowSlice,
 ) -> Generator[list[PackedBatch], None, None]:
-    stride = topology.world_size * micro_batch_size
-    own = topology.rank * micro_batch_size
+    stride = topology.data_parallel_size * micro_batch_size
+    own = topology.data_parallel_rank * micro_batch_size
     while True:
         firsts = range(start_sample + own, start_sample + own + global_batch_size, stride)
         yield [
             PackedBatch.from_rows(
                 [data.row(sample) for sample in range(first, first + micro_batch_size)], mtp_depths=mtp_depths
-            )
+            ).cut(part)
             for first in firsts
         ]
         start_sample += global_batch_size

@@ -12,6 +12,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.data.rows import read_row, read_tokens
 from qwen3next_train.errors import DataError
+from qwen3next_train.row_slices import WHOLE_ROW, RowSlice
 from qwen3next_train.topology import Topology
 
 
@@ -67,16 +68,19 @@ class ValidationData:
         """Rows that are looked at."""
         return len(self._rows)
 
-    def batches(self, topology: Topology, *, micro_batch_size: int, mtp_depths: int) -> list[PackedBatch]:
+    def batches(
+        self, topology: Topology, *, micro_batch_size: int, mtp_depths: int, part: RowSlice = WHOLE_ROW
+    ) -> list[PackedBatch]:
         """This rank's micro-batches, as many as every other rank's.
 
-        Micro-batch m of rank r holds rows ``[(m * W + r) * B, ... + B)``. Where the rows run out, rows are repeated
-        without targets, because all ranks must run the same number of forward passes.
+        Micro-batch m of rank r holds rows ``[(m * W + r) * B, ... + B)``, or slices of them (``data.loader``). Where
+        the rows run out, rows are repeated without targets, because all ranks must run the same number of forward
+        passes.
         """
-        stride = topology.world_size * micro_batch_size
-        own = topology.rank * micro_batch_size
+        stride = topology.data_parallel_size * micro_batch_size
+        own = topology.data_parallel_rank * micro_batch_size
         return [
-            self._batch(range(first + own, first + own + micro_batch_size), mtp_depths)
+            self._batch(range(first + own, first + own + micro_batch_size), mtp_depths).cut(part)
             for first in range(0, self.num_rows, stride)
         ]
 
@@ -104,10 +108,11 @@ class ValidationData:
         real = [row for index, row in zip(indices, rows, strict=True) if index < self.num_rows]
         if len(real) == len(rows):
             return batch
-        labels = batch.labels_T.clone()
-        labels[len(real) * self._sequence_length :] = IGNORE_INDEX
+        labels_T, *further = (targets_T.clone() for targets_T in (batch.labels_T, *batch.mtp_targets))
+        for targets_T in (labels_T, *further):
+            targets_T[len(real) * self._sequence_length :] = IGNORE_INDEX
         counts = PackedBatch.from_rows(real, mtp_depths=mtp_depths).num_targets if real else (0,) * (mtp_depths + 1)
-        return replace(batch, labels_T=labels, num_targets=counts)
+        return replace(batch, labels_T=labels_T, mtp_targets=tuple(further), num_targets=counts)
 
     def _last_row(self, source: PreparedSource, start: int) -> PackedRow:
         """The tokens from ``start`` to the end of the stream, filled up with one-token documents."""

@@ -32,6 +32,7 @@ from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
+from qwen3next_train.parallel.context_parallel import make_context_group
 from qwen3next_train.parallel.expert_parallel import ExpertRoom
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
@@ -85,6 +86,7 @@ class ZeroEngine:
         initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
         mark_expert_parameters(model)
         model.reduce_counts = self._sum_over_ranks
+        model.sequence_group = make_context_group(topology, timeout_s=config.run.peer_timeout_s)
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
         self._in_flight = self._layout.micro_batches_in_flight

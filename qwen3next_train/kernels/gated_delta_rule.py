@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,12 @@ from qwen3next_train.kernels.varlen import ChunkLayout, VarlenMetadata, gather_r
 
 GatedDeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """A backend of :func:`gated_delta_rule_reference`."""
+
+DeltaRuleSummary = Callable[..., torch.Tensor]
+"""A backend of :func:`delta_rule_summary_reference`."""
+
+DeltaRuleStateGradient = Callable[..., torch.Tensor]
+"""A backend of :func:`delta_rule_state_gradient_reference`."""
 
 CHUNK_SIZE = 32
 """Tokens per chunk: on CPU faster than 64 at head dim 32 and equal at 128."""
@@ -135,6 +142,129 @@ def gated_delta_rule_reference(
     out_TNV = gather_rows(out_MNCV.transpose(1, 2).reshape(-1, num_value_heads * value_dim), layout.slots_T)
     final_DNKV = gather_rows(final_sorted, torch.argsort(layout.document_order)) if output_final_state else None
     return out_TNV.view(num_tokens, num_value_heads, value_dim).to(v_TNV.dtype), final_DNKV
+
+
+def delta_rule_summary_reference(
+    k_THK: torch.Tensor,
+    v_TNV: torch.Tensor,
+    *,
+    g_TN: torch.Tensor,
+    beta_TN: torch.Tensor,
+    sequences: VarlenMetadata,
+) -> torch.Tensor:
+    """What each document does to the state: S and M of ``S_end = M S_begin + S``. Nobody differentiates it.
+
+    S is the state after it when it begins empty; M is the state after it when it begins with the identity and all
+    values are zero.
+
+    Args:
+        k_THK: l2-normalised keys ``[T, H, K]``.
+        v_TNV: values ``[T, N, V]``.
+        g_TN: log decay ``[T, N]``.
+        beta_TN: write strength ``[T, N]``.
+        sequences: document boundaries.
+
+    Returns:
+        ``[D, N, K, V + K]``, ``[S | M]``, in the compute dtype.
+    """
+    return summary_by(gated_delta_rule_reference)(k_THK, v_TNV, g_TN=g_TN, beta_TN=beta_TN, sequences=sequences)
+
+
+def summary_by(rule: GatedDeltaRule) -> DeltaRuleSummary:
+    """A summary by any backend of the rule, called twice; what its outputs cost is lost."""
+
+    def summarize(
+        k_THK: torch.Tensor,
+        v_TNV: torch.Tensor,
+        *,
+        g_TN: torch.Tensor,
+        beta_TN: torch.Tensor,
+        sequences: VarlenMetadata,
+    ) -> torch.Tensor:
+        arguments = {"g_TN": g_TN, "beta_TN": beta_TN, "sequences": sequences, "output_final_state": True}
+        _, state_DNKV = rule(k_THK, k_THK, v_TNV, **arguments)
+        assert state_DNKV is not None
+        num_documents, num_heads, key_dim, _ = state_DNKV.shape
+        identity = torch.eye(key_dim, dtype=state_DNKV.dtype, device=state_DNKV.device)
+        identity_DNKK = identity.repeat(num_documents, num_heads, 1, 1)
+        zeros_TNK = v_TNV.new_zeros(*v_TNV.shape[:2], key_dim)
+        _, transition_DNKK = rule(k_THK, k_THK, zeros_TNK, **arguments, initial_state_DNKV=identity_DNKK)
+        assert transition_DNKK is not None
+        return torch.cat((state_DNKV, transition_DNKK), dim=-1)
+
+    return summarize
+
+
+def delta_rule_state_gradient_reference(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    grad_TNV: torch.Tensor,
+    *,
+    g_TN: torch.Tensor,
+    beta_TN: torch.Tensor,
+    sequences: VarlenMetadata,
+) -> torch.Tensor:
+    """Gradient of the state that each document begins with, by what its outputs are worth. Nobody differentiates it.
+
+    The outputs are linear in that state and in the values apart, so the values are of no matter.
+
+    Args:
+        q_THK: l2-normalised queries ``[T, H, K]``.
+        k_THK: l2-normalised keys ``[T, H, K]``.
+        grad_TNV: gradient of the rule's outputs ``[T, N, V]``.
+        g_TN: log decay ``[T, N]``.
+        beta_TN: write strength ``[T, N]``.
+        sequences: document boundaries.
+
+    Returns:
+        ``[D, N, K, V]`` in the compute dtype.
+    """
+    state_gradient = state_gradient_by(gated_delta_rule_reference)
+    return state_gradient(q_THK, k_THK, grad_TNV, g_TN=g_TN, beta_TN=beta_TN, sequences=sequences)
+
+
+def state_gradient_by(rule: GatedDeltaRule) -> DeltaRuleStateGradient:
+    """Such a gradient by any backend of the rule, called forward and backward."""
+
+    def state_gradient(
+        q_THK: torch.Tensor,
+        k_THK: torch.Tensor,
+        grad_TNV: torch.Tensor,
+        *,
+        g_TN: torch.Tensor,
+        beta_TN: torch.Tensor,
+        sequences: VarlenMetadata,
+    ) -> torch.Tensor:
+        shape = sequences.num_documents, grad_TNV.shape[1], k_THK.shape[2], grad_TNV.shape[2]
+        with torch.enable_grad():
+            state_DNKV = grad_TNV.new_zeros(shape, dtype=_compute_dtype(grad_TNV), requires_grad=True)
+            out_TNV, _ = rule(
+                q_THK.detach(),
+                k_THK.detach(),
+                torch.zeros_like(grad_TNV),
+                g_TN=g_TN.detach(),
+                beta_TN=beta_TN.detach(),
+                sequences=sequences,
+                initial_state_DNKV=state_DNKV,
+            )
+        (gradient_DNKV,) = torch.autograd.grad(out_TNV, state_DNKV, grad_TNV)
+        return gradient_DNKV
+
+    return state_gradient
+
+
+class DeltaRule(NamedTuple):
+    """The rule, and what passes its state from one slice of a document to the next.
+
+    Args:
+        scan: the rule.
+        summary: what a slice does to a state.
+        state_gradient: gradient of the state that arrives at a slice.
+    """
+
+    scan: GatedDeltaRule
+    summary: DeltaRuleSummary
+    state_gradient: DeltaRuleStateGradient
 
 
 def _to_chunks(x_THX: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:

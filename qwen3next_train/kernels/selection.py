@@ -6,11 +6,13 @@ substituted for it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -26,7 +28,17 @@ from qwen3next_train.kernels.fla.process import (
     only_operations_of_fla,
     use_tuned_configs,
 )
-from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, gated_delta_rule_reference
+from qwen3next_train.kernels.gated_delta_rule import (
+    DeltaRule,
+    DeltaRuleStateGradient,
+    DeltaRuleSummary,
+    GatedDeltaRule,
+    delta_rule_state_gradient_reference,
+    delta_rule_summary_reference,
+    gated_delta_rule_reference,
+    state_gradient_by,
+    summary_by,
+)
 from qwen3next_train.kernels.gates import (
     OutputGate,
     SharedExpertCombine,
@@ -81,6 +93,8 @@ class KernelSet:
     """The operations the model is built from, and how each was chosen."""
 
     gated_delta_rule: GatedDeltaRule
+    delta_rule_summary: DeltaRuleSummary
+    delta_rule_state_gradient: DeltaRuleStateGradient
     gdn_prologue: GdnPrologue
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
@@ -128,8 +142,15 @@ def select_kernels(
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
+    passing = _choose_passing(operations["gated_delta_rule"], place)
+    operations |= {
+        name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_rule_state_gradient")
+    }
+    rule = _load_passing(passing.backend, _load_gated_delta_rule(operations["gated_delta_rule"].backend, place), place)
     return KernelSet(
-        gated_delta_rule=_load_gated_delta_rule(operations["gated_delta_rule"].backend, place),
+        gated_delta_rule=rule.scan,
+        delta_rule_summary=rule.summary,
+        delta_rule_state_gradient=rule.state_gradient,
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
@@ -422,9 +443,7 @@ def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
 
         return gated_delta_rule_flash_qla
     heads = place.rule_head_dims
-    use_tuned_configs(place.capability, heads or ())
-    keep_delta_rule_from_flash_qla()
-    with only_operations_of_fla():
+    with _operations_of_fla(place):
         if place.capability[0] == HOPPER and heads is not None and all(dim in _OWN_CHUNK_HEAD_DIMS for dim in heads):
             from qwen3next_train.kernels.fla.gated_delta_rule_hopper import gated_delta_rule_fla_hopper
 
@@ -432,6 +451,42 @@ def _load_gated_delta_rule(backend: str, place: _Place) -> GatedDeltaRule:
         from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
 
         return gated_delta_rule_fla
+
+
+@contextmanager
+def _operations_of_fla(place: _Place) -> Iterator[None]:
+    """For the import of FLA's operations."""
+    use_tuned_configs(place.capability, place.rule_head_dims or ())
+    keep_delta_rule_from_flash_qla()
+    with only_operations_of_fla():
+        yield
+
+
+def _choose_passing(rule: KernelChoice, place: _Place) -> KernelChoice:
+    """How states are passed: by FLA beside any vendor's rule, as FlashQLA cannot; where FLA cannot run, by the rule."""
+    by_fla = rule.backend != "reference" and _fla_unavailable_reason(place) is None
+    return replace(rule, backend="fla") if by_fla else rule
+
+
+def _load_passing(backend: str, scan: GatedDeltaRule, place: _Place) -> DeltaRule:
+    if backend == "reference":
+        return DeltaRule(scan, delta_rule_summary_reference, delta_rule_state_gradient_reference)
+    if backend != "fla":
+        return DeltaRule(scan, summary_by(scan), state_gradient_by(scan))
+
+    @functools.cache
+    def load() -> DeltaRule:
+        with _operations_of_fla(place):
+            from qwen3next_train.kernels.fla.state_passing import delta_rule_state_gradient_fla, delta_rule_summary_fla
+
+            return DeltaRule(scan, delta_rule_summary_fla, delta_rule_state_gradient_fla)
+
+    # At the first call: most runs pass no states, and beside FlashQLA need nothing else of FLA.
+    return DeltaRule(
+        scan,
+        lambda *inputs, **named: load().summary(*inputs, **named),
+        lambda *inputs, **named: load().state_gradient(*inputs, **named),
+    )
 
 
 def _load_attention(backend: str) -> VarlenAttention:

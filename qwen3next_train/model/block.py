@@ -26,6 +26,7 @@ from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.overlap import Stages, interleaved
 from qwen3next_train.model.rope import RotaryTable
 from qwen3next_train.model.router_losses import RouterStats
+from qwen3next_train.model.sequence_group import SlicedSequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +37,13 @@ class BatchContext:
         sequences: document boundaries.
         rotary: angles of the tokens' positions.
         num_rows: rows the tokens consist of.
+        slices: where the tokens are slices of rows, the rows.
     """
 
     sequences: VarlenMetadata
     rotary: RotaryTable
     num_rows: int
+    slices: SlicedSequences | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -92,5 +95,5 @@ class DecoderLayer(nn.Module):
 
     def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
         if self.layer_type == "linear_attention":
-            return self.linear_attn(normed_TD, context.sequences)
-        return self.self_attn(normed_TD, context.sequences, context.rotary)
+            return self.linear_attn(normed_TD, context.sequences, context.slices)
+        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices)

@@ -15,6 +15,7 @@ from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.norms import QkNormAndRope
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.rope import RotaryTable
+from qwen3next_train.model.sequence_group import SlicedSequences, attend_by_heads
 
 
 class GatedAttention(nn.Module):
@@ -42,14 +43,30 @@ class GatedAttention(nn.Module):
         self.q_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
         self.k_norm = QkNormAndRope(self.head_dim, config.rms_norm_eps, kernels.qk_norm_rope)
 
-    def forward(self, x_TD: torch.Tensor, sequences: VarlenMetadata, rotary: RotaryTable) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``."""
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        sequences: VarlenMetadata,
+        rotary: RotaryTable,
+        slices: SlicedSequences | None = None,
+    ) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``.
+
+        Args:
+            x_TD: this rank's tokens.
+            sequences: their documents.
+            rotary: angles of their positions.
+            slices: where the tokens are slices of rows, the rows.
+        """
         q_TNX = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim * (2 if self.has_gate else 1)))
         q_TNH, gate_TNH = q_TNX.split(self.head_dim, dim=-1) if self.has_gate else (q_TNX, None)
         k_TGH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_TNH, k_TGH = self.q_norm(q_TNH, rotary), self.k_norm(k_TGH, rotary)
-        out_TNH = self.attention(q_TNH, k_TGH, v_TGH, sequences=sequences)
+        if slices is None:
+            out_TNH = self.attention(q_TNH, k_TGH, v_TGH, sequences=sequences)
+        else:
+            out_TNH = attend_by_heads(self.attention, q_TNH, k_TGH, v_TGH, slices=slices)
         if gate_TNH is not None:
             out_TNH = recomputed("activations", self.output_gate, out_TNH, gate_TNH)
         return self.o_proj(out_TNH.flatten(-2))

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.gated_delta_rule import DeltaRule
 from qwen3next_train.kernels.gdn_prologue import GdnPrologue, GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.norms import GatedNorm
 from qwen3next_train.model.recompute import recomputed
+from qwen3next_train.model.sequence_group import SlicedSequences, pass_state
 
 
 class ShortConvolution(nn.Module):
@@ -67,6 +69,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         heads = HeadShape.of(config)
         self.rule = kernels.gated_delta_rule
+        self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_rule_state_gradient)
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
         self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.gdn_prologue)
@@ -76,17 +79,34 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(heads.value_dim, config.rms_norm_eps, kernels.gated_rms_norm)
         self.out_proj = Linear(heads.value_heads * heads.value_dim, config.hidden_size)
 
-    def forward(self, x_TD: torch.Tensor, sequences: VarlenMetadata) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; no state crosses a document's end."""
+    def forward(
+        self, x_TD: torch.Tensor, sequences: VarlenMetadata, slices: SlicedSequences | None = None
+    ) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; no state crosses a document's end.
+
+        Args:
+            x_TD: this rank's tokens.
+            sequences: their documents.
+            slices: where the tokens are slices of rows, the rows; then all in between is done for halos too.
+        """
+        if slices is not None:
+            x_TD = slices.extended(x_TD)
         qkvz_TP, ba_TM = self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD)
-        inputs = self.conv1d(qkvz_TP, ba_TM, self.A_log, self.dt_bias, sequences)
-        out_TNV, _ = self.rule(
-            inputs.q_THK,
-            inputs.k_THK,
-            inputs.v_TNV,
-            g_TN=inputs.g_TN,
-            beta_TN=inputs.beta_TN,
-            sequences=sequences,
-        )
+        convolved = sequences if slices is None else slices.convolved
+        inputs = self.conv1d(qkvz_TP, ba_TM, self.A_log, self.dt_bias, convolved)
+        out_TNV = self._scan(inputs, sequences, slices)
         gated_THRV = self.norm(out_TNV.view_as(inputs.z_THRV), inputs.z_THRV)
-        return self.out_proj(gated_THRV.flatten(1))
+        mixed_TD = self.out_proj(gated_THRV.flatten(1))
+        return mixed_TD if slices is None else slices.own(mixed_TD)
+
+    def _scan(
+        self, inputs: GdnPrologueOutputs, sequences: VarlenMetadata, slices: SlicedSequences | None
+    ) -> torch.Tensor:
+        """The delta rule's outputs ``[T, N, V]``."""
+        q_THK, k_THK, v_TNV = inputs.q_THK, inputs.k_THK, inputs.v_TNV
+        if slices is None:
+            gates = {"g_TN": inputs.g_TN, "beta_TN": inputs.beta_TN}
+            out_TNV: torch.Tensor = self.rule(q_THK, k_THK, v_TNV, **gates, sequences=sequences)[0]
+            return out_TNV
+        gates = {"g_XN": inputs.g_TN, "beta_XN": inputs.beta_TN}
+        return pass_state(self.passed, q_THK, k_THK, v_TNV, **gates, slices=slices)

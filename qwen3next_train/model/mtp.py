@@ -13,7 +13,8 @@ at t + k. A document of five tokens ``A B C D E``::
 
 If the document goes on with ``F`` after the row's end, depth 0 has the label F at position 4, depth 1 reads it
 there and predicts it at position 3. A position without an input token has no target either, and comes after
-all positions with one, so what it computes reaches no loss.
+all positions with one, so what it computes reaches no loss. The targets are made with the batch, from whole rows
+(``batch.mtp_targets``).
 
 Letters: T tokens, D hidden.
 """
@@ -36,16 +37,6 @@ from qwen3next_train.model.recompute import recomputed, recomputed_layer
 from qwen3next_train.model.router_losses import RouterStats
 
 _NO_TOKEN = 0
-
-
-def next_targets(targets_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Targets of the next depth: shifted by one inside every document, the last position ignored.
-
-    Args:
-        targets_T: int64 ``[T]``, targets of one depth (depth 0: the labels).
-        cu_seqlens: int32 ``[documents + 1]``.
-    """
-    return targets_T.roll(-1).index_fill_(0, cu_seqlens[1:].long() - 1, IGNORE_INDEX)
 
 
 def input_ids(targets_T: torch.Tensor) -> torch.Tensor:

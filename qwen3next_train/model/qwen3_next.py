@@ -21,11 +21,12 @@ from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
 from qwen3next_train.model.moe import SparseMoeBlock
-from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids, next_targets
+from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import recomputed_layer, recomputing
 from qwen3next_train.model.rope import rotary_table
-from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats
+from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, own_counts
+from qwen3next_train.model.sequence_group import SequenceGroup, SlicedSequences
 from qwen3next_train.parameters import parameter_table
 
 
@@ -35,7 +36,7 @@ class LossScales:
 
     Args:
         num_targets: real targets of the whole step, all ranks, by depth (``[0]`` next token, ``[k]`` MTP).
-        num_micro_batches: micro-batches of the whole step, all ranks.
+        num_micro_batches: micro-batches of the whole step, all ranks; of slices of rows each rank's counts as one.
     """
 
     num_targets: Sequence[float | torch.Tensor]
@@ -137,6 +138,8 @@ class Qwen3NextForCausalLM(nn.Module):
 
     reduce_counts: ReduceCounts
     """Sums expert counts over the ranks of a step; set by the engine when there are several."""
+    sequence_group: SequenceGroup | None
+    """The ranks that share the tokens of a row; set by the engine under context parallelism."""
 
     def __init__(
         self,
@@ -161,7 +164,8 @@ class Qwen3NextForCausalLM(nn.Module):
             if config.mtp_num_layers
             else None
         )
-        self.reduce_counts = _own_counts
+        self.reduce_counts = own_counts
+        self.sequence_group = None
         self._loads = ExpertLoads(config.router_aux_loss_scope)
         self.tie_weights()
 
@@ -204,7 +208,8 @@ class Qwen3NextForCausalLM(nn.Module):
     def _losses(self, nlls: Sequence[torch.Tensor], stats: Sequence[RouterStats], scales: LossScales) -> ModelOutput:
         """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
         nll_lm, *nll_mtp = nlls
-        balancing_L = self._loads.losses(stats, self.reduce_counts)
+        reduce_row_counts = own_counts if self.sequence_group is None else self.sequence_group.sum
+        balancing_L = self._loads.losses(stats, self.reduce_counts, reduce_row_counts)
         z_L = torch.stack([layer.z for layer in stats])
         config = self.config
         total = nll_lm / _at_least_one(scales.num_targets[0])
@@ -243,7 +248,15 @@ class Qwen3NextForCausalLM(nn.Module):
             fraction=config.partial_rotary_factor,
             theta=config.rope_theta,
         )
-        return BatchContext(VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu), rotary, batch.num_rows)
+        sequences = VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu)
+        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch))
+
+    def _slices(self, batch: PackedBatch) -> SlicedSequences | None:
+        if batch.slices is None:
+            assert self.sequence_group is None, "whole rows in a context group"
+            return None
+        assert self.sequence_group is not None, "slices of rows without the ranks that have the rest"
+        return SlicedSequences.of(batch.slices, self.sequence_group)
 
     def _predict_further(
         self, hiddens_TD: list[torch.Tensor], batches: Sequence[PackedBatch], contexts: Sequence[BatchContext]
@@ -251,19 +264,13 @@ class Qwen3NextForCausalLM(nn.Module):
         """Loss sums and router statistics of the micro-batches, by MTP depth."""
         if self.mtp is None:
             return
-        targets_T = [batch.labels_T for batch in batches]
+        previous_T = [batch.labels_T for batch in batches]
         for depth in range(1, self.config.mtp_num_layers + 1):
-            embeddings_TD = [self.model.embed_tokens(input_ids(targets)) for targets in targets_T]
-            targets_T = [
-                next_targets(targets, batch.cu_seqlens) for targets, batch in zip(targets_T, batches, strict=True)
-            ]
+            targets_T = [batch.mtp_targets[depth - 1] for batch in batches]
+            embeddings_TD = [self.model.embed_tokens(input_ids(targets)) for targets in previous_T]
             hiddens_TD, stats = self.mtp(hiddens_TD, embeddings_TD, depth, contexts)
             yield [self.lm_head(h, targets) for h, targets in zip(hiddens_TD, targets_T, strict=True)], stats
-
-
-def _own_counts(counts: torch.Tensor) -> torch.Tensor:
-    """Counts of a step with one rank."""
-    return counts
+            previous_T = targets_T
 
 
 def _at_least_one(count: float | torch.Tensor) -> float | torch.Tensor:

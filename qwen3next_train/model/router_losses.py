@@ -18,6 +18,11 @@ ReduceCounts = Callable[[torch.Tensor], torch.Tensor]
 """Sums an int64 tensor over the ranks that share a step; may work in place."""
 
 
+def own_counts(counts: torch.Tensor) -> torch.Tensor:
+    """The sum over one rank."""
+    return counts
+
+
 class RouterStats(NamedTuple):
     """What one layer's router did with one micro-batch.
 
@@ -68,12 +73,26 @@ class ExpertLoads:
         """Forget the counts of the previous step."""
         self._running_LE = None
 
-    def losses(self, stats: Sequence[RouterStats], reduce_counts: ReduceCounts) -> torch.Tensor:
-        """Load-balancing loss of each layer, fp32 ``[L]``; one reduction for all layers together."""
+    def losses(
+        self,
+        stats: Sequence[RouterStats],
+        reduce_counts: ReduceCounts,
+        reduce_row_counts: ReduceCounts = own_counts,
+    ) -> torch.Tensor:
+        """Load-balancing loss of each layer, fp32 ``[L]``; one reduction for all layers together.
+
+        Of slices of rows it is a slice's share, times their number: linear in the mean probabilities, with counts of
+        the whole.
+
+        Args:
+            stats: of each layer.
+            reduce_counts: over the ranks of a step.
+            reduce_row_counts: over the ranks that share a row.
+        """
         mean_prob_LrE = torch.stack([layer.mean_prob_rE for layer in stats])
         counts_LrE = torch.stack([layer.counts_rE for layer in stats])
         if self.scope == "sequence":
-            return load_balancing_loss(mean_prob_LrE, counts_LrE)
+            return load_balancing_loss(mean_prob_LrE, reduce_row_counts(counts_LrE))
         counts_LE = reduce_counts(counts_LrE.sum(1))
         if self.scope == "global":
             counts_LE = counts_LE if self._running_LE is None else self._running_LE + counts_LE

@@ -13,7 +13,7 @@ from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
 from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
-from qwen3next_train.config.validate import MAX_BF16_BETA
+from qwen3next_train.config.validate import MAX_BF16_BETA, context_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
@@ -25,6 +25,7 @@ MAX_FASTEST = 5
 
 _WHOLE_LAYERS: frozenset[RecomputePart] = frozenset(("layer",))
 _EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too small
+_LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchanges than other ways to save memory
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -173,31 +174,46 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
 def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[RecomputePart]]) -> Iterator[Layout]:
     """Layouts on as many GPUs, with any expert-parallel size, ZeRO stage and micro-batches that work."""
     common = math.gcd(layout.world_size, config.model.num_experts)
-    rows = config.run.global_batch_size // layout.world_size
-    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
-    micro_batch_sizes = (
-        size for size in sorted(sizes) if rows * layout.world_size == config.run.global_batch_size and rows % size == 0
-    )
-    for micro_batch_size, expert_parallel_size, zero_stage, in_flight, parts in product(
-        micro_batch_sizes,
+    for (context_parallel_size, micro_batch_size), expert_parallel_size, zero_stage, in_flight, parts in product(
+        _shares(config, layout),
         (size for size in range(1, common + 1) if common % size == 0),
         ZERO_STAGES,
         (1, 2),
         recompute,
     ):
         # Without an exchange there is nothing to hide; config.validate rejects the other two.
-        if in_flight > 1 and (expert_parallel_size == 1 or zero_stage == 3 or rows // micro_batch_size < in_flight):
+        micro_batches = config.run.global_batch_size * context_parallel_size // (layout.world_size * micro_batch_size)
+        if in_flight > 1 and (expert_parallel_size == 1 or zero_stage == 3 or micro_batches < in_flight):
             continue
         if layout.offload_optimizer and zero_stage == 3:
             continue
         yield replace(
             layout,
             expert_parallel_size=expert_parallel_size,
+            context_parallel_size=context_parallel_size,
             zero_stage=zero_stage,
             micro_batch_size=micro_batch_size,
             micro_batches_in_flight=in_flight,
             recompute=parts,
         )
+
+
+def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int]]:
+    """Context-parallel sizes, no smaller than the layout's, and micro-batch sizes. Only single rows are cut further."""
+    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
+    for factor in (1, *_FACTORS[:-1]):
+        context = layout.context_parallel_size * factor
+        ranks, rest = divmod(layout.world_size, context)
+        if rest or config.run.global_batch_size % ranks:
+            continue
+        if not context_fits(config.model, layout.sequence_length, context):
+            continue
+        if factor > 1 and layout.sequence_length // context < _LEAST_SLICE:
+            continue
+        rows = config.run.global_batch_size // ranks
+        for size in sorted(sizes) if factor == 1 else (1,):
+            if rows % size == 0:
+                yield context, size
 
 
 def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[MomentsDtype]:

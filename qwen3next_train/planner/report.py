@@ -168,10 +168,12 @@ def _flops_line(plan: Plan) -> str:
 
 def _step_line(plan: Plan) -> str:
     rows = plan.config.run.global_batch_size
-    accumulation = rows // (plan.layout.world_size * plan.layout.micro_batch_size)
+    accumulation = plan.layout.num_micro_batches(rows)
+    slices = f", of each 1/{plan.layout.context_parallel_size}" if plan.layout.context_parallel_size > 1 else ""
     return (
         f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.workload.num_tokens)} = "
         f"{_si(plan.workload.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
+        f"{slices}"
     )
 
 
@@ -296,6 +298,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
     settings = (
         ("GPUs", old.world_size, new.world_size),
         ("parallel.expert_parallel_size", old.expert_parallel_size, new.expert_parallel_size),
+        ("parallel.context_parallel_size", old.context_parallel_size, new.context_parallel_size),
         ("parallel.zero_stage", old.zero_stage, new.zero_stage),
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),
@@ -308,7 +311,11 @@ def _changed_settings(old: Layout, new: Layout) -> str:
 
 
 def _layout(layout: Layout) -> str:
-    return f"EP {layout.expert_parallel_size}, DP {layout.world_size}, ZeRO-{layout.zero_stage}, {layout.precision}"
+    context = f"CP {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    return (
+        f"EP {layout.expert_parallel_size}, {context}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
+        f"{layout.precision}"
+    )
 
 
 def _parts(counts: dict[str, int]) -> str:

@@ -11,7 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from qwen3next_train.accounting.activations import rows_sent_per_token, saved_tensors
+from qwen3next_train.accounting.activations import (
+    kv_heads_exchanged,
+    passed_state_bytes,
+    rows_sent_per_token,
+    saved_tensors,
+)
 from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES, count_mixers, forward_flops
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
@@ -32,6 +37,7 @@ class StepTime:
         recompute_s: what they compute again.
         exchange_s: tokens to experts and back as far as nothing hides it, the host's waits, work on tokens of other
             ranks, and what products lose to what is hidden.
+        context_s: heads of attention and states of Gated DeltaNet between ranks that share rows; nothing hides them.
         gradients_s: adding them up.
         reduction_s: reducing gradients and gathering weights as far as nothing hides it, and what products lose.
         update_s: norm and AdamW.
@@ -42,6 +48,7 @@ class StepTime:
     model_s: float
     recompute_s: float
     exchange_s: float
+    context_s: float
     gradients_s: float
     reduction_s: float
     update_s: float
@@ -87,7 +94,7 @@ class StepClock:
     def step(self, layout: Layout) -> StepTime:
         """One step under a layout whose micro-batches make up the global batch."""
         rates = self.rates
-        micro_batches = self._config.run.global_batch_size // (layout.world_size * layout.micro_batch_size)
+        micro_batches = layout.num_micro_batches(self._config.run.global_batch_size)
         layers_s, head_s = self._micro_batch(layout)
         again = sum(_recompute_share(rates, part) for part in layout.recompute)
         passes_s = layers_s * (1 + again) + head_s
@@ -98,6 +105,7 @@ class StepClock:
             model_s=micro_batches * (layers_s + head_s),
             recompute_s=micro_batches * layers_s * again,
             exchange_s=exchange_s,
+            context_s=self._context(layout, micro_batches),
             gradients_s=gradients_s,
             reduction_s=self._reduction(layout, micro_batches, passes_s),
             update_s=update_s,
@@ -154,6 +162,21 @@ class StepClock:
         work_s = sent / (2 * passes) / rates.received_bytes_per_s
         waits_s = 0.0 if dense else (passes - 1) * self._num_layers * micro_batches * rates.exact_wait_s
         return exposed + slower_s + work_s + waits_s
+
+    def _context(self, layout: Layout, micro_batches: int) -> float:
+        """Seconds of what travels between the ranks that share rows: heads there and back, each one's states to all."""
+        size, model, rates = layout.context_parallel_size, self._config.model, self.rates
+        if size == 1:
+            return 0.0
+        gdn_layers, attention_layers = count_mixers(model)
+        heads = 2 * (model.num_attention_heads + kv_heads_exchanged(model, size))
+        head_bytes = layout.num_tokens * heads * model.head_dim * layout.element_bytes / size
+        state_bytes = passed_state_bytes(model, layout.micro_batch_size)
+        to_rank = (attention_layers + model.mtp_num_layers) * head_bytes + gdn_layers * state_bytes
+        near = min(size, self._device.domain_size) - 1
+        near_s = max(to_rank / rates.exact_peer_bytes_per_s, to_rank * near / rates.exact_bytes_per_s)
+        passes = 3 if "layer" in layout.recompute else 2
+        return passes * micro_batches * max(near_s, to_rank * (size - 1 - near) / self._network_rate(1))
 
     def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
         """Seconds of summing gradients, and of the update."""

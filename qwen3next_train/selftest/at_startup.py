@@ -36,7 +36,7 @@ _NUM_TOKENS = sum(_LENGTHS)
 
 @contextmanager
 def checks_meanwhile(
-    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, passes_state: bool = False
 ) -> Iterator[Callable[[], list[Check]]]:
     """:func:`gated_delta_net_checks` in a thread of its own while the block runs, which ends when both are done.
 
@@ -47,18 +47,19 @@ def checks_meanwhile(
         model: whose heads are used.
         device: where the model will live.
         dtype: of weights and activations.
+        passes_state: as of :func:`gated_delta_net_checks`.
 
     Yields:
         What waits for the checks and returns them.
     """
-    if not _compared(kernels):
+    if not _compared(kernels, passes_state=passes_state):
         yield list  # Called, an empty one.
         return
 
     def run() -> list[Check]:
         # A new thread's current device is the first one.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return gated_delta_net_checks(kernels, model, device, dtype)
+            return gated_delta_net_checks(kernels, model, device, dtype, passes_state=passes_state)
 
     with ThreadPoolExecutor(1) as pool:
         checks = pool.submit(run)
@@ -90,7 +91,7 @@ def reject_wrong_gated_delta_net(checks: Sequence[Check], control: ControlGroup)
 
 
 def gated_delta_net_checks(
-    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, passes_state: bool = False
 ) -> list[Check]:
     """One check for each operation that has another backend than its reference.
 
@@ -99,25 +100,23 @@ def gated_delta_net_checks(
         model: whose heads are used.
         device: where the model will live.
         dtype: of weights and activations.
+        passes_state: documents begin with a state and somebody reads the one they leave (context parallelism).
     """
     found = []
-    for choice in _compared(kernels):
-        measure = partial(_check, choice, kernels, model, device, dtype)
+    for choice in _compared(kernels, passes_state=passes_state):
+        cases = _CASES[choice.operation](model, device, passes_state)
+        measure = partial(_check, choice, kernels, cases, dtype)
         found += try_check(f"kernels.{choice.key}", measure)
     return found
 
 
-def _compared(kernels: KernelSet) -> list[KernelChoice]:
-    return [choice for choice in kernels.choices if choice.operation in _CASES and choice.backend != "reference"]
+def _compared(kernels: KernelSet, *, passes_state: bool) -> list[KernelChoice]:
+    operations = _CASES.keys() - (set() if passes_state else {"delta_rule_summary", "delta_rule_state_gradient"})
+    return [choice for choice in kernels.choices if choice.operation in operations and choice.backend != "reference"]
 
 
-def _check(
-    choice: KernelChoice, kernels: KernelSet, model: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> list[Check]:
-    errors = [
-        case_errors(case, kernels, dtype, references=reference_kernels())
-        for case in _CASES[choice.operation](model, device)
-    ]
+def _check(choice: KernelChoice, kernels: KernelSet, cases: Iterator[Case], dtype: torch.dtype) -> list[Check]:
+    errors = [case_errors(case, kernels, dtype, references=reference_kernels()) for case in cases]
     error, name = max((error, name) for of_case in errors for name, error in of_case.items())
     detail = f"{choice.operation} by {choice.backend} is off plain torch by {error:.1e} ({name}), allowed {BOUND:.0e}"
     if error > BOUND:
@@ -131,24 +130,36 @@ def _packings(device: torch.device) -> Iterator[tuple[RandomInputs, VarlenMetada
         yield RandomInputs(torch.Generator().manual_seed(0), device), VarlenMetadata.from_lengths(lengths, device)
 
 
-def _gdn_prologue(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+def _gdn_prologue(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
     for random, sequences in _packings(device):
         yield mixer_cases.gdn_prologue(random, HeadShape.of(model), sequences, model.linear_conv_kernel_dim)
 
 
-def _gated_delta_rule(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+def _gated_delta_rule(model: ModelConfig, device: torch.device, passes_state: bool) -> Iterator[Case]:
     for random, sequences in _packings(device):
-        yield mixer_cases.gated_delta_rule(random, HeadShape.of(model), sequences)
+        yield mixer_cases.gated_delta_rule(random, HeadShape.of(model), sequences, with_states=passes_state)
 
 
-def _gated_rms_norm(model: ModelConfig, device: torch.device) -> Iterator[Case]:
+def _delta_rule_summary(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
+    for random, sequences in _packings(device):
+        yield mixer_cases.delta_rule_summary(random, HeadShape.of(model), sequences)
+
+
+def _delta_rule_state_gradient(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
+    for random, sequences in _packings(device):
+        yield mixer_cases.delta_rule_state_gradient(random, HeadShape.of(model), sequences)
+
+
+def _gated_rms_norm(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
     heads, (random, sequences) = HeadShape.of(model), next(_packings(device))
     shape = sequences.num_tokens, heads.key_heads, heads.group, heads.value_dim
     yield mixer_cases.gated_rms_norm(random, shape, columns=sum(heads.group_sizes), eps=model.rms_norm_eps)
 
 
-_CASES: dict[str, Callable[[ModelConfig, torch.device], Iterator[Case]]] = {
+_CASES: dict[str, Callable[[ModelConfig, torch.device, bool], Iterator[Case]]] = {
     "gdn_prologue": _gdn_prologue,
     "gated_delta_rule": _gated_delta_rule,
+    "delta_rule_summary": _delta_rule_summary,
+    "delta_rule_state_gradient": _delta_rule_state_gradient,
     "gated_rms_norm": _gated_rms_norm,
 }

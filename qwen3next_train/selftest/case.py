@@ -31,6 +31,7 @@ class Case:
         definition: what it has to compute, written out, at times in loops over tokens; called with the inputs by name.
         fp32_inputs: inputs that the model keeps in fp32 when activations are narrower.
         cancelling: inputs whose gradient is a small difference of large terms, see :data:`CANCELLATION`.
+        differentiable: nobody differentiates an operation that is not; only its outputs are compared.
     """
 
     inputs: Inputs
@@ -38,6 +39,7 @@ class Case:
     definition: Callable[..., Outputs]
     fp32_inputs: frozenset[str] = frozenset()
     cancelling: frozenset[str] = frozenset()
+    differentiable: bool = True
 
     def rounded(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The inputs in ``dtype``, or in fp32 where the model keeps that; views stay views of as much."""
@@ -88,7 +90,7 @@ def case_errors(
         references: what is right; None: the case's definition.
     """
     reference = case.definition if references is None else partial(case.run, references)
-    errors = compare(partial(case.run, kernels), reference, case.rounded(dtype))
+    errors = compare(partial(case.run, kernels), reference, case.rounded(dtype), differentiable=case.differentiable)
     if dtype == torch.bfloat16:
         for name in case.cancelling:
             errors[f"grad {name}"] /= CANCELLATION
@@ -112,6 +114,7 @@ def compare(
     generator: torch.Generator | None = None,
     measure: Callable[[torch.Tensor, torch.Tensor], float] = relative_error,
     around_kernel: AbstractContextManager[None] | None = None,
+    differentiable: bool = True,
 ) -> dict[str, float]:
     """Error of every output of a kernel and of the gradient of every input.
 
@@ -123,24 +126,27 @@ def compare(
         generator: draws the gradients of the outputs; None: one of the host.
         measure: error of a value, given first, and its reference.
         around_kernel: in force while the kernel runs forward and backward.
+        differentiable: False compares no gradients; the kernel then runs without them.
 
     Returns:
         ``output``, ``output 2`` for a second one, and ``grad NAME`` for each input.
     """
     narrow = {name: _leaf(value, value.dtype) for name, value in inputs.items()}
     exact = {name: _leaf(value, reference_dtype or value.dtype) for name, value in inputs.items()}
-    with around_kernel or nullcontext():
+    with around_kernel or nullcontext(), torch.set_grad_enabled(differentiable):
         outputs = kernel(**{name: view for name, (_, view) in narrow.items()})
-        upstream = _upstream(outputs, generator or torch.Generator().manual_seed(1))
-        torch.autograd.backward(outputs, upstream)
+        if differentiable:
+            upstream = _upstream(outputs, generator or torch.Generator().manual_seed(1))
+            torch.autograd.backward(outputs, upstream)
     with _one_thread() if all(value.device.type == "cpu" for value in inputs.values()) else nullcontext():
         expected = reference(**{name: view for name, (_, view) in exact.items()})
-        torch.autograd.backward(expected, [one.to(of.dtype) for one, of in zip(upstream, expected, strict=True)])
+        if differentiable:
+            torch.autograd.backward(expected, [one.to(of.dtype) for one, of in zip(upstream, expected, strict=True)])
     errors = {}
     for index, (output, right) in enumerate(zip(outputs, expected, strict=True)):
         assert output.shape == right.shape
         errors["output" if index == 0 else f"output {index + 1}"] = measure(output.detach(), right.detach())
-    for name, (leaf, _) in narrow.items():
+    for name, (leaf, _) in narrow.items() if differentiable else ():
         gradient, right_gradient = leaf.grad, exact[name][0].grad
         assert gradient is not None, name
         assert right_gradient is not None, name

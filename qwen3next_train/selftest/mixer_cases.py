@@ -11,7 +11,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from qwen3next_train.kernels.gated_delta_rule import GatedDeltaRule, recurrent_gated_delta_rule
+from qwen3next_train.kernels.gated_delta_rule import (
+    GatedDeltaRule,
+    recurrent_gated_delta_rule,
+    state_gradient_by,
+    summary_by,
+)
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
@@ -50,6 +55,37 @@ def gated_delta_rule(
         frozenset({"g_TN", "initial_state_DNKV"}),
         frozenset({"g_TN"}),
     )
+
+
+def delta_rule_summary(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata) -> Case:
+    """What each document does to the state."""
+    inputs = dict(gated_delta_rule(random, heads, sequences).inputs)
+    del inputs["q_THK"]
+    # Slower than in the case of the rule: of a longer document nothing but zeros would be compared.
+    inputs["g_TN"] = inputs["g_TN"] / 8
+
+    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
+        return (kernels.delta_rule_summary(**inputs, sequences=sequences),)
+
+    def definition(**inputs: torch.Tensor) -> Outputs:
+        return (summary_by(recurrent_gated_delta_rule)(**inputs, sequences=sequences),)
+
+    return Case(inputs, run, definition, frozenset({"g_TN"}), differentiable=False)
+
+
+def delta_rule_state_gradient(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata) -> Case:
+    """What a document's outputs say of the state that it begins with."""
+    inputs = dict(delta_rule_summary(random, heads, sequences).inputs)
+    queries = F.normalize(random.normal(*inputs["k_THK"].shape), dim=-1)
+    inputs = {"q_THK": queries, "grad_TNV": inputs.pop("v_TNV"), **inputs}
+
+    def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
+        return (kernels.delta_rule_state_gradient(**inputs, sequences=sequences),)
+
+    def definition(**inputs: torch.Tensor) -> Outputs:
+        return (state_gradient_by(recurrent_gated_delta_rule)(**inputs, sequences=sequences),)
+
+    return Case(inputs, run, definition, frozenset({"g_TN"}), differentiable=False)
 
 
 def gdn_prologue(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata, width: int) -> Case:

@@ -130,6 +130,16 @@ def _gated_delta_rule_as_trained(model: ModelConfig, random: RandomInputs) -> It
         yield mixer_cases.gated_delta_rule(random, HeadShape.of(model), sequences)
 
 
+def _delta_rule_summary(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for sequences in _packings(random.device):
+        yield mixer_cases.delta_rule_summary(random, _few_heads(model), sequences)
+
+
+def _delta_rule_state_gradient(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+    for sequences in _packings(random.device):
+        yield mixer_cases.delta_rule_state_gradient(random, _few_heads(model), sequences)
+
+
 def _gdn_prologue(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     for sequences in _packings(random.device):
         yield mixer_cases.gdn_prologue(random, _few_heads(model), sequences, model.linear_conv_kernel_dim)
@@ -224,6 +234,8 @@ def _linear_cross_entropy(model: ModelConfig, random: RandomInputs) -> Iterator[
 
 _CASES: dict[str, Callable[[ModelConfig, RandomInputs], Iterator[Case]]] = {
     "gated_delta_rule": _gated_delta_rule,
+    "delta_rule_summary": _delta_rule_summary,
+    "delta_rule_state_gradient": _delta_rule_state_gradient,
     "gdn_prologue": _gdn_prologue,
     "gated_rms_norm": _gated_rms_norm,
     "varlen_attention": _varlen_attention,

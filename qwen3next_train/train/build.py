@@ -27,6 +27,7 @@ from qwen3next_train.metrics.step_line import labelled
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.loop import Run
@@ -60,7 +61,14 @@ def build_run(
     validate_for_world(config, context.world_size)
     layout = Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node)
     check_memory(config, layout, context)
-    topology = Topology(context.world_size, context.rank, config.parallel.expert_parallel_size, context.ranks_per_node)
+    topology = Topology(
+        context.world_size,
+        context.rank,
+        config.parallel.expert_parallel_size,
+        context.ranks_per_node,
+        config.parallel.context_parallel_size,
+    )
+    part = RowSlice.of(topology, config.model)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
@@ -81,6 +89,7 @@ def build_run(
             mtp_depths=config.model.mtp_num_layers,
             start_sample=restored.state.consumed_samples,
             num_prefetch_steps=config.data.num_prefetch_steps,
+            part=part,
         )
     )
     throughput = Throughput(
@@ -95,7 +104,7 @@ def build_run(
         engine=engine,
         batches=loader,
         data_wait_s=lambda: loader.last_wait_s,
-        validation=_validation_batches(validation, config, topology),
+        validation=_validation_batches(validation, config, topology, part),
         bytes_per_token=None if validation is None else validation.bytes_per_token,
         checkpoints=checkpoints,
         header=_header(config, context),
@@ -125,13 +134,16 @@ def _build_engine(
     with imported_to_stay():
         from qwen3next_train.engine.zero_engine import ZeroEngine
 
-    with checks_meanwhile(kernels, config.model, context.device, dtype) as checks:
+    passes_state = topology.context_parallel_size > 1
+    with checks_meanwhile(kernels, config.model, context.device, dtype, passes_state=passes_state) as checks:
         engine = ZeroEngine(
             config,
             topology=topology,
             kernels=kernels,
             device=context.device,
-            num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
+            num_micro_batches=config.run.global_batch_size
+            // config.run.micro_batch_size
+            // topology.data_parallel_size,
         )
     reject_wrong_gated_delta_net(checks(), context.control)
     if restored.found is not None:
@@ -160,11 +172,13 @@ def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
             )
 
 
-def _validation_batches(validation: ValidationData | None, config: Config, topology: Topology) -> list[PackedBatch]:
+def _validation_batches(
+    validation: ValidationData | None, config: Config, topology: Topology, part: RowSlice
+) -> list[PackedBatch]:
     if validation is None:
         return []
     return validation.batches(
-        topology, micro_batch_size=config.run.micro_batch_size, mtp_depths=config.model.mtp_num_layers
+        topology, micro_batch_size=config.run.micro_batch_size, mtp_depths=config.model.mtp_num_layers, part=part
     )
 
 

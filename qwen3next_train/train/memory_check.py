@@ -122,6 +122,8 @@ def settings_that_help(config: Config | None, *, on_device: bool) -> str:
         if parallel.zero_stage < 3:
             ways.append(f"raise parallel.zero_stage ({parallel.zero_stage}) on several GPUs")
         ways.append(f"raise parallel.expert_parallel_size ({parallel.expert_parallel_size})")
+        if run.micro_batch_size == 1:
+            ways.append(f"raise parallel.context_parallel_size ({parallel.context_parallel_size}) on several GPUs")
     else:
         if parallel.offload_optimizer == "cpu":
             ways.append("set parallel.offload_optimizer to none")

@@ -55,7 +55,7 @@ def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[
         device: where this process trains.
     """
     run, work = config.run, workload_of(config)
-    num_micro_batches = run.global_batch_size // (run.micro_batch_size * layout.world_size)
+    num_micro_batches = layout.num_micro_batches(run.global_batch_size)
     lines = [
         labelled("model", f"{work.parameters.total:,} parameters, {work.parameters.active:,} active per token"),
         labelled(
@@ -90,6 +90,8 @@ def _layout(config: Config, layout: Layout, device: torch.device) -> str:
     if parallel.expert_parallel_size > 1:
         exchange = "dense" if layout.exchanges_densely else "exact"
         parts.append(f"experts over {parallel.expert_parallel_size} ranks, {exchange} exchange")
+    if parallel.context_parallel_size > 1:
+        parts.append(f"rows over {parallel.context_parallel_size} ranks")
     if parallel.recompute:
         parts.append(f"recompute {' + '.join(parallel.recompute)}")
     if parallel.offload_optimizer != "none":

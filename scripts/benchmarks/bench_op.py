@@ -103,10 +103,12 @@ def measure_case(
     """Compare and time one operation, in bf16 but for what the model keeps in fp32."""
     # Not the case's own inputs: in fp64 they would take four times the room.
     built = case.build(RandomInputs(torch.Generator(device).manual_seed(0), device))
-    inputs = {name: value.requires_grad_() for name, value in built.rounded(torch.bfloat16).items()}
+    differentiable = built.differentiable
+    inputs = {name: value.requires_grad_(differentiable) for name, value in built.rounded(torch.bfloat16).items()}
     kernel, reference = partial(built.run, kernels, **inputs), partial(built.run, references, **inputs)
     del built
-    upstream = tuple(torch.randn_like(output) for output in kernel())
+    # Of what nobody differentiates there is no backward pass.
+    upstream = tuple(torch.randn_like(output) for output in kernel()) if differentiable else ()
     with torch.no_grad():
         forward = measure(kernel, device, iterations=iterations)
     both = measure(partial(_both, kernel, inputs, upstream), device, iterations=iterations)
@@ -136,7 +138,12 @@ def _compare(
         leaf.grad = None
     try:
         errors = compare(
-            kernel, reference, inputs, reference_dtype=None, generator=torch.Generator(device).manual_seed(1)
+            kernel,
+            reference,
+            inputs,
+            reference_dtype=None,
+            generator=torch.Generator(device).manual_seed(1),
+            differentiable=bool(upstream),
         )
         timing = measure(partial(_both, reference, inputs, upstream), device, iterations=3, warmup=0)
     except torch.OutOfMemoryError:
@@ -146,10 +153,12 @@ def _compare(
 
 
 def _both(operation: Callable[[], Outputs], inputs: Inputs, upstream: Outputs) -> None:
-    """Forward and backward with fresh gradients."""
+    """Forward and, where there are gradients of the outputs, backward with fresh gradients."""
     for leaf in inputs.values():
         leaf.grad = None
-    torch.autograd.backward(operation(), upstream)
+    outputs = operation()
+    if upstream:
+        torch.autograd.backward(outputs, upstream)
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,10 @@ kernels by kind (the dense exchange's gathers of tokens are part of ``gather``).
 beside it, ``idle`` the time in which nothing runs, ``waits`` how often the host waits for the device in a step.
 ``plan`` is what ``plan`` says the peak is.
 
-Letters: EP ranks that share one set of experts, Z the ZeRO stage.
+With ``--long`` rows are long instead: twelve layers on four GPUs at every length and context-parallel size of
+:data:`LONG_ROWS`, one row a micro-batch, so that tokens per GPU are equal along a diagonal of the two.
+
+Letters: EP ranks that share one set of experts, Z the ZeRO stage, CP ranks that share the tokens of a row.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.errors import ConfigError, TrainError
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from qwen3next_train.versions import software_versions
 
@@ -52,6 +56,7 @@ OPTIONS = {
     for option in (
         Option("--gpus", "N", "largest number of GPUs (default: all)"),
         Option("--iters", "N", "timed steps of each row (default 8)"),
+        Option("--long", "", "measure long rows over several GPUs instead"),
         Option("--only", "WORDS", "measure rows whose name (slice4_e512/EP4xZ1/acc4) has all these words: EP4,acc4"),
         Option("--exchange", "KIND", "parallel.token_exchange of every row: auto, dense, exact (the default)"),
         Option(
@@ -107,6 +112,7 @@ class Row:
         """The resolved configuration."""
         config = load_config([find_config(f"bench_{self.shape}.yaml")], list(self.overrides)).config
         rows = config.run.micro_batch_size * self.accumulation * self.num_gpus
+        rows //= config.parallel.context_parallel_size
         return load_config(
             [find_config(f"bench_{self.shape}.yaml")],
             [*self.overrides, ("run.global_batch_size", str(rows)), ("optimizer.lr", "1e-9"), ("schedule.min_lr", "0")],
@@ -145,6 +151,25 @@ def _in_flight(row: Row) -> Row:
         return together
     halved = ("run.micro_batch_size", str(row.config.run.micro_batch_size // 2))
     return replace(together, accumulation=2, overrides=(*together.overrides, halved))
+
+
+LONG_ROWS = tuple((length, size) for length in (16, 32, 64, 128) for size in (1, 2, 4) if length // size <= 64)
+"""Thousands (1024) of tokens in a row, context-parallel size."""
+
+
+def long_rows() -> Iterator[Row]:
+    """Twelve layers of the 80B with 64 experts to each of four ranks, rows of one document."""
+    for length, context_parallel_size in LONG_ROWS:
+        overrides = {
+            "model.num_experts": 256,
+            "parallel.expert_parallel_size": 4,
+            "parallel.context_parallel_size": context_parallel_size,
+            "parallel.recompute": "[norms, activations, gdn_prologue]",
+            "run.micro_batch_size": 1,
+            "data.sequence_length": 1024 * length,
+        }
+        pairs = tuple((key, str(value)) for key, value in overrides.items())
+        yield Row("ep8_proxy", f"{length}kxCP{context_parallel_size}", 4, 1, pairs)
 
 
 @dataclass(frozen=True)
@@ -192,17 +217,23 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
 
     config = config or row.config
     device = context.device
+    topology = Topology(
+        context.world_size,
+        context.rank,
+        config.parallel.expert_parallel_size,
+        context.ranks_per_node,
+        config.parallel.context_parallel_size,
+    )
     engine = ZeroEngine(
         config,
-        topology=Topology(
-            context.world_size, context.rank, config.parallel.expert_parallel_size, context.ranks_per_node
-        ),
+        topology=topology,
         kernels=select_kernels(config.kernels, device, dtype=DTYPES[config.run.precision], model=config.model),
         device=device,
         num_micro_batches=row.accumulation,
     )
-    first = context.rank * row.accumulation
-    batches = [random_batch(config, packed=False, seed=first + index) for index in range(row.accumulation)]
+    first = topology.data_parallel_rank * row.accumulation
+    part = RowSlice.of(topology, config.model)
+    batches = [random_batch(config, packed=False, seed=first + index).cut(part) for index in range(row.accumulation)]
     totals = StepTotals.over_ranks(batches, context.control.sum_ints)
 
     def step() -> None:
@@ -215,7 +246,8 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
             step()
 
     timing = measure(step, device, iterations=iterations)
-    flops = sum(model_flops(config, batch) for batch in batches)
+    # Of all ranks: a later slice of a row has more of its attention than an earlier one.
+    flops = sum(context.control.sum_ints([model_flops(config, batch) for batch in batches])) // context.world_size
     plan = memory_per_gpu(config.model, Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node))
     with _named_parts():
         events = _profiled(profiled_steps, device)
@@ -378,7 +410,8 @@ def main(argv: list[str]) -> int:
         return 0
     num_gpus = int(args.last("--gpus") or torch.cuda.device_count())
     words = [word for word in (args.last("--only") or "").replace("/", ",").split(",") if word]
-    rows = [row for row in all_rows() if row.num_gpus <= num_gpus and all(word in row.name for word in words)]
+    known = long_rows() if "--long" in args.options else all_rows()
+    rows = [row for row in known if row.num_gpus <= num_gpus and all(word in row.name for word in words)]
     if not rows:
         raise ConfigError(f"nothing to measure with {num_gpus} GPUs and --only {','.join(words)}")
     exchange = ("parallel.token_exchange", args.last("--exchange") or "exact")

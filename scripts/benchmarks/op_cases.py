@@ -160,6 +160,23 @@ def _delta_net(model: ModelConfig, packings: dict[str, tuple[int, ...]]) -> Iter
             Work(operands + out, rows * (6 * k * v + 2 * chunk * (3 * k + 2 * v))),
             Work(2 * operands + out, rows * (16 * k * v + 2 * chunk * (10 * k + 5 * v))),
         )
+    slice_of_row = (tokens,)
+    yield OpCase(
+        "summary of a slice",
+        lambda random: mixer_cases.delta_rule_summary(
+            random, heads, VarlenMetadata.from_lengths(slice_of_row, random.device)
+        ),
+        Work(operands, rows * (4 * k * (k + v) + 2 * chunk * (2 * k + v))),
+        Work(0),
+    )
+    yield OpCase(
+        "state gradient of a slice",
+        lambda random: mixer_cases.delta_rule_state_gradient(
+            random, heads, VarlenMetadata.from_lengths(slice_of_row, random.device)
+        ),
+        Work(operands, rows * (4 * k * v + 2 * chunk * (3 * k + v))),
+        Work(0),
+    )
     yield OpCase(
         "gated RMSNorm",
         lambda random: mixer_cases.gated_rms_norm(

@@ -85,6 +85,7 @@ schedule.decay_steps
 schedule.min_lr
 
 parallel.expert_parallel_size
+parallel.context_parallel_size
 parallel.token_exchange
 parallel.micro_batches_in_flight
 parallel.zero_stage

@@ -13,7 +13,7 @@ from qwen3next_train.parallel.process_groups import ProcessContext
 from tests.architecture.tree import ROOT
 
 
-def perform(context: ProcessContext, zero_stage: str, report: str) -> None:
+def perform(context: ProcessContext, zero_stage: str, context_parallel_size: str, report: str) -> None:
     """Steps of one micro-batch, experts over all ranks; rank 0 writes the outcome."""
     sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
     from bench_steps import Row, measure_row
@@ -21,8 +21,9 @@ def perform(context: ProcessContext, zero_stage: str, report: str) -> None:
     overrides = {
         "parallel.zero_stage": zero_stage,
         "parallel.expert_parallel_size": context.world_size,
+        "parallel.context_parallel_size": context_parallel_size,
         "run.micro_batch_size": 1,
-        "run.global_batch_size": context.world_size,
+        "run.global_batch_size": context.world_size // int(context_parallel_size),
         "data.sequence_length": 16,
     }
     config = load_config(

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def topology_of(config: Config, context: ProcessContext) -> Topology:
     """This rank's place."""
-    return Topology(context.world_size, context.rank, config.parallel.expert_parallel_size)
+    parallel = config.parallel
+    return Topology(
+        context.world_size,
+        context.rank,
+        parallel.expert_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
 
 
 def build_engine(config: Config, context: ProcessContext) -> ZeroEngine:
@@ -23,10 +29,11 @@ def build_engine(config: Config, context: ProcessContext) -> ZeroEngine:
     # DeepSpeed chooses its accelerator when it is first imported: the one that the context has decided on.
     from qwen3next_train.engine.zero_engine import ZeroEngine
 
+    topology = topology_of(config, context)
     return ZeroEngine(
         config,
-        topology=topology_of(config, context),
+        topology=topology,
         kernels=select_kernels(config.kernels, context.device),
         device=context.device,
-        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
+        num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // topology.data_parallel_size,
     )

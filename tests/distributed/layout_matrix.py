@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ which is what layouts differ by, and a single one taken the other way shows as 1
 """
 NARROWEST = 5e-6
 """Smallest difference of logits between a chosen expert and the best one that was not, over all steps of one rank."""
+METRIC_BOUND = 1e-6
+"""Largest relative difference of a metric at any step."""
 BOUND = 1e-5
-"""Largest relative difference of a metric at any step, or of a parameter (norms) after the last."""
+"""Largest relative difference of a parameter (norms) after the last step."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Layout:
     accumulation: int
     packed: bool
     steps: int = STEPS
+    context_parallel_size: int = 1
 
     @property
     def job(self) -> Job:
@@ -52,10 +54,11 @@ class Layout:
         And with a third of its learning rate: at the full one twenty steps multiply differences in rounding by up to
         ten.
         """
+        data_parallel_size = self.world_size // self.context_parallel_size
         overrides = {
             "run.steps": self.steps,
             "run.global_batch_size": GLOBAL_BATCH_SIZE,
-            "run.micro_batch_size": GLOBAL_BATCH_SIZE // self.world_size // self.accumulation,
+            "run.micro_batch_size": GLOBAL_BATCH_SIZE // data_parallel_size // self.accumulation,
             "data.sequence_length": 24,
             "model.vocab_size": 512,
             "model.hidden_size": 64,
@@ -63,6 +66,7 @@ class Layout:
             "optimizer.lr": 1e-3,
             "schedule.kind": "constant",
             "parallel.expert_parallel_size": self.expert_parallel_size,
+            "parallel.context_parallel_size": self.context_parallel_size,
             "parallel.zero_stage": self.zero_stage,
         }
         return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
@@ -79,29 +83,31 @@ def references(steps: int = STEPS) -> list[Layout]:
 
 
 def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
-    """Every expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    """Every context-parallel and expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    sizes = [size for size in (1, 2, 4) if world_size % size == 0]
     return [
-        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps)
-        for expert_parallel_size in (1, 2, 4)
-        if world_size % expert_parallel_size == 0
+        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, context_parallel_size)
+        for context_parallel_size in sizes
+        for expert_parallel_size in sizes
         for zero_stage in (1, 2, 3)
         for accumulation in (1, 3)
         for packed in (True, False)
     ]
 
 
-def covering_layouts(world_size: int) -> list[Layout]:
-    """A quarter of :func:`all_layouts`, in which every pair of two settings occurs."""
-
-    def experts_and_stage(layout: Layout) -> tuple[int, int]:
-        return layout.expert_parallel_size, layout.zero_stage
-
-    chosen = []
-    for number, ((_, stage), alike) in enumerate(groupby(all_layouts(world_size), experts_and_stage)):
-        # Of the four pairs of accumulation and rows another one at each stage, at every other size from behind.
-        is_odd_size = number // 3 % 2
-        chosen.append(list(alike)[4 - stage if is_odd_size else stage - 1])
+def covering_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
+    """A few of :func:`all_layouts`, in which every pair of two settings occurs."""
+    layouts, chosen = all_layouts(world_size, steps), []
+    missing = set().union(*map(_pairs, layouts))
+    while missing:
+        best = max(layouts, key=lambda layout: len(_pairs(layout) & missing))
+        chosen.append(best)
+        missing -= _pairs(best)
     return chosen
+
+
+def _pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
+    return set(combinations(sorted(vars(layout).items()), 2))
 
 
 @dataclass(frozen=True)

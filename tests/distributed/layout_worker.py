@@ -30,6 +30,7 @@ from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from tests.distributed.engine import build_engine, topology_of
 
@@ -49,14 +50,15 @@ def rank_batches(
 ) -> list[PackedBatch]:
     """This rank's micro-batches of a step."""
     micro, per_step = config.run.micro_batch_size, config.run.global_batch_size
-    per_rank = per_step // topology.world_size
-    first = first_sample + step * per_step + topology.rank * per_rank
+    per_rank = per_step // topology.data_parallel_size
+    first = first_sample + step * per_step + topology.data_parallel_rank * per_rank
     make = [
         make_row(sample, length=config.data.sequence_length, vocab_size=config.model.vocab_size, packed=packed)
         for sample in range(first, first + per_rank)
     ]
     depths = config.model.mtp_num_layers
-    return [PackedBatch.from_rows(make[i : i + micro], mtp_depths=depths) for i in range(0, per_rank, micro)]
+    part = RowSlice.of(topology, config.model)
+    return [PackedBatch.from_rows(make[i : i + micro], mtp_depths=depths).cut(part) for i in range(0, per_rank, micro)]
 
 
 def watch_margins(model: nn.Module) -> list[float]:

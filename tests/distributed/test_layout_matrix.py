@@ -1,4 +1,4 @@
-"""The tiny model follows one rank's curve at every expert-parallel size and ZeRO stage (docs/layouts.md)."""
+"""The tiny model follows one rank's curve at every way to share experts and rows and ZeRO stage (docs/layouts.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from tests.distributed.layout_matrix import (
     BOUND,
     GOLDEN_METRICS,
+    METRIC_BOUND,
     NARROWEST,
     STEPS,
     Layout,
@@ -28,7 +29,7 @@ from tests.distributed.layouts import Outcome, train_all
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_runs_below_have_every_pair_of_settings(world_size: int) -> None:
     chosen = covering_layouts(world_size)
-    assert len(chosen) == len(all_layouts(world_size)) / 4
+    assert len(chosen) < len(all_layouts(world_size)) / 3
 
     def pairs(layouts: Iterable[Layout]) -> set[tuple[tuple[str, Any], ...]]:
         return {pair for layout in layouts for pair in combinations(vars(layout).items(), 2)}
@@ -58,7 +59,7 @@ def test_one_rank_has_the_golden_losses(one_rank: dict[str, Outcome]) -> None:
     for kind, outcome in one_rank.items():
         for expected, found in zip(golden[kind][:STEPS], outcome.metrics, strict=True):
             for name in GOLDEN_METRICS:
-                assert found[name] == pytest.approx(expected[name], rel=BOUND), (kind, name)
+                assert found[name] == pytest.approx(expected[name], rel=METRIC_BOUND), (kind, name)
 
 
 @pytest.mark.dist
@@ -71,5 +72,5 @@ def test_every_layout_has_one_ranks_curve_and_parameters(
     outcomes = train_all([r.job for r in layouts], tmp_path / "runs", num_processes=world_size)
     for layout, outcome in zip(layouts, outcomes, strict=True):
         far = difference(one_rank[kind_of_row(layout)], outcome)
-        assert far.metric < BOUND, (layout, far)
+        assert far.metric < METRIC_BOUND, (layout, far)
         assert far.parameter < BOUND, (layout, far)

@@ -30,6 +30,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Every run, by stage and what it saves."""
     configs = {f"{stage}": _config(stage) for stage in STAGES}
     configs |= {f"{stage} {'+'.join(parts)}": _config(stage, recompute=parts) for stage in STAGES for parts in PARTS}
+    for parts in ([], *PARTS):
+        configs[f"3 context {'+'.join(parts)}"] = _config(3, context_parallel_size=2, recompute=parts)
     configs["2 offload"] = _config(2, offload_optimizer="cpu")
     jobs = [Job(config) for config in configs.values()]
     found = train_all(jobs, tmp_path_factory.mktemp("memory") / "runs", num_processes=2)
@@ -37,10 +39,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_recompute_is_bit_equal(outcomes: dict[str, Outcome], zero_stage: int, parts: list[str]) -> None:
-    """Whole layers exchange their tokens again, in the same order on both ranks; stage 3 gathers weights again too."""
-    expected, found = outcomes[str(zero_stage)], outcomes[f"{zero_stage} {'+'.join(parts)}"]
+@pytest.mark.parametrize("layout", [*map(str, STAGES), "3 context"])
+def test_recompute_is_bit_equal(outcomes: dict[str, Outcome], layout: str, parts: list[str]) -> None:
+    """Whole layers exchange their tokens again, heads and states too, in the same order on both ranks."""
+    without = f"{layout} " if "context" in layout else layout
+    expected, found = outcomes[without], outcomes[f"{layout} {'+'.join(parts)}"]
     assert found.metrics == expected.metrics
     for key, tensor in expected.state.items():
         assert torch.equal(found.state[key], tensor), key

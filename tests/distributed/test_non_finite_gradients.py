@@ -18,19 +18,28 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 _PLACES = [(1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu")]
 _RUNS = [("bf16", 1), ("bf16", 2), ("fp32", 2)]
 CASES = [
-    (zero_stage, precision, expert_parallel_size, offload)
-    for (zero_stage, offload), (precision, expert_parallel_size) in product(_PLACES, _RUNS)
+    *(
+        (zero_stage, precision, expert_parallel_size, offload, 1)
+        for (zero_stage, offload), (precision, expert_parallel_size) in product(_PLACES, _RUNS)
+    ),
+    *((zero_stage, "fp32", 1, "none", 2) for zero_stage in (1, 2, 3)),
 ]
 
 
-def _config(zero_stage: int, precision: str, expert_parallel_size: int, offload: str) -> Config:
-    """Two micro-batches on each of two ranks; not clipped where experts are not spread, where the norm decides too."""
+def _config(
+    zero_stage: int, precision: str, expert_parallel_size: int, offload: str, context_parallel_size: int
+) -> Config:
+    """Two micro-batches on each of two ranks, or four of slices.
+
+    Not clipped where experts are not spread, where the norm decides too.
+    """
     values = small_config(micro_batch_size=1, clip_grad=0.5 if expert_parallel_size == 2 else 0.0).model_dump()
     values["run"]["precision"] = precision
     values["parallel"] |= {
         "expert_parallel_size": expert_parallel_size,
         "zero_stage": zero_stage,
         "offload_optimizer": offload,
+        "context_parallel_size": context_parallel_size,
     }
     return Config.model_validate(values)
 

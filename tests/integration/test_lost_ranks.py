@@ -72,6 +72,21 @@ def test_killed_rank_is_named_and_the_same_line_goes_on(
     assert metrics(run_dir) == two_ranks
 
 
+def test_killed_rank_of_a_context_group_is_named(tmp_path: Path, shared_corpus: Path) -> None:
+    """The others wait for heads or states of it, not for gradients."""
+    run_dir = tmp_path / "run"
+    args = arguments(shared_corpus, run_dir, run__steps=100_000, parallel__context_parallel_size=2)
+    process = _start("own launcher", args)
+    wait_until(lambda: num_steps(run_dir) >= 2, "step 2")
+    victim = workers_of(run_dir)[1]
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 69, stderr
+    assert processes_of(run_dir) == []
+    reason = exit_record(run_dir)["reason"]
+    assert reason.startswith(f"rank 0: rank 1 (process {victim} on {socket.gethostname()}) has died: ")
+
+
 def test_rank_that_does_not_answer_counts_as_lost(tmp_path: Path, shared_corpus: Path) -> None:
     run_dir = tmp_path / "run"
     args = arguments(shared_corpus, run_dir, run__steps=100_000, run__peer_timeout_s=10)

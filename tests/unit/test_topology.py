@@ -20,6 +20,19 @@ def test_size_that_does_not_divide_the_world_is_refused_with_both_values() -> No
         Topology(8, 0, 3)
 
 
+def test_ranks_of_a_context_group_share_rows_and_have_slices_in_order() -> None:
+    ranks = [Topology(8, rank, 4, context_parallel_size=2) for rank in range(8)]
+    assert [rank.data_parallel_rank for rank in ranks] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [rank.context_parallel_rank for rank in ranks] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert {rank.data_parallel_size for rank in ranks} == {4}
+    assert ranks[0].context_parallel_groups == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+
+
+def test_context_size_that_does_not_divide_the_world_is_refused_with_both_values() -> None:
+    with pytest.raises(ConfigError, match=r"context_parallel_size: 4 does not divide the world size 6"):
+        Topology(6, 0, context_parallel_size=4)
+
+
 def test_size_that_does_not_divide_the_experts_is_refused_with_both_values() -> None:
     with pytest.raises(ConfigError, match=r"expert_parallel_size: 4 does not divide model.num_experts 6"):
         Topology(4, 0, 4).local_experts(6)

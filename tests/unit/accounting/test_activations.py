@@ -52,6 +52,23 @@ def test_two_micro_batches_in_flight_are_kept_as_one_of_twice_the_rows(recompute
     assert two["logits"] - one["logits"] == depths * size * hidden * (vocabulary + tokens)
 
 
+def test_tokens_of_a_rank_are_those_of_its_slices() -> None:
+    """Four ranks that share rows keep of their layers what one with rows a quarter as long keeps, and states."""
+    short_rows = replace(BF16, world_size=4, sequence_length=2048)
+    long_rows = replace(short_rows, sequence_length=8192, context_parallel_size=4)
+    for recompute in ((), ("layer",)):
+        short, shared = (
+            activation_bytes(QWEN3_NEXT_80B, replace(layout, recompute=frozenset(recompute)))
+            for layout in (short_rows, long_rows)
+        )
+        for part in ("activations_moe", "activations_other", "logits"):
+            assert shared[part] == short[part], part
+        assert short["all_to_all"] == 0 < shared["all_to_all"]
+        # An arriving state and a transition of 2 MiB each, and the decays, unless the whole layer is done again.
+        states = 0 if recompute else 36 * (4 * 2**20 + 2048 * 32 * 4)
+        assert shared["activations_gdn"] == short["activations_gdn"] + states
+
+
 def test_dispatch_exists_only_with_expert_parallelism() -> None:
     """16 tokens, each to 2 x (1 - 1/6) ranks, there and back; nothing of it is kept; a fifth for imbalance."""
     alone = activation_bytes(TINY, ONE)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from qwen3next_train.accounting.activations import kept_tensors, saved_tensors
 from qwen3next_train.accounting.hardware import Precision
+from qwen3next_train.batch import BatchSlices
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.routing import Routing, TokenPermutation
@@ -21,6 +23,8 @@ from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import RmsNormWithResidual
 from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.model.rope import RotaryTable
+from qwen3next_train.model.sequence_group import SlicedSequences
+from qwen3next_train.row_slices import RowSlice, plan_slices
 from tests.unit.model.live_storages import LiveStorages
 
 MODEL = ModelConfig(
@@ -57,6 +61,16 @@ class _Kept(torch.autograd.Function):
         raise NotImplementedError
 
 
+class _KeptWithResult(_Kept):
+    """A kernel that keeps its result too."""
+
+    @staticmethod
+    def forward(ctx: Any, likes: tuple[torch.Tensor, ...], *kept: torch.Tensor) -> Any:
+        result = _Kept.forward(ctx, likes, *kept)
+        ctx.save_for_backward(*kept, result)
+        return result
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -80,15 +94,30 @@ def _gdn_prologue(
     return GdnPrologueOutputs(q, k, v, z, g, beta)
 
 
-def _rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **gates: Any) -> tuple[torch.Tensor, None]:
+def _rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    initial_state_DNKV: torch.Tensor | None = None,
+    **gates: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As FLA: its inputs, the cumulated decay instead of the decay, one matrix a chunk."""
     chunk = q.new_zeros(q.shape[0], v.shape[1], 64)
-    return _Kept.apply((v,), q, k, v, gates["g_TN"].clone(), gates["beta_TN"], chunk), None
+    kept = (q, k, v, gates["g_TN"].clone(), gates["beta_TN"], chunk)
+    if initial_state_DNKV is None:
+        return _Kept.apply((v,), *kept), None
+    out, final_DNKV = _Kept.apply((v, initial_state_DNKV), *kept, initial_state_DNKV)
+    return out, final_DNKV
+
+
+def _summary(k: torch.Tensor, v: torch.Tensor, *, sequences: Any, **gates: Any) -> torch.Tensor:
+    return v.new_zeros(sequences.num_documents, v.shape[1], k.shape[2], v.shape[2] + k.shape[2], dtype=torch.float32)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequences: Any) -> torch.Tensor:
     """As flash attention: its inputs, its output (which the layer keeps as well) and the log-sum-exp."""
-    return _Kept.apply((q,), q, k, v, torch.zeros(q.shape[:2]))
+    return _KeptWithResult.apply((q,), q, k, v, torch.zeros(q.shape[:2]))
 
 
 class _RmsNorm:
@@ -124,6 +153,8 @@ def _routing(x: torch.Tensor, weight: torch.Tensor, *, top_k: int, **options: An
 KERNELS: Any = SimpleNamespace(
     gdn_prologue=_gdn_prologue,
     gated_delta_rule=_rule,
+    delta_rule_summary=_summary,
+    delta_rule_state_gradient=None,
     rms_norm=_RmsNorm(),
     qk_norm_rope=lambda x, weight, *angles, eps: _Kept.apply((x,), x, weight),
     gated_rms_norm=lambda x, gate, weight, *, eps: _Kept.apply((gate,), x, gate, weight),
@@ -146,20 +177,28 @@ def _model(kind: str) -> ModelConfig:
     return MODEL.model_copy(update={"attention_output_gate": kind != "ungated attention"})
 
 
-def _build(kind: str) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]]:
+def _build(
+    kind: str, slices: SlicedSequences | None = None
+) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]]:
     """A layer, and how to add to a residual stream what it makes of the stream's norm."""
     if kind == "gdn":
-        return GatedDeltaNet(MODEL, KERNELS), lambda layer, x, normed: x + layer(normed, None)
+        return GatedDeltaNet(MODEL, KERNELS), lambda layer, x, normed: x + layer(normed, None, slices)
     if kind.endswith("attention"):
         # Angles belong to the micro-batch, not to the layer.
         table = RotaryTable(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32))
-        return GatedAttention(_model(kind), KERNELS), lambda layer, x, normed: x + layer(normed, None, table)
+        return GatedAttention(_model(kind), KERNELS), lambda layer, x, normed: x + layer(normed, None, table, slices)
     return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: layer(normed, 1, residual_TD=x)[0]
 
 
-def _bytes_kept(kind: str, dtype: torch.dtype, num_tokens: int, recompute: Collection[RecomputePart]) -> int:
+def _bytes_kept(
+    kind: str,
+    dtype: torch.dtype,
+    num_tokens: int,
+    recompute: Collection[RecomputePart],
+    slices: SlicedSequences | None = None,
+) -> int:
     """Bytes, parameters left out, that norm and layer keep alive for the backward pass."""
-    layer, call = _build(kind)
+    layer, call = _build(kind, slices)
     norm = RmsNormWithResidual(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
     for module in (layer, norm):
         for name, parameter in module.named_parameters():
@@ -176,6 +215,46 @@ SUBSETS: tuple[tuple[RecomputePart, ...], ...] = (
     *((), ("norms",), ("activations",), ("gdn_prologue",), ("norms", "activations"), ("norms", "gdn_prologue")),
     *(("activations", "gdn_prologue"), ("norms", "activations", "gdn_prologue")),
 )
+
+
+class _NoOthers:
+    """A group whose other ranks send what is sent to them."""
+
+    rank, size = 1, 4
+
+    def exchange(self, parts_PX: torch.Tensor) -> torch.Tensor:
+        return parts_PX * 1
+
+    def from_previous(self, rows_X: torch.Tensor) -> torch.Tensor:
+        return rows_X * 1
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unsqueeze(0).repeat(self.size, *(1 for _ in values.shape))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def _slices(num_tokens: int) -> SlicedSequences:
+    """The second of four slices of one document."""
+    group = _NoOthers()
+    part = RowSlice(group.rank, group.size, halo=MODEL.linear_conv_kernel_dim - 1)
+    plan = plan_slices(np.array([0, num_tokens * group.size]), num_rows=1, part=part)
+    return SlicedSequences.of(BatchSlices.of(plan), group)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["gdn", "attention", "ungated attention"])
+@pytest.mark.parametrize("recompute", SUBSETS, ids=lambda parts: "+".join(parts) or "none")
+def test_saved_bytes_per_token_of_slices(kind: str, precision: Precision, recompute: tuple[RecomputePart, ...]) -> None:
+    """To the byte; four ranks repeat the two key and value heads. A halo of three tokens comes on top."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    few, many = (_bytes_kept(kind, dtype, tokens, recompute, _slices(tokens)) for tokens in (64, 192))
+    saved = saved_tensors(_model(kind), precision, context_parallel_size=4)
+    kept = kept_tensors(saved[kind.removeprefix("ungated ")], recompute)  # type: ignore[index]
+    per_token = sum(tensor.bytes_per_token for tensor in kept)
+    assert 128 * per_token == many - few
+    assert 0 <= few - sum(tensor.size(64) for tensor in kept) < 4 * per_token
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -15,10 +15,13 @@ from qwen3next_train.selftest.case import RandomInputs, case_errors
 from qwen3next_train.selftest.operations import BOUNDS
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
+ONE_WAY = ("summary of a slice", "state gradient of a slice")
+"""What nobody differentiates."""
 NAMES = [
     *("routing", "sort and permute", "grouped matmul, gate and up", "SwiGLU", "unpermute"),
     *("gated addition", "fan out to four"),
     *(f"{name}, {rows} rows" for name in ("delta rule inputs", "gated delta rule") for rows in ("dense", "packed")),
+    *ONE_WAY,
     *("gated RMSNorm", "RMSNorm", "stream + RMSNorm", "sum + RMSNorm", "query norm + rotary", "key norm + rotary"),
     *("output gate", "attention, dense rows", "attention, packed rows", "linear + cross entropy"),
 ]
@@ -51,7 +54,10 @@ def test_a_row_has_all_times_and_no_error(name: str) -> None:
     row = measured(name, cpu_kernels())
     assert row.error == 0
     assert min(row.forward_ms, row.both_ms, row.reference_both_ms) > 0
-    assert row.both_limit_ms > row.forward_limit_ms
+    if name in ONE_WAY:
+        assert row.both_limit_ms == row.forward_limit_ms
+    else:
+        assert row.both_limit_ms > row.forward_limit_ms
 
 
 def test_a_wrong_operation_is_said() -> None:
@@ -83,5 +89,5 @@ def test_limits_at_the_model_s_sizes() -> None:
     from op_cases import op_cases
 
     works = [work for case in op_cases(ModelConfig()) for work in (case.forward, case.backward)]
-    assert sum(work.num_bytes for work in works) == 55_280_009_216
-    assert sum(work.flops for work in works) == 36_109_573_390_336
+    assert sum(work.num_bytes for work in works) == 55_823_171_584
+    assert sum(work.flops for work in works) == 36_272_782_147_584

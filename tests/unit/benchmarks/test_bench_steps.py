@@ -30,6 +30,20 @@ def test_every_rank_has_the_micro_batches_of_the_row() -> None:
         assert run.global_batch_size == run.micro_batch_size * row.accumulation * row.num_gpus
 
 
+def test_long_rows_are_as_many_tokens_a_gpu_along_the_diagonals() -> None:
+    from bench_steps import long_rows
+
+    tokens: dict[int, list[str]] = {}
+    for row in long_rows():
+        config = row.config
+        slices = config.parallel.context_parallel_size
+        assert config.run.global_batch_size == 4 // slices
+        assert config.model.num_experts // config.parallel.expert_parallel_size == 64
+        tokens.setdefault(config.data.sequence_length // slices, []).append(row.label)
+    assert tokens[32 * 1024] == ["32kxCP1", "64kxCP2", "128kxCP4"]
+    assert max(tokens) == 64 * 1024
+
+
 def test_exposed_and_idle_time() -> None:
     from bench_steps import _exposed_and_idle
 

@@ -102,6 +102,37 @@ RULES = [
         "--parallel.expert_parallel_size: parallel.expert_parallel_size 3 does not divide model.num_experts 8; choose "
         "a divisor of both the experts and the world size",
     ),
+    (
+        {"parallel__context_parallel_size": "3", "data__sequence_length": "300"},
+        "--parallel.context_parallel_size: parallel.context_parallel_size 3 does not divide model.num_attention_heads "
+        "4, which its ranks share in attention; choose 2, 4 or 1",
+    ),
+    (
+        {
+            "parallel__context_parallel_size": "4",
+            "model__num_attention_heads": "24",
+            "model__num_key_value_heads": "6",
+            "data__sequence_length": "300",
+        },
+        "--parallel.context_parallel_size: parallel.context_parallel_size 4 neither divides model.num_key_value_heads "
+        "6 nor is a multiple of it; choose 2, 3, 6, 12 or 1",
+    ),
+    (
+        {"parallel__context_parallel_size": "4", "data__sequence_length": "254"},
+        "--parallel.context_parallel_size: parallel.context_parallel_size 4 does not divide data.sequence_length 254 "
+        "into equal slices; choose 2 or 1, or make rows of 256 tokens",
+    ),
+    (
+        {"parallel__context_parallel_size": "4", "data__sequence_length": "3"},
+        "--parallel.context_parallel_size: parallel.context_parallel_size 4 does not divide data.sequence_length 3 "
+        "into equal slices; set it to 1, or make rows of 12 tokens",
+    ),
+    (
+        {"parallel__context_parallel_size": "4", "data__sequence_length": "8"},
+        "--parallel.context_parallel_size: parallel.context_parallel_size 4 cuts data.sequence_length 8 into slices of "
+        "2, shorter than the 3 tokens that model.linear_conv_kernel_dim 4 looks back; choose 2 or 1, or make rows of "
+        "12 tokens",
+    ),
     ({"run__dir": " "}, "--run.dir: not a folder name (got ' '); name a folder for the run's files"),
     (
         {"schedule__warmup_steps": "301"},
@@ -191,6 +222,20 @@ def test_micro_batches_in_flight_have_to_exist():
         "run.global_batch_size 16 over world size 4 and run.micro_batch_size 4 gives 1; halve run.micro_batch_size, or "
         "set parallel.micro_batches_in_flight to 1",
     ]
+
+
+def test_world_size_with_context_parallelism():
+    config = load_config([TINY], [("run.micro_batch_size", "4"), ("parallel.context_parallel_size", "2")]).config
+    validate_for_world(config, 8)
+    with pytest.raises(ConfigError) as caught:
+        validate_for_world(config, 6)
+    assert str(caught.value).splitlines() == [
+        "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 6 / "
+        "parallel.context_parallel_size 2 x run.micro_batch_size 4 = 12; choose a multiple of 12, a smaller micro "
+        "batch or another number of processes",
+    ]
+    with pytest.raises(ConfigError, match=r"^parallel.context_parallel_size: 2 does not divide the world size 1; "):
+        validate_for_world(config, 1)
 
 
 def test_world_faults_name_where_the_setting_came_from():

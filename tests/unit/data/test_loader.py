@@ -14,6 +14,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from tests.unit.data.corpus import counting_store, make_config
 
@@ -111,8 +112,43 @@ def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
     assert len(batch.num_targets) == 2
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_a_context_group_have_slices_of_the_same_rows(data: TrainingData, size: int) -> None:
+    """Tokens, labels, MTP's targets and positions put together are those of one rank with the group's rows."""
+    groups = 4 // size
+
+    def steps_of(rank: int) -> list[list[PackedBatch]]:
+        topology = Topology(4, rank, context_parallel_size=size)
+        steps = StepLoader(
+            data,
+            topology=topology,
+            global_batch_size=8,
+            micro_batch_size=2,
+            mtp_depths=1,
+            start_sample=0,
+            num_prefetch_steps=2,
+            part=RowSlice(topology.context_parallel_rank, size, halo=3),
+        )
+        return take(steps, 2)
+
+    ranks = [steps_of(rank) for rank in range(4)]
+    for group in range(groups):
+        whole = take(loader(data, world=groups, rank=group), 2)
+        for step, batches in enumerate(whole):
+            for micro, batch in enumerate(batches):
+                slices = [ranks[group * size + index][step][micro] for index in range(size)]
+                for name in ("input_ids_T", "labels_T", "positions_T"):
+                    together = torch.cat([getattr(own, name).view(2, -1) for own in slices], dim=1)
+                    assert torch.equal(together.flatten(), getattr(batch, name)), name
+                further = torch.cat([own.mtp_targets[0].view(2, -1) for own in slices], dim=1)
+                assert torch.equal(further.flatten(), batch.mtp_targets[0])
+                for depth, count in enumerate(batch.num_targets):
+                    assert sum(own.num_targets[depth] for own in slices) == count
+                assert sum(own.sum_squared_lengths for own in slices) == batch.sum_squared_lengths
+
+
 def test_batch_size_must_divide(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of world size 3 x .* 1"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of data-parallel size 3 x .* 1"):
         loader(data, world=3, micro=1)
 
 

@@ -11,6 +11,7 @@ from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.errors import DataError
+from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from tests.unit.data.corpus import counting_store, make_config
 
@@ -56,6 +57,22 @@ def test_all_ranks_do_equal_work_and_each_row_counts_once(tmp_path: Path, world:
     expected = whole.labels_T[whole.labels_T != IGNORE_INDEX]
     assert sorted(labels[labels != IGNORE_INDEX].tolist()) == sorted(expected.tolist())
     assert sum(int((batch.labels_T != IGNORE_INDEX).sum()) for batch in batches) == totals[0]
+
+
+def test_slices_of_rows_count_each_row_once_those_without_targets_too(tmp_path: Path) -> None:
+    """Five rows over two groups of two ranks, two rows a micro-batch."""
+    prepared, config = prepared_of(tmp_path, {"a": [10, 30, 71]})
+    data = ValidationData(prepared, config, num_rows=5)
+    found = []
+    for rank in range(4):
+        topology = Topology(4, rank, context_parallel_size=2)
+        part = RowSlice(topology.context_parallel_rank, 2, halo=3)
+        found.append(data.batches(topology, micro_batch_size=2, mtp_depths=2, part=part))
+    assert {len(batches) for batches in found} == {2}
+    assert {batch.num_tokens for batches in found for batch in batches} == {16}
+    whole = PackedBatch.from_rows([data.row(index) for index in range(5)], mtp_depths=2)
+    totals = [sum(batch.num_targets[depth] for batches in found for batch in batches) for depth in range(3)]
+    assert tuple(totals) == whole.num_targets
 
 
 @pytest.mark.parametrize("lengths", [[5], [16], [17], [1, 1, 1], [10, 7, 23, 1], [33], [32]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +16,14 @@ from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet, reference_kernels, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import Case, compare
-from qwen3next_train.selftest.mixer_cases import gated_delta_rule, varlen_attention
+from qwen3next_train.selftest.mixer_cases import (
+    delta_rule_state_gradient,
+    delta_rule_summary,
+    gated_delta_rule,
+    varlen_attention,
+)
 from qwen3next_train.selftest.moe_cases import grouped_matmul
-from tests.unit.kernels.comparison import largest_error, random
+from tests.unit.kernels.comparison import largest_error, random, uninitialized_is_nan
 from tests.unit.kernels.packing import CPU
 
 pytestmark = pytest.mark.gpu
@@ -122,3 +128,20 @@ def test_references_run_on_cuda_as_on_cpu() -> None:
     expected, _ = gated_delta_rule_reference(**inputs, sequences=host)
     out, _ = gated_delta_rule_reference(**{name: x.cuda() for name, x in inputs.items()}, sequences=documents())
     assert largest_error(out.cpu(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["fla", "flash_qla"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (1,), (64,)])
+@pytest.mark.parametrize("make_case", [delta_rule_summary, delta_rule_state_gradient])
+def test_what_passes_states(make_case: Callable[..., Case], backend: str, lengths: tuple[int, ...]) -> None:
+    """Every element is written, whatever was in the memory before; states and transitions apart."""
+    kernels = kernels_with(gated_delta_rule=backend)
+    sequences = VarlenMetadata.from_lengths(lengths, torch.device("cuda"))
+    case = make_case(random(), HeadShape(2, 4, 128, 128), sequences)
+    inputs = case.rounded(torch.bfloat16)
+    with uninitialized_is_nan():
+        (found,) = case.run(kernels, **inputs)
+    (expected,) = case.run(reference_kernels(), **{name: value.double() for name, value in inputs.items()})
+    assert found.dtype == torch.float32
+    for part, right in zip(found.double().split(128, dim=-1), expected.split(128, dim=-1), strict=True):
+        assert float((part - right).norm() / right.norm()) < TOLERANCE

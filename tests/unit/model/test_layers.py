@@ -30,6 +30,17 @@ def test_norm_computes_bf16_in_fp32() -> None:
     assert float(((norm(x).detach().double() - exact) / exact).abs().max()) <= 2**-8
 
 
+def test_rotary_angles_are_exact_at_the_end_of_256k_tokens() -> None:
+    """In fp32 the product of position and frequency would be off by up to 0.01."""
+    positions = torch.tensor([0, 1, 65_537, 262_143])
+    table = rotary_table(positions, head_dim=256, fraction=0.25, theta=1e7)
+    for t, position in enumerate(positions.tolist()):
+        for pair in range(32):
+            angle = position * 1e7 ** (-2 * pair / 64)
+            assert float(table.cos_T1r[t, 0, pair]) == pytest.approx(math.cos(angle), abs=6e-8)
+            assert float(table.sin_T1r[t, 0, pair + 32]) == pytest.approx(math.sin(angle), abs=6e-8)
+
+
 @pytest.mark.parametrize(("fraction", "rotated"), [(0.25, 4), (0.5, 8), (1.0, 16)])
 def test_rotary_turns_pairs_by_position_times_frequency(fraction: float, rotated: int) -> None:
     torch.manual_seed(0)

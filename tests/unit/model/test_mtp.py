@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
-from qwen3next_train.model.mtp import input_ids, next_targets
+from qwen3next_train.model.mtp import input_ids
 from tests.unit.model.small_models import batch_of, build, scales_of, small_config
 
 A, B, C, D, E, G = range(1, 7)
@@ -21,12 +21,9 @@ def five_tokens(*, continues: bool) -> PackedBatch:
 
 def walk(batch: PackedBatch, depths: int) -> list[tuple[list[int], list[int]]]:
     """(tokens read, tokens predicted) by depth from 1."""
-    targets, steps = batch.labels_T, []
-    for _ in range(depths):
-        ids = input_ids(targets)
-        targets = next_targets(targets, batch.cu_seqlens)
-        steps.append((ids.tolist(), targets.tolist()))
-    return steps
+    read = (batch.labels_T, *batch.mtp_targets)
+    assert len(batch.mtp_targets) == depths
+    return [(input_ids(ids).tolist(), targets.tolist()) for ids, targets in zip(read, batch.mtp_targets, strict=False)]
 
 
 def test_worked_example_of_a_whole_document() -> None:
@@ -48,10 +45,8 @@ def test_worked_example_of_a_document_that_goes_on_after_the_row() -> None:
 @pytest.mark.parametrize("continues", [False, True])
 def test_targets_are_those_the_batch_counted_and_stay_in_their_document(continues: bool) -> None:
     batch = batch_of([[1, 2, 3, 9], [4, 11]], mtp_depths=4, continues=continues)
-    targets = batch.labels_T
     document_T = np.repeat(np.arange(6), np.diff(batch.cu_seqlens_cpu.numpy()))
-    for depth in range(1, 5):
-        targets = next_targets(targets, batch.cu_seqlens)
+    for depth, targets in enumerate(batch.mtp_targets, start=1):
         real = np.flatnonzero(targets != IGNORE_INDEX)
         assert len(real) == batch.num_targets[depth]
         for position in real:
@@ -67,14 +62,13 @@ def test_a_depth_reads_embedding_then_hidden_state() -> None:
     mtp, embed = model.mtp, model.model.embed_tokens
     assert mtp is not None
     context = model._context(batch)
-    hidden, targets, sums = model.forward_hidden(batch), batch.labels_T, []
-    for depth in range(2):
-        embedding = embed(input_ids(targets))
+    hidden, sums = model.forward_hidden(batch), []
+    for depth, read in enumerate((batch.labels_T, batch.mtp_targets[0])):
+        embedding = embed(input_ids(read))
         joined = torch.cat((mtp.pre_fc_norm_embedding(embedding), mtp.pre_fc_norm_hidden(hidden)), dim=1)
         (out,), _ = mtp.layers[depth]([mtp.fc(joined)], [context])
         hidden = mtp.norm(out)
-        targets = next_targets(targets, batch.cu_seqlens)
-        sums.append(F.cross_entropy(model.lm_head(hidden), targets, reduction="sum"))
+        sums.append(F.cross_entropy(model.lm_head(hidden), batch.mtp_targets[depth], reduction="sum"))
     torch.testing.assert_close(model([batch], scales_of(batch))[0].nll_mtp_sums, torch.stack(sums))
 
 

@@ -118,7 +118,7 @@ def _bytes_between_passes(recompute: tuple[RecomputePart, ...]) -> tuple[int, in
         total.backward()
         del total
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        after = storages.live_bytes(without=[*model.parameters(), *gradients])
+        after = storages.live_bytes(without=[*model.parameters(), *gradients, *batch.mtp_targets])
     return between, after
 
 

@@ -20,6 +20,7 @@ def config_80b(
     steps: int = 1000,
     recompute: Iterable[RecomputePart] = (),
     micro_batches_in_flight: int = 1,
+    context_parallel_size: int = 1,
 ) -> Config:
     """The 80B under one layout."""
     return Config(
@@ -28,6 +29,7 @@ def config_80b(
         data=DataConfig(sequence_length=sequence_length),
         parallel=ParallelConfig(
             expert_parallel_size=expert_parallel_size,
+            context_parallel_size=context_parallel_size,
             zero_stage=zero_stage,
             recompute=list(recompute),
             micro_batches_in_flight=2 if micro_batches_in_flight == 2 else 1,
@@ -42,6 +44,7 @@ def config_of(layout: Layout, *, global_batch_size: int = 256) -> Config:
         zero_stage=layout.zero_stage,
         micro_batch_size=layout.micro_batch_size,
         sequence_length=layout.sequence_length,
+        context_parallel_size=layout.context_parallel_size,
         recompute=layout.recompute,
         micro_batches_in_flight=layout.micro_batches_in_flight,
         global_batch_size=global_batch_size,

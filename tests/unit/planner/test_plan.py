@@ -120,6 +120,18 @@ def test_fit_leaves_a_margin() -> None:
     assert plan.fits is True
 
 
+def test_long_rows_are_proposed_to_be_shared_before_they_are_shortened() -> None:
+    config = config_80b(sequence_length=131_072, zero_stage=2, recompute=("layer",), global_batch_size=16)
+    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    assert plan.fits is False
+    best = plan.changes[0]
+    assert (best.world_size, best.sequence_length) == (16, 131_072)
+    assert best.context_parallel_size > 1
+    for layout in plan.changes:
+        proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu="h200", mfu=None, tokens=None)
+        assert proposed.memory_bytes > 0
+
+
 @pytest.mark.parametrize("gpus", [32, 64, 256])
 def test_80b_on_h100_needs_recompute(gpus: int) -> None:
     """EP 8 under ZeRO-1 keeps 49 GB of fp32 gradients; what is proposed keeps eight experts a rank and its rows."""

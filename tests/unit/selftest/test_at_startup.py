@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,33 @@ def test_right_kernels_pass(dtype: torch.dtype) -> None:
         kernels = chosen(operation, getattr(cpu_kernels(), operation))
         (check,) = gated_delta_net_checks(kernels, MODEL, CPU, dtype)
         assert check.ok, check.detail
+
+
+@pytest.mark.parametrize("operation", ["gated_delta_rule", "delta_rule_summary", "delta_rule_state_gradient"])
+def test_what_passes_states_is_compared_where_states_are_passed(operation: str) -> None:
+    right = chosen(operation, getattr(cpu_kernels(), operation), "fla")
+    (check,) = gated_delta_net_checks(right, MODEL, CPU, torch.float32, passes_state=True)
+    assert check.ok, check.detail
+    wrong = chosen(operation, _without_states(operation), "fla")
+    (check,) = gated_delta_net_checks(wrong, MODEL, CPU, torch.float32, passes_state=True)
+    assert not check.ok
+    assert f"{operation} by fla is off plain torch" in check.detail
+    without = gated_delta_net_checks(wrong, MODEL, CPU, torch.float32)
+    assert [check.ok for check in without] == ([True] if operation == "gated_delta_rule" else [])
+
+
+def _without_states(operation: str) -> Callable:
+    """Right but for what begins with a state."""
+    kernels = cpu_kernels()
+    if operation != "gated_delta_rule":
+        return lambda *inputs, **named: getattr(kernels, operation)(*inputs, **named).tril()
+
+    def rule(*inputs: torch.Tensor, initial_state_DNKV: torch.Tensor | None = None, **named: Any) -> Any:
+        if initial_state_DNKV is not None:
+            initial_state_DNKV = 0.9 * initial_state_DNKV
+        return kernels.gated_delta_rule(*inputs, initial_state_DNKV=initial_state_DNKV, **named)
+
+    return rule
 
 
 def test_the_triton_norm_passes() -> None:
@@ -141,7 +169,7 @@ def test_what_fails_meanwhile_surfaces_beside_a_kernel_that_may_have_caused_it(
 
 
 def test_checks_that_break_off_say_so_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*inputs: object) -> None:
+    def broken(*inputs: object, passes_state: bool) -> None:
         raise AssertionError("a mistake of ours")
 
     monkeypatch.setattr(at_startup, "gated_delta_net_checks", broken)

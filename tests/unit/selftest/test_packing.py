@@ -132,12 +132,12 @@ def test_a_batch_with_wrong_boundaries_is_found(spoil: Callable[[PackedBatch], P
     assert max(errors.values()) > 100 * BOUNDS[torch.float32]
 
 
-def test_mtp_targets_that_cross_documents_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qwen3next_train.model.qwen3_next.next_targets", lambda targets_T, cu_seqlens: targets_T.roll(-1)
-    )
+def test_mtp_targets_that_cross_documents_are_found() -> None:
+    documents = random_documents(0, CPU)
+    crossing = tuple(documents.packed.labels_T.roll(-depth) for depth in (1, 2))
+    documents = replace(documents, packed=replace(documents.packed, mtp_targets=crossing))
     model = slowly_forgetting_model(cpu_kernels(), CPU, torch.float32)
-    errors = packing_errors(model, random_documents(0, CPU))
+    errors = packing_errors(model, documents)
     assert errors["loss"] < BOUNDS[torch.float32]
     assert errors["mtp loss 1"] > 100 * BOUNDS[torch.float32]
 

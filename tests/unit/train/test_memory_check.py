@@ -93,8 +93,9 @@ def test_settings_that_help_are_those_not_used_yet():
         ("data.num_prefetch_steps", "0"),
     )
     assert settings_that_help(config, on_device=True) == (
-        "raise parallel.zero_stage (2) on several GPUs, raise parallel.expert_parallel_size (1), shorten "
-        "data.sequence_length (256) or make the model smaller; see qwen3next-train plan"
+        "raise parallel.zero_stage (2) on several GPUs, raise parallel.expert_parallel_size (1), raise "
+        "parallel.context_parallel_size (1) on several GPUs, shorten data.sequence_length (256) or make "
+        "the model smaller; see qwen3next-train plan"
     )
     assert settings_that_help(config, on_device=False) == (
         "set parallel.offload_optimizer to none, start fewer processes per node, shorten data.sequence_length (256) or "

@@ -47,6 +47,12 @@ def test_what_is_not_usual_is_said():
     assert found[4] == "output      runs/mine, a checkpoint at the end"
 
 
+def test_rows_over_several_ranks_are_said():
+    found = lines(("run.micro_batch_size", "1"), ("parallel.context_parallel_size", "2"), world_size=4)
+    assert found[1].endswith("; 8 x 1 rows a process")
+    assert found[3] == "layout      4 processes on CPU, fp32, ZeRO-1, rows over 2 ranks"
+
+
 @pytest.mark.parametrize("said", [[], ["source: 3 documents", "resumed"]])
 def test_the_log_opens_with_it(capsys, said):
     with opened_with(["model", "step"]):

@@ -1,0 +1,74 @@
+"""Context parallelism: what the ranks that share the tokens of a row send each other (``model.sequence_group``).
+
+The ranks of a group are consecutive, so that a group that is no larger than a machine lies in one. For DeepSpeed each
+of them is a data-parallel rank: a step's loss is normalised once over all tokens, so that slices' gradients add up like
+rows'.
+
+Letters: P ranks, X rows of any number.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+import torch.distributed as dist
+
+from qwen3next_train.parallel.transfers import Exchange, Gather, UnevenAllToAll
+from qwen3next_train.topology import Topology
+
+
+class ContextGroup:
+    """One rank's group (``model.sequence_group.SequenceGroup``).
+
+    Args:
+        group: its ranks, in the order of their slices.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def exchange(self, parts_PX: torch.Tensor) -> torch.Tensor:
+        """See :class:`SequenceGroup`."""
+        to_each = [1] * self.size
+        return self._sent(parts_PX, to_each, to_each)
+
+    def from_previous(self, rows_X: torch.Tensor) -> torch.Tensor:
+        """See :class:`SequenceGroup`."""
+        num_rows = rows_X.shape[0]
+        to_each = [num_rows * (rank == self.rank + 1) for rank in range(self.size)]
+        from_each = [num_rows * (rank == self.rank - 1) for rank in range(self.size)]
+        # The same nodes on every rank, the first and the last included, so that backward passes meet in one order.
+        arrived = self._sent(rows_X[: sum(to_each)], to_each, from_each)
+        nothing = rows_X.new_zeros(num_rows - sum(from_each), *rows_X.shape[1:])
+        return torch.cat((arrived, nothing))
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """See :class:`SequenceGroup`."""
+        gather = Gather(self._group)
+        return gather.finish(gather.start(values.detach().unsqueeze(0)))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """See :class:`SequenceGroup`."""
+        dist.all_reduce(values, group=self._group)
+        return values
+
+    def _sent(self, rows: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
+        there = UnevenAllToAll(self._group, to_each, from_each)
+        return Exchange(there, UnevenAllToAll(self._group, from_each, to_each)).start(rows).finish()
+
+
+def make_context_group(topology: Topology, *, timeout_s: float) -> ContextGroup | None:
+    """This rank's group, None where it has its rows to itself. Every rank of the world has to call it.
+
+    Args:
+        topology: this rank's place.
+        timeout_s: how long to wait for another rank before it counts as lost.
+    """
+    if topology.context_parallel_size == 1:
+        return None
+    timeout = datetime.timedelta(seconds=timeout_s)
+    groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in topology.context_parallel_groups]
+    return ContextGroup(groups[topology.data_parallel_rank])

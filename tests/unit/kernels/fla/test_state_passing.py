@@ -1,0 +1,135 @@
+"""What passes the delta rule's state by FLA's kernels, by Triton's interpreter; on a GPU test_cuda_backends has it.
+
+FLA's kernels that have to be tuned or launched through a driver first (sums of decays, w and u, the gradient of values
+within a chunk) are by plain torch here: what is compared is which kernel gets what, and what it writes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule, state_gradient_by, summary_by
+from qwen3next_train.kernels.gdn_prologue import HeadShape
+from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.selftest.case import RandomInputs, relative_error
+from qwen3next_train.selftest.mixer_cases import delta_rule_state_gradient
+from tests.unit.kernels.comparison import uninitialized_is_nan
+from tests.unit.kernels.interpreted import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the kernels run as they are")
+
+HEADS = HeadShape(2, 4, 16, 24)
+CHUNK = 64
+
+
+class _Interpreted:
+    """A kernel of FLA's without its tuner and its heuristics."""
+
+    def __init__(self, kernel: Any) -> None:
+        while hasattr(kernel, "configs") or hasattr(kernel, "values"):
+            kernel = kernel.fn
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(**named: Any) -> None:
+            flags = {"USE_G": "g", "USE_GK": "gk", "USE_BG": "bg", "IS_VARLEN": "cu_seqlens"}
+            given = {flag: named[of] is not None for flag, of in flags.items() if of in named}
+            self._kernel[grid](**named, **given)
+
+        return launch
+
+
+def _chunks(cu_seqlens: torch.Tensor) -> Iterator[slice]:
+    for start, end in pairwise(cu_seqlens.tolist()):
+        for first in range(start, end, CHUNK):
+            yield slice(first, min(first + CHUNK, end))
+
+
+def _cumsum(g: torch.Tensor, *, scale: float, cu_seqlens: torch.Tensor, **_: Any) -> torch.Tensor:
+    return scale * torch.cat([g[:, chunk].cumsum(1) for chunk in _chunks(cu_seqlens)], dim=1)
+
+
+def _decay(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the chunk's beginning, and between its tokens; sums are in powers of two."""
+    G = math.log(2) * g
+    return G.exp().unsqueeze(1), (G.unsqueeze(1) - G).exp().tril()
+
+
+def _intra(
+    *, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    group = v.shape[2] // k.shape[2]
+    w, u = v.new_zeros(*v.shape[:3], k.shape[3]), torch.zeros_like(v)
+    for chunk in _chunks(cu_seqlens):
+        for n in range(v.shape[2]):
+            keys, strength = k[0, chunk, n // group], beta[0, chunk, n].unsqueeze(1)
+            from_start, between = _decay(g[0, chunk, n])
+            inverse = (torch.eye(len(keys)) + (strength * keys @ keys.T * between).tril(-1)).inverse()
+            w[0, chunk, n] = inverse @ (strength * from_start * keys)
+            u[0, chunk, n] = inverse @ (strength * v[0, chunk, n])
+    return w, u, None
+
+
+def _dv_local(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    do: torch.Tensor,
+    scale: float,
+    cu_seqlens: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    group, dv = do.shape[2] // k.shape[2], torch.zeros_like(do)
+    for chunk in _chunks(cu_seqlens):
+        for n in range(do.shape[2]):
+            scores = scale * q[0, chunk, n // group] @ k[0, chunk, n // group].T * _decay(g[0, chunk, n])[1]
+            dv[0, chunk, n] = scores.T @ do[0, chunk, n]
+    return dv
+
+
+@pytest.fixture
+def state_passing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    with warnings.catch_warnings():
+        # FLA says that there is no GPU.
+        warnings.simplefilter("ignore")
+        from fla.ops.cp import chunk_bwd, chunk_fwd
+
+        from qwen3next_train.kernels.fla import state_passing as module
+
+    for place, name in ((chunk_fwd, "chunk_cp_fwd_kernel_h"), (chunk_bwd, "chunk_cp_bwd_kernel_dh")):
+        monkeypatch.setattr(place, name, _Interpreted(getattr(place, name)))
+        monkeypatch.setattr(place, "_check_cp_device", lambda device: None)
+    monkeypatch.setattr(module, "chunk_local_cumsum", _cumsum)
+    monkeypatch.setattr(module, "chunk_gated_delta_rule_fwd_intra", _intra)
+    monkeypatch.setattr(module, "chunk_bwd_dv_local", _dv_local)
+    return module
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65,), (5, 70, 1, 63)])
+def test_summaries_and_state_gradients_are_the_recurrences(state_passing: ModuleType, lengths: tuple[int, ...]) -> None:
+    """Odd lengths, several documents, states and transitions apart; every element is written."""
+    sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
+    case = delta_rule_state_gradient(RandomInputs(torch.Generator().manual_seed(0), DEVICE), HEADS, sequences)
+    inputs = case.rounded(torch.float32)
+    queries, exact = inputs.pop("q_THK"), {name: value.double() for name, value in inputs.items()}
+    with uninitialized_is_nan():
+        gradient = state_passing.delta_rule_state_gradient_fla(queries, **inputs, sequences=sequences)
+    expected = state_gradient_by(recurrent_gated_delta_rule)(queries.double(), **exact, sequences=sequences)
+    assert relative_error(gradient, expected) < 1e-6
+    for each in (inputs, exact):
+        each["v_TNV"] = each.pop("grad_TNV")
+    with uninitialized_is_nan():
+        summary = state_passing.delta_rule_summary_fla(**inputs, sequences=sequences)
+    expected = summary_by(recurrent_gated_delta_rule)(**exact, sequences=sequences)
+    sizes = HEADS.value_dim, HEADS.key_dim
+    for found, right in zip(summary.split(sizes, dim=-1), expected.split(sizes, dim=-1), strict=True):
+        assert relative_error(found, right) < 1e-6
