@@ -242,7 +242,7 @@ def test_the_model_over_slices_is_that_over_rows(scope: str, recompute: tuple[Re
 
     def run(model: Qwen3NextForCausalLM, own: PackedBatch, micro_batches: int) -> dict[str, torch.Tensor]:
         model.recompute = recompute
-        output = model(own, replace(scales, num_micro_batches=micro_batches))
+        (output,) = model([own], replace(scales, num_micro_batches=micro_batches))
         output.total.backward()
         losses = {"total": output.total.detach(), "lm": output.nll_lm_sum, "mtp": output.nll_mtp_sums}
         counts = {"counts": output.expert_counts_LE.float(), "z": output.z_L / micro_batches}

@@ -11,6 +11,8 @@ from qwen3next_train.planner.plan import make_plan
 from qwen3next_train.planner.report import format_plan, plan_command
 from tests.unit.planner.configs import config_80b
 
+STEP_PARTS = {"model", "recompute", "exchange", "context", "gradients", "reduction", "update", "host", "idle"}
+
 
 def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> None:
     """Exactly the contract's keys; parts add up to their totals."""
@@ -23,7 +25,17 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "with_recompute"},
         "checkpoint_bytes": None,
         "step_time_s": None,
-        "step_time_by_part": {"model", "recompute", "exchange", "gradients", "reduction", "update", "host", "idle"},
+        "step_time_by_part": STEP_PARTS,
+            "model",
+            "recompute",
+            "exchange",
+            "context",
+            "gradients",
+            "reduction",
+            "update",
+            "host",
+            "idle",
+        },
         "days": None,
         "fastest": None,
         "data": None,

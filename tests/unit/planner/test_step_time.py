@@ -196,3 +196,17 @@ def test_bf16_gradients_travel_in_two_bytes() -> None:
     timer = clock(config, reduction_hidden=0.0)
     halved = timer.step(replace(layout, gradient_dtype="bf16")).reduction_s
     assert halved == pytest.approx(timer.step(layout).reduction_s * 4 / 6)
+
+
+def test_context_by_hand() -> None:
+    """The 80B at 128k over 8 ranks: 12 attention layers and an MTP depth, 36 of Gated DeltaNet, twice."""
+    config = config_80b(sequence_length=131_072, context_parallel_size=8, global_batch_size=8)
+    heads = 2 * (16 + 8) * 256 * 2 * 16_384
+    states = 32 * 128 * (128 + 128) * 4
+    to_each = 2 * (13 * heads / 8 + 36 * states)
+    assert step_80b(64, config=config).context_s == pytest.approx(7 * to_each / 191e9, rel=1e-6)
+    wide = config_80b(sequence_length=131_072, context_parallel_size=16, global_batch_size=4)
+    heads = 2 * (16 + 16) * 256 * 2 * 8192
+    to_each = 2 * (13 * heads / 16 + 36 * states)
+    assert step_80b(64, config=wide).context_s == pytest.approx(8 * to_each / 45e9, rel=1e-6)
+    assert step_80b(64).context_s == 0
