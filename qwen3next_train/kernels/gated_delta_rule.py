@@ -30,8 +30,8 @@ GatedDeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 DeltaRuleSummary = Callable[..., torch.Tensor]
 """A backend of :func:`delta_rule_summary_reference`."""
 
-DeltaRuleStateGradient = Callable[..., torch.Tensor]
-"""A backend of :func:`delta_rule_state_gradient_reference`."""
+DeltaStateGradient = Callable[..., torch.Tensor]
+"""A backend of :func:`delta_state_gradient_reference`."""
 
 CHUNK_SIZE = 32
 """Tokens per chunk: on CPU faster than 64 at head dim 32 and equal at 128."""
@@ -195,7 +195,7 @@ def summary_by(rule: GatedDeltaRule) -> DeltaRuleSummary:
     return summarize
 
 
-def delta_rule_state_gradient_reference(
+def delta_state_gradient_reference(
     q_THK: torch.Tensor,
     k_THK: torch.Tensor,
     grad_TNV: torch.Tensor,
@@ -223,7 +223,7 @@ def delta_rule_state_gradient_reference(
     return state_gradient(q_THK, k_THK, grad_TNV, g_TN=g_TN, beta_TN=beta_TN, sequences=sequences)
 
 
-def state_gradient_by(rule: GatedDeltaRule) -> DeltaRuleStateGradient:
+def state_gradient_by(rule: GatedDeltaRule) -> DeltaStateGradient:
     """Such a gradient by any backend of the rule, called forward and backward."""
 
     def state_gradient(
@@ -264,7 +264,7 @@ class DeltaRule(NamedTuple):
 
     scan: GatedDeltaRule
     summary: DeltaRuleSummary
-    state_gradient: DeltaRuleStateGradient
+    state_gradient: DeltaStateGradient
 
 
 def _to_chunks(x_THX: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
