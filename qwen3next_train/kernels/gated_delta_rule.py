@@ -16,6 +16,7 @@ dim, V value head dim, M chunks, C tokens per chunk, X any columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -265,6 +266,21 @@ class DeltaRule(NamedTuple):
     scan: GatedDeltaRule
     summary: DeltaRuleSummary
     state_gradient: DeltaStateGradient
+
+    @classmethod
+    def by(cls, rule: GatedDeltaRule) -> DeltaRule:
+        """All by the rule itself, as the references are."""
+        return cls(rule, summary_by(rule), state_gradient_by(rule))
+
+    @classmethod
+    def loaded_later(cls, rule: GatedDeltaRule, load: Callable[[], DeltaRule]) -> DeltaRule:
+        """The rule, and what passes its state as ``load`` returns it when it is first called."""
+        loaded = functools.cache(load)
+        return cls(
+            rule,
+            lambda *inputs, **named: loaded().summary(*inputs, **named),
+            lambda *inputs, **named: loaded().state_gradient(*inputs, **named),
+        )
 
 
 def _to_chunks(x_THX: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:

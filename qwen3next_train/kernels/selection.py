@@ -6,7 +6,6 @@ substituted for it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -36,8 +35,6 @@ from qwen3next_train.kernels.gated_delta_rule import (
     delta_rule_summary_reference,
     delta_state_gradient_reference,
     gated_delta_rule_reference,
-    state_gradient_by,
-    summary_by,
 )
 from qwen3next_train.kernels.gates import (
     OutputGate,
@@ -470,21 +467,16 @@ def _load_passing(backend: str, scan: GatedDeltaRule, place: _Place) -> DeltaRul
     if backend == "reference":
         return DeltaRule(scan, delta_rule_summary_reference, delta_state_gradient_reference)
     if backend != "fla":
-        return DeltaRule(scan, summary_by(scan), state_gradient_by(scan))
+        return DeltaRule.by(scan)
 
-    @functools.cache
     def load() -> DeltaRule:
         with _operations_of_fla(place):
             from qwen3next_train.kernels.fla.state_passing import delta_rule_summary_fla, delta_state_gradient_fla
 
             return DeltaRule(scan, delta_rule_summary_fla, delta_state_gradient_fla)
 
-    # At the first call: most runs pass no states, and beside FlashQLA need nothing else of FLA.
-    return DeltaRule(
-        scan,
-        lambda *inputs, **named: load().summary(*inputs, **named),
-        lambda *inputs, **named: load().state_gradient(*inputs, **named),
-    )
+    # Most runs pass no states, and beside FlashQLA need nothing else of FLA.
+    return DeltaRule.loaded_later(scan, load)
 
 
 def _load_attention(backend: str) -> VarlenAttention:
