@@ -16,6 +16,7 @@ dim, V value head dim, M chunks, C tokens per chunk, X any columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,8 +31,8 @@ GatedDeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 DeltaRuleSummary = Callable[..., torch.Tensor]
 """A backend of :func:`delta_rule_summary_reference`."""
 
-DeltaRuleStateGradient = Callable[..., torch.Tensor]
-"""A backend of :func:`delta_rule_state_gradient_reference`."""
+DeltaStateGradient = Callable[..., torch.Tensor]
+"""A backend of :func:`delta_state_gradient_reference`."""
 
 CHUNK_SIZE = 32
 """Tokens per chunk: on CPU faster than 64 at head dim 32 and equal at 128."""
@@ -195,7 +196,7 @@ def summary_by(rule: GatedDeltaRule) -> DeltaRuleSummary:
     return summarize
 
 
-def delta_rule_state_gradient_reference(
+def delta_state_gradient_reference(
     q_THK: torch.Tensor,
     k_THK: torch.Tensor,
     grad_TNV: torch.Tensor,
@@ -223,7 +224,7 @@ def delta_rule_state_gradient_reference(
     return state_gradient(q_THK, k_THK, grad_TNV, g_TN=g_TN, beta_TN=beta_TN, sequences=sequences)
 
 
-def state_gradient_by(rule: GatedDeltaRule) -> DeltaRuleStateGradient:
+def state_gradient_by(rule: GatedDeltaRule) -> DeltaStateGradient:
     """Such a gradient by any backend of the rule, called forward and backward."""
 
     def state_gradient(
@@ -264,7 +265,22 @@ class DeltaRule(NamedTuple):
 
     scan: GatedDeltaRule
     summary: DeltaRuleSummary
-    state_gradient: DeltaRuleStateGradient
+    state_gradient: DeltaStateGradient
+
+    @classmethod
+    def by(cls, rule: GatedDeltaRule) -> DeltaRule:
+        """All by the rule itself, as the references are."""
+        return cls(rule, summary_by(rule), state_gradient_by(rule))
+
+    @classmethod
+    def loaded_later(cls, rule: GatedDeltaRule, load: Callable[[], DeltaRule]) -> DeltaRule:
+        """The rule, and what passes its state as ``load`` returns it when it is first called."""
+        loaded = functools.cache(load)
+        return cls(
+            rule,
+            lambda *inputs, **named: loaded().summary(*inputs, **named),
+            lambda *inputs, **named: loaded().state_gradient(*inputs, **named),
+        )
 
 
 def _to_chunks(x_THX: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:

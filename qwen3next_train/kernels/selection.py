@@ -6,7 +6,6 @@ substituted for it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -30,14 +29,12 @@ from qwen3next_train.kernels.fla.process import (
 )
 from qwen3next_train.kernels.gated_delta_rule import (
     DeltaRule,
-    DeltaRuleStateGradient,
     DeltaRuleSummary,
+    DeltaStateGradient,
     GatedDeltaRule,
-    delta_rule_state_gradient_reference,
     delta_rule_summary_reference,
+    delta_state_gradient_reference,
     gated_delta_rule_reference,
-    state_gradient_by,
-    summary_by,
 )
 from qwen3next_train.kernels.gates import (
     OutputGate,
@@ -94,7 +91,7 @@ class KernelSet:
 
     gated_delta_rule: GatedDeltaRule
     delta_rule_summary: DeltaRuleSummary
-    delta_rule_state_gradient: DeltaRuleStateGradient
+    delta_state_gradient: DeltaStateGradient
     gdn_prologue: GdnPrologue
     varlen_attention: VarlenAttention
     grouped_matmul: GroupedMatmul
@@ -143,14 +140,12 @@ def select_kernels(
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
     fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
     passing = _choose_passing(operations["gated_delta_rule"], place)
-    operations |= {
-        name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_rule_state_gradient")
-    }
+    operations |= {name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_state_gradient")}
     rule = _load_passing(passing.backend, _load_gated_delta_rule(operations["gated_delta_rule"].backend, place), place)
     return KernelSet(
         gated_delta_rule=rule.scan,
         delta_rule_summary=rule.summary,
-        delta_rule_state_gradient=rule.state_gradient,
+        delta_state_gradient=rule.state_gradient,
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
@@ -470,23 +465,18 @@ def _choose_passing(rule: KernelChoice, place: _Place) -> KernelChoice:
 
 def _load_passing(backend: str, scan: GatedDeltaRule, place: _Place) -> DeltaRule:
     if backend == "reference":
-        return DeltaRule(scan, delta_rule_summary_reference, delta_rule_state_gradient_reference)
+        return DeltaRule(scan, delta_rule_summary_reference, delta_state_gradient_reference)
     if backend != "fla":
-        return DeltaRule(scan, summary_by(scan), state_gradient_by(scan))
+        return DeltaRule.by(scan)
 
-    @functools.cache
     def load() -> DeltaRule:
         with _operations_of_fla(place):
-            from qwen3next_train.kernels.fla.state_passing import delta_rule_state_gradient_fla, delta_rule_summary_fla
+            from qwen3next_train.kernels.fla.state_passing import delta_rule_summary_fla, delta_state_gradient_fla
 
-            return DeltaRule(scan, delta_rule_summary_fla, delta_rule_state_gradient_fla)
+            return DeltaRule(scan, delta_rule_summary_fla, delta_state_gradient_fla)
 
-    # At the first call: most runs pass no states, and beside FlashQLA need nothing else of FLA.
-    return DeltaRule(
-        scan,
-        lambda *inputs, **named: load().summary(*inputs, **named),
-        lambda *inputs, **named: load().state_gradient(*inputs, **named),
-    )
+    # Most runs pass no states, and beside FlashQLA need nothing else of FLA.
+    return DeltaRule.loaded_later(scan, load)
 
 
 def _load_attention(backend: str) -> VarlenAttention:

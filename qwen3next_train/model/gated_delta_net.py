@@ -69,7 +69,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         heads = HeadShape.of(config)
         self.rule = kernels.gated_delta_rule
-        self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_rule_state_gradient)
+        self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_state_gradient)
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
         self.conv1d = ShortConvolution(heads, config.linear_conv_kernel_dim, kernels.gdn_prologue)

@@ -111,7 +111,7 @@ def gated_delta_net_checks(
 
 
 def _compared(kernels: KernelSet, *, passes_state: bool) -> list[KernelChoice]:
-    operations = _CASES.keys() - (set() if passes_state else {"delta_rule_summary", "delta_rule_state_gradient"})
+    operations = _CASES.keys() - (set() if passes_state else {"delta_rule_summary", "delta_state_gradient"})
     return [choice for choice in kernels.choices if choice.operation in operations and choice.backend != "reference"]
 
 
@@ -145,9 +145,9 @@ def _delta_rule_summary(model: ModelConfig, device: torch.device, _: bool) -> It
         yield mixer_cases.delta_rule_summary(random, HeadShape.of(model), sequences)
 
 
-def _delta_rule_state_gradient(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
+def _delta_state_gradient(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
     for random, sequences in _packings(device):
-        yield mixer_cases.delta_rule_state_gradient(random, HeadShape.of(model), sequences)
+        yield mixer_cases.delta_state_gradient(random, HeadShape.of(model), sequences)
 
 
 def _gated_rms_norm(model: ModelConfig, device: torch.device, _: bool) -> Iterator[Case]:
@@ -160,6 +160,6 @@ _CASES: dict[str, Callable[[ModelConfig, torch.device, bool], Iterator[Case]]] =
     "gdn_prologue": _gdn_prologue,
     "gated_delta_rule": _gated_delta_rule,
     "delta_rule_summary": _delta_rule_summary,
-    "delta_rule_state_gradient": _delta_rule_state_gradient,
+    "delta_state_gradient": _delta_state_gradient,
     "gated_rms_norm": _gated_rms_norm,
 }

@@ -73,14 +73,14 @@ def delta_rule_summary(random: RandomInputs, heads: HeadShape, sequences: Varlen
     return Case(inputs, run, definition, frozenset({"g_TN"}), differentiable=False)
 
 
-def delta_rule_state_gradient(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata) -> Case:
+def delta_state_gradient(random: RandomInputs, heads: HeadShape, sequences: VarlenMetadata) -> Case:
     """What a document's outputs say of the state that it begins with."""
     inputs = dict(delta_rule_summary(random, heads, sequences).inputs)
     queries = F.normalize(random.normal(*inputs["k_THK"].shape), dim=-1)
     inputs = {"q_THK": queries, "grad_TNV": inputs.pop("v_TNV"), **inputs}
 
     def run(kernels: KernelSet, **inputs: torch.Tensor) -> Outputs:
-        return (kernels.delta_rule_state_gradient(**inputs, sequences=sequences),)
+        return (kernels.delta_state_gradient(**inputs, sequences=sequences),)
 
     def definition(**inputs: torch.Tensor) -> Outputs:
         return (state_gradient_by(recurrent_gated_delta_rule)(**inputs, sequences=sequences),)

@@ -135,9 +135,9 @@ def _delta_rule_summary(model: ModelConfig, random: RandomInputs) -> Iterator[Ca
         yield mixer_cases.delta_rule_summary(random, _few_heads(model), sequences)
 
 
-def _delta_rule_state_gradient(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
+def _delta_state_gradient(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
     for sequences in _packings(random.device):
-        yield mixer_cases.delta_rule_state_gradient(random, _few_heads(model), sequences)
+        yield mixer_cases.delta_state_gradient(random, _few_heads(model), sequences)
 
 
 def _gdn_prologue(model: ModelConfig, random: RandomInputs) -> Iterator[Case]:
@@ -235,7 +235,7 @@ def _linear_cross_entropy(model: ModelConfig, random: RandomInputs) -> Iterator[
 _CASES: dict[str, Callable[[ModelConfig, RandomInputs], Iterator[Case]]] = {
     "gated_delta_rule": _gated_delta_rule,
     "delta_rule_summary": _delta_rule_summary,
-    "delta_rule_state_gradient": _delta_rule_state_gradient,
+    "delta_state_gradient": _delta_state_gradient,
     "gdn_prologue": _gdn_prologue,
     "gated_rms_norm": _gated_rms_norm,
     "varlen_attention": _varlen_attention,

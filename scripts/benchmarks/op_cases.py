@@ -171,7 +171,7 @@ def _delta_net(model: ModelConfig, packings: dict[str, tuple[int, ...]]) -> Iter
     )
     yield OpCase(
         "state gradient of a slice",
-        lambda random: mixer_cases.delta_rule_state_gradient(
+        lambda random: mixer_cases.delta_state_gradient(
             random, heads, VarlenMetadata.from_lengths(slice_of_row, random.device)
         ),
         Work(operands, rows * (4 * k * v + 2 * chunk * (3 * k + v))),

@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
     os.environ["FLA_CACHE_MODE"] = "disabled"
     os.environ["FLA_FLASH_QLA"] = "0"
     from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
-    from qwen3next_train.kernels.fla.state_passing import delta_rule_state_gradient_fla, delta_rule_summary_fla
+    from qwen3next_train.kernels.fla.state_passing import delta_rule_summary_fla, delta_state_gradient_fla
 
     device = torch.device("cuda")
     inputs = operands(device)
@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
         one = VarlenMetadata.from_lengths([ROWS * LENGTH], device)
         gates = {"g_TN": inputs.g, "beta_TN": inputs.beta, "sequences": one}
         delta_rule_summary_fla(inputs.k, inputs.v, **gates)
-        delta_rule_state_gradient_fla(inputs.q, inputs.k, inputs.grad, **gates)
+        delta_state_gradient_fla(inputs.q, inputs.k, inputs.grad, **gates)
     torch.cuda.synchronize()
     print(f"{device_name(device)}: tuned in {time.perf_counter() - started:.1f} s")
     tuners = tuned_kernels()

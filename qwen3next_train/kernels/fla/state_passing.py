@@ -50,7 +50,7 @@ def delta_rule_summary_fla(
     return summary_DNKX
 
 
-def delta_rule_state_gradient_fla(
+def delta_state_gradient_fla(
     q_THK: torch.Tensor,
     k_THK: torch.Tensor,
     grad_TNV: torch.Tensor,

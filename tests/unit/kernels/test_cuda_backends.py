@@ -17,8 +17,8 @@ from qwen3next_train.kernels.selection import KernelSet, reference_kernels, sele
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import Case, compare
 from qwen3next_train.selftest.mixer_cases import (
-    delta_rule_state_gradient,
     delta_rule_summary,
+    delta_state_gradient,
     gated_delta_rule,
     varlen_attention,
 )
@@ -132,7 +132,7 @@ def test_references_run_on_cuda_as_on_cpu() -> None:
 
 @pytest.mark.parametrize("backend", ["fla", "flash_qla"])
 @pytest.mark.parametrize("lengths", [LENGTHS, (TOKENS,), (1,), (64,)])
-@pytest.mark.parametrize("make_case", [delta_rule_summary, delta_rule_state_gradient])
+@pytest.mark.parametrize("make_case", [delta_rule_summary, delta_state_gradient])
 def test_what_passes_states(make_case: Callable[..., Case], backend: str, lengths: tuple[int, ...]) -> None:
     """Every element is written, whatever was in the memory before; states and transitions apart."""
     kernels = kernels_with(gated_delta_rule=backend)

@@ -19,7 +19,7 @@ OPERATIONS = sorted({field.name for field in fields(KernelSet)} - {"choices"} - 
 REFERENCES = {"linear_cross_entropy": "linear_cross_entropy_chunked"}
 SEVERAL = {
     "delta_rule_summary": {"delta_rule_summary_fla"},
-    "delta_rule_state_gradient": {"delta_rule_state_gradient_fla"},
+    "delta_state_gradient": {"delta_state_gradient_fla"},
     "gated_delta_rule": {"gated_delta_rule_fla", "gated_delta_rule_fla_hopper", "gated_delta_rule_flash_qla"},
     "grouped_matmul": {"grouped_matmul_grouped_mm", "grouped_matmul_triton"},
     "varlen_attention": {"varlen_attention_flash"},

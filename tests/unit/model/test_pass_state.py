@@ -62,7 +62,7 @@ def in_slices(
         leaves = [extended(inputs[name], group.rank, size).requires_grad_() for name in NAMES]
         *operands, g_XN, beta_XN = leaves
         out = pass_state(
-            DeltaRule(kernels.gated_delta_rule, kernels.delta_rule_summary, kernels.delta_rule_state_gradient),
+            DeltaRule(kernels.gated_delta_rule, kernels.delta_rule_summary, kernels.delta_state_gradient),
             *operands,
             g_XN=g_XN,
             beta_XN=beta_XN,

@@ -58,7 +58,7 @@ def test_right_kernels_pass(dtype: torch.dtype) -> None:
         assert check.ok, check.detail
 
 
-@pytest.mark.parametrize("operation", ["gated_delta_rule", "delta_rule_summary", "delta_rule_state_gradient"])
+@pytest.mark.parametrize("operation", ["gated_delta_rule", "delta_rule_summary", "delta_state_gradient"])
 def test_what_passes_states_is_compared_where_states_are_passed(operation: str) -> None:
     right = chosen(operation, getattr(cpu_kernels(), operation), "fla")
     (check,) = gated_delta_net_checks(right, MODEL, CPU, torch.float32, passes_state=True)

@@ -20,7 +20,7 @@ from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule,
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import RandomInputs, relative_error
-from qwen3next_train.selftest.mixer_cases import delta_rule_state_gradient
+from qwen3next_train.selftest.mixer_cases import delta_state_gradient
 from tests.unit.kernels.comparison import uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
@@ -118,11 +118,11 @@ def state_passing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_summaries_and_state_gradients_are_the_recurrences(state_passing: ModuleType, lengths: tuple[int, ...]) -> None:
     """Odd lengths, several documents, states and transitions apart; every element is written."""
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
-    case = delta_rule_state_gradient(RandomInputs(torch.Generator().manual_seed(0), DEVICE), HEADS, sequences)
+    case = delta_state_gradient(RandomInputs(torch.Generator().manual_seed(0), DEVICE), HEADS, sequences)
     inputs = case.rounded(torch.float32)
     queries, exact = inputs.pop("q_THK"), {name: value.double() for name, value in inputs.items()}
     with uninitialized_is_nan():
-        gradient = state_passing.delta_rule_state_gradient_fla(queries, **inputs, sequences=sequences)
+        gradient = state_passing.delta_state_gradient_fla(queries, **inputs, sequences=sequences)
     expected = state_gradient_by(recurrent_gated_delta_rule)(queries.double(), **exact, sequences=sequences)
     assert relative_error(gradient, expected) < 1e-6
     for each in (inputs, exact):
