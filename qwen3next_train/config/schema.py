@@ -190,6 +190,12 @@ class ScheduleConfig(Section):
         "for wsd a tenth of it",
     )
     min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
+    rewarmup_steps: StepsOrNone = Field(
+        0, description="steps in which the rate returns to the schedule after a change that --resume.accept lets pass"
+    )
+    rewarmup_from: Literal["current", "zero"] = Field(
+        "current", description="where that return begins: at the rate of the last step before the change, or at 0"
+    )
 
 
 class ParallelConfig(Section):

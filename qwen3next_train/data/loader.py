@@ -1,6 +1,7 @@
 """Batches of a run: which rows a step takes, who gets them, and preparing them ahead of time.
 
-The whole data state is one integer, the number of consumed samples, valid at any world size::
+The data state is one integer, the number of consumed samples, valid at any world size, until the data changes at a
+resume; then it counts from there, and ``data.position`` says where each source goes on::
 
     step       takes samples [consumed, consumed + G)                             G = global batch size
     micro-batch m of rank r   takes [consumed + (m * W + r) * B, ... + B)         W = world size, B = micro-batch size
@@ -21,6 +22,7 @@ from typing import Self
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.blend import Blend
+from qwen3next_train.data.position import DataStart, new_start
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.rows import RowSampler
 from qwen3next_train.errors import ConfigError, DataError
@@ -35,16 +37,20 @@ class TrainingData:
     Args:
         prepared: the opened sources.
         config: seed and row settings.
+        start: where each source goes on; None for a run whose data has never changed.
 
     Raises:
         DataError: a source is shorter than one row.
     """
 
-    def __init__(self, prepared: PreparedData, config: Config) -> None:
+    def __init__(self, prepared: PreparedData, config: Config, start: DataStart | None = None) -> None:
+        if start is None:
+            start = new_start(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)
+        self._first_rows = [position.first_row for position in start.sources]
         self._blend = Blend([source.weight for source in prepared.train], seed=config.run.seed)
         self._labels = [source.label for source in prepared.train]
         self._samplers = []
-        for index, source in enumerate(prepared.train):
+        for position, source in zip(start.sources, prepared.train, strict=True):
             with _errors_of(source.label):
                 sampler = RowSampler(
                     source.documents,
@@ -52,7 +58,7 @@ class TrainingData:
                     vocab_size=prepared.vocab_size,
                     isolate_documents=config.data.isolate_documents,
                     seed=config.run.seed,
-                    source_index=index,
+                    source_index=position.order,
                 )
             self._samplers.append(sampler)
 
@@ -64,7 +70,7 @@ class TrainingData:
         """
         source, index = self._blend.locate(sample_index)
         with _errors_of(self._labels[source]):
-            return self._samplers[source].row(index)
+            return self._samplers[source].row(self._first_rows[source] + index)
 
     @property
     def rows_per_epoch(self) -> list[int]:

@@ -33,6 +33,7 @@ from qwen3next_train.train.loop import Run
 from qwen3next_train.train.memory_check import check_memory
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.restore import Restored, restore_state
+from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
@@ -41,9 +42,14 @@ from qwen3next_train.versions import software_versions
 
 
 def build_run(
-    config: Config, context: ProcessContext, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack
+    config: Config,
+    context: ProcessContext,
+    run_dir: RunDirectory,
+    stop: StopRequest,
+    stack: ExitStack,
+    resume: Resume = NEWEST,
 ) -> Run:
-    """Prepare data, find the newest checkpoint, build model and engine, restore.
+    """Prepare data, find the checkpoint to go on from, build model and engine, restore.
 
     What can be rejected is rejected before the model is built, wrong kernels right after it.
 
@@ -53,6 +59,7 @@ def build_run(
         run_dir: the opened run directory.
         stop: signals received.
         stack: takes what has to be closed at the end of the attempt.
+        resume: which checkpoint to go on from, and what may differ from it.
 
     Raises:
         TrainError: one line for everything that speaks against the attempt.
@@ -67,8 +74,8 @@ def build_run(
     with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
-        restored = restore_state(config, checkpoints, prepared, run_dir, context.control)
-        samples = TrainingData(prepared, config)
+        restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
+        samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
     engine = _build_engine(config, topology, context, checkpoints, restored)

@@ -90,7 +90,8 @@ def train(run: Run) -> str | None:
         batches = next(run.batches)
         totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
-        result = run.engine.train_step(batches, totals=totals, lr=learning_rate(run.config, step), report=report)
+        lr = learning_rate(run.config, step, run.state.rewarmup)
+        result = run.engine.train_step(batches, totals=totals, lr=lr, report=report)
         speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
         if report is not Report.NONE:
             _log(run, result.metrics | speed)
@@ -220,8 +221,8 @@ def _way_back(run: Run) -> str:
     if good is None:
         return f"there is no checkpoint from before: choose another run.dir and {lower}"
     return (
-        f"start a new run from the last good checkpoint, or an older one, with {lower}: "
-        f"--run.dir ANOTHER --checkpoint.init_from {good} --optimizer.lr LOWER"
+        f"go back to the last good checkpoint, or an older one, with {lower}: --resume.from {good} "
+        "--optimizer.lr LOWER --resume.accept optimizer.lr"
     )
 
 

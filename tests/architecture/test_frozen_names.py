@@ -83,6 +83,8 @@ schedule.kind
 schedule.warmup_steps
 schedule.decay_steps
 schedule.min_lr
+schedule.rewarmup_steps
+schedule.rewarmup_from
 
 parallel.expert_parallel_size
 parallel.token_exchange
@@ -208,7 +210,10 @@ MEGATRON_ARGUMENTS = """
 """
 
 COMMAND_OPTIONS = {
-    "train": ["--dry-run", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"],
+    "train": [
+        *("--dry-run", "--resume.accept", "--resume.from"),
+        *("--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"),
+    ],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
     "eval": [

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
-from qwen3next_train.optim.schedule import learning_rate
+from qwen3next_train.optim.schedule import Rewarmup, learning_rate
 
 
 def _config(kind: str, *, warmup: int = 10, decay: int = 0, steps: int = 110) -> Config:
@@ -53,3 +53,18 @@ def test_wsd_decays_over_a_tenth_of_the_run_by_default() -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(_config("cosine", warmup=0), 0) == 1.0
+
+
+def test_a_return_to_the_schedule_is_linear_and_ends_on_it() -> None:
+    config = _config("constant")
+    rewarmup = Rewarmup(after_step=50, from_lr=0.2, steps=4)
+    rates = [learning_rate(config, step, rewarmup) for step in (50, 51, 52, 53, 54, 55)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_a_return_follows_a_schedule_that_falls_meanwhile() -> None:
+    config = _config("linear")
+    rewarmup = Rewarmup(after_step=58, from_lr=0.0, steps=4)
+    # Linear from 1 at step 10 to 0.1 at step 110: 0.55 at step 60, of which half is reached.
+    assert learning_rate(config, 60, rewarmup) == pytest.approx(0.275)
+    assert learning_rate(config, 62, rewarmup) == learning_rate(config, 62)
