@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
@@ -14,6 +14,7 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from qwen3next_train.config.batch_size import BATCH_KEYS, levels_after
 from qwen3next_train.config.curve import CURVE_KEYS, curve_after, decay_span
 from qwen3next_train.config.schema import Config, ScheduleConfig, SourceConfig
 from qwen3next_train.config.strict_yaml import Value, dump_yaml
@@ -188,10 +189,14 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     found: dict[str, list[Change]] = {"harmless": [], "trajectory": [], "shape": []}
     before = {key: _with_source_defaults(old_flat.get(key, defaults[key])) for key in new_flat}
     differing = [key for key, value in new_flat.items() if key not in _DERIVED_KEYS and before[key] != value]
-    decisive = _curve_changes(before, new, [key for key in CURVE_KEYS if key in differing], step)
+    decisive = {
+        key
+        for group, outcome in ((CURVE_KEYS, curve_after), (BATCH_KEYS, levels_after))
+        for key in _changes_of(outcome, before, new, [key for key in group if key in differing], step)
+    }
     for key in differing:
         kind = _class_of(key, new.schedule)
-        if key in CURVE_KEYS:
+        if key in CURVE_KEYS or key in BATCH_KEYS:
             kind = "trajectory" if key in decisive else "harmless"
         if key in _START_KEYS and step:
             kind = "harmless"
@@ -200,10 +205,16 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     return ConfigChanges(**{kind: tuple(changes) for kind, changes in found.items()})
 
 
-def _curve_changes(before: Mapping[str, Any], new: Config, keys: Sequence[str], step: int | None) -> set[str]:
-    """Those of the differing ``keys`` that the learning rates after ``step`` differ by.
+def _changes_of(
+    outcome: Callable[[Config, int], object],
+    before: Mapping[str, Any],
+    new: Config,
+    keys: Sequence[str],
+    step: int | None,
+) -> set[str]:
+    """Those of the differing ``keys`` that what they come to after ``step``, rates or batches, differs by.
 
-    A key that can go back without a rate changing is none of them, so what says the same in other words is not either.
+    A key that can go back without a difference is none of them, so what says the same in other words is not either.
     """
     left = list(keys)
     old = new
@@ -211,17 +222,17 @@ def _curve_changes(before: Mapping[str, Any], new: Config, keys: Sequence[str], 
         for key in left:
             old = _with_value(old, key, before[key])
     except ValidationError:
-        # No configuration of ours: nothing is known of its rates.
+        # No configuration of ours: nothing is known of what it came to.
         return set(left)
     done = step or 0
-    if curve_after(old, done) == curve_after(new, done):
+    if outcome(old, done) == outcome(new, done):
         return set()
     current, changed = new, True
     while changed:
         changed = False
         for key in list(left):
             candidate = _with_value(current, key, before[key])
-            if curve_after(candidate, done) == curve_after(current, done) or (
+            if outcome(candidate, done) == outcome(current, done) or (
                 key == "run.steps" and step is not None and _before_decay((candidate, current), step)
             ):
                 left.remove(key)

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -25,7 +25,7 @@ from qwen3next_train.data.blend import Blend
 from qwen3next_train.data.position import DataStart, new_start
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.rows import RowSampler
-from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.errors import DataError
 from qwen3next_train.topology import Topology
 
 _POLL_S = 0.1
@@ -93,14 +93,11 @@ class StepLoader:
     Args:
         data: the samples.
         topology: this rank's place.
-        global_batch_size: samples per step over all ranks.
+        batch_sizes: samples of each step over all ranks, multiples of world size times micro-batch size, without end.
         micro_batch_size: samples per rank and micro-batch.
         mtp_depths: MTP depths to count targets for.
         start_sample: samples consumed before the first step; any number.
         num_prefetch_steps: steps prepared ahead; 0 prepares each when it is asked for.
-
-    Raises:
-        ConfigError: the global batch is not a multiple of world size times micro-batch size.
     """
 
     def __init__(
@@ -108,21 +105,16 @@ class StepLoader:
         data: TrainingData,
         *,
         topology: Topology,
-        global_batch_size: int,
+        batch_sizes: Iterable[int],
         micro_batch_size: int,
         mtp_depths: int,
         start_sample: int,
         num_prefetch_steps: int,
     ) -> None:
-        if global_batch_size % (topology.world_size * micro_batch_size):
-            raise ConfigError(
-                f"run.global_batch_size: {global_batch_size} is not a multiple of world size {topology.world_size} "
-                f"x run.micro_batch_size {micro_batch_size}; change one of them"
-            )
         steps = _steps(
             data,
             topology=topology,
-            global_batch_size=global_batch_size,
+            batch_sizes=batch_sizes,
             micro_batch_size=micro_batch_size,
             mtp_depths=mtp_depths,
             start_sample=start_sample,
@@ -165,22 +157,23 @@ def _steps(
     data: TrainingData,
     *,
     topology: Topology,
-    global_batch_size: int,
+    batch_sizes: Iterable[int],
     micro_batch_size: int,
     mtp_depths: int,
     start_sample: int,
 ) -> Generator[list[PackedBatch], None, None]:
     stride = topology.world_size * micro_batch_size
     own = topology.rank * micro_batch_size
-    while True:
-        firsts = range(start_sample + own, start_sample + own + global_batch_size, stride)
+    for size in batch_sizes:
+        assert size % stride == 0
+        firsts = range(start_sample + own, start_sample + own + size, stride)
         yield [
             PackedBatch.from_rows(
                 [data.row(sample) for sample in range(first, first + micro_batch_size)], mtp_depths=mtp_depths
             )
             for first in firsts
         ]
-        start_sample += global_batch_size
+        start_sample += size
 
 
 class _Prefetcher:

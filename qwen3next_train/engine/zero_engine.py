@@ -54,7 +54,7 @@ class ZeroEngine:
         topology: this rank's place.
         kernels: selected backends.
         device: where the model lives.
-        num_micro_batches: micro-batches per step and rank.
+        num_micro_batches: micro-batches per step and rank, of the steps that have most.
     """
 
     def __init__(
@@ -152,7 +152,9 @@ class ZeroEngine:
         if self._room is not None:
             self._room.begin_step()
         self._model.begin_step()
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            # Steps may have different numbers of micro-batches, of which DeepSpeed's own count knows nothing.
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
             output = self._engine(batch.to(self._device), scales)
             total = output.total
             if self._room is not None:
@@ -163,8 +165,8 @@ class ZeroEngine:
                 collected.add(output)
             # Or the graph of this micro-batch would live through the forward pass of the next.
             del output, total
-            # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
-            # the weights and clears the gradients; the calls before it do none of that.
+            # Only the step's last call, at the gradient-accumulation boundary, clips, updates the weights and clears
+            # the gradients; the calls before it do none of that.
             self._engine.step()
         return collected, loss
 

@@ -17,6 +17,7 @@ from qwen3next_train.accounting.memory import (
     parameter_kinds,
 )
 from qwen3next_train.accounting.workload import Workload, workload_of
+from qwen3next_train.config.batch_size import samples_through, steps_for
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
@@ -43,6 +44,7 @@ class Plan:
         mfu_is_assumed: nobody stated it.
         workload: size of the model and work of a step.
         num_steps: steps of the run.
+        num_tokens: tokens of them.
         memory_by_part: bytes on one GPU.
         host_bytes: bytes of host memory for one GPU's offloaded optimizer.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
@@ -60,6 +62,7 @@ class Plan:
     mfu_is_assumed: bool
     workload: Workload
     num_steps: int
+    num_tokens: int
     memory_by_part: dict[str, int]
     host_bytes: int
     checkpoint_bytes: int
@@ -75,7 +78,7 @@ class Plan:
 
     @property
     def step_time_s(self) -> float | None:
-        """Seconds per optimizer step at :attr:`mfu`; None when the device's peak is unknown."""
+        """Seconds per optimizer step with the whole batch at :attr:`mfu`; None when the device's peak is unknown."""
         if self.device is None:
             return None
         peak = self.device.peak_flops(self.layout.precision)
@@ -84,7 +87,9 @@ class Plan:
     @property
     def days(self) -> float | None:
         """Days for all steps; None when the device's peak is unknown."""
-        return None if self.step_time_s is None else self.num_steps * self.step_time_s / _SECONDS_PER_DAY
+        if self.step_time_s is None:
+            return None
+        return self.num_tokens / self.workload.num_tokens * self.step_time_s / _SECONDS_PER_DAY
 
 
 def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens: float | None) -> Plan:
@@ -106,6 +111,9 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
     kinds = parameter_kinds(config.model)
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)
+    length, num_steps = config.data.sequence_length, config.run.steps
+    if tokens is not None:
+        num_steps = steps_for(config, math.ceil(tokens / length))
     fits = None if device is None else fits_device(memory, device)
     changes: tuple[Layout, ...] = ()
     if device is not None and not fits:
@@ -121,7 +129,8 @@ def make_plan(config: Config, *, gpus: int, gpu: str, mfu: float | None, tokens:
         mfu=ASSUMED_MFU / (1 + extra_work(layout.recompute, workload)) if mfu is None else mfu,
         mfu_is_assumed=mfu is None,
         workload=workload,
-        num_steps=config.run.steps if tokens is None else math.ceil(tokens / workload.num_tokens),
+        num_steps=num_steps,
+        num_tokens=samples_through(config, num_steps) * length,
         memory_by_part=memory,
         host_bytes=host_bytes_per_gpu(config.model, layout, kinds=kinds),
         checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,

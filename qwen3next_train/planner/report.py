@@ -170,7 +170,7 @@ def _activations(memory_by_part: dict[str, int]) -> int:
 def _time_line(plan: Plan) -> str:
     if plan.step_time_s is None or plan.days is None:
         return "unknown without a known device"
-    tokens = _tokens(plan.num_steps * plan.workload.num_tokens)
+    tokens = _tokens(plan.num_tokens)
     mfu = f"{plan.mfu:.1%} MFU{' (assumed)' if plan.mfu_is_assumed else ''}"
     return (
         f"{plan.num_steps:,} steps, {tokens}: {plan.days:.3g} days at {mfu} on {plan.layout.world_size} {plan.gpu}, "

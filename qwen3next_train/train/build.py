@@ -11,6 +11,7 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
+from qwen3next_train.config.batch_size import batch_sizes_after
 from qwen3next_train.config.describe import compare_configs
 from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
@@ -83,7 +84,7 @@ def build_run(
         StepLoader(
             samples,
             topology=topology,
-            global_batch_size=config.run.global_batch_size,
+            batch_sizes=batch_sizes_after(config, restored.state.step),
             micro_batch_size=config.run.micro_batch_size,
             mtp_depths=config.model.mtp_num_layers,
             start_sample=restored.state.consumed_samples,

@@ -15,6 +15,7 @@ from qwen3next_train.checkpoint.agreement import StageFailed, run_together
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header
 from qwen3next_train.checkpoint.train_state import TrainState, rng_state
+from qwen3next_train.config.batch_size import batch_size
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Engine, Report, StepResult, StepTotals
 from qwen3next_train.errors import DivergedError, StorageError
@@ -178,7 +179,7 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
     run.state = replace(
         state,
         step=state.step + 1,
-        consumed_samples=state.consumed_samples + run.config.run.global_batch_size,
+        consumed_samples=state.consumed_samples + batch_size(run.config, state.step + 1),
         consumed_tokens=state.consumed_tokens + totals.num_tokens,
         flops_total=run.throughput.flops_total,
         skipped_steps=state.skipped_steps + int(result.skipped),

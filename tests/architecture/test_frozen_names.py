@@ -83,6 +83,7 @@ schedule.kind
 schedule.warmup_steps
 schedule.decay_steps
 schedule.min_lr
+schedule.rampup_batch_size
 schedule.rewarmup_steps
 schedule.rewarmup_from
 
@@ -184,6 +185,7 @@ MEGATRON_ARGUMENTS = """
 --train-iters
 --global-batch-size
 --micro-batch-size
+--rampup-batch-size
 --seed
 --bf16
 --fp16

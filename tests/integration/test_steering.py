@@ -161,3 +161,20 @@ def test_a_run_forked_with_optimizer_and_step_equals_the_extended_one(
     again = run("console", args)
     assert again.returncode == 0, again.stderr
     assert "--resume.from is not read: run.dir has a checkpoint" in again.stderr
+
+
+def test_a_growing_batch_goes_on_exactly_after_a_kill(corpus: Path, tmp_path: Path) -> None:
+    growing = {**COSINE, "run__steps": 8, "schedule__rampup_batch_size": "[1, 1, 9]", "checkpoint__interval": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run("console", arguments(corpus, whole, **growing))
+    assert done.returncode == 0, done.stderr
+    process = start(arguments(corpus, killed, **growing))
+    wait_until(lambda: num_steps(killed) >= 4, "a step of two rows")
+    process.kill()
+    process.communicate(timeout=60)
+    done = run("console", arguments(corpus, killed, **growing))
+    assert done.returncode == 0, done.stderr
+    assert metrics(killed) == metrics(whole)
+    # From 1 to 4 rows in three increments, one every 3 samples.
+    sizes = [1, 1, 1, 2, 2, 3, 4, 4]
+    assert [row["tokens"] for row in metrics(whole)] == [64 * sum(sizes[:step]) for step in range(1, 9)]

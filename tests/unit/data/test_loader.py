@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
-from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.errors import DataError
 from qwen3next_train.topology import Topology
 from tests.unit.data.corpus import counting_store, make_config
 
@@ -39,12 +41,12 @@ def loader(
     micro: int = 2,
     start: int = 0,
     prefetch: int = 2,
-    batch: int = 8,
+    batch: int | Iterable[int] = 8,
 ) -> StepLoader:
     return StepLoader(
         data,
         topology=Topology(world, rank),
-        global_batch_size=batch,
+        batch_sizes=itertools.repeat(batch) if isinstance(batch, int) else batch,
         micro_batch_size=micro,
         mtp_depths=1,
         start_sample=start,
@@ -111,9 +113,12 @@ def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
     assert len(batch.num_targets) == 2
 
 
-def test_batch_size_must_divide(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of world size 3 x .* 1"):
-        loader(data, world=3, micro=1)
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_of_growing_size_take_one_sample_after_the_other(data: TrainingData, world: int) -> None:
+    ranks = [take(loader(data, world=world, rank=rank, micro=1, batch=[2, 4, 6]), 3) for rank in range(world)]
+    assert [len(step) for step in ranks[0]] == [2 // world, 4 // world, 6 // world]
+    rows = [row for step in zip(*ranks, strict=True) for micro in zip(*step, strict=True) for row in rows_of([*micro])]
+    assert rows == [tuple(data.row(sample).tokens[:-1].tolist()) for sample in range(12)]
 
 
 class _Broken:

@@ -10,7 +10,7 @@ import pytest
 
 from qwen3next_train.accounting.activations import ranks_per_token
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig
+from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.planner.layouts import HOST_BYTES_PER_S, USABLE_FRACTION, changed_fields
@@ -39,6 +39,17 @@ def test_defaults_are_run_steps_and_a_marked_mfu() -> None:
     assert plan.num_steps == 77
     assert plan.mfu == ASSUMED_MFU
     assert plan.mfu_is_assumed
+
+
+def test_a_growing_batch_takes_fewer_tokens_and_more_steps() -> None:
+    """From 64 rows by 64 to 256 over 192 samples: one step of 64, one of 128, then 256."""
+    schedule = ScheduleConfig(rampup_batch_size=[64, 64, 192], warmup_steps=0)
+    config = config_80b(steps=10).model_copy(update={"schedule": schedule})
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=0.4, tokens=None)
+    assert (plan.num_steps, plan.num_tokens) == (10, (64 + 128 + 8 * 256) * 4096)
+    assert plan.days == pytest.approx(2240 / 256 * 1.05307 / 86_400, rel=1e-4)
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=0.4, tokens=449 * 4096)
+    assert (plan.num_steps, plan.num_tokens) == (4, 704 * 4096)
 
 
 def test_fp32_runs_have_the_fp32_peak() -> None:
