@@ -68,3 +68,18 @@ def test_a_return_follows_a_schedule_that_falls_meanwhile() -> None:
     # Linear from 1 at step 10 to 0.1 at step 110: 0.55 at step 60, of which half is reached.
     assert learning_rate(config, 60, rewarmup) == pytest.approx(0.275)
     assert learning_rate(config, 62, rewarmup) == learning_rate(config, 62)
+
+
+def test_an_extended_wsd_run_is_back_at_the_peak_until_its_new_decay() -> None:
+    """Six steps with a decay of two, then ten: from step 7 on the rates of the longer run."""
+    short, longer = (_config("wsd", warmup=2, decay=2, steps=steps) for steps in (6, 10))
+    rates = [learning_rate(short, step) for step in range(1, 7)] + [
+        learning_rate(longer, step) for step in range(7, 11)
+    ]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.55, 0.1, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_an_annealed_wsd_run_falls_over_as_many_steps_as_it_is_given() -> None:
+    """Four steps of a run of six, then a decay of four to step eight."""
+    annealed = _config("wsd", warmup=2, decay=4, steps=8)
+    assert [learning_rate(annealed, step) for step in range(4, 9)] == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
