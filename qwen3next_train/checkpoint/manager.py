@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, enc
 from qwen3next_train.checkpoint.names import MAX_STEP, CheckpointInfo, list_checkpoints, list_names, step_name
 from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
-from qwen3next_train.errors import CheckpointError, StorageError
+from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, Json
 
@@ -65,6 +66,19 @@ class VerifiedCheckpoint:
     step: int
     path: Path
     manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a checkpoint says of itself, before its files are hashed.
+
+    Args:
+        config: the configuration it was written under.
+        state: its progress.
+    """
+
+    config: dict[str, Any]
+    state: TrainState
 
 
 class CheckpointManager:
@@ -176,14 +190,50 @@ class CheckpointManager:
         """
         return next((checkpoint.step for checkpoint in self._list()), None)
 
-    def find_last_good(self) -> Path | None:
-        """The newest intact checkpoint that was not saved while steps were being skipped; None when there is none.
+    def glance(self) -> Glance | None:
+        """The newest checkpoint as its manifest describes it; None without one, or where that is not whole.
+
+        Raises:
+            StorageError: the directory cannot be listed.
+        """
+        newest = next(iter(self._list()), None)
+        if newest is None:
+            return None
+
+        def read() -> Json:
+            result = verify(self._fs, self._directory, newest, hashes=False)
+            if result.reason is not None or result.manifest is None:
+                return None
+            return {"config": result.manifest.config, "state": asdict(result.manifest.train_state)}
+
+        found = self._on_rank_0(read)
+        return None if found is None else Glance(found["config"], TrainState(**found["state"]))
+
+    def find_step(self, step: int) -> VerifiedCheckpoint:
+        """The checkpoint of a step, verified.
+
+        Raises:
+            ConfigError: there is none.
+            CheckpointError: it is damaged or of a newer format.
+            StorageError: the directory cannot be listed, or the checkpoint cannot be read.
+        """
+        known = self._list()
+        named = next((checkpoint for checkpoint in known if checkpoint.step == step), None)
+        if named is None:
+            steps = ", ".join(str(checkpoint.step) for checkpoint in known if checkpoint.published) or "none"
+            raise ConfigError(
+                f"--resume.from: {self._directory} has no checkpoint of step {step}; give a step that it has: {steps}"
+            )
+        return self.find(named)
+
+    def find_last_good(self) -> int | None:
+        """Step of the newest intact checkpoint that was not saved while steps were being skipped, None without one.
 
         Raises:
             StorageError: the directory cannot be listed, or a checkpoint cannot be read.
         """
         published = (checkpoint for checkpoint in self._list() if checkpoint.published)
-        return next((self._directory / each.name for each in published if self._is_counted(each)), None)
+        return next((each.step for each in published if self._is_counted(each)), None)
 
     def find(self, checkpoint: CheckpointInfo) -> VerifiedCheckpoint:
         """One checkpoint, verified; the same on every rank.

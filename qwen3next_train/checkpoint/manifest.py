@@ -134,6 +134,8 @@ class Manifest(BaseModel):
     def _check(self) -> Manifest:
         if self.train_state.step != self.step:
             raise ValueError(f"train state of step {self.train_state.step} in a checkpoint of step {self.step}")
+        if not all(is_shallow([change.old, change.new]) for change in self.train_state.changes):
+            raise ValueError("a change is nested too deeply")
         state = asdict(self.train_state) | {"flops_total": 0}
         counts = (value for value in state.values() if isinstance(value, int))
         if max(counts) >= _MAX_COUNT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 from qwen3next_train.checkpoint.filesystem import Filesystem, remove_tree, write_file
@@ -23,6 +24,8 @@ from qwen3next_train.checkpoint.names import (
 from qwen3next_train.log import get_logger
 
 LATEST_NAME = "latest"
+ASIDE_NAME = "aside"
+"""Of the folders, with a number, in which the checkpoints are that a run went back from."""
 
 
 def staging_name(step: int) -> str:
@@ -91,6 +94,30 @@ def remove_leftovers(fs: Filesystem, directory: Path) -> None:
     for name in names:
         if is_leftover(name):
             remove_tree(fs, directory / name)
+
+
+def set_aside(fs: Filesystem, directory: Path, step: int) -> Path | None:
+    """Move the checkpoints of steps after ``step`` to a folder of their own, in which nothing looks for checkpoints.
+
+    Returns:
+        The folder, None when there is no such checkpoint.
+
+    Raises:
+        OSError: they cannot be moved; those that are not yet moved are where they were.
+    """
+    names = fs.list_dir(directory)
+    later = [checkpoint for checkpoint in list_checkpoints(names) if checkpoint.step > step]
+    if not later:
+        return None
+    number = next(number for number in count(1) if f"{ASIDE_NAME}-{number}" not in names)
+    aside = directory / f"{ASIDE_NAME}-{number}"
+    fs.make_dir(aside)
+    # The newest first: what a kill leaves behind is a run that had come less far.
+    for checkpoint in later:
+        fs.rename(directory / checkpoint.name, aside / checkpoint.name.lstrip("."))
+    fs.fsync_dir(aside)
+    fs.fsync_dir(directory)
+    return aside
 
 
 def delete(fs: Filesystem, directory: Path, names: Iterable[str]) -> None:

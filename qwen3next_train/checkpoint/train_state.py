@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field, Strict, StringConstraints
 from pydantic.dataclasses import dataclass
 
+from qwen3next_train.data.position import SourcePosition
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.metrics.names import WANDB_ID
+from qwen3next_train.optim.schedule import Rewarmup
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Text = Annotated[str, Strict()]
@@ -22,17 +24,39 @@ _MT19937_WORDS = 624
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class AcceptedChange:
+    """A setting that a resume has changed.
+
+    Args:
+        key: dotted name.
+        old: its value before, as JSON; of data whose content changed a digest.
+        new: its value since.
+        step: the last step before the change.
+    """
+
+    key: Text
+    old: Any
+    new: Any
+    step: Count
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TrainState:
     """The training state apart from tensors; equal on every rank, stored as JSON in the manifest.
 
     Args:
         version: layout of this record.
         step: optimizer steps taken, skipped ones included.
-        consumed_samples: rows taken from the blend so far: the whole data position, valid at any world size.
+        consumed_samples: rows taken from the present blend so far; with ``sources`` the whole data position, valid at
+            any world size.
         consumed_tokens: tokens of those rows.
         flops_total: model FLOPs spent so far, all ranks.
         skipped_steps: steps left out because a gradient was not finite.
         consecutive_skips: how many of them are the newest steps.
+        sources: where each source of the blend went on when the blend began; none in checkpoints of versions before it.
+        former_sources: where sources that were dropped would go on.
+        changes: all that resumes have changed, oldest first.
+        rewarmup: the newest return to the schedule, None for none.
         optimizer_step: updates Adam has made, for its bias correction.
         data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
         wandb_id: wandb run to go on with, empty for none.
@@ -51,6 +75,10 @@ class TrainState:
     data_fingerprint: Text
     wandb_id: WandbId = ""
     consecutive_skips: Count = 0
+    sources: tuple[SourcePosition, ...] = ()
+    former_sources: tuple[SourcePosition, ...] = ()
+    changes: tuple[AcceptedChange, ...] = ()
+    rewarmup: Rewarmup | None = None
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -74,8 +74,9 @@ def parse_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> Argum
             elif not has_value:
                 if position == len(argv) or argv[position].startswith("--"):
                     raise ConfigError(f"{show_name(name)}: no value; write {show_name(name)} VALUE")
-                value = argv[position]
-                position += 1
+                end = position + _num_values(name, options)
+                value = " ".join(argv[position:end])
+                position = end
             _take(args, name, value, options)
         except ConfigError as error:
             errors.append(str(error))
@@ -123,6 +124,11 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
             f"{show_name(name)}: unknown option; {meant(name, known, prefix='--')} --help all lists every option"
         )
     return argument.is_switch
+
+
+def _num_values(name: str, options: Mapping[str, Option]) -> int:
+    argument = None if name in options or "." in name else megatron.find(name)
+    return 1 if argument is None else argument.num_values
 
 
 def _check_switch(name: str, value: str, attached: bool, options: Mapping[str, Option]) -> None:

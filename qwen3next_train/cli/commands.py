@@ -23,6 +23,7 @@ from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.config.validate import fewest_processes
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.launcher import MAX_PROCESSES
+from qwen3next_train.train.resume import parse_resume
 
 ChoiceT = TypeVar("ChoiceT", bound=str)
 Device = Literal["auto", "cpu", "cuda"]
@@ -108,6 +109,7 @@ def load(args: Arguments) -> LoadedConfig:
 def _train(args: Arguments) -> int:
     if not args.options.get("--config") and not any(name == "model.preset" for name, _ in args.overrides):
         raise ConfigError("--config: missing; name a YAML file, such as the shipped qwen3next_tiny.yaml (see --help)")
+    resume = parse_resume(args.options.get("--resume.accept", []), args.last("--resume.from"))
     loaded = load(args)
     if "--dry-run" in args.options:
         return _dry_run(loaded.config, world_size(args))
@@ -121,7 +123,7 @@ def _train(args: Arguments) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from qwen3next_train.train.run import run_training
 
-    return run_training(loaded.config, check_world)
+    return run_training(loaded.config, check_world, resume)
 
 
 def _dry_run(config: Config, num_processes: int) -> int:
@@ -297,6 +299,12 @@ TRAIN = Command(
     "--config FILE [--section.key VALUE ...]",
     (
         Option("--dry-run", "", "build everything without allocating it, print plan and first batch, and exit"),
+        Option("--resume.accept", "KEY,KEY", "go on although these keys have other values than the checkpoint's"),
+        Option(
+            "--resume.from",
+            "STEP|PATH",
+            "go back to an older checkpoint of run.dir, or start a run from another one's with optimizer and step",
+        ),
         *LAUNCH_OPTIONS,
     ),
     details="The newest complete checkpoint of run.dir counts; without one the run starts at step 0.",

@@ -136,6 +136,7 @@ _STEPS = _limits(1, 99_999_999)
 Steps = Annotated[int, Field(gt=0), _STEPS]
 StepsOrNone = Annotated[int, Field(ge=0), _STEPS]
 Rows = Annotated[int, Field(gt=0), _limits(1, 10**7)]
+Samples = Annotated[int, Field(gt=0), _limits(1, 10**12)]
 Seed = Annotated[int, Field(ge=0)]
 # Positions are exact in fp32 up to here.
 Positions = Annotated[int, Field(gt=0), _limits(1, 2**24)]

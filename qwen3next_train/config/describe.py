@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from qwen3next_train.config.batch_size import BATCH_KEYS, levels_after
+from qwen3next_train.config.curve import CURVE_KEYS, curve_after, decay_span
 from qwen3next_train.config.schema import Config, ScheduleConfig, SourceConfig
 from qwen3next_train.config.strict_yaml import Value, dump_yaml
-from qwen3next_train.config.validate import expand_interval, wsd_decay_steps
+from qwen3next_train.config.validate import expand_interval
 
 _HARMLESS_PREFIXES = ("logging.", "checkpoint.", "eval.", "kernels.", "parallel.")
 _HARMLESS_KEYS = frozenset(
@@ -25,6 +27,8 @@ _HARMLESS_KEYS = frozenset(
         *("data.cache_dir", "data.num_prefetch_steps"),
         # How state is kept, as a layout is; a checkpoint holds fp32 and a switch is logged.
         "optimizer.moments_dtype",
+        # Read when a change is accepted; what it came to is part of the state then.
+        *("schedule.rewarmup_steps", "schedule.rewarmup_from"),
     )
 )
 _SHAPE_KEYS = frozenset(
@@ -37,8 +41,9 @@ _SHAPE_KEYS = frozenset(
         *("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate"),
     )
 )
-# Decides where a run starts, and is not read any more once it has a checkpoint.
 _START_KEY = "checkpoint.init_from"
+# Decide what a run starts from, and are not read any more once it has a checkpoint.
+_START_KEYS = frozenset((_START_KEY, "model.initializer_range", "model.linear_dt_init"))
 # layer_types says the same and is always explicit in a resolved configuration.
 _DERIVED_KEYS = frozenset(("model.full_attention_interval",))
 
@@ -171,9 +176,10 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
         old: the resolved configuration as read from YAML; a key it lacks (written by an earlier version)
             counts as its default, a key that no longer exists as harmless.
         new: the resolved configuration asked for.
-        step: step the run resumes at, 0 without a checkpoint, None when unknown. A ``wsd`` schedule has no memory of
-            ``run.steps`` until its final decay begins, so a longer or shorter run is harmless before that;
-            ``checkpoint.init_from`` is harmless after step 0, because it is not read any more.
+        step: step the run resumes at, 0 without a checkpoint, None when unknown. What is compared of the learning rate
+            are the rates of the steps after it, not the settings that say them. A ``wsd`` schedule has no memory of
+            ``run.steps`` until its final decay begins, so a longer or shorter run is harmless before that. What only
+            the first weights depend on is harmless after step 0.
 
     Returns:
         The differing settings in the schema's order.
@@ -181,18 +187,70 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     old_flat, new_flat = flatten(old), flatten(new.model_dump())
     defaults = flatten(Config().model_dump())
     found: dict[str, list[Change]] = {"harmless": [], "trajectory": [], "shape": []}
-    for key, value in new_flat.items():
-        before = _with_source_defaults(old_flat.get(key, defaults[key]))
-        if key in _DERIVED_KEYS or before == value:
-            continue
+    before = {key: _with_source_defaults(old_flat.get(key, defaults[key])) for key in new_flat}
+    differing = [key for key, value in new_flat.items() if key not in _DERIVED_KEYS and before[key] != value]
+    decisive = {
+        key
+        for group, outcome in ((CURVE_KEYS, curve_after), (BATCH_KEYS, levels_after))
+        for key in _changes_of(outcome, before, new, [key for key in group if key in differing], step)
+    }
+    for key in differing:
         kind = _class_of(key, new.schedule)
-        if key == "run.steps" and step is not None and _before_decay(new.schedule, (before, value), step):
+        if key in CURVE_KEYS or key in BATCH_KEYS:
+            kind = "trajectory" if key in decisive else "harmless"
+        if key in _START_KEYS and step:
             kind = "harmless"
-        if key == _START_KEY and step:
-            kind = "harmless"
-        found[kind].append(Change(key, before, value))
+        found[kind].append(Change(key, before[key], new_flat[key]))
     found["harmless"] += [Change(key, value, None) for key, value in old_flat.items() if key not in new_flat]
     return ConfigChanges(**{kind: tuple(changes) for kind, changes in found.items()})
+
+
+def _changes_of(
+    outcome: Callable[[Config, int], object],
+    before: Mapping[str, Any],
+    new: Config,
+    keys: Sequence[str],
+    step: int | None,
+) -> set[str]:
+    """Those of the differing ``keys`` that what they come to after ``step``, rates or batches, differs by.
+
+    A key that can go back without a difference is none of them, so what says the same in other words is not either.
+    """
+    left = list(keys)
+    old = new
+    try:
+        for key in left:
+            old = _with_value(old, key, before[key])
+    except ValidationError:
+        # No configuration of ours: nothing is known of what it came to.
+        return set(left)
+    done = step or 0
+    if outcome(old, done) == outcome(new, done):
+        return set()
+    current, changed = new, True
+    while changed:
+        changed = False
+        for key in list(left):
+            candidate = _with_value(current, key, before[key])
+            if outcome(candidate, done) == outcome(current, done) or (
+                key == "run.steps" and step is not None and _before_decay((candidate, current), step)
+            ):
+                left.remove(key)
+                current, changed = candidate, True
+    return set(left)
+
+
+def _with_value(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    known = config.model_dump(include={section})[section]
+    return config.model_copy(update={section: type(vars(config)[section]).model_validate(known | {name: value})})
+
+
+def _before_decay(configs: Sequence[Config], step: int) -> bool:
+    """Whether no final decay of these has begun at ``step``."""
+    if any(config.schedule.kind != "wsd" for config in configs):
+        return False
+    return all(step <= decay_span(config.schedule, config.run.steps)[0] for config in configs)
 
 
 def _with_source_defaults(value: Any) -> Any:
@@ -217,13 +275,6 @@ def _steps_shape_schedule(schedule: ScheduleConfig) -> bool:
     if schedule.kind == "constant":
         return False
     return schedule.kind == "wsd" or schedule.decay_steps == 0
-
-
-def _before_decay(schedule: ScheduleConfig, run_steps: tuple[Any, Any], step: int) -> bool:
-    if schedule.kind != "wsd" or not all(isinstance(steps, int) for steps in run_steps):
-        return False
-    first_start = min(steps - wsd_decay_steps(schedule, steps) for steps in run_steps)
-    return bool(step <= first_start)
 
 
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[Key]:

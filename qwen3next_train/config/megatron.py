@@ -32,6 +32,7 @@ class MegatronArgument:
         is_switch: takes no value on the command line.
         is_text: the command line word is taken as it stands, not read as a YAML scalar.
         section: section of the YAML in which the spelling may stand besides the top level.
+        num_values: words that it takes on the command line.
     """
 
     flag: str
@@ -40,6 +41,7 @@ class MegatronArgument:
     is_switch: bool = False
     is_text: bool = False
     section: str = "model"
+    num_values: int = 1
 
 
 def find(name: str) -> MegatronArgument | None:
@@ -159,6 +161,15 @@ def _layer_pattern(value: Value) -> Converted:
     raise RejectedValue(f"not a layer pattern (got {show(value)}); {hint}")
 
 
+def _rampup(value: Value) -> Converted:
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    words = words if isinstance(words, list) else []
+    numbers: list[Value] = [int(str(word)) for word in words if str(word).isascii() and str(word).isdigit()]
+    if not len(words) == len(numbers) == 3 or not all(numbers):
+        raise RejectedValue(f"not three whole numbers > 0 (got {show(value)}); give START, INCREMENT and SAMPLES")
+    return {"schedule.rampup_batch_size": numbers}
+
+
 _ONE_MODEL_RANK = "every rank holds all of the model but experts; see parallel.expert_parallel_size"
 _NO_BIAS = "Qwen3-Next has no biases"
 _NO_DROPOUT = "Qwen3-Next is trained without dropout"
@@ -261,6 +272,14 @@ _TABLE: tuple[MegatronArgument, ...] = (
     _renamed("--train-iters", "run.steps"),
     _renamed("--global-batch-size", "run.global_batch_size"),
     _renamed("--micro-batch-size", "run.micro_batch_size"),
+    MegatronArgument(
+        "--rampup-batch-size",
+        _rampup,
+        "schedule.rampup_batch_size (START INCREMENT SAMPLES)",
+        is_text=True,
+        section="schedule",
+        num_values=3,
+    ),
     _renamed("--seed", "run.seed"),
     _switch("--bf16", "run.precision", on="bf16", off="fp32"),
     _fixed_switch("--fp16", False, "run.precision is bf16 or fp32", section="run"),

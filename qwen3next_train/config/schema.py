@@ -27,6 +27,7 @@ from qwen3next_train.config.bounds import (
     RotaryBase,
     RotaryFraction,
     Rows,
+    Samples,
     Seconds,
     Seed,
     Steps,
@@ -190,6 +191,17 @@ class ScheduleConfig(Section):
         "for wsd a tenth of it",
     )
     min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
+    rampup_batch_size: list[Samples] = Field(
+        default_factory=list,
+        description="START, INCREMENT, SAMPLES: the global batch grows from START by INCREMENT at a time to "
+        "run.global_batch_size over SAMPLES samples; empty: it never changes",
+    )
+    rewarmup_steps: StepsOrNone = Field(
+        0, description="steps in which the rate returns to the schedule after a change that --resume.accept lets pass"
+    )
+    rewarmup_from: Literal["current", "zero"] = Field(
+        "current", description="where that return begins: at the rate of the last step before the change, or at 0"
+    )
 
 
 class ParallelConfig(Section):

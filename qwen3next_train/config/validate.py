@@ -22,6 +22,7 @@ MAX_BF16_BETA = 0.99
 
 _MAX_COUNT = 2**63 - 1
 _MAX_INDEX = 2**31 - 1
+_RAMPUP = "schedule.rampup_batch_size"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             )
     ranks = max(1, world_size // sizes["context"])
     rows = ranks * run.micro_batch_size
+    with_rows = f"world size {world_size}"
+    if sizes["context"] > 1:
+        with_rows += f" / parallel.context_parallel_size {sizes['context']}"
     if run.global_batch_size % rows:
-        with_rows = f"world size {world_size}"
-        if sizes["context"] > 1:
-            with_rows += f" / parallel.context_parallel_size {sizes['context']}"
         violations.append(
             RuleViolation(
                 ("run.global_batch_size", "run.micro_batch_size"),
@@ -104,6 +105,15 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                 f"run.global_batch_size {run.global_batch_size} over world size {world_size} and run.micro_batch_size "
                 f"{run.micro_batch_size} gives 1; halve run.micro_batch_size, or set "
                 "parallel.micro_batches_in_flight to 1",
+            )
+        )
+    elif any(size % rows for size in config.schedule.rampup_batch_size[:2]):
+        violations.append(
+            RuleViolation(
+                (_RAMPUP,),
+                f"{_RAMPUP} {config.schedule.rampup_batch_size} begins with or adds rows that are not a multiple of "
+                f"{with_rows} x run.micro_batch_size {run.micro_batch_size} = {rows}; choose multiples, a "
+                "smaller micro batch or another number of processes",
             )
         )
     return violations
@@ -299,6 +309,7 @@ def _optimizer_violations(optimizer: OptimizerConfig) -> Iterator[RuleViolation]
 
 def _schedule_violations(config: Config) -> Iterator[RuleViolation]:
     steps, schedule, peak = config.run.steps, config.schedule, config.optimizer.lr
+    yield from _rampup_violations(config)
     if schedule.warmup_steps > steps:
         yield RuleViolation(
             ("schedule.warmup_steps", "run.steps"),
@@ -325,6 +336,31 @@ def _schedule_violations(config: Config) -> Iterator[RuleViolation]:
             ("schedule.decay_steps", "schedule.warmup_steps"),
             f"schedule.decay_steps {schedule.decay_steps} ends the decay before schedule.warmup_steps "
             f"{schedule.warmup_steps}; it counts from step 0, warm-up included",
+        )
+
+
+def _rampup_violations(config: Config) -> Iterator[RuleViolation]:
+    rampup, final = config.schedule.rampup_batch_size, config.run.global_batch_size
+    if not rampup:
+        return
+    keys = (_RAMPUP, "run.global_batch_size")
+    if len(rampup) != 3:
+        yield RuleViolation(
+            keys[:1], f"{_RAMPUP} has {len(rampup)} numbers (got {rampup}); give three: START, INCREMENT and SAMPLES"
+        )
+        return
+    start, increment, _ = rampup
+    if start >= final or (final - start) % increment:
+        yield RuleViolation(
+            keys,
+            f"{_RAMPUP} {rampup} does not lead to run.global_batch_size {final}: from {start} in steps of {increment}; "
+            f"choose a START below {final} and an INCREMENT that divides the difference",
+        )
+    elif start % config.run.micro_batch_size or increment % config.run.micro_batch_size:
+        yield RuleViolation(
+            (*keys, "run.micro_batch_size"),
+            f"{_RAMPUP} {rampup} begins with or adds what is not a multiple of run.micro_batch_size "
+            f"{config.run.micro_batch_size}; change one of them",
         )
 
 

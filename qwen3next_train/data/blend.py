@@ -62,6 +62,15 @@ class Blend:
         counts[self._heaviest] += dealt - sum(counts)
         return counts
 
+    def counts_before(self, sample_index: int) -> list[int]:
+        """Samples each source has received before a sample."""
+        if len(self._shares) == 1:
+            return [sample_index]
+        number, slot = divmod(sample_index, self.block_size)
+        sources, _ = self._deal(number)
+        taken = np.bincount(sources[:slot], minlength=len(self._shares)).tolist()
+        return [before + count for before, count in zip(self.counts_before_block(number), taken, strict=True)]
+
     def _deal(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Source and index in source of every slot of a block: two int64 ``[block_size]``."""
         first, last = self.counts_before_block(number), self.counts_before_block(number + 1)

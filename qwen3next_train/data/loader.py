@@ -1,6 +1,7 @@
 """Batches of a run: which rows a step takes, who gets them, and preparing them ahead of time.
 
-The whole data state is one integer, the number of consumed samples, valid at any world size::
+The data state is one integer, the number of consumed samples, valid at any world size, until the data changes at a
+resume; then it counts from there, and ``data.position`` says where each source goes on::
 
     step       takes samples [consumed, consumed + G)                             G = global batch size
     micro-batch m of rank r   takes [consumed + (m * W + r) * B, ... + B)         W = ranks, B = micro-batch size
@@ -16,7 +17,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -24,9 +25,10 @@ from typing import Self
 from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.blend import Blend
+from qwen3next_train.data.position import DataStart, new_start
 from qwen3next_train.data.prepared import PreparedData
 from qwen3next_train.data.rows import RowSampler
-from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.errors import DataError
 from qwen3next_train.row_slices import WHOLE_ROW, RowSlice
 from qwen3next_train.topology import Topology
 
@@ -39,16 +41,20 @@ class TrainingData:
     Args:
         prepared: the opened sources.
         config: seed and row settings.
+        start: where each source goes on; None for a run whose data has never changed.
 
     Raises:
         DataError: a source is shorter than one row.
     """
 
-    def __init__(self, prepared: PreparedData, config: Config) -> None:
+    def __init__(self, prepared: PreparedData, config: Config, start: DataStart | None = None) -> None:
+        if start is None:
+            start = new_start(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)
+        self._first_rows = [position.first_row for position in start.sources]
         self._blend = Blend([source.weight for source in prepared.train], seed=config.run.seed)
         self._labels = [source.label for source in prepared.train]
         self._samplers = []
-        for index, source in enumerate(prepared.train):
+        for position, source in zip(start.sources, prepared.train, strict=True):
             with _errors_of(source.label):
                 sampler = RowSampler(
                     source.documents,
@@ -56,7 +62,7 @@ class TrainingData:
                     vocab_size=prepared.vocab_size,
                     isolate_documents=config.data.isolate_documents,
                     seed=config.run.seed,
-                    source_index=index,
+                    source_index=position.order,
                 )
             self._samplers.append(sampler)
 
@@ -68,7 +74,7 @@ class TrainingData:
         """
         source, index = self._blend.locate(sample_index)
         with _errors_of(self._labels[source]):
-            return self._samplers[source].row(index)
+            return self._samplers[source].row(self._first_rows[source] + index)
 
     @property
     def rows_per_epoch(self) -> list[int]:
@@ -91,15 +97,12 @@ class StepLoader:
     Args:
         data: the samples.
         topology: this rank's place.
-        global_batch_size: samples per step over all ranks.
+        batch_sizes: samples of each step over all ranks, multiples of world size times micro-batch size, without end.
         micro_batch_size: samples per rank and micro-batch.
         mtp_depths: MTP depths there are targets for.
         start_sample: samples consumed before the first step; any number.
         num_prefetch_steps: steps prepared ahead; 0 prepares each when it is asked for.
         part: this rank's slice of every row.
-
-    Raises:
-        ConfigError: the global batch is not a multiple of ranks with rows of their own times micro-batch size.
     """
 
     def __init__(
@@ -107,22 +110,17 @@ class StepLoader:
         data: TrainingData,
         *,
         topology: Topology,
-        global_batch_size: int,
+        batch_sizes: Iterable[int],
         micro_batch_size: int,
         mtp_depths: int,
         start_sample: int,
         num_prefetch_steps: int,
         part: RowSlice = WHOLE_ROW,
     ) -> None:
-        if global_batch_size % (topology.data_parallel_size * micro_batch_size):
-            raise ConfigError(
-                f"run.global_batch_size: {global_batch_size} is not a multiple of data-parallel size "
-                f"{topology.data_parallel_size} x run.micro_batch_size {micro_batch_size}; change one of them"
-            )
         steps = _steps(
             data,
             topology=topology,
-            global_batch_size=global_batch_size,
+            batch_sizes=batch_sizes,
             micro_batch_size=micro_batch_size,
             mtp_depths=mtp_depths,
             start_sample=start_sample,
@@ -166,7 +164,7 @@ def _steps(
     data: TrainingData,
     *,
     topology: Topology,
-    global_batch_size: int,
+    batch_sizes: Iterable[int],
     micro_batch_size: int,
     mtp_depths: int,
     start_sample: int,
@@ -174,15 +172,16 @@ def _steps(
 ) -> Generator[list[PackedBatch], None, None]:
     stride = topology.data_parallel_size * micro_batch_size
     own = topology.data_parallel_rank * micro_batch_size
-    while True:
-        firsts = range(start_sample + own, start_sample + own + global_batch_size, stride)
+    for size in batch_sizes:
+        assert size % stride == 0
+        firsts = range(start_sample + own, start_sample + own + size, stride)
         yield [
             PackedBatch.from_rows(
                 [data.row(sample) for sample in range(first, first + micro_batch_size)], mtp_depths=mtp_depths
             ).cut(part)
             for first in firsts
         ]
-        start_sample += global_batch_size
+        start_sample += size
 
 
 class _Prefetcher:

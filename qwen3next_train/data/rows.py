@@ -72,7 +72,7 @@ class RowSampler:
         vocab_size: every id must be below it.
         isolate_documents: False makes every row one document.
         seed: of the run.
-        source_index: position of the source in the blend, so that sources are shuffled independently.
+        source_index: number of the source (``SourcePosition.order``), so that sources are shuffled independently.
 
     Raises:
         DataError: the stream is shorter than one row and the token after it.
@@ -95,7 +95,7 @@ class RowSampler:
         self._isolate_documents = isolate_documents
         self._seed = seed
         self._source_index = source_index
-        self.num_rows = max(1, (documents.num_tokens - sequence_length) // sequence_length)
+        self.num_rows = rows_per_epoch(documents.num_tokens, sequence_length)
         """Rows per epoch."""
         self._num_offsets = min(sequence_length, documents.num_tokens - self.num_rows * sequence_length)
 
@@ -119,6 +119,11 @@ class RowSampler:
             vocab_size=self._vocab_size,
             isolate_documents=self._isolate_documents,
         )
+
+
+def rows_per_epoch(num_tokens: int, sequence_length: int) -> int:
+    """Rows of one pass over a stream of ``num_tokens``."""
+    return max(1, (num_tokens - sequence_length) // sequence_length)
 
 
 def require_one_row(documents: DocumentRange, sequence_length: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3next_train.config.batch_size import samples_through
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.formats import Format, format_of
 from qwen3next_train.data.prepared import PreparedData, PreparedSource
@@ -52,7 +53,7 @@ def uses_of(config: Config, num_tokens: Sequence[int | None]) -> list[SourceUse]
         num_tokens: of each training source, None where unknown.
     """
     total = sum(source.weight for source in config.data.sources)
-    num_consumed = config.run.steps * config.run.global_batch_size * config.data.sequence_length
+    num_consumed = samples_through(config, config.run.steps) * config.data.sequence_length
     uses = []
     for source, tokens in zip(config.data.sources, num_tokens, strict=True):
         share = source.weight / total

@@ -22,7 +22,7 @@ def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
 
     Args:
         config: the resolved configuration.
-        num_passes: forward-backward passes per optimizer step on each rank.
+        num_passes: forward-backward passes per optimizer step on each rank, at most.
     """
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,

@@ -55,7 +55,7 @@ class ZeroEngine:
         topology: this rank's place.
         kernels: selected backends.
         device: where the model lives.
-        num_micro_batches: micro-batches per step and rank.
+        num_micro_batches: micro-batches per step and rank, of the steps that have most.
     """
 
     def __init__(
@@ -156,6 +156,9 @@ class ZeroEngine:
         self._model.begin_step()
         for start in range(0, len(batches), self._in_flight):
             in_flight = batches[start : start + self._in_flight]
+            is_last = start + self._in_flight >= len(batches)
+            # Steps may have different numbers of micro-batches, of which DeepSpeed's own count knows nothing.
+            self._engine.set_gradient_accumulation_boundary(is_last)
             outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
             total = torch.stack([output.total for output in outputs]).sum()
             if self._room is not None:
@@ -167,13 +170,13 @@ class ZeroEngine:
             if report is not Report.NONE:
                 for output in outputs:
                     collected.add(output)
-                if start + self._in_flight >= len(batches):
+                if is_last:
                     collected.begin_reduce(self._sum_over_ranks)
             # Or the graph of these micro-batches would live through the forward pass of the next.
             outputs.clear()
             del total
-            # Counts backward passes. Only the step's last call, at the gradient-accumulation boundary, clips, updates
-            # the weights and clears the gradients; the calls before it do none of that.
+            # Only the step's last call, at the gradient-accumulation boundary, clips, updates the weights and clears
+            # the gradients; the calls before it do none of that.
             self._engine.step()
         return collected, loss
 

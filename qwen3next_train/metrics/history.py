@@ -117,7 +117,7 @@ def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path 
         target.writelines(lines)
         target.flush()
         os.fsync(target.fileno())
-    aside = _set_aside(path) if keep_old else None
+    aside = _second_name(path, "damaged") if keep_old else None
     staged.rename(path)
     sync_directory(path.parent)
     return aside
@@ -135,11 +135,20 @@ def _staged_name(path: Path) -> str:
     return f".{path.name}.tmp"
 
 
-def _set_aside(path: Path) -> Path:
+def keep_aside(path: Path, step: int) -> Path | None:
+    """Keep the file as it is under another name when it has rows after ``step``; None when it has none.
+
+    Raises:
+        OSError: it cannot be read or kept.
+    """
+    return _second_name(path, "aside") if last_step(path) > step else None
+
+
+def _second_name(path: Path, why: str) -> Path:
     """A second name for the old file, the first that is free."""
     number = 1
     while True:
-        aside = path.with_name(f"{path.name}.damaged-{number}")
+        aside = path.with_name(f"{path.name}.{why}-{number}")
         try:
             os.link(path, aside)
         except FileExistsError:

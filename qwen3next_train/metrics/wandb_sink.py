@@ -101,7 +101,7 @@ class WandbSink:
             "finish_s": 0.8 * limits.finish_s,
             "train_pid": os.getpid(),
         }
-        self._queue: queue.Queue[dict[str, float | int]] = queue.Queue(limits.queue_size)
+        self._queue: queue.Queue[dict[str, float | int | str]] = queue.Queue(limits.queue_size)
         self._num_dropped = 0
         self._failed = False
         self._closing = threading.Event()
@@ -123,6 +123,12 @@ class WandbSink:
             self._queue.put_nowait(dict(record))
         except queue.Full:
             self._num_dropped += 1
+
+    def note(self, step: int, changed: str) -> None:
+        """Queue a row that says what a resume has changed, under ``resume/changed``; never waits, never raises."""
+        if self._alive:
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait({"step": step, "resume/changed": changed})
 
     def close(self, *, failed: bool = False) -> None:
         """Send what waits and finish the run, within ``limits.close_s`` seconds.
@@ -326,6 +332,8 @@ def _init(wandb: Any, settings: dict[str, Any], mode: str) -> Any:
             x_stats_pid=settings["train_pid"],
         ),
     )
+    # A resumed run would keep the values it had.
+    run.config.update(settings["config"], allow_val_change=True)
     # Our own step axis: wandb's would drop the steps that a resumed run repeats.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

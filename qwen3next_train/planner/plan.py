@@ -18,6 +18,7 @@ from qwen3next_train.accounting.memory import (
     parameter_kinds,
 )
 from qwen3next_train.accounting.workload import Workload, workload_of
+from qwen3next_train.config.batch_size import samples_through, steps_for
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.errors import ConfigError
@@ -43,6 +44,7 @@ class Plan:
         stated_mfu: model FLOPs utilisation that the times assume in place of :attr:`step`; None where none is stated.
         workload: size of the model and work of a step.
         num_steps: steps of the run.
+        num_tokens: tokens of them.
         memory_by_part: bytes on one GPU.
         host_bytes: bytes of host memory for one GPU's offloaded optimizer.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
@@ -62,6 +64,7 @@ class Plan:
     stated_mfu: float | None
     workload: Workload
     num_steps: int
+    num_tokens: int
     memory_by_part: dict[str, int]
     host_bytes: int
     checkpoint_bytes: int
@@ -85,7 +88,7 @@ class Plan:
 
     @property
     def step_time_s(self) -> float | None:
-        """Seconds per optimizer step, at the stated MFU if there is one; None when the device is unknown."""
+        """Seconds per optimizer step with the whole batch, at the stated MFU if there is one; None without a device."""
         if self.device is None or self.step is None:
             return None
         return self.step.total_s if self.stated_mfu is None else self._at_peak_s(self.device) / self.stated_mfu
@@ -104,7 +107,9 @@ class Plan:
     @property
     def days(self) -> float | None:
         """Days for all steps; None when the device is unknown."""
-        return None if self.step_time_s is None else self.num_steps * self.step_time_s / _SECONDS_PER_DAY
+        if self.step_time_s is None:
+            return None
+        return self.num_tokens / self.workload.num_tokens * self.step_time_s / _SECONDS_PER_DAY
 
 
 def make_plan(
@@ -136,6 +141,9 @@ def make_plan(
     memory = memory_per_gpu(config.model, layout, kinds=kinds)
     workload = workload_of(config)
     clock = None if device is None else StepClock(config, device, kinds)
+    length, num_steps = config.data.sequence_length, config.run.steps
+    if tokens is not None:
+        num_steps = steps_for(config, math.ceil(tokens / length))
     fits = None if device is None else fits_device(memory, device)
     changes: tuple[Layout, ...] = ()
     fastest: tuple[TimedLayout, ...] = ()
@@ -149,7 +157,8 @@ def make_plan(
         device=device,
         stated_mfu=mfu,
         workload=workload,
-        num_steps=config.run.steps if tokens is None else math.ceil(tokens / workload.num_tokens),
+        num_steps=num_steps,
+        num_tokens=samples_through(config, num_steps) * length,
         memory_by_part=memory,
         host_bytes=host_bytes_per_gpu(config.model, layout, kinds=kinds),
         checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,

@@ -218,7 +218,7 @@ def _activations(memory_by_part: dict[str, int]) -> int:
 def _time_line(plan: Plan) -> str:
     if plan.step_time_s is None or plan.days is None or plan.mfu is None:
         return "unknown without a known device"
-    tokens = _tokens(plan.num_steps * plan.workload.num_tokens)
+    tokens = _tokens(plan.num_tokens)
     rate = _tflops(plan, plan.step_time_s)
     basis = "at the stated MFU" if plan.stated_mfu is not None else "by the table of rates"
     if plan.stated_mfu is None and plan.step_is_estimate:

@@ -11,6 +11,7 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
+from qwen3next_train.config.batch_size import batch_sizes_after
 from qwen3next_train.config.describe import compare_configs
 from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
@@ -34,6 +35,7 @@ from qwen3next_train.train.loop import Run
 from qwen3next_train.train.memory_check import check_memory
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.restore import Restored, restore_state
+from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
@@ -42,9 +44,14 @@ from qwen3next_train.versions import software_versions
 
 
 def build_run(
-    config: Config, context: ProcessContext, run_dir: RunDirectory, stop: StopRequest, stack: ExitStack
+    config: Config,
+    context: ProcessContext,
+    run_dir: RunDirectory,
+    stop: StopRequest,
+    stack: ExitStack,
+    resume: Resume = NEWEST,
 ) -> Run:
-    """Prepare data, find the newest checkpoint, build model and engine, restore.
+    """Prepare data, find the checkpoint to go on from, build model and engine, restore.
 
     What can be rejected is rejected before the model is built, wrong kernels right after it.
 
@@ -54,6 +61,7 @@ def build_run(
         run_dir: the opened run directory.
         stop: signals received.
         stack: takes what has to be closed at the end of the attempt.
+        resume: which checkpoint to go on from, and what may differ from it.
 
     Raises:
         TrainError: one line for everything that speaks against the attempt.
@@ -75,8 +83,8 @@ def build_run(
     with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
-        restored = restore_state(config, checkpoints, prepared, run_dir, context.control)
-        samples = TrainingData(prepared, config)
+        restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
+        samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
     engine = _build_engine(config, topology, context, checkpoints, restored)
@@ -84,7 +92,7 @@ def build_run(
         StepLoader(
             samples,
             topology=topology,
-            global_batch_size=config.run.global_batch_size,
+            batch_sizes=batch_sizes_after(config, restored.state.step),
             micro_batch_size=config.run.micro_batch_size,
             mtp_depths=config.model.mtp_num_layers,
             start_sample=restored.state.consumed_samples,

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from qwen3next_train.config.batch_size import batch_size
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
@@ -44,8 +45,9 @@ def dry_run(config: Config) -> int:
         print(f"WARNING {line}")
     for source, rows in zip(prepared.train, data.rows_per_epoch, strict=True):
         print(f"{source.label}: {rows:,} rows an epoch")
-    shown = min(_SHOWN_ROWS, config.run.global_batch_size)
-    print(f"document boundaries of the first {shown} of {config.run.global_batch_size} rows of step 1:")
+    num_rows = batch_size(config, 1)
+    shown = min(_SHOWN_ROWS, num_rows)
+    print(f"document boundaries of the first {shown} of {num_rows} rows of step 1:")
     for sample in range(shown):
         print(f"  row {sample}: {' '.join(map(str, data.row(sample).boundaries.tolist()))}")
     return 0

@@ -15,6 +15,7 @@ from qwen3next_train.checkpoint.agreement import StageFailed, run_together
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header
 from qwen3next_train.checkpoint.train_state import TrainState, rng_state
+from qwen3next_train.config.batch_size import batch_size
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Engine, Report, StepResult, StepTotals
 from qwen3next_train.errors import DivergedError, StorageError
@@ -90,7 +91,8 @@ def train(run: Run) -> str | None:
         batches = next(run.batches)
         totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
-        result = run.engine.train_step(batches, totals=totals, lr=learning_rate(run.config, step), report=report)
+        lr = learning_rate(run.config, step, run.state.rewarmup)
+        result = run.engine.train_step(batches, totals=totals, lr=lr, report=report)
         speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
         if report is not Report.NONE:
             _log(run, result.metrics | speed)
@@ -177,7 +179,7 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
     run.state = replace(
         state,
         step=state.step + 1,
-        consumed_samples=state.consumed_samples + run.config.run.global_batch_size,
+        consumed_samples=state.consumed_samples + batch_size(run.config, state.step + 1),
         consumed_tokens=state.consumed_tokens + totals.num_tokens,
         flops_total=run.throughput.flops_total,
         skipped_steps=state.skipped_steps + int(result.skipped),
@@ -220,8 +222,8 @@ def _way_back(run: Run) -> str:
     if good is None:
         return f"there is no checkpoint from before: choose another run.dir and {lower}"
     return (
-        f"start a new run from the last good checkpoint, or an older one, with {lower}: "
-        f"--run.dir ANOTHER --checkpoint.init_from {good} --optimizer.lr LOWER"
+        f"go back to the last good checkpoint, or an older one, with {lower}: --resume.from {good} "
+        "--optimizer.lr LOWER --resume.accept optimizer.lr"
     )
 
 

@@ -22,6 +22,7 @@ from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.train.failures import foreseen
 from qwen3next_train.train.held_signals import release_stop_signals
+from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.signals import StopRequest, die_with_parent, stop_reason
 
@@ -48,6 +49,7 @@ class _Attempt:
     config: Config
     run_dir: RunDirectory
     stop: StopRequest
+    resume: Resume
     run: Run | None = None
     rank_infos: Sequence[RankInfo] = ()
 
@@ -66,12 +68,14 @@ class _Attempt:
 
         settings = self.config.run
         joined = process_context(
-            settings.device, fingerprint=run_fingerprint(self.config), peer_timeout_s=settings.peer_timeout_s
+            settings.device,
+            fingerprint=run_fingerprint(self.config, self.resume),
+            peer_timeout_s=settings.peer_timeout_s,
         )
         context = stack.enter_context(joined)
         self.rank_infos = context.rank_infos
         self.run_dir.name_attempt(context.control)
-        self.run = build_run(self.config, context, self.run_dir, self.stop, stack)
+        self.run = build_run(self.config, context, self.run_dir, self.stop, stack, self.resume)
         first_step = self.run.state.step
         stopped_by = train(self.run)
         if stopped_by is None:
@@ -79,14 +83,15 @@ class _Attempt:
         return ExitCode.STOPPED, stop_reason(stopped_by, None if self.step == first_step else self.step)
 
 
-def run_training(config: Config, check_world: Callable[[], None]) -> int:
-    """Train in ``run.dir``, going on from its newest complete checkpoint.
+def run_training(config: Config, check_world: Callable[[], None], resume: Resume = NEWEST) -> int:
+    """Train in ``run.dir``, going on from its newest complete checkpoint or the one that ``resume`` names.
 
     The process is expected to exit with the returned code: SIGTERM and the like stay ignored from then on.
 
     Args:
         config: the resolved configuration.
         check_world: raises a ``ConfigError`` when the configuration does not fit the number of processes.
+        resume: which checkpoint to go on from, and what may differ from it.
 
     Returns:
         The exit code; it and its one-line reason also stand in ``RUN/exit.json``.
@@ -102,7 +107,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
         run_dir.finish(ExitCode.STOPPED, stop_reason(signal_name, None))
 
     with StopRequest(record_early_stop) as stop, ExitStack() as opened:
-        attempt = _Attempt(config, run_dir, stop)
+        attempt = _Attempt(config, run_dir, stop, resume)
         try:
             run_dir.open()
             opened.callback(run_dir.close)

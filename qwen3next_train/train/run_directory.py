@@ -181,6 +181,9 @@ class RunDirectory:
         wandb_id: str,
         command: Sequence[str],
         step: int,
+        forked: bool = False,
+        start: Mapping[str, Any] | None = None,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once all checks of the attempt have passed.
 
@@ -191,6 +194,9 @@ class RunDirectory:
             wandb_id: the wandb run of all attempts.
             command: the command line; secrets in it are masked.
             step: of the checkpoint the attempt goes on from, 0 for a new run.
+            forked: that checkpoint is another run's.
+            start: where the attempt was told to start, if it did start there.
+            changes: all changes that resumes of the run have made, this one's included.
 
         Raises:
             StorageError: they cannot be written.
@@ -201,6 +207,7 @@ class RunDirectory:
             "command": Redactor(os.environ).argv(command),
             "first_step": step,
             "logging_interval": config.logging.interval,
+            **({} if start is None else {"resume_from": dict(start)}),
         }
         self._info = {
             "wandb_id": wandb_id,
@@ -208,7 +215,8 @@ class RunDirectory:
             "git_revision": git_revision(),
             "layout": dict(layout),
             **workload,
-            "checkpoint_step": step or None,
+            "checkpoint_step": None if forked else step or None,
+            "changes": [dict(change) for change in changes],
             "attempts": [*self.read_info().get("attempts", []), attempt],
         }
         try:

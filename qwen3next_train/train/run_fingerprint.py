@@ -10,20 +10,21 @@ import qwen3next_train
 from qwen3next_train.config.describe import flatten
 from qwen3next_train.config.schema import Config
 from qwen3next_train.parallel.rank_check import RunFingerprint
+from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.versions import software_versions
 
 _OF_A_NODE = frozenset(("data.cache_dir",))
 """Settings that may name a disk of the node."""
 
 
-def run_fingerprint(config: Config) -> RunFingerprint:
-    """Configuration, versions and sources of this process.
+def run_fingerprint(config: Config, resume: Resume = NEWEST) -> RunFingerprint:
+    """Configuration, ``--resume`` options, versions and sources of this process.
 
     The sources are there because a version number does not change with every commit, and one node's checkout may
     be older than the others'.
     """
     software = {name: version or "not installed" for name, version in software_versions().items()}
-    settings = flatten(config.model_dump(mode="json"))
+    settings = flatten(config.model_dump(mode="json")) | resume.settings()
     return RunFingerprint(
         software=software | {"qwen3next_train sources": sources_digest(Path(qwen3next_train.__file__).parent)},
         settings={key: json.dumps(value) for key, value in settings.items() if key not in _OF_A_NODE},

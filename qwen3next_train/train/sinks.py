@@ -5,22 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen3next_train.accounting.hardware import find_device
 from qwen3next_train.accounting.workload import workload_of
+from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error
 from qwen3next_train.checkpoint.names import list_checkpoints
+from qwen3next_train.checkpoint.publication import set_aside
 from qwen3next_train.config.schema import Config
+from qwen3next_train.errors import StorageError
+from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
+from qwen3next_train.metrics.history import keep_aside
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.train.restore import Restored, due_steps
+from qwen3next_train.train.restore import Restored, due_steps, start_record
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.versions import software_versions
 
@@ -58,6 +64,8 @@ def open_sinks(
         total_steps=config.run.steps,
         newest_checkpoint=lambda: _newest_checkpoint(run_dir),
     )
+    if isinstance(restored.start, int):
+        _keep_aside(run_dir, restored.start)
     metrics = JsonlSink(
         run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=summary.take_earlier
     )
@@ -69,6 +77,9 @@ def open_sinks(
         wandb_id=state.wandb_id,
         command=sys.argv,
         step=state.step,
+        forked=isinstance(restored.start, Path),
+        start=None if restored.start is None else start_record(restored.start, config),
+        changes=[asdict(change) for change in state.changes],
     )
     console = ConsoleSink(
         total_steps=config.run.steps,
@@ -83,6 +94,8 @@ def open_sinks(
         state.wandb_id,
         resumed=resumed_wandb,
     )
+    if restored.changes:
+        wandb.note(state.step, "; ".join(f"{each.key}: {each.old} -> {each.new}" for each in restored.changes))
 
     def advance(step: int) -> None:
         console.advance(step)
@@ -92,6 +105,25 @@ def open_sinks(
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
     return RunSinks((metrics, console, summary, wandb), advance, metrics.sync, run_dir.record_save)
+
+
+def _keep_aside(run_dir: RunDirectory, step: int) -> None:
+    """Keep rows and checkpoints of the steps after ``step`` where no resume looks for them.
+
+    Raises:
+        StorageError: they cannot be moved; the same line goes on with it.
+    """
+    try:
+        rows = keep_aside(run_dir.metrics_path, step)
+        checkpoints = set_aside(LOCAL_FILESYSTEM, run_dir.checkpoints_path, step)
+    except OSError as error:
+        raise StorageError(
+            f"run.dir: {run_dir.path}: what comes after step {step} cannot be kept aside ({describe_os_error(error)}); "
+            "free space or fix permissions, and run the same line again"
+        ) from error
+    kept = [str(path) for path in (checkpoints, rows) if path is not None]
+    if kept:
+        get_logger().info("back at step %d; what came after it is kept as %s", step, " and ".join(kept))
 
 
 def _rate_unit(context: ProcessContext) -> str:

@@ -21,8 +21,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
     for name, value in vars(schema).items()
     if isinstance(value, type) and issubclass(value, schema.Section) and value is not schema.Section
 }
-READ_BY_CONFIG_ITSELF = {("ModelConfig", "full_attention_interval"), ("ModelConfig", "max_position_embeddings")}
-"""The first is resolved into ``layer_types`` when a configuration is loaded, the second bounds the sequence length."""
+READ_BY_CONFIG_ITSELF = {
+    ("ModelConfig", "full_attention_interval"),
+    ("ModelConfig", "max_position_embeddings"),
+    ("ScheduleConfig", "decay_steps"),
+}
+"""The first is resolved into ``layer_types`` when a configuration is loaded, the second bounds the sequence length, the
+third is half of ``config.curve.decay_span``."""
 
 Holders = defaultdict[str, set[str]]
 

@@ -83,6 +83,9 @@ schedule.kind
 schedule.warmup_steps
 schedule.decay_steps
 schedule.min_lr
+schedule.rampup_batch_size
+schedule.rewarmup_steps
+schedule.rewarmup_from
 
 parallel.expert_parallel_size
 parallel.context_parallel_size
@@ -184,6 +187,7 @@ MEGATRON_ARGUMENTS = """
 --train-iters
 --global-batch-size
 --micro-batch-size
+--rampup-batch-size
 --seed
 --bf16
 --fp16
@@ -210,7 +214,10 @@ MEGATRON_ARGUMENTS = """
 """
 
 COMMAND_OPTIONS = {
-    "train": ["--dry-run", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"],
+    "train": [
+        *("--dry-run", "--resume.accept", "--resume.from"),
+        *("--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"),
+    ],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
     "eval": [

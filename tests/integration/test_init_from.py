@@ -119,8 +119,8 @@ def test_run_without_a_checkpoint_refuses_other_weights(
     (line,) = done.stderr.splitlines()
     was = config_of(started).checkpoint.init_from
     assert line == (
-        f"run.dir: {run_dir} belongs to another configuration (checkpoint.init_from was {was}, now {source}); "
-        "go on with that configuration or choose another run.dir"
+        f"checkpoint.init_from: was {was}, now {source}: {run_dir} belongs to another configuration; go on with the "
+        "change by --resume.accept checkpoint.init_from, or choose another run.dir"
     )
 
 

@@ -3,19 +3,21 @@ from __future__ import annotations
 import errno
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, VerifiedCheckpoint
+from qwen3next_train.checkpoint.publication import set_aside
 from qwen3next_train.checkpoint.train_state import rng_state
 from qwen3next_train.engine.base import Fragment
-from qwen3next_train.errors import CheckpointError, DivergedError, PeerLostError, StorageError
+from qwen3next_train.errors import CheckpointError, ConfigError, DivergedError, PeerLostError, StorageError
 from qwen3next_train.parallel.control import SingleProcess
 from tests.unit.checkpoint.support import (
     FailingFilesystem,
@@ -111,7 +113,7 @@ def test_a_checkpoint_saved_while_steps_are_skipped_does_not_count_as_kept(tmp_p
     resumed = manager(tmp_path, keep=2)
     save(resumed, 6, consecutive_skips=3)
     assert good < names(tmp_path)
-    assert resumed.find_last_good() == tmp_path / "step_00000003"
+    assert resumed.find_last_good() == 3
     found = resumed.find_latest()
     assert found is not None
     assert (found.step, found.manifest.train_state.consecutive_skips) == (6, 3)
@@ -126,7 +128,7 @@ def test_the_last_good_checkpoint_is_an_intact_one(tmp_path: Path) -> None:
     for step in (1, 2):
         save(manager(tmp_path / "c"), step)
     (tmp_path / "c" / "step_00000002" / "MANIFEST.json").unlink()
-    assert manager(tmp_path / "c").find_last_good() == tmp_path / "c" / "step_00000001"
+    assert manager(tmp_path / "c").find_last_good() == 1
     assert manager(tmp_path / "c").newest_step() == 2
 
 
@@ -387,3 +389,63 @@ def test_generators_are_restored_only_by_as_many_ranks(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     assert not alone.restore_rng(found, FragmentReader(found.path, found.manifest))
     assert torch.get_rng_state().equal(before)
+
+
+def test_a_glance_reads_the_newest_manifest_and_no_more(tmp_path: Path) -> None:
+    assert manager(tmp_path / "c").glance() is None
+    for step in (1, 2):
+        save(manager(tmp_path / "c"), step)
+    file = next((tmp_path / "c" / "step_00000002").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    found = manager(tmp_path / "c").glance()
+    assert found is not None
+    assert (found.state, found.config) == (train_state(2), header().config)
+    file.write_bytes(b"cut")
+    assert manager(tmp_path / "c").glance() is None
+
+
+def test_a_step_is_found_by_its_number(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(manager(tmp_path / "c"), step)
+    assert_holds(manager(tmp_path / "c").find_step(1), 1)
+    with pytest.raises(ConfigError) as caught:
+        manager(tmp_path / "c").find_step(3)
+    assert str(caught.value) == (
+        f"--resume.from: {tmp_path}/c has no checkpoint of step 3; give a step that it has: 2, 1"
+    )
+    with pytest.raises(ConfigError, match=r"give a step that it has: none$"):
+        manager(tmp_path / "other").find_step(3)
+
+
+def test_checkpoints_set_aside_are_whole_and_count_no_more(tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    for step in (1, 2, 3):
+        save(manager(directory, keep=9), step)
+    assert set_aside(HookedFilesystem(), directory, 3) is None
+    assert set_aside(HookedFilesystem(), directory, 1) == directory / "aside-1"
+    assert names(directory) == {"step_00000001", "aside-1"}
+    assert names(directory / "aside-1") == {"step_00000002", "step_00000003"}
+    assert_holds(manager(directory).find_latest(), 1)
+    assert_holds(manager(directory / "aside-1").find_latest(), 3)
+    # A second time, with saves in between that delete nothing of the first.
+    for step in (2, 3, 4):
+        save(manager(directory, keep=1), step)
+    assert set_aside(HookedFilesystem(), directory, 1) == directory / "aside-2"
+    assert names(directory) == {"aside-1", "aside-2"}
+    assert names(directory / "aside-1") == {"step_00000002", "step_00000003"}
+
+
+def test_a_kill_while_setting_aside_loses_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    for step in (1, 2, 3):
+        save(manager(directory, keep=9), step)
+
+    def kill(name: str, arguments: Sequence[Any]) -> None:
+        if name == "rename" and arguments[0].name == "step_00000002":
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        set_aside(HookedFilesystem(kill), directory, 1)
+    assert_holds(manager(directory).find_latest(), 2)
+    assert set_aside(HookedFilesystem(), directory, 1) == directory / "aside-2"
+    assert names(directory / "aside-1") | names(directory / "aside-2") == {"step_00000002", "step_00000003"}

@@ -14,6 +14,7 @@ from qwen3next_train.cli.processes import Processes
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.errors import ConfigError, DataError, ExitCode
+from qwen3next_train.train.resume import Resume
 from qwen3next_train.train.run_directory import RunDirectory
 
 ROOT = shipped_folder().parent
@@ -59,6 +60,19 @@ def test_train_is_the_default(fake, capsys):
     configs = [args[0] for args, _ in calls]
     assert configs[0] == load_config([shipped_folder() / "qwen3next_tiny.yaml"]).config
     assert [config.run.seed for config in configs] == [1234, 5, 5]
+
+
+def test_resume_options_go_to_training_and_are_checked_before(fake, capsys):
+    calls = fake("train.run", "run_training")
+    assert (
+        run(capsys, *TINY, "--resume.accept=optimizer.lr", "--resume.accept", "run.steps", "--resume.from", "3")[0] == 0
+    )
+    assert calls[0][0][2] == Resume(("optimizer.lr", "run.steps"), 3)
+    code, out, err = run(capsys, *TINY, "--resume.accept", "run.stepz")
+    assert (code, out, len(calls)) == (2, "", 1)
+    assert err == (
+        "--resume.accept: unknown key (got 'run.stepz'); did you mean run.steps? --help all lists every key\n"
+    )
 
 
 def test_train_wants_a_configuration(capsys):
@@ -213,7 +227,7 @@ def test_world_size_of_a_launcher_is_checked(fake, capsys, monkeypatch):
     calls = fake("train.run", "run_training")
     launched_as(monkeypatch, 0, 3)
     assert run(capsys, *TINY)[0] == 0
-    ((_, check_world), _) = calls[0]
+    ((_, check_world, _), _) = calls[0]
     with pytest.raises(ConfigError, match="world size 3"):
         check_world()
 

@@ -12,7 +12,7 @@ from qwen3next_train.config.presets import shipped_folder
 PROGRAM = """
 import os, sys, types
 from qwen3next_train.cli import main as entry
-def run_training(config, check_world):
+def run_training(config, check_world, resume):
     first = os.open("/dev/null", os.O_RDONLY)
     for stream in (sys.stdout, sys.stderr):
         for _ in range(3):

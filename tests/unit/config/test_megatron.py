@@ -129,7 +129,7 @@ SWITCHES_ON = [
 ]
 SWITCHES_REFUSED = ["--add-qkv-bias", "--moe-router-enable-expert-bias", "--fp16", "--sequence-parallel"]
 # Those that also exist as one of our own keys of the section, or need company; tested on their own below.
-ELSEWHERE = ["--data-path"]
+ELSEWHERE = ["--data-path", "--rampup-batch-size"]
 
 
 @pytest.fixture
@@ -330,3 +330,28 @@ def test_a_whole_megatron_command_line(tmp_path):
     assert config.model == default.model
     assert config.optimizer == default.optimizer
     assert config.run == default.run
+
+
+@pytest.mark.parametrize("words", ["--rampup-batch-size 8 4 640", "--rampup-batch-size=8,4,640"])
+def test_ramp_up_takes_three_words(words):
+    parsed = parse_arguments([*words.split(), "--seed", "5"], {})
+    assert not parsed.positional
+    config = load_config([], [*parsed.overrides, ("global-batch-size", "16")]).config
+    assert (config.schedule.rampup_batch_size, config.run.seed) == ([8, 4, 640], 5)
+
+
+def test_ramp_up_in_yaml(tmp_path):
+    path = tmp_path / "given.yaml"
+    path.write_text("run: {global_batch_size: 16}\nschedule: {rampup_batch_size: [8, 4, 640]}\n")
+    assert load_config([path]).config.schedule.rampup_batch_size == [8, 4, 640]
+    path.write_text("global-batch-size: 16\nrampup-batch-size: 8 4 640\n")
+    assert load_config([path]).config.schedule.rampup_batch_size == [8, 4, 640]
+
+
+@pytest.mark.parametrize("text", ["8 4", "8 4 x", "8 4 0", "8 4 -1", "8 4 1.5"])
+def test_a_ramp_up_that_is_not_three_numbers_is_one_line(text):
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [("rampup-batch-size", text)])
+    assert str(caught.value) == (
+        f"--rampup-batch-size: not three whole numbers > 0 (got '{text}'); give START, INCREMENT and SAMPLES"
+    )

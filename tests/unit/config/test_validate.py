@@ -153,6 +153,26 @@ RULES = [
         "step 0, warm-up included",
     ),
     (
+        {"schedule__rampup_batch_size": "[8, 8]"},
+        "--schedule.rampup_batch_size: schedule.rampup_batch_size has 2 numbers (got [8, 8]); give three: START, "
+        "INCREMENT and SAMPLES",
+    ),
+    (
+        {"schedule__rampup_batch_size": "[8, 3, 100]"},
+        "--schedule.rampup_batch_size: schedule.rampup_batch_size [8, 3, 100] does not lead to run.global_batch_size "
+        "16: from 8 in steps of 3; choose a START below 16 and an INCREMENT that divides the difference",
+    ),
+    (
+        {"schedule__rampup_batch_size": "[16, 8, 100]"},
+        "--schedule.rampup_batch_size: schedule.rampup_batch_size [16, 8, 100] does not lead to run.global_batch_size "
+        "16: from 16 in steps of 8; choose a START below 16 and an INCREMENT that divides the difference",
+    ),
+    (
+        {"schedule__rampup_batch_size": "[12, 2, 100]"},
+        "--schedule.rampup_batch_size: schedule.rampup_batch_size [12, 2, 100] begins with or adds what is not a "
+        "multiple of run.micro_batch_size 8; change one of them",
+    ),
+    (
         {"data__sequence_length": "4097"},
         "--data.sequence_length: data.sequence_length 4097 is more than model.max_position_embeddings 4096; shorten "
         "the rows or raise the limit",
@@ -236,6 +256,19 @@ def test_world_size_with_context_parallelism():
     ]
     with pytest.raises(ConfigError, match=r"^parallel.context_parallel_size: 2 does not divide the world size 1; "):
         validate_for_world(config, 1)
+
+
+def test_every_batch_of_a_ramp_up_has_to_fit_the_world():
+    given = [("run.micro_batch_size", "4"), ("schedule.rampup_batch_size", "[4, 4, 100]")]
+    config = load_config([TINY], given).config
+    validate_for_world(config, 1)
+    with pytest.raises(ConfigError) as caught:
+        validate_for_world(config, 2)
+    assert str(caught.value) == (
+        "schedule.rampup_batch_size: schedule.rampup_batch_size [4, 4, 100] begins with or adds rows that are not a "
+        "multiple of world size 2 x run.micro_batch_size 4 = 8; choose multiples, a smaller micro batch or another "
+        "number of processes"
+    )
 
 
 def test_world_faults_name_where_the_setting_came_from():

@@ -103,3 +103,13 @@ def test_orders_differ_between_seeds_and_blocks() -> None:
 def test_tiny_weights_are_served_in_the_end(weights: list[float]) -> None:
     counts = Blend(weights, seed=0).counts_before_block(10**7)
     assert min(counts) == 40
+
+
+def test_what_each_source_has_received_before_any_sample() -> None:
+    blend = Blend([3.0, 1.0, 2.0], seed=5)
+    for sample in (0, 1, 17, blend.block_size - 1, blend.block_size, blend.block_size + 3):
+        received = [0, 0, 0]
+        for earlier in range(sample):
+            received[blend.locate(earlier)[0]] += 1
+        assert blend.counts_before(sample) == received
+    assert Blend([2.0], seed=5).counts_before(12) == [12]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from qwen3next_train.batch import PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
-from qwen3next_train.errors import ConfigError, DataError
+from qwen3next_train.errors import DataError
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from tests.unit.data.corpus import counting_store, make_config
@@ -40,12 +42,12 @@ def loader(
     micro: int = 2,
     start: int = 0,
     prefetch: int = 2,
-    batch: int = 8,
+    batch: int | Iterable[int] = 8,
 ) -> StepLoader:
     return StepLoader(
         data,
         topology=Topology(world, rank),
-        global_batch_size=batch,
+        batch_sizes=itertools.repeat(batch) if isinstance(batch, int) else batch,
         micro_batch_size=micro,
         mtp_depths=1,
         start_sample=start,
@@ -122,7 +124,7 @@ def test_ranks_of_a_context_group_have_slices_of_the_same_rows(data: TrainingDat
         steps = StepLoader(
             data,
             topology=topology,
-            global_batch_size=8,
+            batch_sizes=itertools.repeat(8),
             micro_batch_size=2,
             mtp_depths=1,
             start_sample=0,
@@ -147,9 +149,12 @@ def test_ranks_of_a_context_group_have_slices_of_the_same_rows(data: TrainingDat
                 assert sum(own.sum_squared_lengths for own in slices) == batch.sum_squared_lengths
 
 
-def test_batch_size_must_divide(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size: 8 is not a multiple of data-parallel size 3 x .* 1"):
-        loader(data, world=3, micro=1)
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_of_growing_size_take_one_sample_after_the_other(data: TrainingData, world: int) -> None:
+    ranks = [take(loader(data, world=world, rank=rank, micro=1, batch=[2, 4, 6]), 3) for rank in range(world)]
+    assert [len(step) for step in ranks[0]] == [2 // world, 4 // world, 6 // world]
+    rows = [row for step in zip(*ranks, strict=True) for micro in zip(*step, strict=True) for row in rows_of([*micro])]
+    assert rows == [tuple(data.row(sample).tokens[:-1].tolist()) for sample in range(12)]
 
 
 class _Broken:

@@ -1,5 +1,8 @@
 """The engine on one process: dtypes, clipping, skipping, and the state in and out of ZeRO."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,6 +33,12 @@ def _step(engine, config: Config, step: int):  # type: ignore[no-untyped-def]
 
 def _state(engine) -> dict[tuple[str, FragmentKind], torch.Tensor]:  # type: ignore[no-untyped-def]
     return {(f.name, kind): tensor.clone() for f in engine.fragments() for kind, tensor in f.tensors.items()}
+
+
+def _read(
+    state: dict[tuple[str, FragmentKind], torch.Tensor], name: str, kind: FragmentKind, start: int, stop: int
+) -> torch.Tensor:
+    return state[name, kind][start:stop]
 
 
 def _bf16(*, zero_stage: int, offload: str = "none", clip_grad: float = 0.0) -> Config:
@@ -190,3 +199,32 @@ def test_parameters_whose_first_gradient_comes_in_the_last_backward_pass(
         assert len(_batches(config, 0)[0]) == 4
         norms[zero_stage] = _step(engine, config, 0).metrics["optim/grad_norm"]
     assert norms[1] == pytest.approx(norms[2], rel=1e-6)
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(1, "none"), (1, "cpu"), (2, "none"), (3, "none")])
+def test_steps_may_have_different_numbers_of_micro_batches(
+    context: ProcessContext, zero_stage: int, offload: str
+) -> None:
+    """Steps of one, three and four micro-batches; each is the step of the engine that is built for its number."""
+    values = small_config(micro_batch_size=1).model_dump()
+    values["parallel"] |= {"zero_stage": zero_stage, "offload_optimizer": offload}
+    config = Config.model_validate(values)
+
+    def trained(engines: list[Any]) -> dict[tuple[str, FragmentKind], torch.Tensor]:
+        state: dict[tuple[str, FragmentKind], torch.Tensor] = {}
+        for step, (engine, count) in enumerate(zip(engines, (1, 3, 4), strict=True)):
+            if state:
+                engine.load_state(partial(_read, state), step)
+            batches = _batches(config, step)[0][:count]
+            totals = StepTotals.over_ranks(batches, list)
+            assert not engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE).skipped
+            state = _state(engine)
+        return state
+
+    def of(num_micro_batches: int) -> Any:
+        run = config.run.model_copy(update={"global_batch_size": num_micro_batches})
+        return build_engine(config.model_copy(update={"run": run}), context)
+
+    varying = of(4)
+    found, expected = trained([varying] * 3), trained([of(1), of(3), of(4)])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

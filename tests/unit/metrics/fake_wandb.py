@@ -23,7 +23,13 @@ class Settings:
         self.settings = settings
 
 
+class RunConfiguration:
+    def update(self, values, allow_val_change=False):
+        note("config", values, allow_val_change)
+
+
 class Run:
+    config = RunConfiguration()
     url = "https://wandb.example/run"
 
     def __init__(self, directory, offline):

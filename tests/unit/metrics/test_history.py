@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.metrics.history import cut_rows, last_step
+from qwen3next_train.metrics.history import cut_rows, keep_aside, last_step
 
 
 def rows(*steps: int) -> bytes:
@@ -134,3 +134,14 @@ def test_last_step(path):
     assert last_step(path) == 0
     path.write_bytes(rows(1, 2) + b"?\n" + rows(7) + b'{"step": 8')
     assert last_step(path) == 7
+
+
+def test_a_file_with_later_rows_is_kept_whole_and_replaces_nothing(path):
+    assert keep_aside(path, 2) is None
+    path.write_bytes(rows(1, 2, 3))
+    assert keep_aside(path, 3) is None
+    for number in (1, 2):
+        assert keep_aside(path, 2) == path.with_name(f"m.jsonl.aside-{number}")
+    cut_rows(path, 2)
+    assert path.read_bytes() == rows(1, 2)
+    assert path.with_name("m.jsonl.aside-1").read_bytes() == rows(1, 2, 3)

@@ -104,10 +104,19 @@ def test_online(tmp_path, fake, messages, monkeypatch):
     assert settings["console"] == "off"
     assert settings["save_code"] is False
     assert settings["x_stats_pid"] == os.getpid()
+    assert named(calls, "config") == [[{"run": {"seed": 1}, "note": "key ***"}, True]]
     assert named(calls, "define_metric") == [[["step"], {}], [["*"], {"step_metric": "step"}]]
     assert named(calls, "log") == [[record] for record in RECORDS]
     assert named(calls, "finish") == [[0]]
     assert messages == ["wandb: https://wandb.example/run"]
+
+
+def test_a_change_is_a_row_with_text(tmp_path, fake):
+    (tmp_path / "run").mkdir()
+    sink = WandbSink(WandbConfig(mode="offline"), tmp_path / "run", {}, "abcd1234", True, limits=PATIENT)
+    sink.note(300, "optimizer.lr: 0.001 -> 0.0005")
+    sink.close()
+    assert named(fake(), "log") == [[{"step": 300, "resume/changed": "optimizer.lr: 0.001 -> 0.0005"}]]
 
 
 def test_without_a_key_offline_with_the_command(tmp_path, fake, messages):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig
+from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import MAX_FASTEST, USABLE_FRACTION, changed_fields
 from qwen3next_train.planner.plan import TIME_ERROR, make_plan
@@ -41,6 +41,17 @@ def test_defaults_are_run_steps_and_the_table_of_rates() -> None:
     assert plan.mfu == pytest.approx(26_673_409_060_503_552 / (64 * 989.4e12 * plan.step.total_s))
     assert plan.step_is_estimate is False
     assert make_plan(config_80b(), gpus=64, gpu="b200", mfu=None, tokens=None).step_is_estimate is True
+
+
+def test_a_growing_batch_takes_fewer_tokens_and_more_steps() -> None:
+    """From 64 rows by 64 to 256 over 192 samples: one step of 64, one of 128, then 256."""
+    schedule = ScheduleConfig(rampup_batch_size=[64, 64, 192], warmup_steps=0)
+    config = config_80b(steps=10).model_copy(update={"schedule": schedule})
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=0.4, tokens=None)
+    assert (plan.num_steps, plan.num_tokens) == (10, (64 + 128 + 8 * 256) * 4096)
+    assert plan.days == pytest.approx(2240 / 256 * 1.05307 / 86_400, rel=1e-4)
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=0.4, tokens=449 * 4096)
+    assert (plan.num_steps, plan.num_tokens) == (4, 704 * 4096)
 
 
 def test_fp32_runs_have_the_fp32_peak() -> None:

@@ -105,9 +105,9 @@ def test_divergence_leaves_the_last_good_state_and_names_it(tmp_path: Path) -> N
         train(run_of(tmp_path, "...xxx"))
     good = tmp_path / "checkpoints" / "step_00000003"
     assert str(caught.value) == (
-        "step 6: gradients were not finite for 3 steps in a row (run.max_skipped_steps); start a new run from the last "
-        "good checkpoint, or an older one, with a lower optimizer.lr than 0.0003: "
-        f"--run.dir ANOTHER --checkpoint.init_from {good} --optimizer.lr LOWER"
+        "step 6: gradients were not finite for 3 steps in a row (run.max_skipped_steps); go back to the last good "
+        "checkpoint, or an older one, with a lower optimizer.lr than 0.0003: "
+        "--resume.from 3 --optimizer.lr LOWER --resume.accept optimizer.lr"
     )
     assert good.is_dir()
     assert steps(tmp_path) == [3, 4, 5]
@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_end_with_the_same_advice(tmp_path: Path) ->
     run = run_of(tmp_path, "....", interval=2)
     engine = cast(ScriptedEngine, run.engine)
     run.progress = lambda step: setattr(engine, "fragments_are_finite", step < 3)
-    with pytest.raises(DivergedError, match=r"is not finite in elements .*; start a new run from .*step_00000002 "):
+    with pytest.raises(DivergedError, match=r"is not finite in elements .*; go back to .*--resume.from 2 "):
         train(run)
     assert steps(tmp_path) == [2]
 

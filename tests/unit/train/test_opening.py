@@ -29,6 +29,16 @@ def test_the_tiny_run():
     ]
 
 
+def test_a_growing_batch_is_said_and_counted():
+    # 8 rows for as many steps as take 32 samples, then 16: 4 steps of 8 and 436 of 16.
+    found = lines(("schedule.rampup_batch_size", "[8, 8, 32]"))
+    assert found[1:4] == [
+        "step        16 x 256 = 4,096 tokens, 39.0 GFLOP; 2 x 8 rows a process",
+        "ramp-up     8 rows at first, 8 more at a time, 16 from step 5 on",
+        "run         440 steps = 1.79 M tokens, 17.1 TFLOP",
+    ]
+
+
 def test_what_is_not_usual_is_said():
     found = lines(
         ("run.micro_batch_size", "1"),

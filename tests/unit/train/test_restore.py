@@ -12,23 +12,35 @@ from typing import Any, cast
 import pytest
 
 from qwen3next_train.checkpoint.manifest import config_hash
-from qwen3next_train.config.schema import CheckpointConfig, Config, RunConfig, ScheduleConfig
+from qwen3next_train.config.schema import CheckpointConfig, Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.data.position import SourcePosition, new_start
+from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.errors import CheckpointError, ConfigError
+from qwen3next_train.optim.schedule import Rewarmup
 from qwen3next_train.parallel.control import SingleProcess
-from qwen3next_train.train.restore import Restored, due_steps, restore_state
+from qwen3next_train.train.restore import Restored, due_steps, restore_state, start_record
+from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
 from tests.unit.checkpoint.support import collected_log, header, manager, rewrite_manifest, train_state
 
+DOCUMENTS = cast(Any, SimpleNamespace(documents=range(9), num_tokens=100_000))
+PREPARED = PreparedData((PreparedSource("text", 1.0, DOCUMENTS, None, "f0", None, None),), (), None, 4096)
 
-def config_of(steps: int = 20, *, interval: int = 5, kind: Any = "constant") -> Config:
+
+def config_of(
+    steps: int = 20, *, interval: int = 5, kind: Any = "constant", lr: float = 3e-4, **schedule: Any
+) -> Config:
     return Config(
         run=RunConfig(steps=steps),
+        optimizer=OptimizerConfig(lr=lr),
         checkpoint=CheckpointConfig(interval=interval),
-        schedule=ScheduleConfig(kind=kind),
+        schedule=ScheduleConfig(kind=kind, **{"warmup_steps": 0} | schedule),
     )
 
 
-def trained(path: Path, *, logged: int, saved: tuple[int, ...] = (), config: Config | None = None) -> None:
+def trained(
+    path: Path, *, logged: int, saved: tuple[int, ...] = (), config: Config | None = None, state: Any = None
+) -> None:
     """A run directory as a run leaves it."""
     config = config or config_of()
     run_dir = RunDirectory(path, rank=0)
@@ -36,11 +48,13 @@ def trained(path: Path, *, logged: int, saved: tuple[int, ...] = (), config: Con
     run_dir.record_attempt(config, layout={}, workload={}, wandb_id="abcd1234", command=[], step=0)
     run_dir.metrics_path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, logged + 1)))
     checkpoints = manager(run_dir.checkpoints_path, keep=9)
+    sources = new_start(PREPARED, sequence_length=config.data.sequence_length, seed=config.run.seed).sources
+    known = {"data_fingerprint": PREPARED.fingerprint, "sources": sources}
     for step in saved:
         checkpoints.save(
             step=step,
             fragments=[],
-            train_state=replace(train_state(step)),
+            train_state=replace(train_state(step), **known | (state or {})),
             rank_tensors={},
             header=replace(header(), parameters=(), config=config.model_dump(mode="json")),
         )
@@ -48,14 +62,12 @@ def trained(path: Path, *, logged: int, saved: tuple[int, ...] = (), config: Con
     run_dir.close()
 
 
-def restore(path: Path, config: Config | None = None) -> Restored:
+def restore(path: Path, config: Config | None = None, resume: Resume = NEWEST) -> Restored:
     run_dir = RunDirectory(path, rank=0)
     run_dir.open()
     try:
-        prepared = cast(Any, SimpleNamespace(fingerprint="abc123"))
-        return restore_state(
-            config or config_of(), manager(run_dir.checkpoints_path), prepared, run_dir, SingleProcess()
-        )
+        checkpoints = manager(run_dir.checkpoints_path)
+        return restore_state(config or config_of(), checkpoints, PREPARED, run_dir, SingleProcess(), resume)
     finally:
         run_dir.close()
 
@@ -157,7 +169,7 @@ HOSTILE_CONFIGURATIONS: list[Any] = [
 
 
 @pytest.mark.parametrize("stored", HOSTILE_CONFIGURATIONS)
-def test_a_hostile_configuration_of_a_checkpoint_is_one_short_line(tmp_path: Path, stored: Any) -> None:
+def test_a_hostile_configuration_of_a_checkpoint_is_said_in_short_lines(tmp_path: Path, stored: Any) -> None:
     trained(tmp_path, logged=10, saved=(10,))
     (tmp_path / "config.yaml").unlink()
     rewrite_manifest(
@@ -166,5 +178,110 @@ def test_a_hostile_configuration_of_a_checkpoint_is_one_short_line(tmp_path: Pat
     )
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         due_steps({}, restore(tmp_path, config_of(kind="wsd")))
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1000
+    lines = str(caught.value).splitlines()
+    assert 0 < len(lines) <= 31
+    assert max(map(len, lines)) < 600
+
+
+def test_an_accepted_change_is_part_of_the_state_and_a_later_resume_sees_none(tmp_path: Path) -> None:
+    trained(tmp_path, logged=10, saved=(5, 10))
+    lower = config_of(lr=1e-4)
+    with pytest.raises(ConfigError, match=r"go on with the change by --resume\.accept optimizer\.lr"):
+        restore(tmp_path, lower)
+    restored = restore(tmp_path, lower, Resume(("optimizer.lr", "run.steps")))
+    (change,) = restored.changes
+    assert (change.key, change.old, change.new, change.step) == ("optimizer.lr", 3e-4, 1e-4, 10)
+    assert restored.state.changes == restored.changes
+    assert restored.state.rewarmup is None
+    trained(tmp_path, logged=10, saved=(11,), config=lower, state={"changes": restored.changes})
+    again = restore(tmp_path, lower)
+    assert (again.state.step, again.changes, again.state.changes) == (11, (), restored.changes)
+
+
+@pytest.mark.parametrize(("begin", "from_lr"), [("zero", 0.0), ("current", 3e-4)])
+def test_a_return_to_the_schedule_begins_at_the_change_and_stays(tmp_path: Path, begin: str, from_lr: float) -> None:
+    trained(tmp_path, logged=10, saved=(10,))
+    lower = config_of(lr=1e-4, rewarmup_steps=4, rewarmup_from=begin)
+    accept = Resume(("optimizer.lr",))
+    rewarmup = restore(tmp_path, lower, accept).state.rewarmup
+    assert rewarmup == Rewarmup(after_step=10, from_lr=from_lr, steps=4)
+    trained(tmp_path, logged=12, saved=(12,), config=lower, state={"rewarmup": rewarmup})
+    assert restore(tmp_path, config_of(lr=1e-4), accept).state.rewarmup == rewarmup
+    # A second change in the midst of it begins where the first one had come to.
+    second = restore(tmp_path, config_of(lr=5e-4, rewarmup_steps=8), accept).state.rewarmup
+    assert second is not None
+    assert (second.after_step, second.steps) == (12, 8)
+    assert second.from_lr == pytest.approx((from_lr + 1e-4) / 2)
+    with pytest.raises(ConfigError) as caught:
+        restore(tmp_path, config_of(lr=5e-4, rewarmup_steps=9), accept)
+    assert str(caught.value) == (
+        "schedule.rewarmup_steps: 9 steps from step 12 on end behind run.steps 20; give 8 or fewer"
+    )
+
+
+def test_a_change_that_no_checkpoint_has_seen_can_be_taken_back(tmp_path: Path) -> None:
+    trained(tmp_path, logged=10, saved=(10,))
+    # An attempt with another rate was killed before its first save.
+    trained(tmp_path, logged=12, config=config_of(lr=1e-4))
+    assert restore(tmp_path).state.step == 10
+
+
+def test_going_back_to_a_step_happens_once_for_a_configuration(tmp_path: Path) -> None:
+    trained(tmp_path, logged=12, saved=(5, 10))
+    with collected_log() as lines:
+        restored = restore(tmp_path, resume=Resume(start=5))
+    assert (restored.state.step, restored.start, lines) == (5, 5, [])
+    inside = tmp_path / "checkpoints" / "step_00000005"
+    assert restore(tmp_path, resume=Resume(start=inside)).start == 5
+    run_dir = RunDirectory(tmp_path, rank=0)
+    run_dir.open()
+    record = start_record(5, config_of())
+    run_dir.record_attempt(config_of(), layout={}, workload={}, wandb_id="a", command=[], step=5, start=record)
+    run_dir.close()
+    assert restore(tmp_path, resume=Resume(start=5)).state.step == 10
+    other = config_of(lr=1e-4)
+    assert restore(tmp_path, other, Resume(("optimizer.lr",), 5)).state.step == 5
+    with pytest.raises(ConfigError) as caught:
+        restore(tmp_path, resume=Resume(start=7))
+    assert str(caught.value) == (
+        f"--resume.from: {tmp_path}/checkpoints has no checkpoint of step 7; give a step that it has: 10, 5"
+    )
+
+
+def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(tmp_path: Path) -> None:
+    trained(tmp_path / "one", logged=10, saved=(5, 10))
+    fork = Resume(start=tmp_path / "one" / "checkpoints" / "step_00000005")
+    restored = restore(tmp_path / "two", resume=fork)
+    assert (restored.state.step, restored.start, restored.found.path) == (5, fork.start, fork.start)
+    assert restored.state.wandb_id != "w1"
+    assert due_steps({}, restored) == []
+    with pytest.raises(ConfigError, match=rf"optimizer\.lr: was 0\.0003, now 0\.0001: {fork.start} belongs to"):
+        restore(tmp_path / "two", config_of(lr=1e-4), fork)
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .*nowhere: not a directory; name a run directory"):
+        restore(tmp_path / "two", resume=Resume(start=tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"^run\.steps: 4 are fewer than the 5 steps of "):
+        restore(tmp_path / "two", config_of(4), fork)
+    trained(tmp_path / "two", logged=7, saved=(7,))
+    assert restore(tmp_path / "two", resume=fork).state.step == 7
+
+
+def test_weights_without_optimizer_state_are_no_place_to_go_on_from(tmp_path: Path) -> None:
+    trained(tmp_path / "one", logged=5, saved=(5,))
+    manifest = tmp_path / "one" / "checkpoints" / "step_00000005" / "MANIFEST.json"
+    rewrite_manifest(manifest, lambda fields: fields.update(kinds=["master"]))
+    with pytest.raises(ConfigError, match=r"has weights but no optimizer state; .* by --checkpoint\.init_from$"):
+        restore(tmp_path / "two", resume=Resume(start=tmp_path / "one"))
+
+
+def test_a_checkpoint_of_a_version_with_one_integer_goes_on(tmp_path: Path) -> None:
+    trained(tmp_path, logged=5, saved=(5,), state={"sources": ()})
+    state = restore(tmp_path).state
+    assert state.consumed_samples == 40
+    assert [(source.order, source.first_row) for source in state.sources] == [(0, 0)]
+
+
+def test_positions_that_do_not_fit_the_sources_are_damage(tmp_path: Path) -> None:
+    source = SourcePosition(content="x", order=0, first_row=0, sequence_length=16, seed=1)
+    trained(tmp_path, logged=5, saved=(5,), state={"sources": (source, source)})
+    with pytest.raises(CheckpointError, match=r"2 positions for 1 sources in the checkpoint$"):
+        restore(tmp_path)

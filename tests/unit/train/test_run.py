@@ -185,7 +185,7 @@ def test_a_variable_of_wandb_is_rejected_before_anything_is_built(attempt, capsy
 
 
 def test_early_stop_is_recorded(attempt):
-    def build(config, context, run_dir, stop, stack):
+    def build(config, context, run_dir, stop, stack, resume):
         stop.record_early_stop("SIGTERM")
         raise DataError("too late to be heard")
 

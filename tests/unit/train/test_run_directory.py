@@ -39,7 +39,7 @@ def test_configuration_and_information(tmp_path, monkeypatch):
     info = run_dir.read_info()
     assert info == json.loads((tmp_path / "run.json").read_text())
     assert set(info) == {
-        *("wandb_id", "versions", "git_revision", "layout", "parameters", "attempts", "checkpoint_step")
+        *("wandb_id", "versions", "git_revision", "layout", "parameters", "attempts", "checkpoint_step", "changes")
     }
     assert info["parameters"] == {"total": 5}
     assert info["wandb_id"] == "abcd1234"
@@ -65,6 +65,19 @@ def test_attempts_add_up(tmp_path):
     starts = [attempt["started_at"] for attempt in RunDirectory(tmp_path, rank=1).read_info()["attempts"]]
     assert starts == sorted(starts)
     assert len(starts) == 3
+
+
+def test_a_start_and_its_changes_are_recorded(tmp_path):
+    run_dir = opened(tmp_path)
+    change = {"key": "optimizer.lr", "old": 1e-3, "new": 5e-4, "step": 4}
+    start = {"path": "runs/other", "config_sha256": "0"}
+    run_dir.record_attempt(
+        CONFIG, layout={}, workload={}, wandb_id="a", command=[], step=4, forked=True, start=start, changes=[change]
+    )
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert (info["changes"], info["checkpoint_step"]) == ([change], None)
+    assert (info["attempts"][0]["resume_from"], info["attempts"][0]["first_step"]) == (start, 4)
+    run_dir.close()
 
 
 def test_saves_are_noted(tmp_path):

@@ -3,6 +3,7 @@
 import torch
 
 from qwen3next_train.config.schema import Config, DataConfig, RunConfig
+from qwen3next_train.train.resume import Resume
 from qwen3next_train.train.run_fingerprint import run_fingerprint, sources_digest
 
 
@@ -18,6 +19,13 @@ def test_another_setting_is_another_declaration_but_for_a_disk_of_the_node():
     first = run_fingerprint(Config())
     assert run_fingerprint(Config(run=RunConfig(seed=7))) != first
     assert run_fingerprint(Config(data=DataConfig(cache_dir="/local/of/this/node"))) == first
+
+
+def test_ranks_that_resume_otherwise_are_declared():
+    resume = run_fingerprint(Config(), Resume(("run.steps",), 300))
+    assert resume != run_fingerprint(Config())
+    assert resume.settings["--resume.accept"] == '["run.steps"]'
+    assert resume.settings["--resume.from"] == "300"
 
 
 def test_digest_changes_with_name_and_content(tmp_path):
