@@ -16,6 +16,7 @@ DOORS = {
     "tilelang": {"kernels"},
     "triton": {"kernels"},
     "datasets": {"data"},
+    "matplotlib": {"plots"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "safetensors": {"checkpoint", "huggingface"},

@@ -217,6 +217,7 @@ COMMAND_OPTIONS = {
     ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
+    "plot": ["--text", "--axis", "--rate", "--smooth", "--output"],
     "checkpoint": [],
     "doctor": ["--json"],
 }
@@ -225,6 +226,7 @@ COMMAND_KEYS = {
     "eval": ("data.sequence_length",),
     "import-hf": ("model.mtp_num_layers", "run.seed"),
     "export-hf": (),
+    "plot": (),
 }
 """Of the configuration; subcommands that are not named here read all of it."""
 

@@ -1,0 +1,95 @@
+"""The ``plot`` subcommand."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen3next_train.errors import ConfigError, ExitCode, StorageError
+from qwen3next_train.exhaustion import system_reason
+from qwen3next_train.log import get_logger
+from qwen3next_train.metrics.history import replace_file
+from qwen3next_train.plots.panels import BalanceMap, DrawnPanel, Rate, balance_maps, draw_panels
+from qwen3next_train.plots.runs import Axis, LoggedRun, read_runs
+from qwen3next_train.plots.text import text_map, text_panel
+
+_NO_LIBRARY = "matplotlib is not installed; pip install 'qwen3next-train[matplotlib]'"
+
+
+def plot_command(
+    paths: Sequence[Path], *, as_text: bool, axis: Axis, rate: Rate, smoothing: float, output: Path | None
+) -> int:
+    """Draw runs over each other: ``OUTPUT.png`` and ``OUTPUT.svg``, or text on standard output.
+
+    Args:
+        paths: run directories, or their ``metrics.jsonl``.
+        as_text: draw text; without matplotlib a terminal gets text, too.
+        axis: what is to the right.
+        rate: what speed is counted in.
+        smoothing: weight of what came before, 0 for none.
+        output: prefix of the files; None: ``curves`` in the first run's folder.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: there is no such run, it has logged nothing, or matplotlib is missing.
+        DataError: a row is damaged.
+        StorageError: a file cannot be read or written.
+    """
+    runs = read_runs(paths)
+    panels = list(draw_panels(runs, axis=axis, rate=rate, smoothing=smoothing))
+    maps = list(balance_maps(runs, axis))
+    if not panels:
+        raise ConfigError(f"{paths[0]}: no metric that is plotted has a finite value; look into the rows")
+    if not as_text and importlib.util.find_spec("matplotlib") is None:
+        if not sys.stdout.isatty():
+            raise ConfigError(f"plot: {_NO_LIBRARY}, or draw text with --text")
+        get_logger().info("plot: %s for pictures", _NO_LIBRARY)
+        as_text = True
+    if as_text:
+        _print(runs, panels, maps, axis)
+    else:
+        _write(runs, panels, maps, axis, runs[0].folder / "curves" if output is None else output)
+    return ExitCode.FINISHED
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Make or replace one file, by one rename.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        replace_file(path, [content], keep_old=False)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({system_reason(error)}); name another place with --output"
+        ) from error
+
+
+def _print(runs: Sequence[LoggedRun], panels: Sequence[DrawnPanel], maps: Sequence[BalanceMap], axis: Axis) -> None:
+    width = shutil.get_terminal_size().columns
+    resumes = [place for run in runs for place in run.resumes_along(axis)]
+    parts = [text_panel(drawn, axis=axis, width=width, resumes=resumes) for drawn in panels]
+    parts += [text_map(balance, axis=axis, width=width) for balance in maps]
+    print("\n\n".join("\n".join(lines) for lines in parts))
+
+
+def _write(
+    runs: Sequence[LoggedRun],
+    panels: Sequence[DrawnPanel],
+    maps: Sequence[BalanceMap],
+    axis: Axis,
+    output: Path,
+) -> None:
+    from qwen3next_train.plots.figure import draw_figure, render
+
+    figure = draw_figure(panels, maps, runs, axis)
+    for kind in ("png", "svg"):
+        path = output.with_name(f"{output.name}.{kind}")
+        write_file(path, render(figure, kind))
+        print(path)
