@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3next_train.config.schema import Config, LayerType, ModelConfig, OptimizerConfig, ScheduleConfig
+from qwen3next_train.config.schema import (
+    Config,
+    LayerType,
+    ModelConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
+)
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
@@ -52,7 +59,43 @@ def validate(config: Config) -> list[RuleViolation]:
         *_optimizer_violations(config.optimizer),
         *_schedule_violations(config),
         *_data_violations(config),
+        *_profile_violations(config),
     ]
+
+
+def profiled_steps(profile: ProfileConfig) -> range:
+    """The steps that ``logging.profile.steps`` names, empty for none.
+
+    Raises:
+        ValueError: it names none in the form A-B or A.
+    """
+    if not profile.steps:
+        return range(0)
+    first, dash, last = profile.steps.partition("-")
+    last = last if dash else first
+    if not all(number.isascii() and number.isdecimal() for number in (first, last)):
+        raise ValueError(profile.steps)
+    return range(int(first), int(last) + 1)
+
+
+def _profile_violations(config: Config) -> Iterator[RuleViolation]:
+    profile, steps = config.logging.profile, config.run.steps
+    key = "logging.profile.steps"
+    if "steps" in profile.memory and not profile.steps:
+        yield RuleViolation(
+            ("logging.profile.memory", key),
+            f'logging.profile.memory has "steps" but {key} is empty; name the steps, such as 10-12',
+        )
+    try:
+        named = profiled_steps(profile)
+    except ValueError:
+        yield RuleViolation((key,), f"{key} is no range of steps (got {profile.steps!a}); write 10-12, or 10")
+        return
+    if profile.steps and not (named and named[0] >= 1 and named[-1] <= steps):
+        yield RuleViolation(
+            (key, "run.steps"),
+            f"{key} {profile.steps} is not within the run's steps, 1 to {steps}; choose steps among them",
+        )
 
 
 def world_violations(config: Config, world_size: int) -> list[RuleViolation]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import deepspeed
 import torch
@@ -23,6 +24,7 @@ from qwen3next_train.engine.deepspeed_patches import (
 )
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
+from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
@@ -36,6 +38,7 @@ from qwen3next_train.parallel.expert_parallel import ExpertRoom
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _GROUP_NUMEL = 178_956_971
 """Elements of an optimizer group of stages 2 and 3, DeepSpeed's own default."""
 
@@ -55,6 +58,7 @@ class ZeroEngine:
         kernels: selected backends.
         device: where the model lives.
         num_micro_batches: micro-batches per step and rank.
+        clock: times the parts of the steps that are reported; None for no times.
     """
 
     def __init__(
@@ -65,8 +69,10 @@ class ZeroEngine:
         kernels: KernelSet,
         device: torch.device,
         num_micro_batches: int,
+        clock: StepClock | None = None,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._layout = Layout.of(config, topology.world_size, ranks_per_node=topology.ranks_per_node)
         self._world_size = topology.world_size
         self._device = device
@@ -141,6 +147,8 @@ class ZeroEngine:
         metrics = collected.reduce(self._sum_over_ranks, totals, with_layers=report is Report.LAYERS)
         metrics["optim/lr"] = lr
         metrics["optim/grad_norm"] = float(self._engine.get_global_grad_norm())
+        if self._clock is not None:
+            metrics |= self._clock.read()
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
@@ -148,24 +156,31 @@ class ZeroEngine:
     ) -> tuple[StepReport, torch.Tensor]:
         """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
         collected = StepReport(self._config.model)
+        part: Callable[[Part], AbstractContextManager[None]] = _untimed
+        if self._clock is not None and report is not Report.NONE:
+            self._clock.begin_step()
+            part = self._clock.part
         loss = torch.zeros((), device=self._device)
         if self._room is not None:
             self._room.begin_step()
         self._model.begin_step()
         for batch in batches:
-            output = self._engine(batch.to(self._device), scales)
+            with part("forward"):
+                output = self._engine(batch.to(self._device), scales)
             total = output.total
             if self._room is not None:
                 loss += total.detach()
                 total = self._room.spoil(total)
-            self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
+            with part("backward"):
+                self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
                 collected.add(output)
             # Or the graph of this micro-batch would live through the forward pass of the next.
             del output, total
             # Counts micro-batches. Only the step's last call, at the gradient-accumulation boundary, clips, updates
             # the weights and clears the gradients; the calls before it do none of that.
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
         return collected, loss
 
     def _makes_room(self, loss: torch.Tensor) -> bool:
@@ -227,6 +242,10 @@ class ZeroEngine:
         if self._world_size > 1:
             dist.all_reduce(values)
         return values
+
+
+def _untimed(name: Part) -> AbstractContextManager[None]:
+    return _NOTHING
 
 
 def _wrap(

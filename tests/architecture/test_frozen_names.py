@@ -103,6 +103,10 @@ checkpoint.init_from
 
 logging.interval
 logging.layer_interval
+logging.step_parts
+logging.profile.steps
+logging.profile.all_ranks
+logging.profile.memory
 logging.wandb.mode
 logging.wandb.project
 logging.wandb.entity
@@ -250,6 +254,11 @@ perf/mfu
 perf/tokens_per_s
 perf/step_time_s
 perf/data_wait_s
+perf/forward_s
+perf/backward_s
+perf/optimizer_s
+perf/save_s
+perf/eval_s
 mem/peak_gib
 moe/max_violation
 moe/dead_experts

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps: its rows and its arithmetic of intervals."""
+"""The benchmark of whole steps: its rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,3 @@ def test_every_rank_has_the_micro_batches_of_the_row() -> None:
     for row in all_rows():
         run = row.config.run
         assert run.global_batch_size == run.micro_batch_size * row.accumulation * row.num_gpus
-
-
-def test_exposed_and_idle_time() -> None:
-    from bench_steps import _exposed_and_idle
-
-    spans = [(0.0, 4.0, False), (3.0, 6.0, True), (8.0, 9.0, False), (8.5, 10.0, True)]
-    assert _exposed_and_idle(spans) == (3.0, 2.0)
-    assert _exposed_and_idle([]) == (0.0, 0.0)
-    assert _exposed_and_idle([(0.0, 2.0, True), (1.0, 3.0, True)]) == (3.0, 0.0)
