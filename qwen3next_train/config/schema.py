@@ -284,6 +284,7 @@ class LoggingConfig(Section):
     step_parts: bool = Field(
         False, description="log the time of forward, backward, optimizer, validation and saves beside that of the step"
     )
+    tensorboard: bool = Field(False, description="write TensorBoard's event files into RUN/tensorboard, too")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="profiles of chosen steps")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
 

@@ -19,6 +19,7 @@ from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.metrics.tensorboard_sink import require_library
 from qwen3next_train.metrics.wandb_settings import check_variables
 from qwen3next_train.train.failures import foreseen
 from qwen3next_train.train.flight_recorder import recorded_collectives, write_collectives
@@ -121,6 +122,7 @@ def run_training(config: Config, check_world: Callable[[], None]) -> int:
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
                 check_world()
                 check_variables(config.logging.wandb.mode, os.environ)
+                require_library(config.logging.tensorboard)
             # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
                 code, reason = attempt.train(stack)

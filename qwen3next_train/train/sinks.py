@@ -17,6 +17,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
+from qwen3next_train.metrics.tensorboard_sink import FOLDER_NAME, TensorBoardSink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
@@ -84,6 +85,11 @@ def open_sinks(
         resumed=resumed_wandb,
     )
 
+    tensorboard: list[Sink] = []
+    if config.logging.tensorboard:
+        tensorboard.append(TensorBoardSink(run_dir.path / FOLDER_NAME, resume_step=state.step))
+        stack.callback(tensorboard[0].close)
+
     def advance(step: int) -> None:
         console.advance(step)
         summary.advance(step)
@@ -91,7 +97,7 @@ def open_sinks(
     stack.callback(summary.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return RunSinks((metrics, console, summary, wandb), advance, metrics.sync, run_dir.record_save)
+    return RunSinks((metrics, console, summary, wandb, *tensorboard), advance, metrics.sync, run_dir.record_save)
 
 
 def _rate_unit(context: ProcessContext) -> str:

@@ -20,6 +20,7 @@ DOORS = {
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "safetensors": {"checkpoint", "huggingface"},
+    "tensorboardX": {"metrics"},
     "wandb": {"metrics"},
     "yaml": {"config"},
 }

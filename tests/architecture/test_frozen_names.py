@@ -104,6 +104,7 @@ checkpoint.init_from
 logging.interval
 logging.layer_interval
 logging.step_parts
+logging.tensorboard
 logging.profile.steps
 logging.profile.all_ranks
 logging.profile.memory
