@@ -241,6 +241,8 @@ def _plot(args: Arguments) -> int:
     _require_one_process("plot", args)
     if not args.positional:
         raise ConfigError("plot: which run? (got nothing); give the run.dir of a run, or several")
+    if "--text" in args.options and "--html" in args.options:
+        raise ConfigError("plot: --text and --html are two kinds of output; give one of the two")
     axis = _choice(args, "--axis", AXES) or "steps"
     rate = _choice(args, "--rate", RATES) or "tokens"
     smoothing = _number(args, "--smooth", at_most=0.999) or 0.0
@@ -249,7 +251,7 @@ def _plot(args: Arguments) -> int:
     output = _path(args, "--output")
     return plot_command(
         [Path(path_argument(name, "RUN")) for name in args.positional],
-        as_text="--text" in args.options,
+        kind="text" if "--text" in args.options else "html" if "--html" in args.options else "pictures",
         axis=axis,
         rate=rate,
         smoothing=smoothing,
@@ -405,13 +407,18 @@ COMMANDS = {
             "plot",
             "curves of one or several runs as PNG and SVG, or as text",
             _plot,
-            "RUN [RUN ...] [--text] [--axis steps|tokens] [--smooth W] [--output PREFIX]",
+            "RUN [RUN ...] [--text | --html] [--axis steps|tokens] [--smooth W] [--output PREFIX]",
             (
                 Option("--text", "", "draw on the terminal; needs no library"),
+                Option("--html", "", "write a report as one file, with attempts, versions and configuration"),
                 Option("--axis", "NAME", "to the right: steps or tokens (default steps)"),
                 Option("--rate", "NAME", "speed in tokens (a second) or flops (default tokens)"),
                 Option("--smooth", "W", "weight of earlier values in a moving average, at most 0.999 (default none)"),
-                Option("--output", "PREFIX", "write PREFIX.png and PREFIX.svg (default: curves in the first RUN)"),
+                Option(
+                    "--output",
+                    "PREFIX",
+                    "write PREFIX.png and .svg, or .html (default: curves or report in RUN)",
+                ),
             ),
             max_positional=MAX_PLOTTED_RUNS,
             keys=(),

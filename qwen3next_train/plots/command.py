@@ -7,26 +7,31 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.history import replace_file
+from qwen3next_train.plots.html import html_report
 from qwen3next_train.plots.panels import BalanceMap, DrawnPanel, Rate, balance_maps, draw_panels
 from qwen3next_train.plots.runs import Axis, LoggedRun, read_runs
 from qwen3next_train.plots.text import text_map, text_panel
+
+Kind = Literal["pictures", "text", "html"]
 
 _NO_LIBRARY = "matplotlib is not installed; pip install 'qwen3next-train[matplotlib]'"
 
 
 def plot_command(
-    paths: Sequence[Path], *, as_text: bool, axis: Axis, rate: Rate, smoothing: float, output: Path | None
+    paths: Sequence[Path], *, kind: Kind, axis: Axis, rate: Rate, smoothing: float, output: Path | None
 ) -> int:
-    """Draw runs over each other: ``OUTPUT.png`` and ``OUTPUT.svg``, or text on standard output.
+    """Draw runs over each other.
 
     Args:
         paths: run directories, or their ``metrics.jsonl``.
-        as_text: draw text; without matplotlib a terminal gets text, too.
+        kind: ``pictures`` are ``OUTPUT.png`` and ``OUTPUT.svg``, ``html`` a report, ``OUTPUT.html``; ``text`` goes to
+            standard output. Without matplotlib a terminal gets text instead of pictures.
         axis: what is to the right.
         rate: what speed is counted in.
         smoothing: weight of what came before, 0 for none.
@@ -45,19 +50,19 @@ def plot_command(
     maps = list(balance_maps(runs, axis))
     if not panels:
         raise ConfigError(f"{paths[0]}: no metric that is plotted has a finite value; look into the rows")
-    if not as_text and importlib.util.find_spec("matplotlib") is None:
-        if not sys.stdout.isatty():
+    if kind != "text" and importlib.util.find_spec("matplotlib") is None:
+        if kind == "html" or not sys.stdout.isatty():
             raise ConfigError(f"plot: {_NO_LIBRARY}, or draw text with --text")
         get_logger().info("plot: %s for pictures", _NO_LIBRARY)
-        as_text = True
-    if as_text:
+        kind = "text"
+    if kind == "text":
         _print(runs, panels, maps, axis)
     else:
-        _write(runs, panels, maps, axis, runs[0].folder / "curves" if output is None else output)
+        _write(runs, panels, maps, axis, kind, output)
     return ExitCode.FINISHED
 
 
-def write_file(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     """Make or replace one file, by one rename.
 
     Raises:
@@ -84,12 +89,16 @@ def _write(
     panels: Sequence[DrawnPanel],
     maps: Sequence[BalanceMap],
     axis: Axis,
-    output: Path,
+    kind: Kind,
+    output: Path | None,
 ) -> None:
     from qwen3next_train.plots.figure import draw_figure, render
 
     figure = draw_figure(panels, maps, runs, axis)
-    for kind in ("png", "svg"):
-        path = output.with_name(f"{output.name}.{kind}")
-        write_file(path, render(figure, kind))
+    svg = render(figure, "svg")
+    contents = {"html": html_report(runs, svg)} if kind == "html" else {"png": render(figure, "png"), "svg": svg}
+    prefix = runs[0].folder / ("report" if kind == "html" else "curves") if output is None else output
+    for suffix, content in contents.items():
+        path = prefix.with_name(f"{prefix.name}.{suffix}")
+        _write_file(path, content)
         print(path)

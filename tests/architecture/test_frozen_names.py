@@ -222,7 +222,7 @@ COMMAND_OPTIONS = {
     ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
-    "plot": ["--text", "--axis", "--rate", "--smooth", "--output"],
+    "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
     "checkpoint": [],
     "doctor": ["--json"],
 }

@@ -74,6 +74,7 @@ def test_without_the_library_a_terminal_gets_text(
         ([], 2, "plot: which run? (got nothing)"),
         (["absent"], 2, "absent: does not exist"),
         (["empty"], 2, "empty/metrics.jsonl: has no row yet"),
+        (["one", "--text", "--html"], 2, "plot: --text and --html are two kinds of output"),
         (["one", "--smooth", "1"], 2, "--smooth: not a number > 0 and <= 0.999"),
         (["one", "--axis", "time"], 2, "--axis: not one of the choices (got 'time'); give one of steps, tokens"),
         (["one", "--run.steps", "5"], 2, "--run.steps: not read by plot"),
