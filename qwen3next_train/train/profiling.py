@@ -36,14 +36,25 @@ class StepProfiler:
         rank: of this process.
         device: where the model is.
         with_memory: record allocations in these steps, too, and write a snapshot after the last.
+        goes_on_recording: they are recorded before and after these steps as well.
     """
 
-    def __init__(self, steps: range, folder: Path, *, rank: int, device: torch.device, with_memory: bool) -> None:
+    def __init__(
+        self,
+        steps: range,
+        folder: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        with_memory: bool,
+        goes_on_recording: bool = False,
+    ) -> None:
         self._steps = steps
         self._folder = folder
         self._rank = rank
         self._device = device
         self._with_memory = with_memory and _records_memory(device)
+        self._goes_on_recording = goes_on_recording
         self._profiler: profile | None = None
         self._opened = ExitStack()
         self._done: list[int] = []
@@ -70,7 +81,7 @@ class StepProfiler:
     def _start(self) -> None:
         from qwen3next_train.engine.step_profile import named_parts, new_profiler
 
-        if self._with_memory:
+        if self._with_memory and not self._goes_on_recording:
             torch.cuda.memory._record_memory_history(max_entries=_MAX_HISTORY)
         self._opened.enter_context(named_parts())
         self._synchronize()
@@ -102,6 +113,8 @@ class StepProfiler:
         _write(self._folder, f"profile of steps {steps}: {name}.trace.json.gz, {name}.txt", write)
         if self._with_memory:
             _write_snapshot(self._folder, f"memory_steps_{steps}_rank_{self._rank}.pickle")
+            if not self._goes_on_recording:
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -130,6 +143,7 @@ def open_profiler(config: Config, context: ProcessContext, run_dir: Path, *, fir
         rank=context.rank,
         device=context.device,
         with_memory="steps" in settings.memory,
+        goes_on_recording="out_of_memory" in settings.memory,
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from qwen3next_train.config.schema import Config, LoggingConfig, ProfileConfig, RunConfig
+from qwen3next_train.engine import step_profile
+from qwen3next_train.engine.step_profile import new_profiler
 from qwen3next_train.train.profiling import StepProfiler, open_profiler, snapshot_when_out_of_memory
 
 CPU = torch.device("cpu")
@@ -111,6 +113,27 @@ def test_memory_is_written_down_when_it_runs_out(tmp_path: Path, memory: list[ob
     path = tmp_path / "profile" / "memory_out_of_memory_rank_2.pickle"
     assert memory == [{"max_entries": 100_000}, str(path)]
     assert path.read_bytes() == b"snapshot"
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_memory_of_the_profiled_steps_is_written_down_after_the_last(
+    tmp_path: Path, memory: list[object], monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(step_profile, "new_profiler", lambda device: new_profiler(CPU))
+    profiler = StepProfiler(
+        range(2, 4),
+        tmp_path,
+        rank=0,
+        device=torch.device("cuda"),
+        with_memory=True,
+        goes_on_recording=goes_on,
+    )
+    work(profiler, range(1, 6))
+    snapshot = str(tmp_path / "memory_steps_2-3_rank_0.pickle")
+    assert memory == ([snapshot] if goes_on else [{"max_entries": 100_000}, snapshot, {"enabled": None}])
+    assert (tmp_path / "steps_2-3_rank_0.txt").read_text().startswith("steps 2-3 of rank 0 on GPU\n")
 
 
 @pytest.mark.parametrize(
