@@ -136,20 +136,22 @@ def exposed_and_idle(spans: Iterable[tuple[float, float, bool]]) -> tuple[float,
     return exposed, idle
 
 
-def profile_table(profiled: StepProfile, *, heading: str, wall_ms: float) -> list[str]:
+def profile_table(profiled: StepProfile, *, heading: str, on_gpu: bool, wall_ms: float) -> list[str]:
     """A profile as lines of text.
 
     Args:
         profiled: what to show.
         heading: of which steps, rank and device.
+        on_gpu: on CPU only the parts that are ranges of the host are known, and nothing is exposed or idle.
         wall_ms: from one step to the next, logging included, profiler on.
     """
     lines = [heading, "milliseconds of a step, mean; the profiler's own time is part of the wall time", ""]
     lines.append(f"{wall_ms:10.2f}  wall time")
-    lines += [f"{ms:10.2f}  {part}" for part, ms in profiled.parts.items()]
-    lines.append(f"{profiled.exposed_ms:10.2f}  exposed communication")
-    lines.append(f"{profiled.idle_ms:10.2f}  idle")
-    lines.append(f"{profiled.host_wait_ms:10.2f}  host waits for the device, {profiled.host_waits:.1f} times")
+    lines += [f"{ms:10.2f}  {part}" for part, ms in profiled.parts.items() if ms or on_gpu]
+    if on_gpu:
+        lines.append(f"{profiled.exposed_ms:10.2f}  exposed communication")
+        lines.append(f"{profiled.idle_ms:10.2f}  idle")
+        lines.append(f"{profiled.host_wait_ms:10.2f}  host waits for the device, {profiled.host_waits:.1f} times")
     lines += ["", f"{'ms':>10} {'calls':>8}  kernel"]
     shown = profiled.kernels[:_NUM_KERNELS]
     lines += [f"{kernel.ms:10.2f} {kernel.calls:8.1f}  {kernel.name[:_NAME_WIDTH]}" for kernel in shown]

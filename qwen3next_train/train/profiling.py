@@ -107,7 +107,12 @@ class StepProfiler:
             profiler.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
             profiled = read_profile(list(profiler.events() or ()), self._device, len(self._done))
             heading = f"steps {steps} of rank {self._rank} on {place}"
-            lines = profile_table(profiled, heading=heading, wall_ms=1e3 * wall_s / len(self._done))
+            lines = profile_table(
+                profiled,
+                heading=heading,
+                on_gpu=self._device.type == "cuda",
+                wall_ms=1e3 * wall_s / len(self._done),
+            )
             (self._folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         _write(self._folder, f"profile of steps {steps}: {name}.trace.json.gz, {name}.txt", write)

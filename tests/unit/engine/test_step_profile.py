@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_events_of_two_steps_on_a_gpu() -> None:
 
 
 def test_a_table_has_a_line_for_each_number() -> None:
-    lines = profile_table(read_profile(EVENTS, CUDA, 2), heading="steps 4-5 of rank 0", wall_ms=7.125)
+    lines = profile_table(read_profile(EVENTS, CUDA, 2), heading="steps 4-5 of rank 0", on_gpu=True, wall_ms=7.125)
     assert lines[0] == "steps 4-5 of rank 0"
     assert lines[3] == "      7.12  wall time"
     assert lines[5] == "      0.75  exchange"
@@ -87,6 +88,18 @@ def test_a_table_has_a_line_for_each_number() -> None:
     ]
     assert lines[15:17] == ["        ms    calls  kernel", "      2.50      1.0  gemm"]
     assert lines[-1] == "      5.00      2.5  all 4"
+
+
+def test_a_table_of_a_cpu_leaves_out_what_is_not_known_there() -> None:
+    profiled = replace(read_profile([], CPU, 1), parts={"model": 0.0, "AdamW": 2.0})
+    lines = profile_table(profiled, heading="steps 4-5 of rank 0", on_gpu=False, wall_ms=7.125)
+    assert lines[3:] == [
+        "      7.12  wall time",
+        "      2.00  AdamW",
+        "",
+        "        ms    calls  kernel",
+        "      0.00      0.0  all 0",
+    ]
 
 
 def test_operators_on_cpu_are_counted_per_step() -> None:
