@@ -31,14 +31,16 @@ def text_panel(drawn: DrawnPanel, *, axis: Axis, width: int, resumes: Sequence[f
     columns = max(width - _LABEL - 2, _NARROWEST)
     finite = np.concatenate([curve.shown[np.isfinite(curve.shown)] for curve in curves])
     is_log = drawn.panel.is_log and bool((finite > 0).all())
-    low, high = _limits(np.log(finite) if is_log else finite)
     left, right = _limits(np.concatenate([curve.x for curve in curves]))
+    means = [
+        _by_column(curve, np.log(curve.shown) if is_log else curve.shown, left, right, columns) for curve in curves
+    ]
+    # Of what is drawn: single values are lost in the means of their columns.
+    low, high = _limits(np.concatenate([values[np.isfinite(values)] for values in means]))
     canvas = np.full((_HEIGHT, columns), " ")
-    for number, curve in enumerate(curves):
-        values = np.log(curve.shown) if is_log else curve.shown
-        rows = _by_column(curve, values, left, right, columns)
-        for column in np.flatnonzero(np.isfinite(rows)):
-            row = round((high - rows[column]) / (high - low) * (_HEIGHT - 1))
+    for number, values in enumerate(means):
+        for column in np.flatnonzero(np.isfinite(values)):
+            row = round((high - values[column]) / (high - low) * (_HEIGHT - 1))
             canvas[row, column] = _MARKS[number % len(_MARKS)]
     top, bottom = (f"{np.exp(value) if is_log else value:.4g}" for value in (high, low))
     labels = [top, *[""] * (_HEIGHT - 2), bottom]

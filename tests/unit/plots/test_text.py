@@ -57,3 +57,12 @@ def test_a_map_is_darker_where_experts_are_fuller() -> None:
     assert lines[1] == "   layer 0 |"
     assert lines[2] == "   layer 7 |@" + 19 * "?"
     assert lines[-1] == "            ' ' 0 to '@' 9"
+
+
+def test_limits_are_those_of_what_is_drawn() -> None:
+    # 20 columns for 40 points: each is the mean of two, of which one is far off.
+    values = [0.0, 10.0] * 19 + [8.0, 8.0]
+    drawn = DrawnPanel(Panel("loss", "loss/lm"), (curve("one", 0, list(np.arange(40) // 2), values),))
+    lines = text_panel(drawn, axis="steps", width=0, resumes=[])
+    assert lines[1] == f"         8 |{19 * ' '}*"
+    assert lines[12] == f"         5 |{19 * '*'}"
