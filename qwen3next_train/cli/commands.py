@@ -28,11 +28,18 @@ from qwen3next_train.train.resume import parse_resume
 ChoiceT = TypeVar("ChoiceT", bound=str)
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]
+Axis = Literal["steps", "tokens"]
+Rate = Literal["tokens", "flops"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+RATES: tuple[Rate, ...] = get_args(Rate)
 DEVICES: tuple[Device, ...] = get_args(Device)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DEFAULT_GPU = "h100"
 """What ``plan`` assumes when no GPU is named."""
+
+MAX_PLOTTED_RUNS = 100
+"""In one picture; more lines than that are none that anyone tells apart."""
 
 JSON = Option("--json", "", "print JSON")
 """Shared by the subcommands whose output other programs read."""
@@ -235,6 +242,28 @@ def _export_hf(args: Arguments) -> int:
     )
 
 
+def _plot(args: Arguments) -> int:
+    _require_one_process("plot", args)
+    if not args.positional:
+        raise ConfigError("plot: which run? (got nothing); give the run.dir of a run, or several")
+    if "--text" in args.options and "--html" in args.options:
+        raise ConfigError("plot: --text and --html are two kinds of output; give one of the two")
+    axis = _choice(args, "--axis", AXES) or "steps"
+    rate = _choice(args, "--rate", RATES) or "tokens"
+    smoothing = _number(args, "--smooth", at_most=0.999) or 0.0
+    from qwen3next_train.plots.command import plot_command
+
+    output = _path(args, "--output")
+    return plot_command(
+        [Path(path_argument(name, "RUN")) for name in args.positional],
+        kind="text" if "--text" in args.options else "html" if "--html" in args.options else "pictures",
+        axis=axis,
+        rate=rate,
+        smoothing=smoothing,
+        output=None if output is None else Path(output),
+    )
+
+
 def _require_one_process(command: str, args: Arguments) -> None:
     count = world_size(args)
     if count > 1:
@@ -384,6 +413,27 @@ COMMANDS = {
             ),
             keys=(),
             details="transformers and vLLM load what it writes.",
+        ),
+        Command(
+            "plot",
+            "curves of one or several runs as PNG and SVG, or as text",
+            _plot,
+            "RUN [RUN ...] [--text | --html] [--axis steps|tokens] [--smooth W] [--output PREFIX]",
+            (
+                Option("--text", "", "draw on the terminal; needs no library"),
+                Option("--html", "", "write a report as one file, with attempts, versions and configuration"),
+                Option("--axis", "NAME", "to the right: steps or tokens (default steps)"),
+                Option("--rate", "NAME", "speed in tokens (a second) or flops (default tokens)"),
+                Option("--smooth", "W", "weight of earlier values in a moving average, at most 0.999 (default none)"),
+                Option(
+                    "--output",
+                    "PREFIX",
+                    "write PREFIX.png and .svg, or .html (default: curves or report in RUN)",
+                ),
+            ),
+            max_positional=MAX_PLOTTED_RUNS,
+            keys=(),
+            details="RUN is a run directory or its metrics.jsonl. A dashed line is a resume.",
         ),
         Command(
             "checkpoint",

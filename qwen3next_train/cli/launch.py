@@ -22,6 +22,7 @@ from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.launcher import check_host
 from qwen3next_train.log import get_logger
 from qwen3next_train.train.failures import foreseen
+from qwen3next_train.train.flight_recorder import written_dumps
 from qwen3next_train.train.memory_check import num_oom_kills, settings_that_help
 from qwen3next_train.train.run_files import MAX_EXIT_BYTES
 from qwen3next_train.train.signals import stop_reason
@@ -88,6 +89,8 @@ def _conclude(run_dir: Path, earlier: bytes, failure: TrainError | _WorkerFailed
             failure = PeerLostError("another process was lost; run the same line to go on from the newest checkpoint")
     if recorded is not None:
         return recorded
+    if isinstance(failure, PeerLostError):
+        failure = PeerLostError(f"{failure}{written_dumps(run_dir)}")
     if isinstance(failure, TrainError):
         get_logger().error("%s", failure)
         _record(run_dir, failure)

@@ -42,6 +42,7 @@ from qwen3next_train.config.bounds import (
 LayerType = Literal["linear_attention", "full_attention"]
 RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
+MemorySnapshot = Literal["steps", "out_of_memory"]
 GradientDtype = Literal["fp32", "bf16"]
 TokenExchange = Literal["auto", "dense", "exact"]
 
@@ -279,11 +280,32 @@ class WandbConfig(Section):
     tags: list[Text] = Field(default_factory=list, description="tags of the run; empty: WANDB_TAGS")
 
 
+class ProfileConfig(Section):
+    """Profiles of chosen steps, into RUN/profile."""
+
+    steps: Text = Field(
+        "",
+        description='steps to profile, "10-12" or "10": trace for Perfetto and table of kernels, exposed '
+        "communication, idle time and waits; empty: none",
+    )
+    all_ranks: bool = Field(False, description="profile all ranks; false: rank 0")
+    memory: list[MemorySnapshot] = Field(
+        default_factory=list,
+        description="snapshots of GPU memory with the origin of every block, for pytorch.org/memory_viz: at the end of "
+        "the profiled steps (steps), when memory runs out (out_of_memory), which records allocations all the time",
+    )
+
+
 class LoggingConfig(Section):
     """Console, metrics.jsonl and wandb."""
 
     interval: Steps = Field(1, description="steps between logged steps")
     layer_interval: StepsOrNone = Field(50, description="steps between per-layer MoE statistics, 0 for never")
+    step_parts: bool = Field(
+        False, description="log the time of forward, backward, optimizer, validation and saves beside that of the step"
+    )
+    tensorboard: bool = Field(False, description="write TensorBoard's event files into RUN/tensorboard, too")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="profiles of chosen steps")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
 
 

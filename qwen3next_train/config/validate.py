@@ -12,6 +12,7 @@ from qwen3next_train.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     ScheduleConfig,
 )
 from qwen3next_train.errors import ConfigError
@@ -61,12 +62,48 @@ def validate(config: Config) -> list[RuleViolation]:
         *_optimizer_violations(config.optimizer),
         *_schedule_violations(config),
         *_data_violations(config),
+        *_profile_violations(config),
     ]
 
 
 def fewest_processes(parallel: ParallelConfig) -> int:
     """Processes that a layout takes at least."""
     return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size)
+
+
+def profiled_steps(profile: ProfileConfig) -> range:
+    """The steps that ``logging.profile.steps`` names, empty for none.
+
+    Raises:
+        ValueError: it names none in the form A-B or A.
+    """
+    if not profile.steps:
+        return range(0)
+    first, dash, last = profile.steps.partition("-")
+    last = last if dash else first
+    if not all(number.isascii() and number.isdecimal() for number in (first, last)):
+        raise ValueError(profile.steps)
+    return range(int(first), int(last) + 1)
+
+
+def _profile_violations(config: Config) -> Iterator[RuleViolation]:
+    profile, steps = config.logging.profile, config.run.steps
+    key = "logging.profile.steps"
+    if "steps" in profile.memory and not profile.steps:
+        yield RuleViolation(
+            ("logging.profile.memory", key),
+            f'logging.profile.memory has "steps" but {key} is empty; name the steps, such as 10-12',
+        )
+    try:
+        named = profiled_steps(profile)
+    except ValueError:
+        yield RuleViolation((key,), f"{key} is no range of steps (got {profile.steps!a}); write 10-12, or 10")
+        return
+    if profile.steps and not (named and named[0] >= 1 and named[-1] <= steps):
+        yield RuleViolation(
+            (key, "run.steps"),
+            f"{key} {profile.steps} is not within the run's steps, 1 to {steps}; choose steps among them",
+        )
 
 
 def world_violations(config: Config, world_size: int) -> list[RuleViolation]:

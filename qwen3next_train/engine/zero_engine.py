@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import deepspeed
 import torch
@@ -23,6 +24,7 @@ from qwen3next_train.engine.deepspeed_patches import (
 )
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
+from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
@@ -37,6 +39,7 @@ from qwen3next_train.parallel.expert_parallel import ExpertRoom
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _GROUP_NUMEL = 178_956_971
 """Elements of an optimizer group of stages 2 and 3, DeepSpeed's own default."""
 
@@ -56,6 +59,7 @@ class ZeroEngine:
         kernels: selected backends.
         device: where the model lives.
         num_micro_batches: micro-batches per step and rank, of the steps that have most.
+        clock: times the parts of the steps that are reported; None for no times.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class ZeroEngine:
         kernels: KernelSet,
         device: torch.device,
         num_micro_batches: int,
+        clock: StepClock | None = None,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._layout = Layout.of(config, topology.world_size, ranks_per_node=topology.ranks_per_node)
         self._world_size = topology.world_size
         self._device = device
@@ -143,6 +149,8 @@ class ZeroEngine:
         metrics = collected.metrics(totals, with_layers=report is Report.LAYERS)
         metrics["optim/lr"] = lr
         metrics["optim/grad_norm"] = float(norm)
+        if self._clock is not None:
+            metrics |= self._clock.read()
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
@@ -150,6 +158,10 @@ class ZeroEngine:
     ) -> tuple[StepReport, torch.Tensor]:
         """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
         collected = StepReport(self._config.model)
+        part: Callable[[Part], AbstractContextManager[None]] = _untimed
+        if self._clock is not None and report is not Report.NONE:
+            self._clock.begin_step()
+            part = self._clock.part
         loss = torch.zeros((), device=self._device)
         if self._room is not None:
             self._room.begin_step()
@@ -159,13 +171,14 @@ class ZeroEngine:
             is_last = start + self._in_flight >= len(batches)
             # Steps may have different numbers of micro-batches, of which DeepSpeed's own count knows nothing.
             self._engine.set_gradient_accumulation_boundary(is_last)
-            outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
+            with part("forward"):
+                outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
             total = torch.stack([output.total for output in outputs]).sum()
             if self._room is not None:
                 loss += total.detach()
                 total = self._room.spoil(total)
             # In this thread: another one would take turns with it at the interpreter, a quarter of the host's time.
-            with torch.autograd.set_multithreading_enabled(False):
+            with part("backward"), torch.autograd.set_multithreading_enabled(False):
                 self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
                 for output in outputs:
@@ -177,7 +190,8 @@ class ZeroEngine:
             del total
             # Only the step's last call, at the gradient-accumulation boundary, clips, updates the weights and clears
             # the gradients; the calls before it do none of that.
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
         return collected, loss
 
     def _outcome(self) -> tuple[float | torch.Tensor, bool]:
@@ -246,6 +260,10 @@ class ZeroEngine:
         if self._world_size > 1:
             dist.all_reduce(values)
         return values
+
+
+def _untimed(name: Part) -> AbstractContextManager[None]:
+    return _NOTHING
 
 
 def _wrap(

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from qwen3next_train.errors import DataError
 from qwen3next_train.files import NO_HARD_LINKS, sync_directory
 from qwen3next_train.log import get_logger
 
@@ -21,6 +22,7 @@ Verdict = Literal["kept", "later", "damaged"]
 FILE_MODE = 0o640
 _MAX_ROW_BYTES = 4 << 20
 _NUM_SHOWN = 3
+_MEND = "resume the run, which leaves damaged lines out, or remove the line"
 
 
 def last_step(path: Path) -> int:
@@ -34,6 +36,34 @@ def last_step(path: Path) -> int:
             return max((row["step"] for line in _lines(source) if (row := _row_of(line))), default=0)
     except FileNotFoundError:
         return 0
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of ``metrics.jsonl``, for who reads a run and changes nothing.
+
+    A last line without an end is left out: it is being written, or a killed attempt has not finished it.
+
+    Returns:
+        Rows of ascending steps; every value is a number, or None for what was not finite.
+
+    Raises:
+        DataError: names the first line that is damaged.
+        OSError: it cannot be read.
+    """
+    rows: list[Row] = []
+    last = 0
+    with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
+        for number, line in enumerate(_lines(source), start=1):
+            if not line.endswith(b"\n") and len(line) < _MAX_ROW_BYTES:
+                break
+            row = _row_of(line)
+            if not row or any(type(value) not in (int, float, type(None)) for value in row.values()):
+                raise DataError(f"{path}: line {number} is damaged (got {ascii(line[:40])[2:-1]}); {_MEND}")
+            if row["step"] <= last:
+                raise DataError(f"{path}: line {number} is of step {row['step']}, after one of step {last}; {_MEND}")
+            last = row["step"]
+            rows.append(row)
+    return rows
 
 
 def cut_rows(

@@ -34,6 +34,7 @@ from qwen3next_train.topology import Topology
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.memory_check import check_memory
 from qwen3next_train.train.opening import opened_with, opening_lines
+from qwen3next_train.train.profiling import open_profiler
 from qwen3next_train.train.restore import Restored, restore_state
 from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
@@ -106,6 +107,9 @@ def build_run(
     processes = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
     data = data_as_json(prepared, config)
     sinks = open_sinks(config, context, run_dir, restored, throughput, processes, data, stack)
+    profiler = open_profiler(config, context, run_dir.path, first_step=restored.state.step + 1)
+    if profiler is not None:
+        stack.callback(profiler.close)
     return Run(
         config=config,
         control=context.control,
@@ -124,6 +128,7 @@ def build_run(
         record_save=sinks.record_save,
         throughput=throughput,
         stop=stop,
+        profiler=profiler,
     )
 
 
@@ -140,6 +145,7 @@ def _build_engine(
     # Imported here: DeepSpeed picks its accelerator on import, which the process context has just decided. Not beside
     # the checks: of two threads that import from both ends of a circle, one may be given a module that is half loaded.
     with imported_to_stay():
+        from qwen3next_train.engine.step_clock import StepClock
         from qwen3next_train.engine.zero_engine import ZeroEngine
 
     passes_state = topology.context_parallel_size > 1
@@ -152,6 +158,7 @@ def _build_engine(
             num_micro_batches=config.run.global_batch_size
             // config.run.micro_batch_size
             // topology.data_parallel_size,
+            clock=StepClock(context.device) if config.logging.step_parts else None,
         )
     reject_wrong_gated_delta_net(checks(), context.control)
     if restored.found is not None:

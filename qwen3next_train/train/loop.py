@@ -24,6 +24,7 @@ from qwen3next_train.metrics.sinks import Sink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.control import ControlGroup
+from qwen3next_train.train.profiling import StepProfiler
 from qwen3next_train.train.signals import StopRequest
 
 
@@ -49,6 +50,8 @@ class Run:
         record_save: told the step of every published checkpoint.
         throughput: speed from counts and times.
         stop: signals received.
+        profiler: told of every step before and after it; None where nothing is profiled.
+        save_time_s: spent in saves since the last logged step.
     """
 
     config: Config
@@ -68,6 +71,8 @@ class Run:
     record_save: Callable[[int], None]
     throughput: Throughput
     stop: StopRequest
+    profiler: StepProfiler | None = None
+    save_time_s: float = 0.0
     failed_saves: int = 0
     saved_step: int = field(default=-1)
 
@@ -88,6 +93,8 @@ def train(run: Run) -> str | None:
     while stopped_by is None and run.state.step < run.config.run.steps:
         started_at = time.monotonic()
         step = run.state.step + 1
+        if run.profiler is not None:
+            run.profiler.before(step)
         batches = next(run.batches)
         totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
@@ -96,11 +103,15 @@ def train(run: Run) -> str | None:
         speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
         if report is not Report.NONE:
             _log(run, result.metrics | speed)
+        if run.profiler is not None:
+            run.profiler.after(step)
         run.progress(step)
         _check_divergence(run)
         stopped_by = _agree_to_stop(run)
         if stopped_by or _save_due(run.config, step):
+            saving_since = time.monotonic()
             save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
+            run.save_time_s += time.monotonic() - saving_since
     return stopped_by
 
 
@@ -195,10 +206,15 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
     record["optim/skipped_steps"] = state.skipped_steps
     if torch.cuda.is_initialized():
         record["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if run.config.logging.step_parts:
+        record["perf/save_s"], run.save_time_s = run.save_time_s, 0.0
     if run.validation and _eval_due(run.config, state.step):
+        evaluating_since = time.monotonic()
         record["eval/loss"], _ = run.engine.eval_loss(run.validation)
         if run.bytes_per_token is not None:
             record["eval/bpb"] = record["eval/loss"] / math.log(2) / run.bytes_per_token
+        if run.config.logging.step_parts:
+            record["perf/eval_s"] = time.monotonic() - evaluating_since
     for sink in run.sinks:
         sink.log(record)
 

@@ -19,8 +19,10 @@ from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import open_run_log
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.metrics.tensorboard_sink import require_library
 from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.train.failures import foreseen
+from qwen3next_train.train.flight_recorder import recorded_collectives, write_collectives
 from qwen3next_train.train.held_signals import release_stop_signals
 from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
@@ -64,9 +66,12 @@ class _Attempt:
             from qwen3next_train.parallel.process_groups import process_context
             from qwen3next_train.train.build import build_run
             from qwen3next_train.train.loop import train
+            from qwen3next_train.train.profiling import snapshot_when_out_of_memory
             from qwen3next_train.train.run_fingerprint import run_fingerprint
 
         settings = self.config.run
+        run_path, rank = self.run_dir.path, self.run_dir.rank
+        stack.enter_context(recorded_collectives(run_path, rank))
         joined = process_context(
             settings.device,
             fingerprint=run_fingerprint(self.config, self.resume),
@@ -75,9 +80,10 @@ class _Attempt:
         context = stack.enter_context(joined)
         self.rank_infos = context.rank_infos
         self.run_dir.name_attempt(context.control)
-        self.run = build_run(self.config, context, self.run_dir, self.stop, stack, self.resume)
-        first_step = self.run.state.step
-        stopped_by = train(self.run)
+        with snapshot_when_out_of_memory(self.config, context, run_path):
+            self.run = build_run(self.config, context, self.run_dir, self.stop, stack, self.resume)
+            first_step = self.run.state.step
+            stopped_by = train(self.run)
         if stopped_by is None:
             return ExitCode.FINISHED, f"finished at step {settings.steps}"
         return ExitCode.STOPPED, stop_reason(stopped_by, None if self.step == first_step else self.step)
@@ -121,6 +127,7 @@ def run_training(config: Config, check_world: Callable[[], None], resume: Resume
             if rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
                 check_world()
                 check_settings(config.logging.wandb, os.environ, writes=rank == 0)
+                require_library(config.logging.tensorboard)
             # What the attempt opens is closed before its end is reported, while log and lock are still there.
             with ExitStack() as stack:
                 code, reason = attempt.train(stack)
@@ -148,7 +155,9 @@ def _classify(error: Exception, rank: int, attempt: _Attempt) -> tuple[ExitCode,
         from qwen3next_train.parallel.rank_check import describe_lost
 
         lost = describe_lost(attempt.rank_infos, rank) or "lost another rank"
-        return PeerLostError.exit_code, f"rank {rank}: {lost}: {text}"
+        collectives = write_collectives(attempt.run_dir.path, rank)
+        seen = f"; its last collectives: {collectives}" if collectives is not None else ""
+        return PeerLostError.exit_code, f"rank {rank}: {lost}: {_for_users(text)}{seen}"
     traceback.print_exception(error)
     return ExitCode.INTERNAL, f"{type(error).__name__}: {text}"
 

@@ -19,8 +19,13 @@ RUN_INFO_NAME = "run.json"
 _MAX_BYTES = 16 << 20
 
 
-def read_info(fs: Filesystem, path: Path) -> dict[str, Any]:
+def read_info(fs: Filesystem, path: Path, *, consequence: str = "it is written anew") -> dict[str, Any]:
     """The content of ``run.json``; empty when there is none or it is damaged, which is said.
+
+    Args:
+        fs: where it is.
+        path: the file.
+        consequence: what damage leads to, for the line that says it.
 
     Returns:
         The fields, of which those below are absent or well-typed: ``wandb_id`` (text that wandb accepts),
@@ -34,14 +39,14 @@ def read_info(fs: Filesystem, path: Path) -> dict[str, Any]:
     try:
         info = _parse(read_file(fs, path, max_bytes=_MAX_BYTES))
     except UnusableFileError as error:
-        get_logger().warning("%s: %s; it is written anew", path, error)
+        get_logger().warning("%s: %s; %s", path, error, consequence)
         return {}
     except (ValueError, RecursionError) as error:
-        get_logger().warning("%s: unreadable (%s); it is written anew", path, " ".join(str(error).split()))
+        get_logger().warning("%s: unreadable (%s); %s", path, " ".join(str(error).split()), consequence)
         return {}
     lost = [key for key, check in _CHECKS.items() if key in info and not check(info[key])]
     if lost:
-        get_logger().warning("%s: %s not as this program writes it; written anew", path, ", ".join(lost))
+        get_logger().warning("%s: %s not as this program writes it; %s", path, ", ".join(lost), consequence)
     return {key: value for key, value in info.items() if key not in lost}
 
 

@@ -23,6 +23,7 @@ from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.history import keep_aside
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
+from qwen3next_train.metrics.tensorboard_sink import FOLDER_NAME, TensorBoardSink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
@@ -97,6 +98,11 @@ def open_sinks(
     if restored.changes:
         wandb.note(state.step, "; ".join(f"{each.key}: {each.old} -> {each.new}" for each in restored.changes))
 
+    tensorboard: list[Sink] = []
+    if config.logging.tensorboard:
+        tensorboard.append(TensorBoardSink(run_dir.path / FOLDER_NAME, resume_step=state.step))
+        stack.callback(tensorboard[0].close)
+
     def advance(step: int) -> None:
         console.advance(step)
         summary.advance(step)
@@ -104,7 +110,7 @@ def open_sinks(
     stack.callback(summary.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return RunSinks((metrics, console, summary, wandb), advance, metrics.sync, run_dir.record_save)
+    return RunSinks((metrics, console, summary, wandb, *tensorboard), advance, metrics.sync, run_dir.record_save)
 
 
 def _keep_aside(run_dir: RunDirectory, step: int) -> None:

@@ -20,14 +20,12 @@ Letters: EP ranks that share one set of experts, Z the ZeRO stage, CP ranks that
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,6 @@ from typing import Any
 import torch
 from bench_shapes import model_flops, random_batch
 from device_timing import GIB, measure, synchronize
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import memory_per_gpu
@@ -71,17 +68,6 @@ OPTIONS = {
 }
 _PROFILED_STEPS = 3
 """More than one, since what is hidden behind the next step is exposed behind the last."""
-
-_WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-_PARTS_BY_KERNEL = {
-    "SendRecv": "exchange",
-    "AllToAll": "exchange",
-    "ReduceScatter": "reduction",
-    "AllReduce": "reduction",
-    "AllGather": "gathering",
-    "_adamw_update": "AdamW",
-    "FusedAdam": "AdamW",
-}
 
 
 @dataclass(frozen=True)
@@ -213,6 +199,7 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
         iterations: timed steps.
         config: instead of the row's, for tests.
     """
+    from qwen3next_train.engine.step_profile import named_parts, new_profiler, read_profile
     from qwen3next_train.engine.zero_engine import ZeroEngine
 
     config = config or row.config
@@ -239,114 +226,27 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
     def step() -> None:
         engine.train_step(batches, totals=totals, lr=0.0, report=Report.NONE)
 
-    def profiled_steps() -> None:
-        # Profilers do not start at once everywhere; who is late would be waited for, as if it were communication.
-        context.control.any_true(False)
-        for _ in range(_PROFILED_STEPS):
-            step()
-
     timing = measure(step, device, iterations=iterations)
     # Of all ranks: a later slice of a row has more of its attention than an earlier one.
     flops = sum(context.control.sum_ints([model_flops(config, batch) for batch in batches])) // context.world_size
     plan = memory_per_gpu(config.model, Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node))
-    with _named_parts():
-        events = _profiled(profiled_steps, device)
-    on_device = [event for event in events if _is_kernel(event, device)]
-    spans = [(event.time_range.start, event.time_range.end, event.name.startswith("nccl")) for event in on_device]
-    exposed, idle = _exposed_and_idle(spans)
+    with named_parts(), new_profiler(device) as profiler:
+        # Profilers do not start at once everywhere; who is late would be waited for, as if it were communication.
+        context.control.any_true(False)
+        for _ in range(_PROFILED_STEPS):
+            step()
+        synchronize(device)
+    profiled = read_profile(list(profiler.events()), device, _PROFILED_STEPS)
     return Outcome(
         ms=timing.ms,
         tflops=flops / timing.median / 1e9,
         peak_bytes=timing.peak_bytes,
         plan_bytes=sum(plan.values()) - plan["runtime"],
-        parts={part: ms / _PROFILED_STEPS for part, ms in _parts(events, on_device, device).items()},
-        exposed_ms=exposed / 1e3 / _PROFILED_STEPS,
-        idle_ms=idle / 1e3 / _PROFILED_STEPS,
-        host_waits=round(sum(event.name in _WAITS for event in events) / _PROFILED_STEPS),
+        parts=profiled.parts,
+        exposed_ms=profiled.exposed_ms,
+        idle_ms=profiled.idle_ms,
+        host_waits=round(profiled.host_waits),
     )
-
-
-@contextmanager
-def _named_parts() -> Iterator[None]:
-    """Show what the engine does to gradients as ranges of the profiler."""
-    from qwen3next_train.engine import gradient_buckets
-
-    named = {
-        (gradient_buckets._Bucket, "add"): "accumulation",
-        (gradient_buckets.GradientBucketOptimizer, "_gradient_norm"): "norm",
-    }
-    originals = {place: getattr(*place) for place in named}
-    for (owner, attribute), name in named.items():
-        setattr(owner, attribute, _in_range(originals[owner, attribute], f"part {name}"))
-    try:
-        yield
-    finally:
-        for (owner, attribute), original in originals.items():
-            setattr(owner, attribute, original)
-
-
-def _in_range(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with record_function(name):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def _profiled(work: Callable[[], object], device: torch.device) -> list[Any]:
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
-        work()
-        synchronize(device)
-    return list(profiler.events())
-
-
-def _is_kernel(event: Any, device: torch.device) -> bool:
-    return (
-        device.type == "cuda" and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    )
-
-
-def _parts(events: Sequence[Any], on_device: Sequence[Any], device: torch.device) -> dict[str, float]:
-    """Milliseconds by part; ``model`` is all that has no other name."""
-    on_gpu = device.type == "cuda"
-    parts = dict.fromkeys(("model", "exchange", "accumulation", "reduction", "norm", "AdamW", "gathering"), 0.0)
-    for event in events:
-        name = event.name.removeprefix("part ")
-        if not on_gpu and event.name.startswith("Optimizer.step#"):
-            # On a GPU it is told by its kernel, which the profiler does not lay at the range's door.
-            name = "AdamW"
-        if event.device_type == torch.autograd.DeviceType.CPU and name != event.name:
-            parts[name] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e3
-    for event in on_device:
-        part = next((part for word, part in _PARTS_BY_KERNEL.items() if word in event.name), None)
-        if part is not None:
-            parts[part] += (event.time_range.end - event.time_range.start) / 1e3
-    total = sum(event.time_range.end - event.time_range.start for event in on_device) / 1e3
-    parts["model"] = max(0.0, total - sum(parts.values()))
-    return parts
-
-
-def _exposed_and_idle(spans: Iterable[tuple[float, float, bool]]) -> tuple[float, float]:
-    """Time with communication alone, and time with nothing, of ``(start, end, is communication)``."""
-    edges = sorted(
-        (moment, change, communicates)
-        for start, end, communicates in spans
-        for moment, change in ((start, 1), (end, -1))
-    )
-    running = {True: 0, False: 0}
-    exposed = idle = 0.0
-    before = edges[0][0] if edges else 0.0
-    for moment, change, communicates in edges:
-        if not running[False]:
-            if running[True]:
-                exposed += moment - before
-            else:
-                idle += moment - before
-        running[communicates] += change
-        before = moment
-    return exposed, idle
 
 
 def format_row(row: Row, outcome: Outcome, proxy: Outcome | None) -> str:

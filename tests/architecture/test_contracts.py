@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -16,13 +17,19 @@ DOORS = {
     "tilelang": {"kernels"},
     "triton": {"kernels"},
     "datasets": {"data"},
+    "matplotlib": {"plots"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "safetensors": {"checkpoint", "huggingface"},
+    "tensorboardX": {"metrics"},
     "wandb": {"metrics"},
     "yaml": {"config"},
 }
 """The rooms that import a library; no other does, not even inside a function."""
+
+
+SELDOM = ("matplotlib", "qwen3next_train.engine.step_profile", "tensorboardX", "torch.profiler", "wandb")
+"""What is imported for a plot, a profile or a destination of records alone."""
 
 
 def _room(path: str) -> str:
@@ -40,6 +47,24 @@ def test_each_library_has_its_door() -> None:
         for library in DOORS.keys() & set(imported_packages(tree)):
             importers[library].add(_room(path))
     assert importers == DOORS
+
+
+def test_what_only_some_runs_need_is_imported_where_it_is_used() -> None:
+    """Inside a function: a run that asks for none of it does not pay for it."""
+    at_load = [
+        f"{path}: {module}"
+        for path, tree in modules().items()
+        for node in tree.body
+        for module in _imported(node)
+        if module.startswith(SELDOM) and path != "qwen3next_train/engine/step_profile.py"
+    ]
+    assert at_load == []
+
+
+def _imported(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 
 def test_every_package_has_a_layer() -> None:

@@ -108,6 +108,11 @@ checkpoint.init_from
 
 logging.interval
 logging.layer_interval
+logging.step_parts
+logging.tensorboard
+logging.profile.steps
+logging.profile.all_ranks
+logging.profile.memory
 logging.wandb.mode
 logging.wandb.project
 logging.wandb.entity
@@ -226,6 +231,7 @@ COMMAND_OPTIONS = {
     ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
+    "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
     "checkpoint": [],
     "doctor": ["--json"],
 }
@@ -234,6 +240,7 @@ COMMAND_KEYS = {
     "eval": ("data.sequence_length",),
     "import-hf": ("model.mtp_num_layers", "run.seed"),
     "export-hf": (),
+    "plot": (),
 }
 """Of the configuration; subcommands that are not named here read all of it."""
 
@@ -257,6 +264,11 @@ perf/mfu
 perf/tokens_per_s
 perf/step_time_s
 perf/data_wait_s
+perf/forward_s
+perf/backward_s
+perf/optimizer_s
+perf/save_s
+perf/eval_s
 mem/peak_gib
 moe/max_violation
 moe/dead_experts

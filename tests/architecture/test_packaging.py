@@ -24,7 +24,12 @@ COMES_WITH = {
 }
 """Distributions that a declared one is built on and whose version it pins."""
 
-OPTIONAL = {"flash_qla": "flash-qla", "tilelang": "flash-qla"}
+OPTIONAL = {
+    "flash_qla": "flash-qla",
+    "matplotlib": "matplotlib",
+    "tensorboardX": "tensorboardx",
+    "tilelang": "flash-qla",
+}
 """Modules that are imported only where they are installed, and the extra that brings them."""
 
 

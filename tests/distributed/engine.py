@@ -10,6 +10,7 @@ from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.topology import Topology
 
 if TYPE_CHECKING:
+    from qwen3next_train.engine.step_clock import StepClock
     from qwen3next_train.engine.zero_engine import ZeroEngine
 
 
@@ -24,7 +25,7 @@ def topology_of(config: Config, context: ProcessContext) -> Topology:
     )
 
 
-def build_engine(config: Config, context: ProcessContext) -> ZeroEngine:
+def build_engine(config: Config, context: ProcessContext, clock: StepClock | None = None) -> ZeroEngine:
     """An engine with new weights."""
     # DeepSpeed chooses its accelerator when it is first imported: the one that the context has decided on.
     from qwen3next_train.engine.zero_engine import ZeroEngine
@@ -36,4 +37,5 @@ def build_engine(config: Config, context: ProcessContext) -> ZeroEngine:
         kernels=select_kernels(config.kernels, context.device),
         device=context.device,
         num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // topology.data_parallel_size,
+        clock=clock,
     )

@@ -64,6 +64,9 @@ def test_killed_rank_is_named_and_the_same_line_goes_on(
     assert (outcome["code"], outcome["rank"]) == (69, 1 - rank)
     where = f"rank {rank} (process {victim} on {socket.gethostname()}) has died: "
     assert outcome["reason"].startswith(f"rank {1 - rank}: {where}")
+    collectives = run_dir / f"flight_recorder_rank_{1 - rank}"
+    assert outcome["reason"].endswith(f"; its last collectives: {collectives}")
+    assert collectives.stat().st_size > 0
     assert outcome["reason"] in stderr
 
     done = run("console", ["--nproc-per-node", "2", *args])

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps: its rows and its arithmetic of intervals."""
+"""The benchmark of whole steps: its rows."""
 
 from __future__ import annotations
 
@@ -42,12 +42,3 @@ def test_long_rows_are_as_many_tokens_a_gpu_along_the_diagonals() -> None:
         tokens.setdefault(config.data.sequence_length // slices, []).append(row.label)
     assert tokens[32 * 1024] == ["32kxCP1", "64kxCP2", "128kxCP4"]
     assert max(tokens) == 64 * 1024
-
-
-def test_exposed_and_idle_time() -> None:
-    from bench_steps import _exposed_and_idle
-
-    spans = [(0.0, 4.0, False), (3.0, 6.0, True), (8.0, 9.0, False), (8.5, 10.0, True)]
-    assert _exposed_and_idle(spans) == (3.0, 2.0)
-    assert _exposed_and_idle([]) == (0.0, 0.0)
-    assert _exposed_and_idle([(0.0, 2.0, True), (1.0, 3.0, True)]) == (3.0, 0.0)

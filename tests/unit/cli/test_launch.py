@@ -149,6 +149,16 @@ def test_what_no_worker_could_say_is_recorded(tmp_path, torchrun, capsys, end, r
     assert capsys.readouterr().err == outcome["reason"] + "\n"
 
 
+def test_collectives_that_the_watchdog_has_written_are_named(tmp_path, torchrun, capsys):
+    for rank in (0, 1):
+        (tmp_path / f"flight_recorder_rank_{rank}").touch()
+    torchrun(tmp_path, end=failures(-6, -15), record=None)
+    assert launch.run_processes(Processes(2), tmp_path, lambda: None) == 69
+    reason = capsys.readouterr().err
+    assert reason.startswith("rank 0 (process 40) was killed by SIGABRT, as NCCL does ")
+    assert reason.endswith(f"; last collectives of 2 ranks: {tmp_path}/flight_recorder_rank_*\n")
+
+
 @pytest.mark.parametrize(
     ("end", "code", "reason"),
     [

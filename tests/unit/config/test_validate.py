@@ -6,8 +6,15 @@ import pytest
 
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
-from qwen3next_train.config.schema import Config, ModelConfig
-from qwen3next_train.config.validate import expand_interval, layer_violations, rotary_dim, validate, validate_for_world
+from qwen3next_train.config.schema import Config, ModelConfig, ProfileConfig
+from qwen3next_train.config.validate import (
+    expand_interval,
+    layer_violations,
+    profiled_steps,
+    rotary_dim,
+    validate,
+    validate_for_world,
+)
 from qwen3next_train.errors import ConfigError
 
 TINY = shipped_folder() / "qwen3next_tiny.yaml"
@@ -21,6 +28,11 @@ FIXED = {
 }
 
 
+@pytest.mark.parametrize(("text", "steps"), [("", []), ("3", [3]), ("10-12", [10, 11, 12])])
+def test_steps_to_profile(text: str, steps: list[int]) -> None:
+    assert list(profiled_steps(ProfileConfig(steps=text))) == steps
+
+
 def faults_of(**overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config([TINY], [(key.replace("__", "."), text) for key, text in (FIXED | overrides).items()])
@@ -28,6 +40,30 @@ def faults_of(**overrides: str) -> list[str]:
 
 
 RULES = [
+    (
+        {"run__steps": "9", "logging__profile__steps": "8-10"},
+        "--logging.profile.steps: logging.profile.steps 8-10 is not within the run's steps, 1 to 9; choose steps among "
+        "them",
+    ),
+    (
+        {"logging__profile__steps": "0-2"},
+        "--logging.profile.steps: logging.profile.steps 0-2 is not within the run's steps, 1 to 300; choose steps "
+        "among them",
+    ),
+    (
+        {"logging__profile__steps": "3-2"},
+        "--logging.profile.steps: logging.profile.steps 3-2 is not within the run's steps, 1 to 300; choose steps "
+        "among them",
+    ),
+    (
+        {"logging__profile__steps": "3-"},
+        "--logging.profile.steps: logging.profile.steps is no range of steps (got '3-'); write 10-12, or 10",
+    ),
+    (
+        {"logging__profile__memory": "[steps]"},
+        '--logging.profile.memory: logging.profile.memory has "steps" but logging.profile.steps is empty; name the '
+        "steps, such as 10-12",
+    ),
     (
         {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": "3"},
         "--parallel.offload_optimizer: parallel.offload_optimizer cpu clips by a wrong gradient norm with "

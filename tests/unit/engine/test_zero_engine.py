@@ -10,6 +10,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, Report, StepTotals
+from qwen3next_train.engine.step_clock import StepClock
 from qwen3next_train.model.mtp import MultiTokenPredictor
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
@@ -228,3 +229,17 @@ def test_steps_may_have_different_numbers_of_micro_batches(
     varying = of(4)
     found, expected = trained([varying] * 3), trained([of(1), of(3), of(4)])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_times_of_the_parts_are_of_reported_steps_and_change_nothing(context: ProcessContext) -> None:
+    config = small_config(micro_batch_size=1)
+    plain, timed = build_engine(config, context), build_engine(config, context, clock=StepClock(context.device))
+    batches, totals = _batches(config, 0)
+    parts = {"perf/forward_s", "perf/backward_s", "perf/optimizer_s"}
+    for report in (Report.SUMMARY, Report.NONE):
+        results = [
+            engine.train_step(batches, totals=totals, lr=1e-3, report=report).metrics for engine in (plain, timed)
+        ]
+        assert set(results[1]) - set(results[0]) == (parts if report is Report.SUMMARY else set())
+        assert all(results[1][name] == value for name, value in results[0].items())
+        assert all(results[1][name] > 0 for name in parts & set(results[1]))

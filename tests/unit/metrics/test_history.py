@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_train.metrics.history import cut_rows, keep_aside, last_step
+from qwen3next_train.errors import DataError
+from qwen3next_train.metrics.history import cut_rows, keep_aside, last_step, read_rows
 
 
 def rows(*steps: int) -> bytes:
@@ -145,3 +146,16 @@ def test_a_file_with_later_rows_is_kept_whole_and_replaces_nothing(path):
     cut_rows(path, 2)
     assert path.read_bytes() == rows(1, 2)
     assert path.with_name("m.jsonl.aside-1").read_bytes() == rows(1, 2, 3)
+
+
+def test_rows_are_read_as_they_were_written(path):
+    path.write_bytes(rows(1, 2) + b'{"step": 5, "loss/lm": null}\n{"step": 6')
+    assert read_rows(path) == [{"step": 1}, {"step": 2}, {"step": 5, "loss/lm": None}]
+
+
+@pytest.mark.parametrize("damage", [b"{}\n", b"\xff\n", b'{"step": 2, "loss/lm": true}\n', rows(1), b"[" * 5_000_000])
+def test_a_damaged_row_is_an_error_for_who_only_reads(path, damage):
+    path.write_bytes(rows(1) + damage)
+    with pytest.raises(DataError, match="line 2 is "):
+        read_rows(path)
+    assert path.read_bytes() == rows(1) + damage

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from qwen3next_train.checkpoint.manager import CheckpointManager
-from qwen3next_train.config.schema import CheckpointConfig, Config, RunConfig
+from qwen3next_train.config.schema import CheckpointConfig, Config, LoggingConfig, RunConfig
 from qwen3next_train.engine.base import Fragment, StepResult
 from qwen3next_train.errors import DivergedError, StorageError
 from qwen3next_train.metrics.sinks import JsonlSink
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
+from qwen3next_train.train import loop
 from qwen3next_train.train.loop import Run, train
 from qwen3next_train.train.run_directory import RunDirectory
 from tests.unit.checkpoint.support import (
@@ -65,12 +66,14 @@ def run_of(
     require_directory: Callable[[], None] = lambda: None,
     filesystem: HookedFilesystem | None = None,
     start: int = 0,
+    logging: LoggingConfig | None = None,
 ) -> Run:
     control = control or SingleProcess()
     config = Config(
         model=small_config(),
         run=RunConfig(steps=start + len(outcomes), max_skipped_steps=3),
         checkpoint=CheckpointConfig(interval=interval, keep=keep, max_failures=max_failures),
+        logging=logging or LoggingConfig(),
     )
     batch = SimpleNamespace(num_targets=(8,), num_tokens=8, sum_squared_lengths=64)
     return Run(
@@ -263,3 +266,36 @@ def test_what_one_rank_cannot_see_any_more_ends_all(tmp_path: Path) -> None:
         (StorageError, "run directory lost: rank 1: run.dir: gone")
     ] * 2
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_profiler_is_told_of_every_step_around_its_data_and_its_row(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "...", interval=2)
+    told: list[tuple[str, int]] = []
+    run.profiler = cast(
+        Any,
+        SimpleNamespace(
+            before=lambda step: told.append(("before", step)), after=lambda step: told.append(("after", step))
+        ),
+    )
+    run.batches = (told.append(("data", 0)) or batches for batches in run.batches)
+    run.sinks = [cast(Any, SimpleNamespace(log=lambda record: told.append(("row", record["step"]))))]
+    train(run)
+    assert told == [
+        entry for step in (1, 2, 3) for entry in (("before", step), ("data", 0), ("row", step), ("after", step))
+    ]
+
+
+def test_the_time_of_a_save_is_in_the_row_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second passes whenever somebody looks.
+    seconds = itertools.count(1)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(seconds)))
+    rows: list[Any] = []
+    for step_parts in (True, False):
+        (tmp_path / str(step_parts)).mkdir()
+        run = run_of(tmp_path / str(step_parts), "....", interval=2, logging=LoggingConfig(step_parts=step_parts))
+        run.sinks = [cast(Any, SimpleNamespace(log=rows.append))]
+        train(run)
+    assert [row["perf/save_s"] for row in rows[:3]] == [0.0, 0.0, rows[2]["perf/save_s"]]
+    assert rows[2]["perf/save_s"] >= 1.0
+    assert rows[3]["perf/save_s"] == 0.0
+    assert not any("perf/save_s" in row for row in rows[4:])

@@ -103,8 +103,11 @@ TO_GO_ON = "run the same line to go on"
         (0, fails_at(3, RuntimeError(TORN_DOWN)), 69, f"rank 0: lost another rank: {TORN_DOWN}", 3),
     ],
 )
-def test_end_is_recorded_with_the_last_step(attempt, first_step, train, code, reason, step):
+def test_end_is_recorded_with_the_last_step(attempt, tmp_path, first_step, train, code, reason, step):
     returned, record = attempt(first_step=first_step, train=train)
+    collectives = tmp_path / "flight_recorder_rank_0"
+    assert collectives.exists() == (code == 69)
+    reason += f"; its last collectives: {collectives}" if code == 69 else ""
     assert (returned, record["code"], record["reason"], record["step"]) == (code, code, reason, step)
 
 
@@ -143,13 +146,14 @@ def test_what_the_machine_lacks_is_one_line(attempt, capsys, error, code, begin)
     assert capsys.readouterr().err == record["reason"] + "\n"
 
 
-def test_dead_rank_is_named(attempt):
+def test_dead_rank_is_named(attempt, tmp_path):
     own = RankInfo.this_process()
     # The largest number there can be, and not in use.
     dead = 2**22
     code, record = attempt(train=fails_at(3, RuntimeError(GLOO)), others=(own.host, own.pid_namespace, dead))
     assert code == 69
-    assert record["reason"] == f"rank 0: rank 1 (process {dead} on {own.host}) has died: {LOST}"
+    collectives = f"its last collectives: {tmp_path}/flight_recorder_rank_0"
+    assert record["reason"] == f"rank 0: rank 1 (process {dead} on {own.host}) has died: {LOST}; {collectives}"
 
 
 def test_failure_before_there_is_a_state(attempt):

@@ -47,7 +47,7 @@ def test_what_is_well_typed_is_given(tmp_path, capsys):
 def test_what_is_ill_typed_is_left_out_and_said(tmp_path, capsys, key, value):
     path = tmp_path / "run.json"
     assert read(path, WHOLE | {key: value}) == {name: WHOLE[name] for name in WHOLE if name != key}
-    assert capsys.readouterr().err == f"{path}: {key} not as this program writes it; written anew\n"
+    assert capsys.readouterr().err == f"{path}: {key} not as this program writes it; it is written anew\n"
 
 
 def test_what_another_program_wrote_is_no_run_info(tmp_path):

@@ -1,0 +1,101 @@
+"""Curves and maps as a picture, by matplotlib, which is imported here and nowhere else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qwen3next_train.plots.panels import BALANCE_TITLE, BalanceMap, DrawnPanel
+from qwen3next_train.plots.runs import Axis, LoggedRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH_IN = 6.0
+_HEIGHT_IN = 3.4
+_DOTS_PER_INCH = 120
+_RAW_ALPHA = 0.25
+_MOST_MARKED = 60
+"""Points of a curve that are marked one by one; a longer curve is a line."""
+
+
+def draw_figure(
+    panels: Sequence[DrawnPanel], maps: Sequence[BalanceMap], runs: Sequence[LoggedRun], axis: Axis
+) -> Figure:
+    """One picture: the panels in two columns, then the maps; runs keep their colour in all of them.
+
+    A curve's id in an SVG file is its label; a resume is a dashed line of the run's colour.
+    """
+    # Neither pyplot nor a backend: they hold figures and windows for whoever works interactively.
+    from matplotlib.figure import Figure
+
+    total = len(panels) + len(maps)
+    num_rows = (total + 1) // 2
+    figure = Figure(figsize=(2 * _WIDTH_IN, num_rows * _HEIGHT_IN), layout="constrained", dpi=_DOTS_PER_INCH)
+    places = [figure.add_subplot(num_rows, 2, place + 1) for place in range(total)]
+    for axes, drawn in zip(places, panels, strict=False):
+        _draw_panel(axes, drawn, runs, axis)
+    # One scale, or runs could not be compared; 0 is balanced.
+    fullest = max((float(np.nanmax(balance.values_LC)) for balance in maps), default=0.0)
+    for axes, balance in zip(places[len(panels) :], maps, strict=True):
+        _draw_map(figure, axes, balance, axis, fullest)
+    return figure
+
+
+def render(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """The picture as a file's content, the same bytes for the same numbers."""
+    from matplotlib import rc_context
+
+    target = io.BytesIO()
+    # Text stays text: it can be searched, and the file is smaller.
+    with rc_context({"svg.hashsalt": "qwen3next-train", "svg.fonttype": "none"}):
+        figure.savefig(target, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return target.getvalue()
+
+
+def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: Axis) -> None:
+    many = len(drawn.curves) > 1 or len(runs) > 1
+    for number, curve in enumerate(drawn.curves):
+        colour = f"C{curve.run % 10}"
+        # Several metrics of one run: told by their strokes.
+        stroke = ("-", "--", "-.", ":")[sum(other.run == curve.run for other in drawn.curves[:number]) % 4]
+        mark = "." if len(curve.x) <= _MOST_MARKED else ""
+        if curve.smooth is not None:
+            axes.plot(curve.x, curve.y, stroke, color=colour, alpha=_RAW_ALPHA, gid=f"{curve.label} unsmoothed")
+        axes.plot(curve.x, curve.shown, stroke, marker=mark, color=colour, label=curve.label, gid=curve.label)
+    if drawn.panel.is_log and all((curve.y > 0).any() for curve in drawn.curves):
+        axes.set_yscale("log")
+    for number, run in enumerate(runs):
+        for place in run.resumes_along(axis):
+            axes.axvline(place, color=f"C{number % 10}", linestyle="--", linewidth=0.8, gid=f"{run.name} resumed")
+    axes.set_title(drawn.panel.title, fontsize="medium")
+    axes.set_xlabel(axis)
+    axes.grid(visible=True, alpha=0.3)
+    if many:
+        axes.legend(fontsize="small")
+
+
+def _draw_map(figure: Figure, axes: Axes, balance: BalanceMap, axis: Axis, fullest: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    mesh = axes.pcolormesh(
+        balance.x,
+        balance.layers,
+        balance.values_LC,
+        shading="nearest",
+        cmap="viridis",
+        vmin=0.0,
+        vmax=fullest or 1.0,
+        gid=f"{balance.run} experts",
+    )
+    mesh.set_rasterized(True)
+    figure.colorbar(mesh, ax=axes)
+    axes.invert_yaxis()
+    axes.set_title(f"experts of {balance.run}: {BALANCE_TITLE}", fontsize="small")
+    axes.set_xlabel(axis)
+    axes.set_ylabel("MoE layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
