@@ -146,7 +146,10 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
             [*EXPORT, "--run.stpes", "0"],
             "--run.stpes: unknown key (got 0); did you mean run.steps? --help all lists every key",
         ),
-        ([*EVAL, "--output", "x"], "--output: not an option of eval; it belongs to tokenize, import-hf, export-hf"),
+        (
+            [*EVAL, "--output", "x"],
+            "--output: not an option of eval; it belongs to tokenize, import-hf, export-hf, plot",
+        ),
         (
             [*EVAL, "--config", "x"],
             "--config: not an option of eval; it belongs to train, plan, tokenize, checkpoint, doctor",

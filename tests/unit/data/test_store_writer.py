@@ -77,7 +77,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, limit: int) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "cache"), str(corpus), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 74, done.stderr
-    assert "cannot write (File too large)" in done.stdout
+    assert "cannot write (File too large: raise the limit, ulimit -f, which is " in done.stdout
     assert done.stdout.count("\n") == 1
     left = [path.name for path in (tmp_path / "cache").iterdir() if path.name != "digests"]
     assert [name for name in left if not name.endswith(".lock")] == []

@@ -33,7 +33,7 @@ def test_parts_of_the_same_name_are_added_up_and_a_step_forgets_the_one_before(m
     assert spend(clock) == {"perf/forward_s": 66.0, "perf/backward_s": 234.0, "perf/optimizer_s": 78.0}
 
 
-def test_on_a_gpu_the_device_s_own_time_is_read_and_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_devices_own_time_is_read_once_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = itertools.count()
 
     class Event:
@@ -45,7 +45,11 @@ def test_on_a_gpu_the_device_s_own_time_is_read_and_nothing_is_waited_for(monkey
         def record(self) -> None:
             self.number = next(numbers)
 
+        def synchronize(self) -> None:
+            self.is_over = True
+
         def elapsed_time(self, end: Any) -> float:
+            assert end.is_over, "CUDA raises an error"
             return 10.0 * (end.number - self.number)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
