@@ -125,9 +125,11 @@ def test_only_a_stopped_run_is_requeued(tmp_path: Path, slurm: Cluster, shared_c
 
     cancelled = _submit(slurm, "--time=5", args=arguments(shared_corpus, run_dir, run__steps=100_000))
     wait_until(lambda: num_steps(run_dir) > 0, "the first step")
+    # On a machine so busy that ranks lose each other a run is started again before it has a first step.
+    restarts = slurm.job(cancelled)["Restarts"]
     slurm.run("scancel", cancelled)
     wait_until(lambda: slurm.job(cancelled)["JobState"] == "CANCELLED", "the cancelled job's end", poll_s=0.5)
-    assert slurm.job(cancelled)["Restarts"] == "0"
+    assert slurm.job(cancelled)["Restarts"] == restarts
     # It has saved all the same.
     assert exit_record(run_dir)["code"] == 75
     assert (run_dir / "checkpoints" / f"step_{exit_record(run_dir)['step']:08d}").is_dir()
