@@ -72,6 +72,6 @@ def test_a_directory_of_another_configuration_is_refused_and_left_as_it_is(tmp_p
     before = (run_dir / "metrics.jsonl").read_bytes(), (run_dir / "config.yaml").read_bytes()
     code, lines = _refusal(arguments(corpus, run_dir, run__steps=2, run__seed=7))
     assert (code, len(lines)) == (2, 1)
-    assert "run.seed was 1234, now 7" in lines[0]
+    assert lines[0].startswith("run.seed: was 1234, now 7: ")
     assert ((run_dir / "metrics.jsonl").read_bytes(), (run_dir / "config.yaml").read_bytes()) == before
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 2
