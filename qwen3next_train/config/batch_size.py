@@ -7,6 +7,7 @@ the batch is ``run.global_batch_size``. The samples counted are those of this sc
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
@@ -36,6 +37,11 @@ class Level(NamedTuple):
 def batch_size(config: Config, step: int) -> int:
     """Rows of the global batch of a step (the first step is 1)."""
     return _at(_levels_of(config), step).size
+
+
+def common_batch_size(config: Config) -> int:
+    """The most rows that the batches of all steps are a multiple of: how they divide over ranks, all of them do."""
+    return math.gcd(config.run.global_batch_size, *config.schedule.rampup_batch_size[:2])
 
 
 def batch_sizes_after(config: Config, step: int) -> Iterator[int]:

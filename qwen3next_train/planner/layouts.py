@@ -12,6 +12,7 @@ from typing import Literal
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
+from qwen3next_train.config.batch_size import common_batch_size
 from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
 from qwen3next_train.config.validate import MAX_BF16_BETA, context_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
@@ -61,7 +62,7 @@ def layouts_that_fit(
     enough for layouts on more GPUs to be named as well.
 
     Args:
-        config: the configuration; its global batch must divide.
+        config: the configuration; the batch of every step must divide.
         layout: one that does not fit.
         device: what it should fit on.
         kinds: :func:`~qwen3next_train.accounting.memory.parameter_kinds` of the model.
@@ -103,12 +104,12 @@ def fastest_layouts(
 ) -> tuple[TimedLayout, ...]:
     """The fastest layouts on the same GPUs that fit, the fastest first.
 
-    They differ in what changes neither results nor what is stored: expert-parallel size, ZeRO stage, micro-batch,
-    micro-batches in flight and recompute. Of each expert-parallel size, stage and number in flight the best one
-    is named, and the best under stage 1 in any case.
+    They differ in what changes neither results nor what is stored: expert-parallel and context-parallel size, ZeRO
+    stage, micro-batch, micro-batches in flight and recompute. Of each expert-parallel size, stage and number in flight
+    the best one is named, and the best under stage 1 in any case. With bf16 gradients all are of stage 1.
 
     Args:
-        config: the configuration; its global batch must divide.
+        config: the configuration; the batch of every step must divide.
         layout: its layout.
         device: what they should fit on.
         kinds: as of :func:`layouts_that_fit`.
@@ -119,7 +120,7 @@ def fastest_layouts(
     candidates = [
         near
         for near in _same_states(config, layout, (no_parts, no_parts.union(CHEAP_PARTS), _WHOLE_LAYERS))
-        if not _is_uneven(config, near)
+        if not _is_uneven(config, near) and near.gradient_dtype == layout.gradient_dtype
     ]
     timed = sorted(
         ((clock.step(near), len(changed_fields(layout, near)), index) for index, near in enumerate(candidates)),
@@ -168,7 +169,7 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
     ):
         if offload and near.zero_stage == 3:
             continue  # a combination that config.validate rejects
-        yield replace(near, moments_dtype=moments_dtype, offload_optimizer=offload)
+        yield _with_possible_gradients(replace(near, moments_dtype=moments_dtype, offload_optimizer=offload))
 
 
 def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[RecomputePart]]) -> Iterator[Layout]:
@@ -187,7 +188,7 @@ def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[R
             continue
         if layout.offload_optimizer and zero_stage == 3:
             continue
-        yield replace(
+        near = replace(
             layout,
             expert_parallel_size=expert_parallel_size,
             context_parallel_size=context_parallel_size,
@@ -196,21 +197,28 @@ def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[R
             micro_batches_in_flight=in_flight,
             recompute=parts,
         )
+        yield _with_possible_gradients(near)
+
+
+def _with_possible_gradients(layout: Layout) -> Layout:
+    """The layout with fp32 gradients where they are not summed in buckets, which alone can be of bf16."""
+    return layout if layout.sums_in_buckets else replace(layout, gradient_dtype="fp32")
 
 
 def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int]]:
     """Context-parallel sizes, no smaller than the layout's, and micro-batch sizes. Only single rows are cut further."""
+    batch = common_batch_size(config)
     sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
     for factor in (1, *_FACTORS[:-1]):
         context = layout.context_parallel_size * factor
         ranks, rest = divmod(layout.world_size, context)
-        if rest or config.run.global_batch_size % ranks:
+        if rest or batch % ranks:
             continue
         if not context_fits(config.model, layout.sequence_length, context):
             continue
         if factor > 1 and layout.sequence_length // context < _LEAST_SLICE:
             continue
-        rows = config.run.global_batch_size // ranks
+        rows = batch // ranks
         for size in sorted(sizes) if factor == 1 else (1,):
             if rows % size == 0:
                 yield context, size

@@ -107,6 +107,7 @@ def _fastest_as_json(plan: Plan, timed: TimedLayout) -> dict[str, Any]:
     layout = timed.layout
     return {
         "expert_parallel_size": layout.expert_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
         "zero_stage": layout.zero_stage,
         "micro_batch_size": layout.micro_batch_size,
         "micro_batches_in_flight": layout.micro_batches_in_flight,
@@ -248,14 +249,16 @@ def _fastest_lines(plan: Plan) -> list[str]:
     if plan.device is None:
         return []
     if plan.recommended is None:
-        offload = "with" if plan.layout.offload_optimizer else "without"
-        return _row("fastest", f"no layout fits {plan.layout.world_size} {plan.gpu} {offload} an offloaded optimizer")
-    lines = [f"EP  ZeRO  micro-batch  in flight    s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
+        terms = f"{'with' if plan.layout.offload_optimizer else 'without'} an offloaded optimizer"
+        if plan.layout.gradient_dtype == "bf16":
+            terms = f"with bf16 gradients and {terms}"
+        return _row("fastest", f"no layout fits {plan.layout.world_size} {plan.gpu} {terms}")
+    lines = [f"EP  CP  ZeRO  micro-batch  in flight  s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
     for each in plan.fastest:
         layout = each.layout
         lines.append(
-            f"{layout.expert_parallel_size:>2}{layout.zero_stage:>6}{layout.micro_batch_size:>13}"
-            f"{layout.micro_batches_in_flight:>11}{each.step.total_s:>12.3g}"
+            f"{layout.expert_parallel_size:>2}{layout.context_parallel_size:>4}{layout.zero_stage:>6}"
+            f"{layout.micro_batch_size:>13}{layout.micro_batches_in_flight:>11}{each.step.total_s:>10.3g}"
             f"{_tflops(plan, each.step.total_s):>15.0f}{each.memory_bytes / 1e9:>8.1f}  {_parts_list(layout.recompute)}"
         )
     rows = [
@@ -277,7 +280,10 @@ def _stages_line(plan: Plan, best: TimedLayout) -> str:
     verdict = "stage 1 fits" if stage == 1 else f"stage 1 {'is slower' if has_stage_1 else 'does not fit'}"
     if best is not plan.fastest[0]:
         verdict += f" and is within {TIME_ERROR:.0%} of the fastest, the error of these times"
-    where = f"take stage {stage} with EP {best.layout.expert_parallel_size}: {best.step.total_s:.3g} s a step"
+    sizes = f"EP {best.layout.expert_parallel_size}"
+    if best.layout.context_parallel_size > 1:
+        sizes += f" and CP {best.layout.context_parallel_size}"
+    where = f"take stage {stage} with {sizes}: {best.step.total_s:.3g} s a step"
     return f"{verdict} · {where} · the same layout would take under {others}"
 
 
@@ -304,6 +310,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
         ("data.sequence_length", old.sequence_length, new.sequence_length),
         ("parallel.micro_batches_in_flight", old.micro_batches_in_flight, new.micro_batches_in_flight),
         ("parallel.recompute", _parts_list(old.recompute), _parts_list(new.recompute)),
+        ("parallel.gradient_dtype", old.gradient_dtype, new.gradient_dtype),
         ("optimizer.moments_dtype", old.moments_dtype, new.moments_dtype),
         ("parallel.offload_optimizer", "none", "cpu" if new.offload_optimizer != old.offload_optimizer else "none"),
     )

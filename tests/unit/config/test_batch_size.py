@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from qwen3next_train.config.batch_size import batch_size, batch_sizes_after, samples_through, steps_for
+from qwen3next_train.config.batch_size import (
+    batch_size,
+    batch_sizes_after,
+    common_batch_size,
+    samples_through,
+    steps_for,
+)
 from qwen3next_train.config.describe import compare_configs
 from qwen3next_train.config.schema import Config
 
@@ -47,6 +53,12 @@ def test_a_ramp_up_by_hand() -> None:
     for samples in range(1, 60):
         steps = steps_for(growing, samples)
         assert samples_through(growing, steps - 1) < samples <= samples_through(growing, steps)
+
+
+def test_what_divides_all_batches() -> None:
+    """Of 12, 20, 28 and 36 rows, 4 are the most that each is a multiple of."""
+    assert common_batch_size(config(8)) == 8
+    assert common_batch_size(config(36, [12, 8, 100])) == 4
 
 
 @pytest.mark.parametrize(

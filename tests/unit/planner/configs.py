@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import Config, DataConfig, OptimizerConfig, ParallelConfig, RecomputePart, RunConfig
+from qwen3next_train.config.schema import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputePart,
+    RunConfig,
+    ScheduleConfig,
+)
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B
 
 
@@ -37,8 +45,8 @@ def config_80b(
     )
 
 
-def config_of(layout: Layout, *, global_batch_size: int = 256) -> Config:
-    """The 80B as ``layout`` has it."""
+def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[int] = ()) -> Config:
+    """The 80B as ``layout`` has it, with ``schedule.rampup_batch_size``."""
     config = config_80b(
         expert_parallel_size=layout.expert_parallel_size,
         zero_stage=layout.zero_stage,
@@ -49,7 +57,16 @@ def config_of(layout: Layout, *, global_batch_size: int = 256) -> Config:
         micro_batches_in_flight=layout.micro_batches_in_flight,
         global_batch_size=global_batch_size,
     )
-    offload = config.parallel.model_copy(update={"offload_optimizer": "cpu" if layout.offload_optimizer else "none"})
+    parallel = config.parallel.model_copy(
+        update={
+            "offload_optimizer": "cpu" if layout.offload_optimizer else "none",
+            "gradient_dtype": layout.gradient_dtype,
+        }
+    )
     return config.model_copy(
-        update={"parallel": offload, "optimizer": OptimizerConfig(moments_dtype=layout.moments_dtype)}
+        update={
+            "parallel": parallel,
+            "optimizer": OptimizerConfig(moments_dtype=layout.moments_dtype),
+            "schedule": ScheduleConfig(rampup_batch_size=list(rampup)),
+        }
     )

@@ -10,6 +10,7 @@ import pytest
 
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.config.validate import validate, validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import MAX_FASTEST, USABLE_FRACTION, changed_fields
 from qwen3next_train.planner.plan import TIME_ERROR, make_plan
@@ -141,6 +142,37 @@ def test_long_rows_are_proposed_to_be_shared_before_they_are_shortened() -> None
     for layout in plan.changes:
         proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu="h200", mfu=None, tokens=None)
         assert proposed.memory_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "context_parallel_size", "rampup"),
+    [(64, 1, [64, 64, 1000]), (64, 4, [16, 16, 1000]), (16, 1, [16, 16, 1000])],
+)
+def test_batches_of_a_ramp_up_divide_too(gpus: int, context_parallel_size: int, rampup: list[int]) -> None:
+    """Micro-batches that only the last batch is a multiple of would be rejected; of these, all are of one row."""
+    config = config_80b(context_parallel_size=context_parallel_size)
+    schedule = ScheduleConfig(rampup_batch_size=rampup)
+    plan = make_plan(config.model_copy(update={"schedule": schedule}), gpus=gpus, gpu="h100", mfu=None, tokens=None)
+    assert plan.changes
+    proposed = [*plan.changes, *(each.layout for each in plan.fastest)]
+    assert {layout.micro_batch_size for layout in proposed} == {1}
+    for layout in proposed:
+        validate_for_world(config_of(layout, rampup=rampup), layout.world_size)
+
+
+def test_bf16_gradients_are_given_up_where_they_are_refused() -> None:
+    """Only buckets can be of bf16: stages 2 and 3 and an offloaded optimizer are proposed with fp32 gradients."""
+    config = config_80b()
+    parallel = config.parallel.model_copy(update={"gradient_dtype": "bf16"})
+    config = config.model_copy(update={"parallel": parallel})
+    few = make_plan(config, gpus=16, gpu="h100", mfu=None, tokens=None)
+    assert {layout.gradient_dtype for layout in few.changes if layout.zero_stage > 1} == {"fp32"}
+    assert "parallel.gradient_dtype fp32" in format_plan(few)
+    assert "no layout fits 16 h100 with bf16 gradients and without an offloaded optimizer" in format_plan(few)
+    more = make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert {(each.layout.zero_stage, each.layout.gradient_dtype) for each in more.fastest} == {(1, "bf16")}
+    for layout in (*few.changes, *more.changes):
+        assert validate(config_of(layout)) == []
 
 
 @pytest.mark.parametrize("gpus", [32, 64, 256])
