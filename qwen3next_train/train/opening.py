@@ -104,6 +104,8 @@ def _layout(config: Config, layout: Layout, device: torch.device) -> str:
         parts.append(f"experts over {parallel.expert_parallel_size} ranks, {exchange} exchange")
     if parallel.context_parallel_size > 1:
         parts.append(f"rows over {parallel.context_parallel_size} ranks")
+    if parallel.micro_batches_in_flight > 1:
+        parts.append(f"{parallel.micro_batches_in_flight} micro-batches in flight")
     if parallel.recompute:
         parts.append(f"recompute {' + '.join(parallel.recompute)}")
     if parallel.offload_optimizer != "none":
