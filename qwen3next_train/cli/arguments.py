@@ -102,6 +102,11 @@ def _take(args: Arguments, name: str, value: str, options: Mapping[str, Option])
     if name in options:
         args.options.setdefault(name, []).append(value)
     elif "." in name:
+        section = name.partition(".")[0]
+        if alike := [option for option in options if option.startswith(f"{section}.")]:
+            raise ConfigError(
+                f"{show_name(name)}: unknown option; {meant(name, alike, prefix='--')} --help all lists every option"
+            )
         args.overrides.append((name.removeprefix("--"), value))
     elif argument := megatron.find(name):
         args.overrides.append((name.removeprefix("--"), "true" if argument.is_switch else value))

@@ -69,6 +69,17 @@ def steps_for(config: Config, num_samples: int) -> int:
     return level.first_step - 1 + -(-(num_samples - level.samples_before) // level.size)
 
 
+def describe_rampup(config: Config) -> str:
+    """How the batch grows, for people; empty where it does not."""
+    if len(_levels_of(config)) == 1:
+        return ""
+    start, increment, samples = config.schedule.rampup_batch_size
+    full = steps_for(config, samples) + 1
+    return (
+        f"{start:,} rows at first, {increment:,} more at a time, {config.run.global_batch_size:,} from step {full:,} on"
+    )
+
+
 def _at(levels: tuple[Level, ...], step: int) -> Level:
     return levels[bisect_right(levels, step, key=lambda level: level.first_step) - 1]
 

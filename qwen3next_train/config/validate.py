@@ -120,8 +120,9 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                     "start another number of processes",
                 )
             )
-    ranks = max(1, world_size // sizes["context"])
-    rows = ranks * run.micro_batch_size
+    if world_size % sizes["context"]:
+        return violations
+    rows = world_size // sizes["context"] * run.micro_batch_size
     with_rows = f"world size {world_size}"
     if sizes["context"] > 1:
         with_rows += f" / parallel.context_parallel_size {sizes['context']}"
@@ -135,12 +136,13 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             )
         )
     elif run.global_batch_size < rows * parallel.micro_batches_in_flight:
+        halve = "" if run.micro_batch_size % 2 else "halve run.micro_batch_size, "
         violations.append(
             RuleViolation(
                 ("parallel.micro_batches_in_flight", "run.global_batch_size", "run.micro_batch_size"),
                 f"{parallel.micro_batches_in_flight} needs as many micro-batches a step on each process, but "
-                f"run.global_batch_size {run.global_batch_size} over world size {world_size} and run.micro_batch_size "
-                f"{run.micro_batch_size} gives 1; halve run.micro_batch_size, or set "
+                f"run.global_batch_size {run.global_batch_size} over {with_rows} and run.micro_batch_size "
+                f"{run.micro_batch_size} gives 1; {halve}double run.global_batch_size, or set "
                 "parallel.micro_batches_in_flight to 1",
             )
         )

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from qwen3next_train.accounting.hardware import DEVICES, find_device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
+from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.data.summary import planned_uses, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
@@ -124,13 +125,14 @@ def _memory_as_json(by_part: dict[str, int], *, fits: bool | None) -> dict[str, 
 
 def format_plan(plan: Plan) -> str:
     """The table for people, without a final newline."""
-    parameters = plan.workload.parameters
+    parameters, rampup = plan.workload.parameters, describe_rampup(plan.config)
     lines = [
         *_row("parameters", f"{parameters.total:,}, active per token {parameters.active:,}"),
         *_row("", _parts(parameters.by_part)),
         *_row("FLOPs/token", _flops_line(plan)),
         *_row("", _shares(plan.workload.flops_by_part)),
         *_row("step", _step_line(plan)),
+        *(_row("ramp-up", rampup) if rampup else ()),
         *_row("memory/GPU", _memory_line(plan)),
         *_row("", _memory_parts(plan)),
         *(_row("host/GPU", _host_line(plan)) if plan.host_bytes else ()),
@@ -319,9 +321,10 @@ def _changed_settings(old: Layout, new: Layout) -> str:
 
 def _layout(layout: Layout) -> str:
     context = f"CP {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    in_flight = f", {layout.micro_batches_in_flight} in flight" if layout.micro_batches_in_flight > 1 else ""
     return (
         f"EP {layout.expert_parallel_size}, {context}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
-        f"{layout.precision}"
+        f"{layout.precision}{in_flight}"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import memory_per_gpu
 from qwen3next_train.accounting.workload import workload_of
-from qwen3next_train.config.batch_size import batch_size, samples_through, steps_for
+from qwen3next_train.config.batch_size import describe_rampup, samples_through
 from qwen3next_train.config.schema import Config
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.step_line import format_si, labelled
@@ -56,7 +56,7 @@ def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[
         device: where this process trains.
     """
     run, work = config.run, workload_of(config)
-    smallest = batch_size(config, 1)
+    rampup = describe_rampup(config)
     num_tokens = samples_through(config, run.steps) * config.data.sequence_length
     num_micro_batches = layout.num_micro_batches(run.global_batch_size)
     lines = [
@@ -66,7 +66,7 @@ def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[
             f"{run.global_batch_size:,} x {config.data.sequence_length:,} = {work.num_tokens:,} tokens, "
             f"{format_si(work.flops_per_step)}FLOP; {num_micro_batches:,} x {run.micro_batch_size:,} rows a process",
         ),
-        *([] if smallest == run.global_batch_size else [labelled("ramp-up", _rampup(config))]),
+        *([labelled("ramp-up", rampup)] if rampup else []),
         labelled(
             "run",
             f"{run.steps:,} steps = {format_si(num_tokens).strip()} tokens, "
@@ -83,14 +83,6 @@ def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[
     return [*lines, labelled("output", f"{run.dir}, a checkpoint {when}")]
 
 
-def _rampup(config: Config) -> str:
-    start, increment, samples = config.schedule.rampup_batch_size
-    full = steps_for(config, samples) + 1
-    return (
-        f"{start:,} rows at first, {increment:,} more at a time, {config.run.global_batch_size:,} from step {full:,} on"
-    )
-
-
 def _layout(config: Config, layout: Layout, device: torch.device) -> str:
     parallel, world_size = config.parallel, layout.world_size
     kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -104,6 +96,8 @@ def _layout(config: Config, layout: Layout, device: torch.device) -> str:
         parts.append(f"experts over {parallel.expert_parallel_size} ranks, {exchange} exchange")
     if parallel.context_parallel_size > 1:
         parts.append(f"rows over {parallel.context_parallel_size} ranks")
+    if parallel.micro_batches_in_flight > 1:
+        parts.append(f"{parallel.micro_batches_in_flight} micro-batches in flight")
     if parallel.recompute:
         parts.append(f"recompute {' + '.join(parallel.recompute)}")
     if parallel.offload_optimizer != "none":

@@ -25,9 +25,10 @@ READ_BY_CONFIG_ITSELF = {
     ("ModelConfig", "full_attention_interval"),
     ("ModelConfig", "max_position_embeddings"),
     ("ScheduleConfig", "decay_steps"),
+    ("ScheduleConfig", "rampup_batch_size"),
 }
 """The first is resolved into ``layer_types`` when a configuration is loaded, the second bounds the sequence length, the
-third is half of ``config.curve.decay_span``."""
+third is half of ``config.curve.decay_span``, of the fourth ``config.batch_size`` makes the batch of every step."""
 
 Holders = defaultdict[str, set[str]]
 

@@ -73,6 +73,9 @@ def test_resume_options_go_to_training_and_are_checked_before(fake, capsys):
     assert err == (
         "--resume.accept: unknown key (got 'run.stepz'); did you mean run.steps? --help all lists every key\n"
     )
+    code, out, err = run(capsys, *TINY, "--resume.accpet", "run.steps")
+    assert (code, out, len(calls)) == (2, "", 1)
+    assert err == "--resume.accpet: unknown option; did you mean --resume.accept? --help all lists every option\n"
 
 
 def test_train_wants_a_configuration(capsys):

@@ -11,6 +11,7 @@ from qwen3next_train.config.batch_size import (
     batch_size,
     batch_sizes_after,
     common_batch_size,
+    describe_rampup,
     samples_through,
     steps_for,
 )
@@ -53,6 +54,12 @@ def test_a_ramp_up_by_hand() -> None:
     for samples in range(1, 60):
         steps = steps_for(growing, samples)
         assert samples_through(growing, steps - 1) < samples <= samples_through(growing, steps)
+
+
+def test_a_ramp_up_in_words() -> None:
+    """10 samples are taken by three steps of 4."""
+    assert describe_rampup(config(8)) == ""
+    assert describe_rampup(config(8, [4, 4, 10])) == "4 rows at first, 4 more at a time, 8 from step 4 on"
 
 
 def test_what_divides_all_batches() -> None:

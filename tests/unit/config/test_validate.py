@@ -275,9 +275,22 @@ def test_micro_batches_in_flight_have_to_exist():
         validate_for_world(config, 4)
     assert str(caught.value).splitlines() == [
         "parallel.micro_batches_in_flight: 2 needs as many micro-batches a step on each process, but "
-        "run.global_batch_size 16 over world size 4 and run.micro_batch_size 4 gives 1; halve run.micro_batch_size, or "
-        "set parallel.micro_batches_in_flight to 1",
+        "run.global_batch_size 16 over world size 4 and run.micro_batch_size 4 gives 1; halve run.micro_batch_size, "
+        "double run.global_batch_size, or set parallel.micro_batches_in_flight to 1",
     ]
+
+
+def test_single_rows_in_flight_cannot_be_halved():
+    given = [("run.micro_batch_size", "1"), ("parallel.micro_batches_in_flight", "2")]
+    config = load_config([TINY], [*given, ("parallel.context_parallel_size", "2")]).config
+    validate_for_world(config, 16)
+    with pytest.raises(ConfigError) as caught:
+        validate_for_world(config, 32)
+    assert str(caught.value) == (
+        "parallel.micro_batches_in_flight: 2 needs as many micro-batches a step on each process, but "
+        "run.global_batch_size 16 over world size 32 / parallel.context_parallel_size 2 and run.micro_batch_size 1 "
+        "gives 1; double run.global_batch_size, or set parallel.micro_batches_in_flight to 1"
+    )
 
 
 def test_world_size_with_context_parallelism():
@@ -290,8 +303,14 @@ def test_world_size_with_context_parallelism():
         "parallel.context_parallel_size 2 x run.micro_batch_size 4 = 12; choose a multiple of 12, a smaller micro "
         "batch or another number of processes",
     ]
-    with pytest.raises(ConfigError, match=r"^parallel.context_parallel_size: 2 does not divide the world size 1; "):
-        validate_for_world(config, 1)
+    for world_size in (1, 5):
+        with pytest.raises(ConfigError) as caught:
+            validate_for_world(config, world_size)
+        # Nothing can be said of rows then.
+        assert str(caught.value) == (
+            f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose a divisor or start "
+            "another number of processes"
+        )
 
 
 def test_every_batch_of_a_ramp_up_has_to_fit_the_world():

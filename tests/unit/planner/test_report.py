@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qwen3next_train.config.schema import ScheduleConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.plan import make_plan
 from qwen3next_train.planner.report import format_plan, plan_command
@@ -89,6 +90,17 @@ def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert "975.90 GB" in out
     assert "\ndata         WARNING builtin:python-stdlib: " in out
     assert max(map(len, out.splitlines())) <= 132
+
+
+def test_a_growing_batch_and_micro_batches_in_flight_are_said() -> None:
+    """The work is that of the last batch, so the table says from where on; the memory is that of both in flight."""
+    config = config_80b(micro_batches_in_flight=2)
+    usual = make_plan(config, gpus=64, gpu="cpu", mfu=None, tokens=None)
+    assert "\nramp-up" not in format_plan(usual)
+    schedule = ScheduleConfig(rampup_batch_size=[64, 64, 192])
+    plan = make_plan(config.model_copy(update={"schedule": schedule}), gpus=64, gpu="cpu", mfu=None, tokens=None)
+    assert "\nramp-up      64 rows at first, 64 more at a time, 256 from step 3 on\n" in format_plan(plan)
+    assert "\nmemory/GPU   EP 8, DP 64, ZeRO-1, bf16, 2 in flight: " in format_plan(plan)
 
 
 def test_table_of_a_layout_that_does_not_fit() -> None:

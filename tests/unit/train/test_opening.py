@@ -63,6 +63,11 @@ def test_rows_over_several_ranks_are_said():
     assert found[3] == "layout      4 processes on CPU, fp32, ZeRO-1, rows over 2 ranks"
 
 
+def test_micro_batches_in_flight_are_said():
+    found = lines(("run.micro_batch_size", "1"), ("parallel.micro_batches_in_flight", "2"), world_size=2)
+    assert found[3] == "layout      2 processes on CPU, fp32, ZeRO-1, 2 micro-batches in flight"
+
+
 @pytest.mark.parametrize("said", [[], ["source: 3 documents", "resumed"]])
 def test_the_log_opens_with_it(capsys, said):
     with opened_with(["model", "step"]):
