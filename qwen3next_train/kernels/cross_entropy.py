@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from qwen3next_train.kernels.main_grad import main_grad_of
+from qwen3next_train.kernels.main_grad import main_grad_of, scaled_gradient
 
 LinearCrossEntropy = Callable[..., torch.Tensor]
 """A backend of :func:`linear_cross_entropy_chunked`."""
@@ -68,12 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_TD, grad_VD = ctx.saved_tensors
-        main_grad = main_grad_of(ctx.weight)
-        if main_grad is None:
-            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad)
-        else:
-            main_grad.add_scaled(grad_VD, grad)
-            grad_weight = main_grad.added_directly(ctx.weight)
+        grad_weight = scaled_gradient(ctx.weight, grad_VD, grad, _scaled)
         return _scaled(grad_TD, grad), grad_weight, None, None
 
 

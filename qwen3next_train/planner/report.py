@@ -267,7 +267,7 @@ def _fastest_lines(plan: Plan) -> list[str]:
         f"{label:<{_LABEL_WIDTH}}{line}" for label, line in zip(["fastest", *[""] * MAX_FASTEST], lines, strict=False)
     ]
     if any(each.layout.micro_batches_in_flight > 1 for each in plan.fastest):
-        rows += _row("", "what two micro-batches in flight hide is expected, not measured")
+        rows += _row("", "what two micro-batches in flight hide between nodes is expected, not measured")
     return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
 
 

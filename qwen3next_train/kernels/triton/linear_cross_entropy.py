@@ -11,6 +11,7 @@ Letters: T tokens, D hidden, V vocabulary, c tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
-from qwen3next_train.kernels.main_grad import add_product, main_grad_of
+from qwen3next_train.kernels.main_grad import add_product, scaled_gradient
 
 _CHUNK_LOGITS = 5 * 2**28
 """Logits of a chunk, at most (8,800 tokens at 150k of them; 2.7 GB in bf16): every chunk after the first reads and
@@ -60,12 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_TD, grad_VD = ctx.saved_tensors
-        main_grad = main_grad_of(ctx.weight)
-        if main_grad is None:
-            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad, ctx.weight.dtype)
-        else:
-            main_grad.add_scaled(grad_VD, grad)
-            grad_weight = main_grad.added_directly(ctx.weight)
+        as_weight = functools.partial(_scaled, dtype=ctx.weight.dtype)
+        grad_weight = scaled_gradient(ctx.weight, grad_VD, grad, as_weight)
         return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None
 
 
