@@ -18,7 +18,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
 from qwen3next_train.parallel.process_groups import ProcessContext
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 from tests.unit.accounting.shapes import TINY
 
@@ -93,7 +93,7 @@ def perform(
     model, zero = engine._model, engine._engine.optimizer
     gradients: list[int] = []
     model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
-    batches = rank_batches(config, topology_of(config, context), 0, packed=True)
+    batches = rank_batches(config, context.topology(config.parallel), 0, packed=True)
     totals = StepTotals((100, 100), 128, 1000, 4)
     engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
     partitions = partitions_of(zero)
