@@ -22,6 +22,13 @@ from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 from tests.unit.accounting.shapes import TINY
 
+_MORE_HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+
 
 def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of the distinct storages behind ``tensors``."""
@@ -73,18 +80,20 @@ def perform(
     moments_dtype: Any,
     offload: Any,
     expert_parallel_size: str,
+    tensor_parallel_size: str,
     report: str,
 ) -> None:
     """One step of four rows, two at a time and rank; rank 0 writes the file ``report``."""
     config = Config.model_validate(
         {
-            "model": TINY.model_dump(),
+            "model": TINY.model_dump() | (_MORE_HEADS if int(tensor_parallel_size) > 1 else {}),
             "run": {"precision": precision, "global_batch_size": 8, "micro_batch_size": 2},
             "data": {"sequence_length": 16},
             "parallel": {
                 "zero_stage": int(zero_stage),
                 "offload_optimizer": offload,
                 "expert_parallel_size": int(expert_parallel_size),
+                "tensor_parallel_size": int(tensor_parallel_size),
             },
             "optimizer": {"moments_dtype": moments_dtype},
         }
