@@ -7,6 +7,7 @@ from typing import Literal
 
 from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, format_bytes
+from qwen3next_train.checkpoint.manifest import Manifest
 from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, CheckpointInfo, list_checkpoints, list_names
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 
@@ -61,11 +62,20 @@ def _row(checkpoint: CheckpointInfo, result: VerifyResult, action: Literal["list
     manifest = result.manifest
     layout = manifest.layout
     ranks = "rank" if layout.world_size == 1 else "ranks"
-    written_by = f"{layout.world_size} {ranks}, ep {layout.expert_parallel_size}, zero {layout.zero_stage}"
+    written_by = f"{layout.world_size} {ranks}, ep {layout.expert_parallel_size}, {_row_sizes(manifest)}"
+    written_by += f"zero {layout.zero_stage}"
     saved_at = manifest.created_at.removesuffix("+00:00").replace("T", " ")
     return (str(checkpoint.step), format_bytes(manifest.num_bytes), written_by, saved_at, state)
 
 
+def _row_sizes(manifest: Manifest) -> str:
+    """How many ranks shared a row, where several did. The manifest's own layout has no place for it."""
+    parallel = manifest.config.get("parallel")
+    parallel = parallel if isinstance(parallel, dict) else {}
+    sizes = {name: parallel.get(f"{key}_parallel_size") for name, key in (("cp", "context"), ("tp", "tensor"))}
+    return "".join(f"{name} {size}, " for name, size in sizes.items() if isinstance(size, int) and size > 1)
+
+
 def _line(cells: tuple[str, ...]) -> str:
     step, size, written_by, saved_at, state = cells
-    return f"{step:>8}  {size:>11}  {written_by:<24}  {saved_at:<19}  {state}"
+    return f"{step:>8}  {size:>11}  {written_by:<32}  {saved_at:<19}  {state}"

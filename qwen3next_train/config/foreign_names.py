@@ -126,6 +126,7 @@ KEYS: Mapping[str, str] = {
         ),
         "parallel.context_parallel_size",
     ),
+    **dict.fromkeys(("tp_size", "tp", "tensor_parallel", "autotp_size"), "parallel.tensor_parallel_size"),
     **dict.fromkeys(
         ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
         "parallel.zero_stage",

@@ -212,6 +212,10 @@ class ParallelConfig(Section):
     context_parallel_size: Ranks = Field(
         1, description="ranks that share the tokens of a row, a slice each; for rows too long for one GPU"
     )
+    tensor_parallel_size: Ranks = Field(
+        1,
+        description="ranks that divide the heads of Gated DeltaNet and attention, and for all else the tokens of a row",
+    )
     token_exchange: TokenExchange = Field(
         "exact",
         description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qwen3next_train.config.schema import (
@@ -68,7 +68,7 @@ def validate(config: Config) -> list[RuleViolation]:
 
 def fewest_processes(parallel: ParallelConfig) -> int:
     """Processes that a layout takes at least."""
-    return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size)
+    return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size * parallel.tensor_parallel_size)
 
 
 def profiled_steps(profile: ProfileConfig) -> range:
@@ -110,7 +110,11 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
     """Broken rules of running the configuration on ``world_size`` processes."""
     violations = []
     run, parallel = config.run, config.parallel
-    sizes = {"expert": parallel.expert_parallel_size, "context": parallel.context_parallel_size}
+    sizes = {
+        "expert": parallel.expert_parallel_size,
+        "context": parallel.context_parallel_size,
+        "tensor": parallel.tensor_parallel_size,
+    }
     for name, size in sizes.items():
         if world_size % size:
             violations.append(
@@ -120,12 +124,23 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                     "start another number of processes",
                 )
             )
-    if world_size % sizes["context"]:
+    ranks_per_row = sizes["context"] * sizes["tensor"]
+    shared = [name for name in ("context", "tensor") if sizes[name] > 1]
+    product = " x ".join(f"parallel.{name}_parallel_size {sizes[name]}" for name in shared)
+    if world_size % ranks_per_row:
+        if not violations:
+            violations.append(
+                RuleViolation(
+                    tuple(f"parallel.{name}_parallel_size" for name in shared),
+                    f"{product} = {ranks_per_row} does not divide the world size {world_size}; choose smaller sizes or "
+                    "start another number of processes",
+                )
+            )
         return violations
-    rows = world_size // sizes["context"] * run.micro_batch_size
+    rows = world_size // ranks_per_row * run.micro_batch_size
     with_rows = f"world size {world_size}"
-    if sizes["context"] > 1:
-        with_rows += f" / parallel.context_parallel_size {sizes['context']}"
+    if shared:
+        with_rows += f" / {product}" if len(shared) == 1 else f" / ({product})"
     if run.global_batch_size % rows:
         violations.append(
             RuleViolation(
@@ -250,6 +265,7 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
+    yield from _tensor_violations(config)
     yield from _context_violations(config)
     if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
         # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
@@ -271,32 +287,75 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
         yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
 
 
-def _context_violations(config: Config) -> Iterator[RuleViolation]:
-    """Why the tokens of a row cannot be shared by so many ranks."""
-    model, size = config.model, config.parallel.context_parallel_size
-    if size == 1:
-        return
-    key, row = "parallel.context_parallel_size", config.data.sequence_length
-    heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
-    fitting = [str(other) for other in range(2, heads + 1) if context_fits(model, row, other)]
-    hint = f"choose {', '.join(fitting)} or 1" if fitting else "set it to 1"
-    if heads % size:
+def _tensor_violations(config: Config) -> Iterator[RuleViolation]:
+    """Why the heads of the mixers cannot be divided by so many ranks."""
+    model, size = config.model, config.parallel.tensor_parallel_size
+    key, row = "parallel.tensor_parallel_size", config.data.sequence_length
+    hint = _choose(other for other in range(2, model.num_attention_heads + 1) if tensor_fits(model, row, other))
+    counts = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.linear_num_key_heads": model.linear_num_key_heads,
+    }
+    uneven = [heads for heads, count in counts.items() if count % size]
+    if uneven:
+        heads = uneven[0]
         yield RuleViolation(
-            (key, "model.num_attention_heads"),
-            f"{key} {size} does not divide model.num_attention_heads {heads}, which its ranks share in attention; "
-            f"{hint}",
+            (key, heads), f"{key} {size} does not divide {heads} {counts[heads]}, which its ranks share; {hint}"
         )
-    elif not _repeats(kv_heads, size):
+    elif not _repeats(model.num_key_value_heads, size):
+        heads = "model.num_key_value_heads"
         yield RuleViolation(
-            (key, "model.num_key_value_heads"),
-            f"{key} {size} neither divides model.num_key_value_heads {kv_heads} nor is a multiple of it; {hint}",
+            (key, heads),
+            f"{key} {size} neither divides {heads} {model.num_key_value_heads} nor is a multiple of it; {hint}",
         )
-    longer = -(-max(row, size * halo) // size) * size
     if row % size:
         yield RuleViolation(
             (key, "data.sequence_length"),
-            f"{key} {size} does not divide data.sequence_length {row} into equal slices; {hint}, or make rows of "
-            f"{longer} tokens",
+            f"{key} {size} does not divide data.sequence_length {row} into equal shares; {hint}, or make rows of "
+            f"{-(-row // size) * size} tokens",
+        )
+
+
+def tensor_fits(model: ModelConfig, row: int, size: int) -> bool:
+    """Whether ``size`` ranks can divide the mixers' heads and share rows of ``row`` tokens."""
+    divided = (model.num_attention_heads, model.linear_num_key_heads, row)
+    return all(count % size == 0 for count in divided) and _repeats(model.num_key_value_heads, size)
+
+
+def _choose(fitting: Iterable[int]) -> str:
+    sizes = ", ".join(map(str, fitting))
+    return f"choose {sizes} or 1" if sizes else "set it to 1"
+
+
+def _context_violations(config: Config) -> Iterator[RuleViolation]:
+    """Why the tokens of a row cannot be shared by so many ranks."""
+    model, size, tensor = config.model, config.parallel.context_parallel_size, config.parallel.tensor_parallel_size
+    key, row = "parallel.context_parallel_size", config.data.sequence_length
+    if size == 1 or not tensor_fits(model, row, tensor):
+        # Which is said already.
+        return
+    heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
+    hint = _choose(other for other in range(2, heads + 1) if context_fits(model, row, other, tensor=tensor))
+    divided = f" / parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
+    if heads // tensor % size:
+        yield RuleViolation(
+            (key, "model.num_attention_heads"),
+            f"{key} {size} does not divide model.num_attention_heads {heads}{divided}, which its ranks share in "
+            f"attention; {hint}",
+        )
+    elif not _repeats(max(1, kv_heads // tensor), size):
+        yield RuleViolation(
+            (key, "model.num_key_value_heads"),
+            f"{key} {size} neither divides model.num_key_value_heads {kv_heads}{divided} nor is a multiple of it; "
+            f"{hint}",
+        )
+    longer = -(-max(row, size * halo) // (size * tensor)) * size * tensor
+    if row % (size * tensor):
+        times = f" x parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
+        yield RuleViolation(
+            (key, "data.sequence_length"),
+            f"{key} {size}{times} does not divide data.sequence_length {row} into equal slices; {hint}, or make rows "
+            f"of {longer} tokens",
         )
     elif row // size < halo:
         yield RuleViolation(
@@ -306,12 +365,20 @@ def _context_violations(config: Config) -> Iterator[RuleViolation]:
         )
 
 
-def context_fits(model: ModelConfig, row: int, size: int) -> bool:
-    """Whether ``size`` ranks can share rows of ``row`` tokens."""
+def context_fits(model: ModelConfig, row: int, size: int, *, tensor: int = 1) -> bool:
+    """Whether ``size`` ranks, or groups of ``tensor`` ranks that divide the mixers' heads, can share such rows.
+
+    Args:
+        model: shape of the model.
+        row: tokens of a row.
+        size: slices.
+        tensor: ranks of a group, which fit by themselves.
+    """
     if size == 1:
         return True
-    shares_heads = model.num_attention_heads % size == 0 and _repeats(model.num_key_value_heads, size)
-    return shares_heads and row % size == 0 and row // size >= model.linear_conv_kernel_dim - 1
+    heads, kv_heads = model.num_attention_heads // tensor, max(1, model.num_key_value_heads // tensor)
+    shares_heads = heads % size == 0 and _repeats(kv_heads, size)
+    return shares_heads and row % (size * tensor) == 0 and row // size >= model.linear_conv_kernel_dim - 1
 
 
 def _repeats(one: int, other: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 from qwen3next_train.batch import PackedBatch
+from qwen3next_train.held_elements import Runs
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
 FRAGMENT_KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
@@ -23,22 +24,22 @@ class Fragment:
     """The piece of one parameter's training state that this rank owns.
 
     The fragments of all ranks tile every logical tensor (all experts stacked) exactly once, at any world
-    size, expert-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
+    size, expert- and tensor-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
 
     Args:
         name: logical parameter name (``parameters``).
-        start: offset of the first element in the flattened logical tensor.
+        runs: where its elements are in the flattened logical tensor.
         tensors: fp32 ``[numel]`` views of master weight and Adam moments, by kind.
     """
 
     name: str
-    start: int
+    runs: Runs
     tensors: dict[FragmentKind, torch.Tensor]
 
     @property
     def numel(self) -> int:
         """Number of elements of each tensor."""
-        return self.tensors["master"].numel()
+        return self.runs.numel
 
 
 @dataclass(frozen=True)

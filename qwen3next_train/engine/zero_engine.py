@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import deepspeed
@@ -13,7 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from qwen3next_train.accounting.activations import expert_room, expert_rows
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import Config, ModelConfig
+from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
@@ -22,11 +22,13 @@ from qwen3next_train.engine.deepspeed_patches import (
     quiet_start,
     set_group_timeouts,
 )
+from qwen3next_train.engine.divided_parameters import mark_divided_parameters
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
+from qwen3next_train.held_elements import held_runs
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
 from qwen3next_train.log import get_logger
 from qwen3next_train.model.init import initialize
@@ -34,8 +36,9 @@ from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
-from qwen3next_train.parallel.context_parallel import make_context_group
+from qwen3next_train.parallel.context_parallel import make_context_group, make_row_group
 from qwen3next_train.parallel.expert_parallel import ExpertRoom
+from qwen3next_train.parallel.tensor_parallel import make_tensor_group
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
@@ -87,12 +90,20 @@ class ZeroEngine:
                 local_experts=local_experts,
                 recompute=config.parallel.recompute,
                 weights_stay=config.parallel.zero_stage < 3,
+                head_shares=topology.tensor_parallel_size,
             )
         dtype = DTYPES[config.run.precision]
-        initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
+        initialize(model, table, seed=config.run.seed, topology=topology, device=device, dtype=dtype)
         mark_expert_parameters(model)
+        timeout_s = config.run.peer_timeout_s
+        mark_divided_parameters(model, table, topology, timeout_s=timeout_s)
         model.reduce_counts = self._sum_over_ranks
-        model.sequence_group = make_context_group(topology, timeout_s=config.run.peer_timeout_s)
+        context_group = make_context_group(topology, timeout_s=timeout_s)
+        row_group = make_row_group(topology, context_group, timeout_s=timeout_s)
+        model.sequence_group = context_group
+        model.head_group = make_tensor_group(topology, kernels.token_permutation, timeout_s=timeout_s)
+        if row_group is not None:
+            model.reduce_row_counts = row_group.sum
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
         self._in_flight = self._layout.micro_batches_in_flight
@@ -113,7 +124,7 @@ class ZeroEngine:
         self._state: ZeroState = state(
             self._engine.optimizer,
             dict(model.named_parameters()),
-            _expert_offsets(config.model, table, local_experts),
+            {spec.name: held_runs(spec, topology) for spec in table},
             moments_dtype=DTYPES[config.optimizer.moments_dtype],
         )
 
@@ -298,8 +309,3 @@ def _wrap(
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
     set_group_timeouts(config.run.peer_timeout_s)
     return engine
-
-
-def _expert_offsets(model: ModelConfig, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
-    """Flat offset of this rank's first expert in each logical expert tensor."""
-    return {spec.name: spec.numel // model.num_experts * local_experts.start for spec in table if spec.expert}

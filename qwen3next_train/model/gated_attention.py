@@ -26,14 +26,15 @@ class GatedAttention(nn.Module):
     Args:
         config: model section.
         kernels: selected backends.
+        head_shares: ranks that divide the heads; this layer has one share of them, at least one of keys and values.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelSet, head_shares: int = 1) -> None:
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.has_gate = config.attention_output_gate
-        query_dim = config.num_attention_heads * self.head_dim
-        kv_dim = config.num_key_value_heads * self.head_dim
+        query_dim = config.num_attention_heads // head_shares * self.head_dim
+        kv_dim = max(1, config.num_key_value_heads // head_shares) * self.head_dim
         self.attention = kernels.varlen_attention
         self.output_gate = kernels.output_gate
         self.q_proj = Linear(hidden, query_dim * (2 if self.has_gate else 1))

@@ -63,11 +63,12 @@ class GatedDeltaNet(nn.Module):
     Args:
         config: model section.
         kernels: selected backends.
+        head_shares: ranks that divide the heads; this layer has one share of them.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelSet, head_shares: int = 1) -> None:
         super().__init__()
-        heads = HeadShape.of(config)
+        heads = HeadShape.of(config, head_shares)
         self.rule = kernels.gated_delta_rule
         self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_state_gradient)
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))

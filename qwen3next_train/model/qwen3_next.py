@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.head_group import HeadGroup
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
@@ -73,15 +74,29 @@ class Qwen3NextModel(nn.Module):
         kernels: selected backends.
         moe_block: class of the mixtures of experts.
         local_experts: global ids of the experts this rank holds.
+        head_shares: ranks that divide the mixers' heads.
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
+        self,
+        config: ModelConfig,
+        kernels: KernelSet,
+        *,
+        moe_block: type[SparseMoeBlock],
+        local_experts: range,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
+            DecoderLayer(
+                config,
+                layer_type,
+                kernels,
+                moe_block=moe_block,
+                local_experts=local_experts,
+                head_shares=head_shares,
+            )
             for layer_type in config.layer_types
         )
         self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
@@ -134,12 +149,17 @@ class Qwen3NextForCausalLM(nn.Module):
         local_experts: global ids of the experts this rank holds; all when None.
         recompute: what the backward pass computes again instead of keeping it.
         weights_stay: see ``model.recompute.recomputing``.
+        head_shares: ranks that divide the mixers' heads, of which this model has one share.
     """
 
     reduce_counts: ReduceCounts
     """Sums expert counts over the ranks of a step; set by the engine when there are several."""
+    reduce_row_counts: ReduceCounts
+    """Sums expert counts over the ranks that share rows; set by the engine where there are such."""
     sequence_group: SequenceGroup | None
-    """The ranks that share the tokens of a row; set by the engine under context parallelism."""
+    """The ranks with the other slices of the rows; set by the engine under context parallelism."""
+    head_group: HeadGroup | None
+    """The ranks with the other heads of the mixers; set by the engine under tensor parallelism."""
 
     def __init__(
         self,
@@ -150,6 +170,7 @@ class Qwen3NextForCausalLM(nn.Module):
         local_experts: range | None = None,
         recompute: Collection[RecomputePart] = (),
         weights_stay: bool = True,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         assert len(config.layer_types) == config.num_hidden_layers, "layer_types are filled in when loading"
@@ -157,15 +178,14 @@ class Qwen3NextForCausalLM(nn.Module):
         self.config = config
         self.recompute = recompute
         self.weights_stay = weights_stay
-        self.model = Qwen3NextModel(config, kernels, moe_block=moe_block, local_experts=experts)
+        shares: dict[str, Any] = {"moe_block": moe_block, "local_experts": experts, "head_shares": head_shares}
+        self.model = Qwen3NextModel(config, kernels, **shares)
         self.lm_head = LanguageModelHead(config, kernels.linear_cross_entropy)
-        self.mtp = (
-            MultiTokenPredictor(config, kernels, moe_block=moe_block, local_experts=experts)
-            if config.mtp_num_layers
-            else None
-        )
+        self.mtp = MultiTokenPredictor(config, kernels, **shares) if config.mtp_num_layers else None
         self.reduce_counts = own_counts
+        self.reduce_row_counts = own_counts
         self.sequence_group = None
+        self.head_group = None
         self._loads = ExpertLoads(config.router_aux_loss_scope)
         self.tie_weights()
 
@@ -208,8 +228,7 @@ class Qwen3NextForCausalLM(nn.Module):
     def _losses(self, nlls: Sequence[torch.Tensor], stats: Sequence[RouterStats], scales: LossScales) -> ModelOutput:
         """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
         nll_lm, *nll_mtp = nlls
-        reduce_row_counts = own_counts if self.sequence_group is None else self.sequence_group.sum
-        balancing_L = self._loads.losses(stats, self.reduce_counts, reduce_row_counts)
+        balancing_L = self._loads.losses(stats, self.reduce_counts, self.reduce_row_counts)
         z_L = torch.stack([layer.z for layer in stats])
         config = self.config
         total = nll_lm / _at_least_one(scales.num_targets[0])
@@ -243,13 +262,13 @@ class Qwen3NextForCausalLM(nn.Module):
     def _context(self, batch: PackedBatch) -> BatchContext:
         config = self.config
         rotary = rotary_table(
-            batch.positions_T,
+            batch.positions_U,
             head_dim=config.head_dim,
             fraction=config.partial_rotary_factor,
             theta=config.rope_theta,
         )
         sequences = VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu)
-        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch))
+        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch), self.head_group)
 
     def _slices(self, batch: PackedBatch) -> SlicedSequences | None:
         if batch.slices is None:

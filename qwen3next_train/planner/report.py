@@ -172,7 +172,7 @@ def _flops_line(plan: Plan) -> str:
 def _step_line(plan: Plan) -> str:
     rows = plan.config.run.global_batch_size
     accumulation = plan.layout.num_micro_batches(rows)
-    slices = f", of each 1/{plan.layout.context_parallel_size}" if plan.layout.context_parallel_size > 1 else ""
+    slices = f", of each 1/{plan.layout.ranks_per_row}" if plan.layout.ranks_per_row > 1 else ""
     return (
         f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.workload.num_tokens)} = "
         f"{_si(plan.workload.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
@@ -320,10 +320,11 @@ def _changed_settings(old: Layout, new: Layout) -> str:
 
 
 def _layout(layout: Layout) -> str:
-    context = f"CP {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    sizes = {"CP": layout.context_parallel_size, "TP": layout.tensor_parallel_size}
+    shared = "".join(f"{name} {size}, " for name, size in sizes.items() if size > 1)
     in_flight = f", {layout.micro_batches_in_flight} in flight" if layout.micro_batches_in_flight > 1 else ""
     return (
-        f"EP {layout.expert_parallel_size}, {context}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
+        f"EP {layout.expert_parallel_size}, {shared}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
         f"{layout.precision}{in_flight}"
     )
 

@@ -70,13 +70,7 @@ def build_run(
     validate_for_world(config, context.world_size)
     layout = Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node)
     check_memory(config, layout, context)
-    topology = Topology(
-        context.world_size,
-        context.rank,
-        config.parallel.expert_parallel_size,
-        context.ranks_per_node,
-        config.parallel.context_parallel_size,
-    )
+    topology = context.topology(config.parallel)
     part = RowSlice.of(topology, config.model)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)

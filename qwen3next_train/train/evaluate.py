@@ -275,7 +275,7 @@ def _batch(pieces: Sequence[npt.NDArray[np.int64]]) -> PackedBatch:
         input_ids_T=torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces])),
         labels_T=torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])),
         mtp_targets=(),
-        positions_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        positions_U=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens,
         num_rows=1,

@@ -45,7 +45,6 @@ from qwen3next_train.errors import ConfigError, TrainError
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context
 from qwen3next_train.row_slices import RowSlice
-from qwen3next_train.topology import Topology
 from qwen3next_train.versions import software_versions
 
 OPTIONS = {
@@ -209,13 +208,7 @@ def measure_row(row: Row, context: ProcessContext, *, iterations: int, config: C
 
     config = config or row.config
     device = context.device
-    topology = Topology(
-        context.world_size,
-        context.rank,
-        config.parallel.expert_parallel_size,
-        context.ranks_per_node,
-        config.parallel.context_parallel_size,
-    )
+    topology = context.topology(config.parallel)
     engine = ZeroEngine(
         config,
         topology=topology,

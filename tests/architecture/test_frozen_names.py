@@ -89,6 +89,7 @@ schedule.rewarmup_from
 
 parallel.expert_parallel_size
 parallel.context_parallel_size
+parallel.tensor_parallel_size
 parallel.token_exchange
 parallel.micro_batches_in_flight
 parallel.zero_stage

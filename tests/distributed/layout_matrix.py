@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Layout:
     packed: bool
     steps: int = STEPS
     context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
 
     @property
     def job(self) -> Job:
@@ -55,7 +57,7 @@ class Layout:
         And with a third of its learning rate: at the full one twenty steps multiply differences in rounding by up to
         ten.
         """
-        data_parallel_size = self.world_size // self.context_parallel_size
+        data_parallel_size = self.world_size // (self.context_parallel_size * self.tensor_parallel_size)
         overrides = {
             "run.steps": self.steps,
             "run.global_batch_size": GLOBAL_BATCH_SIZE,
@@ -68,6 +70,7 @@ class Layout:
             "schedule.kind": "constant",
             "parallel.expert_parallel_size": self.expert_parallel_size,
             "parallel.context_parallel_size": self.context_parallel_size,
+            "parallel.tensor_parallel_size": self.tensor_parallel_size,
             "parallel.zero_stage": self.zero_stage,
         }
         return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
@@ -84,11 +87,15 @@ def references(steps: int = STEPS) -> list[Layout]:
 
 
 def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
-    """Every context-parallel and expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    """Every way to share rows, expert-parallel size, ZeRO stage, accumulation and kind of row.
+
+    Tensor-parallel sizes are 1 and 2: the tiny model has two key and value heads.
+    """
     sizes = [size for size in (1, 2, 4) if world_size % size == 0]
+    shared = [sizes_of_row for sizes_of_row in product(sizes, (1, 2)) if world_size % math.prod(sizes_of_row) == 0]
     return [
-        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, context_parallel_size)
-        for context_parallel_size in sizes
+        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, *sizes_of_row)
+        for sizes_of_row in shared
         for expert_parallel_size in sizes
         for zero_stage in (1, 2, 3)
         for accumulation in (1, 3)

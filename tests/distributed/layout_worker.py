@@ -32,7 +32,7 @@ from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
 
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
@@ -90,7 +90,7 @@ def train(engine: Engine, decisions: list[float], config: Config, context: Proce
         context: this rank.
         job: see the module.
     """
-    topology = topology_of(config, context)
+    topology = context.topology(config.parallel)
     out = Path(job["out"])
     first = 0
     if job["load"]:
@@ -116,7 +116,7 @@ def train(engine: Engine, decisions: list[float], config: Config, context: Proce
 
 def _write_state(engine: Engine, path: Path) -> None:
     torch.save(
-        [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()], path
+        [(f.name, vars(f.runs), {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()], path
     )
 
 

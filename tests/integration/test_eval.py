@@ -28,6 +28,7 @@ from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 from qwen3next_train.train import evaluate as evaluate_module
 from qwen3next_train.train.evaluate import evaluate_command, load_model
 from tests.unit.huggingface.support import random_tensors, tiny_model, write_folder
@@ -42,7 +43,7 @@ def model() -> Qwen3NextForCausalLM:
     config = tiny_model(vocab_size=VOCAB, initializer_range=0.5)
     with torch.device("meta"):
         built = Qwen3NextForCausalLM(config, kernels=select_kernels(KernelsConfig(), CPU))
-    initialize(built, parameter_table(config), seed=1, local_experts=range(config.num_experts), device=CPU)
+    initialize(built, parameter_table(config), seed=1, topology=Topology(), device=CPU)
     return built
 
 

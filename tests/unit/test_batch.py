@@ -17,7 +17,7 @@ def test_two_rows_flatten_to_labels_positions_and_boundaries_worked_by_hand() ->
     ignored = IGNORE_INDEX
     assert batch.input_ids_T.tolist() == [1, 2, 0, 5, 6, 8, 0, 9, 0, 3]
     assert batch.labels_T.tolist() == [2, 0, ignored, 6, 7, 0, ignored, 0, ignored, ignored]
-    assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 0]
+    assert batch.positions_U.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 0]
     assert batch.cu_seqlens_cpu.tolist() == [0, 3, 5, 7, 9, 10]
     assert batch.cu_seqlens.dtype == torch.int32
     # Depth 0: 2 + 2 targets in row one, 1 + 1 + 0 in row two; each further depth loses one per piece.

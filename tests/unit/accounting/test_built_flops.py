@@ -29,6 +29,7 @@ from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 from tests.unit.accounting.shapes import TINY
 from tests.unit.model.small_models import CPU, batch_of, cpu_kernels, scales_of, small_config
 
@@ -95,7 +96,7 @@ def counted_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: tor
 def build(config: ModelConfig, kernels: KernelSet) -> Qwen3NextForCausalLM:
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=kernels)
-    initialize(model, parameter_table(config), seed=0, local_experts=range(config.num_experts), device=CPU)
+    initialize(model, parameter_table(config), seed=0, topology=Topology(), device=CPU)
     return model
 
 

@@ -22,6 +22,7 @@ from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, Ve
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
+from qwen3next_train.held_elements import Runs
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
 from qwen3next_train.parameters import Init, ParamSpec
@@ -54,7 +55,7 @@ def fragments_of(step: int, rank: int = 0, world_size: int = 1) -> list[Fragment
         start, stop = max(first - offset, 0), min(last - offset, spec.numel)
         if start < stop:
             tensors = {kind: state[spec.name][kind][start:stop] for kind in FRAGMENT_KINDS}
-            fragments.append(Fragment(spec.name, start, tensors))
+            fragments.append(Fragment(spec.name, Runs(start, stop - start), tensors))
         offset += spec.numel
     return fragments
 

@@ -139,7 +139,7 @@ def test_ranks_of_a_context_group_have_slices_of_the_same_rows(data: TrainingDat
         for step, batches in enumerate(whole):
             for micro, batch in enumerate(batches):
                 slices = [ranks[group * size + index][step][micro] for index in range(size)]
-                for name in ("input_ids_T", "labels_T", "positions_T"):
+                for name in ("input_ids_T", "labels_T", "positions_U"):
                     together = torch.cat([getattr(own, name).view(2, -1) for own in slices], dim=1)
                     assert torch.equal(together.flatten(), getattr(batch, name)), name
                 further = torch.cat([own.mtp_targets[0].view(2, -1) for own in slices], dim=1)
