@@ -19,6 +19,7 @@ from torch import nn
 from qwen3next_train.config.schema import LayerType, ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.decoding_cache import DecodingCache
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -38,12 +39,14 @@ class BatchContext:
         rotary: angles of the tokens' positions.
         num_rows: rows the tokens consist of.
         slices: where the tokens are slices of rows, the rows.
+        cache: where the tokens go on documents that have begun, what is kept of these.
     """
 
     sequences: VarlenMetadata
     rotary: RotaryTable
     num_rows: int
     slices: SlicedSequences | None = None
+    cache: DecodingCache | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -95,5 +98,5 @@ class DecoderLayer(nn.Module):
 
     def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
         if self.layer_type == "linear_attention":
-            return self.linear_attn(normed_TD, context.sequences, context.slices)
-        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices)
+            return self.linear_attn(normed_TD, context.sequences, context.slices, context.cache)
+        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices, context.cache)

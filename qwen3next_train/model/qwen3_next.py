@@ -1,6 +1,7 @@
 """Qwen3-Next: embedding, hybrid layers, head, MTP and all losses of a micro-batch.
 
-Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder layers, then MTP layers).
+Letters: T tokens, D hidden (of a cache: documents), V vocabulary, E experts, L MoE layers (decoder layers, then MTP
+layers).
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.decoding_cache import DecodingCache
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import recomputed_layer, recomputing
-from qwen3next_train.model.rope import rotary_table
+from qwen3next_train.model.rope import RotaryTable, rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, own_counts
 from qwen3next_train.model.sequence_group import SequenceGroup, SlicedSequences
 from qwen3next_train.parameters import parameter_table
@@ -240,16 +242,30 @@ class Qwen3NextForCausalLM(nn.Module):
         """Sum of next-token losses in nats, fp32 scalar, without MTP and router losses."""
         return self.lm_head(self.forward_hidden(batch), batch.labels_T)
 
+    def next_logits(self, input_ids_T: torch.Tensor, counts: Sequence[int], cache: DecodingCache) -> torch.Tensor:
+        """Let documents grow by some tokens: logits ``[D, V]`` of the token after each one's last.
+
+        Rows are whole here, in a context group too: each of its ranks computes all of them.
+
+        Args:
+            input_ids_T: int64 ``[T]``, the new tokens, document after document.
+            counts: how many each document gets, any number at first, then one.
+            cache: what is kept of the documents; grows with them.
+        """
+        cache.advance(counts)
+        context = BatchContext(cache.sequences, self._rotary(cache.positions_T), num_rows=1, cache=cache)
+        (hidden_TD,), _ = self.model([input_ids_T], [context])
+        return self.lm_head(hidden_TD[cache.sequences.cu_seqlens[1:].long() - 1])
+
     def _context(self, batch: PackedBatch) -> BatchContext:
-        config = self.config
-        rotary = rotary_table(
-            batch.positions_T,
-            head_dim=config.head_dim,
-            fraction=config.partial_rotary_factor,
-            theta=config.rope_theta,
-        )
         sequences = VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu)
-        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch))
+        return BatchContext(sequences, self._rotary(batch.positions_T), batch.num_rows, self._slices(batch))
+
+    def _rotary(self, positions_T: torch.Tensor) -> RotaryTable:
+        config = self.config
+        return rotary_table(
+            positions_T, head_dim=config.head_dim, fraction=config.partial_rotary_factor, theta=config.rope_theta
+        )
 
     def _slices(self, batch: PackedBatch) -> SlicedSequences | None:
         if batch.slices is None:
