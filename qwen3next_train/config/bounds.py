@@ -87,6 +87,18 @@ def path_argument(text: str, option: str) -> str:
         raise ConfigError(f"{option}: {error} (got {ascii(text)[:_MAX_SHOWN]}); give another name") from error
 
 
+def text_argument(text: str, option: str) -> str:
+    """:func:`usable_text` of a command line word.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    try:
+        return usable_text(text)
+    except UnusableText as error:
+        raise ConfigError(f"{option}: {error} (got {ascii(text)[:_MAX_SHOWN]}); give another text") from error
+
+
 def _checked_text(text: str) -> str:
     try:
         return usable_text(text)

@@ -58,7 +58,7 @@ class RunConfig(Section):
 
     dir: PathText = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
     steps: Steps = Field(1000, description="optimizer steps to train")
-    seed: Seed = Field(1234, description="seed of initialisation and data order")
+    seed: Seed = Field(1234, description="seed of initialisation, data order and drawn samples")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when present")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of weights and activations; A_log, dt_bias and router stay fp32"

@@ -229,6 +229,10 @@ COMMAND_OPTIONS = {
         *("--checkpoint", "--hf", "--data", "--json"),
         *("--device", "--precision", "--tokenizer", "--text-field"),
     ],
+    "generate": [
+        *("--checkpoint", "--hf", "--prompt", "--prompts", "--max-new-tokens"),
+        *("--temperature", "--top-p", "--top-k", "--json", "--device", "--precision", "--tokenizer"),
+    ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
@@ -238,6 +242,7 @@ COMMAND_OPTIONS = {
 
 COMMAND_KEYS = {
     "eval": ("data.sequence_length",),
+    "generate": ("run.seed",),
     "import-hf": ("model.mtp_num_layers", "run.seed"),
     "export-hf": (),
     "plot": (),
