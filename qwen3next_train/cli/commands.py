@@ -22,7 +22,7 @@ from qwen3next_train.cli.option_values import (
     text_of,
 )
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
-from qwen3next_train.config.bounds import path_argument, text_argument
+from qwen3next_train.config.bounds import MAX_TOP_K, TEMPERATURES, path_argument, text_argument
 from qwen3next_train.config.error_lines import raise_errors, show
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
@@ -53,8 +53,6 @@ DEFAULT_NEW_TOKENS = 128
 
 MAX_NEW_TOKENS = 1 << 24
 """As many as there are positions."""
-
-MAX_TOP_K = 2**31 - 1
 
 JSON = Option("--json", "", "print JSON")
 """Shared by the subcommands whose output other programs read."""
@@ -230,7 +228,7 @@ def _generate(args: Arguments) -> int:
     checkpoint, hf = finished_model("generate", args)
     prompts, prompts_file = args.options.get("--prompt", []), path_of(args, "--prompts")
     require_one_of("generate", "prompts", {"--prompt": bool(prompts), "--prompts": prompts_file is not None})
-    temperature = number_of(args, "--temperature", or_zero=True, limits=(0.001, 1000))
+    temperature = number_of(args, "--temperature", or_zero=True, limits=TEMPERATURES)
     top_p = number_of(args, "--top-p", at_most=1.0)
     top_k = number_of(args, "--top-k", whole=True, limits=(1, MAX_TOP_K))
     max_new_tokens = number_of(args, "--max-new-tokens", whole=True, limits=(1, MAX_NEW_TOKENS))

@@ -13,11 +13,14 @@ from qwen3next_train.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    SamplesConfig,
     ScheduleConfig,
 )
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
+MAX_SAMPLES = 64
+"""Prompts of ``eval.samples``: what comes of them is one row of a file."""
 MAX_BF16_BETA = 0.99
 """Slowest decay of a moment that bf16 can follow: 1 % a step is more than the 0.4 % that rounding may swallow."""
 
@@ -63,6 +66,7 @@ def validate(config: Config) -> list[RuleViolation]:
         *_schedule_violations(config),
         *_data_violations(config),
         *_profile_violations(config),
+        *_samples_violations(config.eval.samples),
     ]
 
 
@@ -103,6 +107,21 @@ def _profile_violations(config: Config) -> Iterator[RuleViolation]:
         yield RuleViolation(
             (key, "run.steps"),
             f"{key} {profile.steps} is not within the run's steps, 1 to {steps}; choose steps among them",
+        )
+
+
+def _samples_violations(samples: SamplesConfig) -> Iterator[RuleViolation]:
+    key = "eval.samples.prompts"
+    if len(samples.prompts) > MAX_SAMPLES:
+        yield RuleViolation((key,), f"{key} has {len(samples.prompts)} prompts; give at most {MAX_SAMPLES}")
+    if "" in samples.prompts:
+        yield RuleViolation((key,), f"{key} has an empty prompt, number {samples.prompts.index('') + 1}; give it text")
+    draws = [name for name, is_set in (("top_p", samples.top_p < 1), ("top_k", samples.top_k > 0)) if is_set]
+    if draws and not samples.temperature:
+        yield RuleViolation(
+            (f"eval.samples.{draws[0]}", "eval.samples.temperature"),
+            f"eval.samples.{draws[0]} has nothing to choose from where eval.samples.temperature 0 takes the likeliest "
+            "token; give a temperature above 0",
         )
 
 

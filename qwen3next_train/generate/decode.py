@@ -38,7 +38,8 @@ def continue_prompts(
         prompts: token ids of each, at least one.
         sampling: how they go on.
         end_token_id: the token that ends a document; None: no token does.
-        max_batch_tokens: tokens, the new ones included, of the prompts that go on together; a longer one goes alone.
+        max_batch_tokens: tokens of the prompts that go on together, each counted as the longest of them with its new
+            ones, which is what an attention layer keeps; a longer one goes alone.
         device: where to run.
         agree: see above.
     """
@@ -90,13 +91,11 @@ def _batches(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, max_batch_tokens: int
 ) -> Iterator[list[Sequence[int]]]:
     batch: list[Sequence[int]] = []
-    size = 0
     for prompt in prompts:
-        needed = len(prompt) + max_new_tokens
-        if batch and size + needed > max_batch_tokens:
+        longest = max(map(len, [*batch, prompt])) + max_new_tokens
+        if batch and (len(batch) + 1) * longest > max_batch_tokens:
             yield batch
-            batch, size = [], 0
+            batch = []
         batch.append(prompt)
-        size += needed
     if batch:
         yield batch

@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length", "not_finite"]
 """``stop``: the end-of-document token came; ``length``: as many tokens as were asked for; ``not_finite``: the model's
 logits were no numbers, there is no next token."""
 
+_DRAWN_TOGETHER = 8
+
 NO_TOKEN = -1
 """What :class:`Sampler` chooses where logits are not finite."""
 
@@ -74,7 +76,10 @@ class Sampler:
             chosen_D = logits_DV.argmax(-1)
         else:
             uniform = [torch.rand((), generator=each, dtype=torch.float64) for each in self._generators]
-            chosen_D = draw(logits_DV, torch.stack(uniform).to(logits_DV.device), self._sampling)
+            uniform_D = torch.stack(uniform).to(logits_DV.device)
+            # Some at a time: sorted fp64 distributions over a large vocabulary are larger than the logits.
+            parts = zip(logits_DV.split(_DRAWN_TOGETHER), uniform_D.split(_DRAWN_TOGETHER), strict=True)
+            chosen_D = torch.cat([draw(logits, uniform, self._sampling) for logits, uniform in parts])
         return torch.where(logits_DV.isfinite().all(-1), chosen_D, NO_TOKEN)
 
 

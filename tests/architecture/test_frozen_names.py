@@ -121,6 +121,12 @@ logging.wandb.tags
 
 eval.interval
 eval.rows
+eval.samples.prompts
+eval.samples.interval
+eval.samples.max_new_tokens
+eval.samples.temperature
+eval.samples.top_p
+eval.samples.top_k
 """
 
 MEGATRON_ARGUMENTS = """
