@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
+from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
@@ -41,6 +42,7 @@ class Weights:
         data: tokenizer (:data:`NO_TOKENIZER` for none) and row settings that belong to the model.
         parameters: the parameter table of ``model``.
         read: gives the weights.
+        precision: dtype of weights and activations in training.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Weights:
     data: DataConfig
     parameters: tuple[ParamSpec, ...]
     read: ReadWeight
+    precision: Precision
 
 
 def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
@@ -100,7 +103,9 @@ def weights_of_checkpoint(path: Path) -> Weights:
     parameters = parameter_table(model)
     reader = _Reader(found)
     reader.check_parameters(parameters)
-    return Weights(found.path, model, _section(found, "data", DataConfig), parameters, reader.read)
+    data, run = _section(found, "data", DataConfig), found.manifest.config.get("run")
+    precision = run.get("precision") if isinstance(run, dict) else None
+    return Weights(found.path, model, data, parameters, reader.read, "fp32" if precision == "fp32" else "bf16")
 
 
 class _Reader:

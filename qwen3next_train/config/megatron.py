@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from qwen3next_train.config.error_lines import Converted, RejectedValue, show
 from qwen3next_train.config.layer_pattern import PatternError, parse_pattern
+from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import Value
-from qwen3next_train.config.validate import RuleViolation
 
 VOCAB_MULTIPLE = "megatron.make_vocab_size_divisible_by"
 """Not a setting: checked against ``model.vocab_size`` once that is known."""

@@ -18,11 +18,13 @@ from qwen3next_train.config.bounds import (
     KernelWidth,
     Layers,
     MtpDepths,
+    NewTokens,
     NonNegativeFloat,
     PathText,
     Positions,
     PositiveFloat,
     PrefetchSteps,
+    Probability,
     Ranks,
     RotaryBase,
     RotaryFraction,
@@ -32,7 +34,9 @@ from qwen3next_train.config.bounds import (
     Seed,
     Steps,
     StepsOrNone,
+    Temperature,
     Text,
+    TopK,
     VocabSize,
     WeightDecay,
     Width,
@@ -58,7 +62,7 @@ class RunConfig(Section):
 
     dir: PathText = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
     steps: Steps = Field(1000, description="optimizer steps to train")
-    seed: Seed = Field(1234, description="seed of initialisation and data order")
+    seed: Seed = Field(1234, description="seed of initialisation, data order and drawn samples")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when present")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of weights and activations; A_log, dt_bias and router stay fp32"
@@ -313,11 +317,28 @@ class LoggingConfig(Section):
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
 
 
+class SamplesConfig(Section):
+    """Text that the model writes during training."""
+
+    prompts: list[Text] = Field(
+        default_factory=list,
+        description="texts to go on from, shown in the log and kept in RUN/samples.jsonl and wandb; empty: none",
+    )
+    interval: Steps = Field(500, description="steps between samples; the last step has some too")
+    max_new_tokens: NewTokens = Field(64, description="tokens that each prompt goes on with, at most")
+    temperature: Temperature = Field(
+        0.0, description="tokens are drawn from logits divided by it; 0: the likeliest is taken"
+    )
+    top_p: Probability = Field(1.0, description="draw from the fewest tokens that have this probability together")
+    top_k: TopK = Field(0, description="draw from so many likeliest tokens; 0: from all")
+
+
 class EvalConfig(Section):
     """Validation during training."""
 
     interval: StepsOrNone = Field(0, description="steps between validations, 0 for never")
     rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+    samples: SamplesConfig = Field(default_factory=SamplesConfig, description="text written during training")
 
 
 class Config(Section):

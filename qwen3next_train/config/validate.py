@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import (
     Config,
     LayerType,
@@ -13,30 +13,21 @@ from qwen3next_train.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    SamplesConfig,
     ScheduleConfig,
 )
+from qwen3next_train.config.validate_layout import bf16_gradient_violations, context_violations, tensor_violations
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
+MAX_SAMPLES = 64
+"""Prompts of ``eval.samples``: what comes of them is one row of a file."""
 MAX_BF16_BETA = 0.99
 """Slowest decay of a moment that bf16 can follow: 1 % a step is more than the 0.4 % that rounding may swallow."""
 
 _MAX_COUNT = 2**63 - 1
 _MAX_INDEX = 2**31 - 1
 _RAMPUP = "schedule.rampup_batch_size"
-
-
-@dataclass(frozen=True)
-class RuleViolation:
-    """One broken rule.
-
-    Args:
-        keys: the settings involved, the one to name first at the front.
-        message: a whole sentence with values and hint.
-    """
-
-    keys: tuple[str, ...]
-    message: str
 
 
 def expand_interval(interval: int, num_layers: int) -> list[LayerType]:
@@ -63,6 +54,7 @@ def validate(config: Config) -> list[RuleViolation]:
         *_schedule_violations(config),
         *_data_violations(config),
         *_profile_violations(config),
+        *_samples_violations(config.eval.samples),
     ]
 
 
@@ -103,6 +95,21 @@ def _profile_violations(config: Config) -> Iterator[RuleViolation]:
         yield RuleViolation(
             (key, "run.steps"),
             f"{key} {profile.steps} is not within the run's steps, 1 to {steps}; choose steps among them",
+        )
+
+
+def _samples_violations(samples: SamplesConfig) -> Iterator[RuleViolation]:
+    key = "eval.samples.prompts"
+    if len(samples.prompts) > MAX_SAMPLES:
+        yield RuleViolation((key,), f"{key} has {len(samples.prompts)} prompts; give at most {MAX_SAMPLES}")
+    if "" in samples.prompts:
+        yield RuleViolation((key,), f"{key} has an empty prompt, number {samples.prompts.index('') + 1}; give it text")
+    draws = [name for name, is_set in (("top_p", samples.top_p < 1), ("top_k", samples.top_k > 0)) if is_set]
+    if draws and not samples.temperature:
+        yield RuleViolation(
+            (f"eval.samples.{draws[0]}", "eval.samples.temperature"),
+            f"eval.samples.{draws[0]} has nothing to choose from where eval.samples.temperature 0 takes the likeliest "
+            "token; give a temperature above 0",
         )
 
 
@@ -265,8 +272,8 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
-    yield from _tensor_violations(config)
-    yield from _context_violations(config)
+    yield from tensor_violations(config)
+    yield from context_violations(config)
     if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
         # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
         yield RuleViolation(
@@ -282,123 +289,9 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             "3; set parallel.zero_stage to 1 or 2, or parallel.micro_batches_in_flight to 1",
         )
     if parallel.gradient_dtype == "bf16":
-        yield from _bf16_gradient_violations(config)
+        yield from bf16_gradient_violations(config)
     if not run.dir.strip():
         yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
-
-
-def _tensor_violations(config: Config) -> Iterator[RuleViolation]:
-    """Why the heads of the mixers cannot be divided by so many ranks."""
-    model, size = config.model, config.parallel.tensor_parallel_size
-    key, row = "parallel.tensor_parallel_size", config.data.sequence_length
-    hint = _choose(other for other in range(2, model.num_attention_heads + 1) if tensor_fits(model, row, other))
-    counts = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.linear_num_key_heads": model.linear_num_key_heads,
-    }
-    uneven = [heads for heads, count in counts.items() if count % size]
-    if uneven:
-        heads = uneven[0]
-        yield RuleViolation(
-            (key, heads), f"{key} {size} does not divide {heads} {counts[heads]}, which its ranks share; {hint}"
-        )
-    elif not _repeats(model.num_key_value_heads, size):
-        heads = "model.num_key_value_heads"
-        yield RuleViolation(
-            (key, heads),
-            f"{key} {size} neither divides {heads} {model.num_key_value_heads} nor is a multiple of it; {hint}",
-        )
-    if row % size:
-        yield RuleViolation(
-            (key, "data.sequence_length"),
-            f"{key} {size} does not divide data.sequence_length {row} into equal shares; {hint}, or make rows of "
-            f"{-(-row // size) * size} tokens",
-        )
-
-
-def tensor_fits(model: ModelConfig, row: int, size: int) -> bool:
-    """Whether ``size`` ranks can divide the mixers' heads and share rows of ``row`` tokens."""
-    divided = (model.num_attention_heads, model.linear_num_key_heads, row)
-    return all(count % size == 0 for count in divided) and _repeats(model.num_key_value_heads, size)
-
-
-def _choose(fitting: Iterable[int]) -> str:
-    sizes = ", ".join(map(str, fitting))
-    return f"choose {sizes} or 1" if sizes else "set it to 1"
-
-
-def _context_violations(config: Config) -> Iterator[RuleViolation]:
-    """Why the tokens of a row cannot be shared by so many ranks."""
-    model, size, tensor = config.model, config.parallel.context_parallel_size, config.parallel.tensor_parallel_size
-    key, row = "parallel.context_parallel_size", config.data.sequence_length
-    if size == 1 or not tensor_fits(model, row, tensor):
-        # Which is said already.
-        return
-    heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
-    hint = _choose(other for other in range(2, heads + 1) if context_fits(model, row, other, tensor=tensor))
-    divided = f" / parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
-    if heads // tensor % size:
-        yield RuleViolation(
-            (key, "model.num_attention_heads"),
-            f"{key} {size} does not divide model.num_attention_heads {heads}{divided}, which its ranks share in "
-            f"attention; {hint}",
-        )
-    elif not _repeats(max(1, kv_heads // tensor), size):
-        yield RuleViolation(
-            (key, "model.num_key_value_heads"),
-            f"{key} {size} neither divides model.num_key_value_heads {kv_heads}{divided} nor is a multiple of it; "
-            f"{hint}",
-        )
-    longer = -(-max(row, size * halo) // (size * tensor)) * size * tensor
-    if row % (size * tensor):
-        times = f" x parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
-        yield RuleViolation(
-            (key, "data.sequence_length"),
-            f"{key} {size}{times} does not divide data.sequence_length {row} into equal slices; {hint}, or make rows "
-            f"of {longer} tokens",
-        )
-    elif row // size < halo:
-        yield RuleViolation(
-            (key, "data.sequence_length", "model.linear_conv_kernel_dim"),
-            f"{key} {size} cuts data.sequence_length {row} into slices of {row // size}, shorter than the {halo} "
-            f"tokens that model.linear_conv_kernel_dim {halo + 1} looks back; {hint}, or make rows of {longer} tokens",
-        )
-
-
-def context_fits(model: ModelConfig, row: int, size: int, *, tensor: int = 1) -> bool:
-    """Whether ``size`` ranks, or groups of ``tensor`` ranks that divide the mixers' heads, can share such rows.
-
-    Args:
-        model: shape of the model.
-        row: tokens of a row.
-        size: slices.
-        tensor: ranks of a group, which fit by themselves.
-    """
-    if size == 1:
-        return True
-    heads, kv_heads = model.num_attention_heads // tensor, max(1, model.num_key_value_heads // tensor)
-    shares_heads = heads % size == 0 and _repeats(kv_heads, size)
-    return shares_heads and row % (size * tensor) == 0 and row // size >= model.linear_conv_kernel_dim - 1
-
-
-def _repeats(one: int, other: int) -> bool:
-    """Whether one of the two divides the other."""
-    return max(one, other) % min(one, other) == 0
-
-
-def _bf16_gradient_violations(config: Config) -> Iterator[RuleViolation]:
-    """Only gradient buckets can be of bf16, and fp32 runs have nothing to gain."""
-    for key, value, needed in (
-        ("run.precision", config.run.precision, "bf16"),
-        ("parallel.zero_stage", config.parallel.zero_stage, 1),
-        ("parallel.offload_optimizer", config.parallel.offload_optimizer, "none"),
-    ):
-        if value != needed:
-            yield RuleViolation(
-                ("parallel.gradient_dtype", key),
-                f"parallel.gradient_dtype bf16 does not go with {key} {value}; set {key} to {needed}, or "
-                "parallel.gradient_dtype to fp32",
-            )
 
 
 def _optimizer_violations(optimizer: OptimizerConfig) -> Iterator[RuleViolation]:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 from qwen3next_train.batch import PackedBatch
+from qwen3next_train.generate.sampling import Continuation, Sampling
 from qwen3next_train.held_elements import Runs
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
@@ -101,6 +102,19 @@ class Engine(Protocol):
 
     def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end_token_id: int | None,
+        max_batch_tokens: int,
+    ) -> list[Continuation]:
+        """See ``generate.decode``; behind a training step, on every rank with the same arguments and result.
+
+        Under ZeRO-3 it is the first training step that finds out which weights a module reads of another.
+        """
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""

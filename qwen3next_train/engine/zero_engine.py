@@ -28,6 +28,8 @@ from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucket
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
+from qwen3next_train.generate.decode import continue_prompts
+from qwen3next_train.generate.sampling import Continuation, Sampling
 from qwen3next_train.held_elements import held_runs
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
 from qwen3next_train.log import get_logger
@@ -249,6 +251,26 @@ class ZeroEngine:
         total, count = self._sum_over_ranks(sums).tolist()
         return total / max(count, 1), int(count)
 
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end_token_id: int | None,
+        max_batch_tokens: int,
+    ) -> list[Continuation]:
+        """Text of the model as it is; every rank computes all of it, since each may have weights that others need."""
+        self._engine.eval()
+        return continue_prompts(
+            self._model,
+            prompts,
+            sampling,
+            end_token_id=end_token_id,
+            max_batch_tokens=max_batch_tokens,
+            device=self._device,
+            agree=self._of_first_rank,
+        )
+
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""
         if self._in_buckets:
@@ -270,6 +292,11 @@ class ZeroEngine:
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self._world_size > 1:
             dist.all_reduce(values)
+        return values
+
+    def _of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        if self._world_size > 1:
+            dist.broadcast(values, src=0)
         return values
 
 

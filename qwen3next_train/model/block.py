@@ -20,9 +20,10 @@ from torch import nn
 from qwen3next_train.config.schema import LayerType, ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.decoding_cache import DecodingCache
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
-from qwen3next_train.model.head_group import HeadGroup, mixed_by_heads
+from qwen3next_train.model.head_group import HeadGroup, mixed_by_heads, mixed_by_heads_whole
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.overlap import Stages, interleaved
@@ -42,6 +43,7 @@ class BatchContext:
         slices: where the tokens that mixers see are slices of rows, the rows.
         head_group: where this rank has some of the mixers' heads and a share of the tokens they see, those with the
             rest. ``sequences``, ``rotary`` and ``slices`` are of all that mixers see.
+        cache: where the tokens go on documents that have begun, what is kept of these.
     """
 
     sequences: VarlenMetadata
@@ -49,6 +51,7 @@ class BatchContext:
     num_rows: int
     slices: SlicedSequences | None = None
     head_group: HeadGroup | None = None
+    cache: DecodingCache | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -95,16 +98,18 @@ class DecoderLayer(nn.Module):
     def _stages(self, x_TD: torch.Tensor, context: BatchContext) -> Stages[tuple[torch.Tensor, RouterStats]]:
         # x = x + mixer(norm(x)): x comes through the first norm unchanged, the second norm adds.
         x_TD, normed_TD = self.input_layernorm(x_TD)
+        mixer = partial(self._mixer, context=context)
         if context.head_group is None:
-            mixed_TD = self._mixer(normed_TD, context)
-        else:
-            mixer = partial(self._mixer, context=context)
+            mixed_TD = mixer(normed_TD)
+        elif context.cache is None:
             mixed_TD = mixed_by_heads(mixer, normed_TD, group=context.head_group, num_rows=context.num_rows)
+        else:
+            mixed_TD = mixed_by_heads_whole(mixer, normed_TD, group=context.head_group)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, mixed_TD)
         # x = x + moe(norm(x)): the MoE block adds, inside the shared expert's kernel.
         return (yield from self.mlp.stages(normed_TD, context.num_rows, residual_TD=x_TD))
 
     def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
         if self.layer_type == "linear_attention":
-            return self.linear_attn(normed_TD, context.sequences, context.slices)
-        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices)
+            return self.linear_attn(normed_TD, context.sequences, context.slices, context.cache)
+        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices, context.cache)

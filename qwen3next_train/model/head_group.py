@@ -49,3 +49,20 @@ def mixed_by_heads(
     x_UD = group.gather(x_TD).unflatten(0, (*shares, -1)).transpose(0, 1).flatten(0, 2)
     y_UD = mixer(x_UD).unflatten(0, (num_rows, group.size, -1)).transpose(0, 1).flatten(0, 2)
     return group.add_up(y_UD)
+
+
+def mixed_by_heads_whole(
+    mixer: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor, *, group: HeadGroup
+) -> torch.Tensor:
+    """:func:`mixed_by_heads` where every rank of the group has the same tokens, as in generation.
+
+    Args:
+        mixer: of the tokens ``[T, D]``.
+        x_TD: the tokens.
+        group: the ranks with the other heads.
+
+    Returns:
+        ``[T, D]``, outputs of all heads, the same on every rank.
+    """
+    terms_PTD = group.gather(mixer(x_TD)).unflatten(0, (group.size, -1))
+    return terms_PTD.sum(0, dtype=torch.promote_types(terms_PTD.dtype, torch.float32)).to(terms_PTD.dtype)

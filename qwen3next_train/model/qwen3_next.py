@@ -1,6 +1,7 @@
 """Qwen3-Next: embedding, hybrid layers, head, MTP and all losses of a micro-batch.
 
-Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder layers, then MTP layers).
+Letters: T tokens, D hidden (of a cache: documents), V vocabulary, E experts, L MoE layers (decoder layers, then MTP
+layers).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.decoding_cache import DecodingCache
 from qwen3next_train.model.head_group import HeadGroup
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import recomputed_layer, recomputing
-from qwen3next_train.model.rope import rotary_table
+from qwen3next_train.model.rope import RotaryTable, rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, own_counts
 from qwen3next_train.model.sequence_group import SequenceGroup, SlicedSequences
 from qwen3next_train.parameters import parameter_table
@@ -259,16 +261,32 @@ class Qwen3NextForCausalLM(nn.Module):
         """Sum of next-token losses in nats, fp32 scalar, without MTP and router losses."""
         return self.lm_head(self.forward_hidden(batch), batch.labels_T)
 
+    def next_logits(self, input_ids_T: torch.Tensor, counts: Sequence[int], cache: DecodingCache) -> torch.Tensor:
+        """Let documents grow by some tokens: logits ``[D, V]`` of the token after each one's last.
+
+        Rows are whole here, in a context or tensor group too: each of its ranks has all tokens.
+
+        Args:
+            input_ids_T: int64 ``[T]``, the new tokens, document after document.
+            counts: how many each document gets, any number at first, then one.
+            cache: what is kept of the documents; grows with them.
+        """
+        cache.advance(counts)
+        rotary = self._rotary(cache.positions_T)
+        context = BatchContext(cache.sequences, rotary, num_rows=1, head_group=self.head_group, cache=cache)
+        (hidden_TD,), _ = self.model([input_ids_T], [context])
+        return self.lm_head(hidden_TD[cache.sequences.cu_seqlens[1:].long() - 1])
+
     def _context(self, batch: PackedBatch) -> BatchContext:
-        config = self.config
-        rotary = rotary_table(
-            batch.positions_U,
-            head_dim=config.head_dim,
-            fraction=config.partial_rotary_factor,
-            theta=config.rope_theta,
-        )
         sequences = VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu)
+        rotary = self._rotary(batch.positions_U)
         return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch), self.head_group)
+
+    def _rotary(self, positions_U: torch.Tensor) -> RotaryTable:
+        config = self.config
+        return rotary_table(
+            positions_U, head_dim=config.head_dim, fraction=config.partial_rotary_factor, theta=config.rope_theta
+        )
 
     def _slices(self, batch: PackedBatch) -> SlicedSequences | None:
         if batch.slices is None:

@@ -14,7 +14,8 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
 from qwen3next_train.config.batch_size import common_batch_size
 from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
-from qwen3next_train.config.validate import MAX_BF16_BETA, context_fits
+from qwen3next_train.config.validate import MAX_BF16_BETA
+from qwen3next_train.config.validate_layout import context_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")

@@ -38,6 +38,7 @@ from qwen3next_train.train.profiling import open_profiler
 from qwen3next_train.train.restore import Restored, restore_state
 from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.samples import EncodedPrompts, TrainingSamples
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.train.sinks import open_sinks, peak_flops
@@ -82,6 +83,7 @@ def build_run(
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
+        prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
@@ -123,6 +125,7 @@ def build_run(
         throughput=throughput,
         stop=stop,
         profiler=profiler,
+        samples=None if prompts is None else TrainingSamples(config, prompts, engine, sinks.log_samples),
     )
 
 

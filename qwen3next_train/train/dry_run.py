@@ -16,6 +16,7 @@ from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.train.samples import EncodedPrompts
 
 _SHOWN_ROWS = 8
 
@@ -37,6 +38,7 @@ def dry_run(config: Config) -> int:
     assert built == expected, f"built {built} parameters, the table has {expected}"
     print(f"model built on the meta device: {built:,} parameters in {len(list(model.parameters()))} tensors")
     print(format_choices(kernels.choices))
+    EncodedPrompts.of(config)
     prepared = prepare_stores(config)
     data = TrainingData(prepared, config)
     for line in data_lines(prepared, config):

@@ -25,6 +25,7 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.profiling import StepProfiler
+from qwen3next_train.train.samples import TrainingSamples
 from qwen3next_train.train.signals import StopRequest
 
 
@@ -51,6 +52,7 @@ class Run:
         throughput: speed from counts and times.
         stop: signals received.
         profiler: told of every step before and after it; None where nothing is profiled.
+        samples: told of every step, behind all that is measured of it; None where no text is sampled.
         save_time_s: spent in saves since the last logged step.
     """
 
@@ -72,6 +74,7 @@ class Run:
     throughput: Throughput
     stop: StopRequest
     profiler: StepProfiler | None = None
+    samples: TrainingSamples | None = None
     save_time_s: float = 0.0
     failed_saves: int = 0
     saved_step: int = field(default=-1)
@@ -107,6 +110,8 @@ def train(run: Run) -> str | None:
             run.profiler.after(step)
         run.progress(step)
         _check_divergence(run)
+        if run.samples is not None:
+            run.samples.take(step)
         stopped_by = _agree_to_stop(run)
         if stopped_by or _save_due(run.config, step):
             saving_since = time.monotonic()

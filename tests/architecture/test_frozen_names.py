@@ -122,6 +122,12 @@ logging.wandb.tags
 
 eval.interval
 eval.rows
+eval.samples.prompts
+eval.samples.interval
+eval.samples.max_new_tokens
+eval.samples.temperature
+eval.samples.top_p
+eval.samples.top_k
 """
 
 MEGATRON_ARGUMENTS = """
@@ -230,6 +236,10 @@ COMMAND_OPTIONS = {
         *("--checkpoint", "--hf", "--data", "--json"),
         *("--device", "--precision", "--tokenizer", "--text-field"),
     ],
+    "generate": [
+        *("--checkpoint", "--hf", "--prompt", "--prompts", "--max-new-tokens"),
+        *("--temperature", "--top-p", "--top-k", "--json", "--device", "--precision", "--tokenizer"),
+    ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
@@ -239,6 +249,7 @@ COMMAND_OPTIONS = {
 
 COMMAND_KEYS = {
     "eval": ("data.sequence_length",),
+    "generate": ("run.seed",),
     "import-hf": ("model.mtp_num_layers", "run.seed"),
     "export-hf": (),
     "plot": (),

@@ -6,7 +6,7 @@ import yaml
 from qwen3next_train.config.describe import compare_configs, config_hash, keys, sections, subsections, to_yaml
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
-from qwen3next_train.config.schema import Config, LoggingConfig
+from qwen3next_train.config.schema import Config, EvalConfig, LoggingConfig
 from qwen3next_train.config.settings import PRESET_KEY
 
 TINY = shipped_folder() / "qwen3next_tiny.yaml"
@@ -38,6 +38,7 @@ def kinds(before: Config, after: Config, **kwargs) -> dict[str, list[str]]:
 def test_every_field_is_a_key_with_type_default_and_description():
     assert {name for name, _ in sections()} == set(Config.model_fields)
     nested = {f"logging.{name}": LoggingConfig.model_fields[name] for name in ("profile", "wandb")}
+    nested["eval.samples"] = EvalConfig.model_fields["samples"]
     assert subsections() == {*Config.model_fields, *nested}
     fields = [*Config.model_fields.values(), *nested.values()]
     assert len(keys()) == sum(len(section.annotation.model_fields) for section in fields) - len(nested)

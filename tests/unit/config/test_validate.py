@@ -41,6 +41,22 @@ def faults_of(**overrides: str) -> list[str]:
 
 RULES = [
     (
+        {"eval__samples__prompts": "[a, '', b]"},
+        "--eval.samples.prompts: eval.samples.prompts has an empty prompt, number 2; give it text",
+    ),
+    (
+        {"eval__samples__prompts": str(["x"] * 65)},
+        "--eval.samples.prompts: eval.samples.prompts has 65 prompts; give at most 64",
+    ),
+    *(
+        (
+            {f"eval__samples__{name}": text},
+            f"--eval.samples.{name}: eval.samples.{name} has nothing to choose from where eval.samples.temperature 0 "
+            "takes the likeliest token; give a temperature above 0",
+        )
+        for name, text in (("top_p", "0.5"), ("top_k", "3"))
+    ),
+    (
         {"run__steps": "9", "logging__profile__steps": "8-10"},
         "--logging.profile.steps: logging.profile.steps 8-10 is not within the run's steps, 1 to 9; choose steps among "
         "them",

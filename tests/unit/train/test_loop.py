@@ -285,6 +285,16 @@ def test_a_profiler_is_told_of_every_step_around_its_data_and_its_row(tmp_path: 
     ]
 
 
+def test_samples_are_taken_behind_the_row_of_a_step_and_before_its_checkpoint(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "..", keep=9)
+    told: list[tuple[str, Any]] = []
+    run.sinks = [cast(Any, SimpleNamespace(log=lambda record: told.append(("row", record["step"]))))]
+    run.samples = cast(Any, SimpleNamespace(take=lambda step: told.append(("samples", step))))
+    run.sync_metrics = lambda: told.append(("sync", run.state.step))
+    train(run)
+    assert told == [(what, step) for step in (1, 2) for what in ("row", "samples", "sync")]
+
+
 def test_the_time_of_a_save_is_in_the_row_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A second passes whenever somebody looks.
     seconds = itertools.count(1)
