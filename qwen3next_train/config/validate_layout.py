@@ -29,7 +29,7 @@ def tensor_violations(config: Config) -> Iterator[RuleViolation]:
             (key, heads),
             f"{key} {size} neither divides {heads} {model.num_key_value_heads} nor is a multiple of it; {hint}",
         )
-    if row % size:
+    elif row % size:
         yield RuleViolation(
             (key, "data.sequence_length"),
             f"{key} {size} does not divide data.sequence_length {row} into equal shares; {hint}, or make rows of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -105,7 +105,12 @@ def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
 
 def covering_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
     """A few of :func:`all_layouts`, in which every pair of two settings occurs."""
-    layouts, chosen = all_layouts(world_size, steps), []
+    return covering(all_layouts(world_size, steps))
+
+
+def covering(layouts: Sequence[Layout]) -> list[Layout]:
+    """As few of some layouts as make every pair of two settings that occurs among them."""
+    chosen: list[Layout] = []
     missing = set().union(*map(_pairs, layouts))
     while missing:
         best = max(layouts, key=lambda layout: len(_pairs(layout) & missing))
