@@ -66,13 +66,13 @@ class ZeroState(ABC):
         self._expert_offsets = expert_offsets
 
     def fragments(self) -> Iterator[Fragment]:
-        """The state this rank owns, moments widened to fp32; they are zero before the first update."""
+        """The state this rank owns; moments are zero before the first update."""
         for piece in self._pieces():
             state = self._adam_state(piece.partition)
             moments = {
-                kind: state[kind].narrow(0, piece.offset, piece.master.numel()).float()
+                kind: state[kind].narrow(0, piece.offset, piece.master.numel())
                 if state
-                else torch.zeros_like(piece.master)
+                else torch.zeros_like(piece.master, dtype=self._moments_dtype)
                 for kind in _MOMENTS
             }
             yield Fragment(piece.name, piece.start, {"master": piece.master, **moments})

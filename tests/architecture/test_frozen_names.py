@@ -104,6 +104,7 @@ kernels.fused
 checkpoint.interval
 checkpoint.keep
 checkpoint.max_failures
+checkpoint.async_save
 checkpoint.init_from
 
 logging.interval
@@ -211,6 +212,7 @@ MEGATRON_ARGUMENTS = """
 --use-mcore-models
 --disable-jit-fuser
 --save-interval
+--async-save
 --eval-interval
 --log-interval
 --wandb-project
