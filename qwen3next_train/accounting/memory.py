@@ -167,6 +167,18 @@ def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[Par
     return sum(shard.partition * (states + shard.element_bytes) for shard in shards) + _largest_gradient(kinds, layout)
 
 
+def snapshot_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:
+    """Bytes of host memory from which one process writes checkpoints while training goes on, padding of ZeRO included.
+
+    Args:
+        model: shape of the model.
+        layout: as of :func:`memory_per_gpu`.
+        kinds: as of :func:`memory_per_gpu`.
+    """
+    kinds = parameter_kinds(model) if kinds is None else kinds
+    return adam_state_bytes(layout) * _partition_numel(kinds, layout)
+
+
 def certain_bytes(parts: Mapping[str, int]) -> int:
     """Bytes that one GPU has to have free: weights, gradients and optimizer, which are known to the byte.
 

@@ -225,7 +225,7 @@ ANSWERS: Mapping[str, str] = {
         ("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "exit_signal", "max_time"), _EXIT
     ),
     **dict.fromkeys(
-        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors", "async_save"),
+        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors"),
         "checkpoints have one format, leave it out",
     ),
     "split": "data.validation_fraction says how much is held out, split of a source which of its splits is read",

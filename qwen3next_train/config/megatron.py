@@ -304,6 +304,7 @@ _TABLE: tuple[MegatronArgument, ...] = (
     _without_effect("--disable-jit-fuser", "nothing is jit-fused", is_switch=True, section="kernels"),
     # Checkpoints, validation, logging.
     _renamed("--save-interval", "checkpoint.interval"),
+    _switch("--async-save", "checkpoint.async_save"),
     _renamed("--eval-interval", "eval.interval"),
     _renamed("--log-interval", "logging.interval"),
     _renamed("--wandb-project", "logging.wandb.project", is_text=True),

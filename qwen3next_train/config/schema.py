@@ -269,6 +269,11 @@ class CheckpointConfig(Section):
     interval: StepsOrNone = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
     keep: Steps = Field(3, description="newest complete checkpoints kept")
     max_failures: Steps = Field(3, description="consecutive failed saves before the run stops with exit code 74")
+    async_save: bool = Field(
+        True,
+        description="write checkpoints while training goes on, from a copy in host memory; where that does not fit, "
+        "training waits for its saves",
+    )
     init_from: PathText = Field(
         "",
         description="checkpoint or run directory whose weights a new run starts from (made by import-hf or by "

@@ -30,7 +30,7 @@ class Fragment:
     Args:
         name: logical parameter name (``parameters``).
         runs: where its elements are in the flattened logical tensor.
-        tensors: fp32 ``[numel]`` views of master weight and Adam moments, by kind.
+        tensors: ``[numel]`` views of the fp32 master weight and of the Adam moments, in the dtype they are kept in.
     """
 
     name: str
@@ -92,13 +92,26 @@ class StepResult:
     skipped: bool
 
 
+def nothing() -> None:
+    """What there is to do before an update where nobody is reading the state."""
+
+
 class Engine(Protocol):
     """Owner of model, optimizer and their sharding."""
 
     def train_step(
-        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        totals: StepTotals,
+        lr: float,
+        report: Report,
+        before_update: Callable[[], None] = nothing,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer update."""
+        """Forward and backward over this rank's micro-batches, then one optimizer update.
+
+        ``before_update`` is called before anything that :meth:`fragments` gives is changed.
+        """
 
     def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""

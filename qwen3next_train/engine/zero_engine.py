@@ -14,7 +14,7 @@ from qwen3next_train.accounting.activations import expert_room, expert_rows
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
-from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
+from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals, nothing
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
     PartitionedOptimizer,
@@ -131,7 +131,13 @@ class ZeroEngine:
         )
 
     def train_step(
-        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        totals: StepTotals,
+        lr: float,
+        report: Report,
+        before_update: Callable[[], None] = nothing,
     ) -> StepResult:
         """Gradient accumulation: forward and backward over this rank's micro-batches, then one optimizer update.
 
@@ -147,13 +153,14 @@ class ZeroEngine:
             totals: counts over all ranks.
             lr: learning rate of this step.
             report: what to reduce and return as metrics.
+            before_update: called when only the update is left; more than once in a step that is repeated.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         scales = LossScales(num_targets=totals.num_targets, num_micro_batches=totals.num_micro_batches)
         self._engine.train()
         while True:
-            collected, loss = self._accumulate_and_update(batches, scales, report)
+            collected, loss = self._accumulate_and_update(batches, scales, report, before_update)
             norm, skipped = self._outcome()
             if not (skipped and self._makes_room(loss)):
                 break
@@ -167,7 +174,11 @@ class ZeroEngine:
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
-        self, batches: Sequence[PackedBatch], scales: LossScales, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        scales: LossScales,
+        report: Report,
+        before_update: Callable[[], None],
     ) -> tuple[StepReport, torch.Tensor]:
         """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
         collected = StepReport(self._config.model)
@@ -201,6 +212,8 @@ class ZeroEngine:
             # Or the graph of these micro-batches would live through the forward pass of the next.
             outputs.clear()
             del total
+            if is_last:
+                before_update()
             # Only the step's last call, at the gradient-accumulation boundary, clips, updates the weights and clears
             # the gradients; the calls before it do none of that.
             with part("optimizer"):

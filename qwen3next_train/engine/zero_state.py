@@ -67,15 +67,15 @@ class ZeroState(ABC):
         self._held = held
 
     def fragments(self) -> Iterator[Fragment]:
-        """The state this rank owns, moments widened to fp32; they are zero before the first update."""
+        """The state this rank owns; moments are zero before the first update."""
         for piece in self._pieces():
             state = self._adam_state(piece.partition)
             for at, runs in self._runs(piece):
                 master = piece.master.narrow(0, at, runs.numel)
                 moments = {
-                    kind: state[kind].narrow(0, piece.offset + at, runs.numel).float()
+                    kind: state[kind].narrow(0, piece.offset + at, runs.numel)
                     if state
-                    else torch.zeros_like(master)
+                    else torch.zeros_like(master, dtype=self._moments_dtype)
                     for kind in _MOMENTS
                 }
                 yield Fragment(piece.name, runs, {"master": master, **moments})

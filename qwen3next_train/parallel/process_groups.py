@@ -45,6 +45,7 @@ class ProcessContext:
         local_world_size: processes on this node.
         device: where the model lives.
         control: host-side agreements between all ranks.
+        saving: the same for the thread that writes checkpoints: two threads must not share a group.
         preparation: the same, patient enough for one rank to tokenise a corpus.
         rank_infos: where every rank lives.
     """
@@ -55,6 +56,7 @@ class ProcessContext:
     local_world_size: int
     device: torch.device
     control: ControlGroup
+    saving: ControlGroup
     preparation: ControlGroup
     rank_infos: tuple[RankInfo, ...]
 
@@ -168,9 +170,16 @@ def process_context(
         ) from error
     try:
         control = _control_group(world_size, timeout)
-        preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         yield ProcessContext(
-            rank, world_size, local_rank, process.local_world_size, device, control, preparation, rank_infos
+            rank,
+            world_size,
+            local_rank,
+            process.local_world_size,
+            device,
+            control=control,
+            saving=_control_group(world_size, timeout),
+            preparation=_control_group(world_size, _PREPARATION_TIMEOUT),
+            rank_infos=rank_infos,
         )
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
         control.all_true(True)

@@ -91,6 +91,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "memory_per_gpu": {
             **_memory_as_json(plan.memory_by_part, fits=plan.fits),
             "host_bytes": plan.host_bytes,
+            "snapshot_bytes": plan.snapshot_bytes,
             "with_recompute": [
                 {"recompute": list(view.recompute), **_memory_as_json(view.memory_by_part, fits=view.fits)}
                 for view in plan.recompute
@@ -140,7 +141,7 @@ def format_plan(plan: Plan) -> str:
         *_row("time", _time_line(plan)),
         *(_row("step time", _step_parts(plan)) if plan.step is not None else ()),
         *_fastest_lines(plan),
-        *_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"),
+        *_row("checkpoint", _checkpoint_line(plan)),
     ]
     if plan.fits is False:
         lines += _change_lines(plan)
@@ -190,6 +191,13 @@ def _memory_line(plan: Plan) -> str:
 
 def _memory_parts(plan: Plan) -> str:
     return " · ".join(f"{_words(part)} {_bytes(size)}" for part, size in plan.memory_by_part.items() if size)
+
+
+def _checkpoint_line(plan: Plan) -> str:
+    text = f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"
+    if plan.snapshot_bytes:
+        text += f"; {_bytes(plan.snapshot_bytes)} of host memory for each GPU, to save beside training"
+    return text
 
 
 def _host_line(plan: Plan) -> str:

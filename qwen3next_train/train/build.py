@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.background import BackgroundSaver
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
@@ -32,7 +33,7 @@ from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.loop import Run
-from qwen3next_train.train.memory_check import check_memory
+from qwen3next_train.train.memory_check import check_memory, has_host_room
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.profiling import open_profiler
 from qwen3next_train.train.restore import Restored, restore_state
@@ -78,7 +79,7 @@ def build_run(
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
-        checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
+        checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.saving, keep=config.checkpoint.keep)
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
@@ -115,6 +116,13 @@ def build_run(
         validation=_validation_batches(validation, config, topology, part),
         bytes_per_token=None if validation is None else validation.bytes_per_token,
         checkpoints=checkpoints,
+        background=BackgroundSaver(
+            checkpoints,
+            control=context.control,
+            device=context.device,
+            enabled=config.checkpoint.async_save,
+            has_room=lambda num_bytes: has_host_room(num_bytes, num_local=context.local_world_size),
+        ),
         header=_header(config, context),
         state=restored.state,
         sinks=sinks.sinks,

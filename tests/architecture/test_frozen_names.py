@@ -105,6 +105,7 @@ kernels.fused
 checkpoint.interval
 checkpoint.keep
 checkpoint.max_failures
+checkpoint.async_save
 checkpoint.init_from
 
 logging.interval
@@ -218,6 +219,7 @@ MEGATRON_ARGUMENTS = """
 --use-mcore-models
 --disable-jit-fuser
 --save-interval
+--async-save
 --eval-interval
 --log-interval
 --wandb-project

@@ -285,11 +285,18 @@ class _Shared:
 
 def on_ranks(world_size: int, action: Callable[[ThreadControl], T]) -> list[T | Exception]:
     """Run ``action`` on every rank at once; its results, or the exceptions it raised, by rank."""
-    shared = _Shared(world_size)
+    return on_two_threads_of_ranks(world_size, lambda control, saving: action(control))
+
+
+def on_two_threads_of_ranks(
+    world_size: int, action: Callable[[ThreadControl, ThreadControl], T]
+) -> list[T | Exception]:
+    """:func:`on_ranks` with a second group, for a thread of the rank's own."""
+    groups = [_Shared(world_size) for _ in range(2)]
 
     def attempt(rank: int) -> T | Exception:
         try:
-            return action(ThreadControl(rank, shared))
+            return action(*(ThreadControl(rank, shared) for shared in groups))
         except Exception as error:
             return error
 
@@ -298,9 +305,9 @@ def on_ranks(world_size: int, action: Callable[[ThreadControl], T]) -> list[T | 
 
 
 @contextmanager
-def collected_log() -> Iterator[list[str]]:
-    """Warnings the package logs meanwhile."""
-    collector = _Collector()
+def collected_log(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """What the package logs meanwhile, of this level and above."""
+    collector = _Collector(level)
     get_logger().addHandler(collector)
     try:
         yield collector.lines
@@ -309,8 +316,8 @@ def collected_log() -> Iterator[list[str]]:
 
 
 class _Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:

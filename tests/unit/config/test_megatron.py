@@ -92,6 +92,7 @@ SETS = [
     ("--context-parallel-size", "4", 4, "parallel.context_parallel_size", 4),
     ("--tensor-model-parallel-size", "2", 2, "parallel.tensor_parallel_size", 2),
     ("--save-interval", "7", 7, "checkpoint.interval", 7),
+    ("--async-save", None, True, "checkpoint.async_save", True),
     ("--eval-interval", "7", 7, "eval.interval", 7),
     ("--log-interval", "7", 7, "logging.interval", 7),
     ("--wandb-project", "1e5", "1e5", "logging.wandb.project", "1e5"),

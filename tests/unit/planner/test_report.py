@@ -23,7 +23,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "parameters": {"total", "active", "by_part"},
         "flops": {"per_token", "per_step", "by_part"},
         "flops_megatron": {"per_step"},
-        "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "with_recompute"},
+        "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "snapshot_bytes", "with_recompute"},
         "checkpoint_bytes": None,
         "step_time_s": None,
         "step_time_by_part": STEP_PARTS,
