@@ -31,11 +31,13 @@ class PackedRow:
             ``boundaries[0] == 0``, ``boundaries[-1] == S``, strictly increasing.
         ends_inside_document: the token after the row continues the row's last document, so the last
             position has a target.
+        source: number of the training source that the row is from.
     """
 
     tokens: npt.NDArray[np.int64]
     boundaries: npt.NDArray[np.int64]
     ends_inside_document: bool
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PackedBatch:
             k-th MTP depth (the token k further on in the same document).
         sum_squared_lengths: sum of the squared lengths of the document pieces (attention's FLOPs), or of it
             the slices' share.
+        sources: of each row, or slice of one, the number of the training source it is from.
         slices: how the rows are cut, None for whole rows.
     """
 
@@ -69,6 +72,7 @@ class PackedBatch:
     num_rows: int
     num_targets: tuple[int, ...]
     sum_squared_lengths: int
+    sources: tuple[int, ...]
     slices: BatchSlices | None = None
 
     @classmethod
@@ -104,6 +108,7 @@ class PackedBatch:
             num_rows=len(rows),
             num_targets=counts,
             sum_squared_lengths=int((lengths**2).sum()),
+            sources=tuple(row.source for row in rows),
         )
 
     @property
@@ -139,6 +144,7 @@ class PackedBatch:
             num_rows=self.num_rows,
             num_targets=tuple(int((targets_T != IGNORE_INDEX).sum()) for targets_T in (labels_T, *further)),
             sum_squared_lengths=squares_of_slice(cu_seqlens, num_rows=self.num_rows, part=part),
+            sources=self.sources,
             slices=BatchSlices.of(plan),
         )
 

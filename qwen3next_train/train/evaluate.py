@@ -281,6 +281,7 @@ def _batch(pieces: Sequence[npt.NDArray[np.int64]]) -> PackedBatch:
         num_rows=1,
         num_targets=(int(lengths.sum()),),
         sum_squared_lengths=int((lengths**2).sum()),
+        sources=(0,),
     )
 
 
