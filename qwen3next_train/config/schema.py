@@ -147,6 +147,11 @@ class DataConfig(Section):
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
     )
+    validation_sets: dict[str, list[SourceConfig]] = Field(
+        default_factory=dict,
+        description="further held-out sets, {NAME: sources}, each with its own eval/NAME/loss and eval/NAME/bpb; "
+        "training text is held out for eval/loss as without them",
+    )
     validation_fraction: Fraction = Field(
         0.02, description="documents held out by hash of their name or content, or the end of a single text file"
     )
@@ -260,6 +265,11 @@ class CheckpointConfig(Section):
 
     interval: StepsOrNone = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
     keep: Steps = Field(3, description="newest complete checkpoints kept")
+    best: Text = Field(
+        "",
+        description="validation metric whose lowest value marks the best checkpoint, which is kept beside the newest: "
+        "eval/loss, eval/bpb, eval/NAME/loss or eval/NAME/bpb; empty: none",
+    )
     max_failures: Steps = Field(3, description="consecutive failed saves before the run stops with exit code 74")
     init_from: PathText = Field(
         "",
@@ -313,7 +323,11 @@ class EvalConfig(Section):
     """Validation during training."""
 
     interval: StepsOrNone = Field(0, description="steps between validations, 0 for never")
-    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation set")
+    patience: StepsOrNone = Field(
+        0, description="validations in a row without a new lowest eval.patience_metric that end the run; 0: none do"
+    )
+    patience_metric: Text = Field("eval/loss", description="validation metric that eval.patience looks at")
 
 
 class Config(Section):

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen3next_train.config.metric_names import NAME
+
 WANDB_ID = r"[^/\\#?%:\x00-\x20\x7f]{1,128}"
 """Pattern of the ids that wandb accepts, which become part of paths and addresses."""
 
@@ -62,6 +64,12 @@ METRICS: tuple[Metric, ...] = (
 )
 """Metrics of the whole model, in the order of the documentation."""
 
+NAMED_METRICS: tuple[Metric, ...] = (
+    Metric("eval/{name}/loss", "nats per token", "next-token loss on the rows of a validation set"),
+    Metric("eval/{name}/bpb", "bits per byte", "the same loss in bits per byte of the set's text"),
+)
+"""Metrics of a validation set (``data.validation_sets``)."""
+
 LAYER_METRICS: tuple[Metric, ...] = (
     Metric("moe/layer_{layer:02d}/max_violation", "1", "largest expert load over mean load, minus 1"),
     Metric("moe/layer_{layer:02d}/dead_experts", "experts", "experts that got no token in this step"),
@@ -69,6 +77,7 @@ LAYER_METRICS: tuple[Metric, ...] = (
 )
 """Metrics of each MoE layer (numbered from 0, MTP layers last), every ``logging.layer_interval`` steps."""
 
+_GIVEN_NAME = re.compile(rf"eval/{NAME}/(?:loss|bpb)")
 _NAMES = frozenset(metric.name for metric in METRICS)
 _LAYER_NAME = re.compile(r"moe/layer_(\d{2}|[1-9]\d{2,})/(max_violation|dead_experts|router_entropy)")
 
@@ -79,5 +88,5 @@ def layer_metric(layer: int, statistic: LayerStatistic) -> str:
 
 
 def is_metric_name(name: str) -> bool:
-    """Whether ``name`` is one of the frozen names, per-layer ones included."""
-    return name in _NAMES or _LAYER_NAME.fullmatch(name) is not None
+    """Whether ``name`` is one of the frozen names, with any layer or validation set in it."""
+    return name in _NAMES or any(pattern.fullmatch(name) for pattern in (_LAYER_NAME, _GIVEN_NAME))

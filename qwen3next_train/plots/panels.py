@@ -25,12 +25,14 @@ class Panel:
         pattern: of the metrics' names.
         is_log: the vertical axis is logarithmic.
         is_noisy: smoothing applies; not to what is a setting or a mean over held-out text.
+        is_sparse: rows may lack it, which makes no gaps of them.
     """
 
     title: str
     pattern: str
     is_log: bool = False
     is_noisy: bool = True
+    is_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def panels_of(rate: Rate) -> tuple[Panel, ...]:
     """All panels in order; ``rate`` says what the speed is counted in."""
     return (
         Panel("next-token loss, nats per token", r"loss/lm"),
-        Panel("validation loss, nats per token", r"eval/(?:[^/]+/)?loss", is_noisy=False),
+        Panel("validation loss, nats per token", r"eval/(?:[^/]+/)?loss", is_noisy=False, is_sparse=True),
+        Panel("validation loss, bits per byte", r"eval/(?:[^/]+/)?bpb", is_noisy=False, is_sparse=True),
         Panel("MTP loss, nats per token", r"loss/mtp"),
         Panel("load-balancing loss", r"loss/load_balancing"),
         Panel("gradient norm before clipping", r"optim/grad_norm", is_log=True),
@@ -151,11 +154,11 @@ def smoothed(values: Floats, weight: float) -> Floats:
 
 
 def _curve(run: LoggedRun, number: int, metric: str, panel: Panel, axis: Axis, smoothing: float) -> Curve | None:
-    # That most rows have no validation makes no gaps of them; a loss that was not finite is one.
+    # That most rows have no validation makes no gaps of them; a training loss that was not finite is one.
     x, y = run.along(axis), run.values[metric]
-    if metric.startswith("eval/"):
+    if panel.is_sparse:
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not np.isfinite(y).any():
         return None
-    label = run.name if metric in (panel.pattern, "eval/loss") else f"{run.name} {metric}"
+    label = run.name if metric in (panel.pattern, "eval/loss", "eval/bpb") else f"{run.name} {metric}"
     return Curve(label, number, x, y, smoothed(y, smoothing) if smoothing and panel.is_noisy else None)

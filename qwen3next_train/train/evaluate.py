@@ -188,7 +188,7 @@ def evaluate(
 
 
 def _config(weights: Weights, *, sequence_length: int | None, tokenizer: str | None) -> Config:
-    changes: dict[str, object] = {"sources": [], "validation_sources": []}
+    changes: dict[str, object] = {"sources": [], "validation_sources": [], "validation_sets": {}}
     if sequence_length is not None:
         changes["sequence_length"] = sequence_length
     if tokenizer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.profiling import StepProfiler
 from qwen3next_train.train.signals import StopRequest
+from qwen3next_train.train.validation import ValidationSet, end_for_want_of_progress, validate, with_validation
 
 
 @dataclass
@@ -38,8 +38,7 @@ class Run:
         engine: model and optimizer.
         batches: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
         data_wait_s: seconds the last step waited for ``batches``.
-        validation: this rank's validation micro-batches, none without validation.
-        bytes_per_token: of the validation text, None where unknown (no bits per byte then).
+        validation: this rank's share of the validation sets, none without validation.
         checkpoints: where the state is saved.
         header: what a checkpoint's manifest says of the run besides the state.
         state: progress so far.
@@ -59,8 +58,7 @@ class Run:
     engine: Engine
     batches: Iterator[list[PackedBatch]]
     data_wait_s: Callable[[], float]
-    validation: Sequence[PackedBatch]
-    bytes_per_token: float | None
+    validation: Sequence[ValidationSet]
     checkpoints: CheckpointManager
     header: Header
     state: TrainState
@@ -78,7 +76,7 @@ class Run:
 
 
 def train(run: Run) -> str | None:
-    """Train until the last step or a stop.
+    """Train until the last step, a stop, or too many validations without progress (``eval.patience``).
 
     Returns:
         The name of the signal that stopped the run, or None when it is finished.
@@ -90,7 +88,7 @@ def train(run: Run) -> str | None:
     run.saved_step = run.state.step
     run.stop.defer()
     stopped_by = _agree_to_stop(run)
-    while stopped_by is None and run.state.step < run.config.run.steps:
+    while stopped_by is None and not _is_done(run):
         started_at = time.monotonic()
         step = run.state.step + 1
         if run.profiler is not None:
@@ -108,9 +106,10 @@ def train(run: Run) -> str | None:
         run.progress(step)
         _check_divergence(run)
         stopped_by = _agree_to_stop(run)
-        if stopped_by or _save_due(run.config, step):
+        is_last = stopped_by is not None or _is_done(run)
+        if is_last or _save_due(run.config, step):
             saving_since = time.monotonic()
-            save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
+            save(run, must_succeed=is_last)
             run.save_time_s += time.monotonic() - saving_since
     return stopped_by
 
@@ -175,7 +174,12 @@ def _eval_due(config: Config, step: int) -> bool:
 
 def _save_due(config: Config, step: int) -> bool:
     interval = config.checkpoint.interval
-    return step == config.run.steps or (interval > 0 and step % interval == 0)
+    return interval > 0 and step % interval == 0
+
+
+def _is_done(run: Run) -> bool:
+    is_early = end_for_want_of_progress(run.state, run.config) is not None
+    return is_early or run.state.step >= run.config.run.steps
 
 
 def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: float) -> dict[str, float]:
@@ -196,6 +200,7 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
         skipped_steps=state.skipped_steps + int(result.skipped),
         optimizer_step=state.optimizer_step + int(not result.skipped),
         consecutive_skips=state.consecutive_skips + 1 if result.skipped else 0,
+        validation={},
     )
     return speed
 
@@ -210,9 +215,10 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
         record["perf/save_s"], run.save_time_s = run.save_time_s, 0.0
     if run.validation and _eval_due(run.config, state.step):
         evaluating_since = time.monotonic()
-        record["eval/loss"], _ = run.engine.eval_loss(run.validation)
-        if run.bytes_per_token is not None:
-            record["eval/bpb"] = record["eval/loss"] / math.log(2) / run.bytes_per_token
+        # Rank 0's values: an end that the ranks see differently would leave some waiting for the others.
+        found: dict[str, float] = run.control.broadcast_json(validate(run.engine, run.validation))
+        record |= found
+        run.state = with_validation(state, found, run.config)
         if run.config.logging.step_parts:
             record["perf/eval_s"] = time.monotonic() - evaluating_since
     for sink in run.sinks:

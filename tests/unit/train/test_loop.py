@@ -83,7 +83,6 @@ def run_of(
         batches=itertools.repeat(cast(Any, [batch])),
         data_wait_s=lambda: 0.0,
         validation=[],
-        bytes_per_token=None,
         checkpoints=CheckpointManager(
             path / "checkpoints", control=control, keep=keep, filesystem=filesystem or HookedFilesystem()
         ),
