@@ -167,7 +167,7 @@ def config_hash(config: Config) -> str:
     """
     flat = flatten(config.model_dump(mode="json"))
     relevant = {key: value for key, value in flat.items() if _class_of(key, config.schedule) != "harmless"}
-    relevant = {key: value for key, value in relevant.items() if key not in _DERIVED_KEYS}
+    relevant = {key: _without_alias(value) for key, value in relevant.items() if key not in _DERIVED_KEYS}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,7 +190,11 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     defaults = flatten(Config().model_dump())
     found: dict[str, list[Change]] = {"harmless": [], "trajectory": [], "shape": []}
     before = {key: _with_source_defaults(old_flat.get(key, defaults[key])) for key in new_flat}
-    differing = [key for key, value in new_flat.items() if key not in _DERIVED_KEYS and before[key] != value]
+    differing = [
+        key
+        for key, value in new_flat.items()
+        if key not in _DERIVED_KEYS and _without_alias(before[key]) != _without_alias(value)
+    ]
     decisive = {
         key
         for group, outcome in ((CURVE_KEYS, curve_after), (BATCH_KEYS, levels_after))
@@ -262,6 +266,13 @@ def _with_source_defaults(value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(item, dict) and "source" in item for item in value):
         return value
     return [SourceConfig(source="").model_dump() | item for item in value]
+
+
+def _without_alias(value: Any) -> Any:
+    """Sources without what only metrics call them by; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [{key: item[key] for key in item if key != "alias"} if isinstance(item, dict) else item for item in value]
 
 
 def _class_of(key: str, schedule: ScheduleConfig) -> Literal["harmless", "trajectory", "shape"]:

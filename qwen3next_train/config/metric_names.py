@@ -1,4 +1,4 @@
-"""Names that users give and metrics bear: of validation sets.
+"""Names that users give and metrics bear: of validation sets and of training sources.
 
 ``metrics/names.py`` lists the metrics; here is which names may stand in them, and which of a validation's metrics a
 configuration has.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qwen3next_train.config.error_lines import show
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, SourceConfig
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 """What may stand in a metric's name: no path, pattern or plot legend takes it for anything but a word."""
@@ -21,11 +21,24 @@ Problem = tuple[tuple[str, ...], str]
 _HINT = "give at most 64 letters, digits, '_', '.' and '-', the first a letter or digit"
 _MAX_LISTED = 6
 _NAME = re.compile(NAME)
+_UNUSABLE = re.compile(r"[^A-Za-z0-9_.-]+")
+_OWN_LOSSES = frozenset(("lm", "mtp", "load_balancing", "z", "total"))
+_POSITION = re.compile(r"position_\d+")
 
 
 def _is_usable(name: str) -> bool:
-    """Whether a validation set may be called so."""
+    """Whether a validation set or source may be called so."""
     return _NAME.fullmatch(name) is not None
+
+
+def source_names(config: Config) -> list[str]:
+    """Names of the training sources in ``loss/NAME`` and ``data/share_NAME``; empty where a source needs an alias."""
+    return [source.alias or _derived_name(source) for source in config.data.sources]
+
+
+def _is_taken(name: str) -> bool:
+    """Whether ``loss/NAME`` is another metric already."""
+    return name in _OWN_LOSSES or _POSITION.fullmatch(name) is not None
 
 
 def validation_metrics(config: Config) -> list[str]:
@@ -49,14 +62,39 @@ def _prefixes(config: Config) -> Iterator[str]:
     yield from map(validation_prefix, config.data.validation_sets)
 
 
+def _derived_name(source: SourceConfig) -> str:
+    """The last part of the source that is no pattern, such as ``corpus`` of ``data/corpus/*.parquet``."""
+    parts = [part for part in re.split(r"[/:]", source.source) if part and not set(part) & set("*?[")]
+    return _UNUSABLE.sub("-", parts[-1]).lstrip("_.-")[:64] if parts else ""
+
+
 def name_problems(config: Config) -> Iterator[Problem]:
-    """Why names of sets cannot stand in metrics' names."""
+    """Why names of sets and sources cannot stand in metrics' names."""
     data, key = config.data, "data.validation_sets"
     for name, sources in data.validation_sets.items():
         if not _is_usable(name):
             yield ((key,), f"a set's name cannot stand in a metric's (got {show(name)}); {_HINT}")
         elif not sources:
             yield ((key,), f"the set {name} has no source (got []); name one, or leave the set out")
+    for source in data.sources:
+        if source.alias and not _is_usable(source.alias):
+            yield (("data.sources",), f"an alias cannot stand in a metric's name (got {show(source.alias)}); {_HINT}")
+    if "source" not in config.logging.loss_by:
+        return
+    names = source_names(config)
+    for source, name in zip(data.sources, names, strict=True):
+        if not _is_usable(name):
+            problem = "has nothing to call its metrics by"
+        elif _is_taken(name):
+            problem = f"would be loss/{name}, which is another metric"
+        elif names.count(name) > 1:
+            problem = f"would be loss/{name}, like another source"
+        else:
+            continue
+        yield (
+            ("logging.loss_by", "data.sources"),
+            f"logging.loss_by source: {show(source.source)} {problem}; give its entry of data.sources an alias",
+        )
 
 
 def validation_problems(config: Config) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
 MemorySnapshot = Literal["steps", "out_of_memory"]
 GradientDtype = Literal["fp32", "bf16"]
+LossGrouping = Literal["source", "position"]
 TokenExchange = Literal["auto", "dense", "exact"]
 
 
@@ -134,6 +135,7 @@ class SourceConfig(Section):
     text_field: Text = Field("text", description="column or JSON field that holds the text")
     split: Text = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
     name: Text = Field("", description="configuration of a Hugging Face dataset; empty: its default")
+    alias: Text = Field("", description="name in loss/NAME and data/share_NAME; empty: the last part of the source")
 
 
 class DataConfig(Section):
@@ -142,7 +144,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         default_factory=lambda: [SourceConfig(source="builtin:python-stdlib")],
         description="training sources: one name, a list of names, or a list of "
-        "{source, weight, text_field, split, name}",
+        "{source, weight, text_field, split, name, alias}",
     )
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
@@ -313,6 +315,11 @@ class LoggingConfig(Section):
     layer_interval: StepsOrNone = Field(50, description="steps between per-layer MoE statistics, 0 for never")
     step_parts: bool = Field(
         False, description="log the time of forward, backward, optimizer, validation and saves beside that of the step"
+    )
+    loss_by: list[LossGrouping] = Field(
+        default_factory=list,
+        description="split the next-token loss of logged steps by source (loss/NAME, with data/share_NAME) or by "
+        "position in the document (loss/position_N)",
     )
     tensorboard: bool = Field(False, description="write TensorBoard's event files into RUN/tensorboard, too")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="profiles of chosen steps")

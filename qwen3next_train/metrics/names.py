@@ -67,8 +67,15 @@ METRICS: tuple[Metric, ...] = (
 NAMED_METRICS: tuple[Metric, ...] = (
     Metric("eval/{name}/loss", "nats per token", "next-token loss on the rows of a validation set"),
     Metric("eval/{name}/bpb", "bits per byte", "the same loss in bits per byte of the set's text"),
+    Metric("loss/{name}", "nats per token", "next-token loss on this step's tokens of a source; absent without any"),
+    Metric("data/share_{name}", "1", "share of this step's tokens that are of a source"),
+    Metric(
+        "loss/position_{first}",
+        "nats per token",
+        "next-token loss at the positions of documents from N on, up to the next such range",
+    ),
 )
-"""Metrics of a validation set (``data.validation_sets``)."""
+"""Metrics of a validation set (``data.validation_sets``), of a source or of positions (``logging.loss_by``)."""
 
 LAYER_METRICS: tuple[Metric, ...] = (
     Metric("moe/layer_{layer:02d}/max_violation", "1", "largest expert load over mean load, minus 1"),
@@ -77,7 +84,7 @@ LAYER_METRICS: tuple[Metric, ...] = (
 )
 """Metrics of each MoE layer (numbered from 0, MTP layers last), every ``logging.layer_interval`` steps."""
 
-_GIVEN_NAME = re.compile(rf"eval/{NAME}/(?:loss|bpb)")
+_GIVEN_NAME = re.compile(rf"eval/{NAME}/(?:loss|bpb)|loss/{NAME}|data/share_{NAME}")
 _NAMES = frozenset(metric.name for metric in METRICS)
 _LAYER_NAME = re.compile(r"moe/layer_(\d{2}|[1-9]\d{2,})/(max_violation|dead_experts|router_entropy)")
 
@@ -88,5 +95,5 @@ def layer_metric(layer: int, statistic: LayerStatistic) -> str:
 
 
 def is_metric_name(name: str) -> bool:
-    """Whether ``name`` is one of the frozen names, with any layer or validation set in it."""
+    """Whether ``name`` is one of the frozen names, with any layer, validation set, source or position in it."""
     return name in _NAMES or any(pattern.fullmatch(name) for pattern in (_LAYER_NAME, _GIVEN_NAME))

@@ -9,10 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from qwen3next_train.config.metric_names import NAME
 from qwen3next_train.plots.runs import Axis, Floats, LoggedRun
 
 Rate = Literal["tokens", "flops"]
 
+_OTHER_LOSSES = r"(?:lm|mtp|load_balancing|z|total|position_\d+)$"
 _LAYER = re.compile(r"moe/layer_(\d+)/max_violation")
 
 
@@ -101,6 +103,9 @@ def panels_of(rate: Rate) -> tuple[Panel, ...]:
         Panel("next-token loss, nats per token", r"loss/lm"),
         Panel("validation loss, nats per token", r"eval/(?:[^/]+/)?loss", is_noisy=False, is_sparse=True),
         Panel("validation loss, bits per byte", r"eval/(?:[^/]+/)?bpb", is_noisy=False, is_sparse=True),
+        Panel("loss by source, nats per token", rf"loss/(?!{_OTHER_LOSSES}){NAME}", is_sparse=True),
+        Panel("share of tokens by source", rf"data/share_{NAME}"),
+        Panel("loss by position in the document, nats per token", r"loss/position_\d+", is_sparse=True),
         Panel("MTP loss, nats per token", r"loss/mtp"),
         Panel("load-balancing loss", r"loss/load_balancing"),
         Panel("gradient norm before clipping", r"optim/grad_norm", is_log=True),

@@ -111,6 +111,7 @@ checkpoint.init_from
 logging.interval
 logging.layer_interval
 logging.step_parts
+logging.loss_by
 logging.tensorboard
 logging.profile.steps
 logging.profile.all_ranks
@@ -290,6 +291,9 @@ moe/layer_{layer:02d}/router_entropy
 NAMED_METRIC_NAMES = """
 eval/{name}/loss
 eval/{name}/bpb
+loss/{name}
+data/share_{name}
+loss/position_{first}
 """
 
 EXIT_CODES = {

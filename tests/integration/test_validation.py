@@ -25,7 +25,7 @@ SETS = ("numbers", "words")
 def settings(corpus: Path, run_dir: Path, **overrides: object) -> list[str]:
     """A learning rate that makes the losses rise from some step on."""
     folder = corpus.parent
-    sources = [{"source": str(corpus)}, {"source": str(folder / "words.txt"), "weight": 0.5}]
+    sources = [{"source": str(corpus), "alias": "code"}, {"source": str(folder / "words.txt"), "weight": 0.5}]
     values = {
         "data__sources": json.dumps(sources),
         "data__validation_sets": json.dumps({name: str(folder / f"{name}.txt") for name in SETS}),
@@ -38,6 +38,7 @@ def settings(corpus: Path, run_dir: Path, **overrides: object) -> list[str]:
         "checkpoint__interval": 1,
         "checkpoint__keep": 1,
         "checkpoint__best": "eval/numbers/bpb",
+        "logging__loss_by": "[source, position]",
         "optimizer__lr": "5e-2",
         "schedule__kind": "constant",
     }
@@ -73,6 +74,7 @@ def test_it_ends_with_two_validations_that_are_no_better(corpus: Path, ended: Pa
     )
     for row in rows:
         assert {f"eval/{name}/{kind}" for name in SETS for kind in ("loss", "bpb")} | {"eval/loss"} <= row.keys()
+        assert row["data/share_code"] + row["data/share_words.txt"] == 1
     assert {path.name for path in (ended / "checkpoints").iterdir()} == {
         *(f"step_{step:08d}" for step in (best, best + 2)),
         *("latest", "best"),
@@ -110,7 +112,7 @@ def test_two_ranks_log_what_one_does(corpus: Path, tmp_path: Path) -> None:
             assert exit_codes(start_ranks([args] * count)) == [0, 0]
         runs[count] = metrics(tmp_path / str(count))
     for one, two in zip(runs[1], runs[2], strict=True):
-        names = [name for name in one if name.startswith(("eval/", "loss/"))]
+        names = [name for name in one if name.startswith(("eval/", "loss/", "data/"))]
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-6)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.config.load import load_config
-from qwen3next_train.config.metric_names import validation_metrics
+from qwen3next_train.config.metric_names import source_names, validation_metrics
 from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import ConfigError
 
@@ -38,6 +38,14 @@ def test_metrics_of_a_configuration() -> None:
     assert validation_metrics(load(eval__interval="5", data__validation_fraction="0", **sets)) == named
 
 
+def test_a_source_is_called_by_its_alias_or_the_last_part_of_its_path() -> None:
+    config = load(
+        data__sources="[builtin:python-stdlib, 'corpus/*.parquet', org/fineweb, 'a b/.x y.txt', '*', "
+        "{source: a.txt, alias: books}]"
+    )
+    assert source_names(config) == ["python-stdlib", "corpus", "fineweb", "x-y.txt", "", "books"]
+
+
 WRONG = [
     (
         {"data__validation_sets": "{a/b: a.jsonl}"},
@@ -59,6 +67,33 @@ WRONG = [
     (
         {"data__validation_sets": "{a: [{source: b, wait: 1}]}"},
         "--data.validation_sets.a[0].wait: unknown key (got 1); did you mean weight? --help all lists every key",
+    ),
+    (
+        {"data__sources": "[{source: a, alias: x y}]"},
+        "--data.sources: an alias cannot stand in a metric's name (got 'x y'); give at most 64 letters, digits, "
+        "'_', '.' and '-', the first a letter or digit",
+    ),
+    (
+        {"logging__loss_by": "[source]", "data__sources": "a/lm"},
+        "--logging.loss_by: logging.loss_by source: 'a/lm' would be loss/lm, which is another metric; give its entry "
+        "of data.sources an alias",
+    ),
+    (
+        {"logging__loss_by": "[source]", "data__sources": "[position_16]"},
+        "--logging.loss_by: logging.loss_by source: 'position_16' would be loss/position_16, which is another metric; "
+        "give its entry of data.sources an alias",
+    ),
+    (
+        {"logging__loss_by": "[source]", "data__sources": "[a/x, b/x]"},
+        "--logging.loss_by: logging.loss_by source: 'a/x' would be loss/x, like another source; give its entry of "
+        "data.sources an alias\n"
+        "--logging.loss_by: logging.loss_by source: 'b/x' would be loss/x, like another source; give its entry of "
+        "data.sources an alias",
+    ),
+    (
+        {"logging__loss_by": "[source]", "data__sources": "['*']"},
+        "--logging.loss_by: logging.loss_by source: '*' has nothing to call its metrics by; give its entry of "
+        "data.sources an alias",
     ),
     (
         {"eval__interval": "5", "checkpoint__best": "loss/lm"},

@@ -58,7 +58,7 @@ def test_names_with_what_users_call_things():
 
 
 def test_unknown_names():
-    for name in ("eval/a b/loss", "eval/-a/bpb", "eval/a/b/loss", f"eval/{'a' * 65}/loss", "eval/a/lm"):
+    for name in ("eval/a b/loss", "eval/-a/bpb", "eval/a/b/loss", "data/share_", f"loss/{'a' * 65}", "eval/a/lm"):
         assert not is_metric_name(name)
     for name in ("loss", "moe/layer_7/max_violation", "moe/layer_007/max_violation", "moe/layer_07/load", "loss/lm\n"):
         assert not is_metric_name(name)
