@@ -15,6 +15,7 @@ from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, MANIFEST_NAME, list_checkpoints
+from qwen3next_train.checkpoint.publication import BEST_NAME
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -57,8 +58,8 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     """The checkpoint that a path names, every byte of it verified. Collective.
 
     Args:
-        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. On a
-            filesystem that all ranks share.
+        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. ``best``
+            in one of these two: the best (``checkpoint.best``). On a filesystem that all ranks share.
         control: the ranks, which share the verification.
 
     Raises:
@@ -67,6 +68,8 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
         StorageError: the directory cannot be listed, or a checkpoint cannot be read.
     """
     try:
+        if (of_best := directory_of_best(path)) is not None:
+            return CheckpointManager(of_best, control=control, keep=1).find_best()
         if not path.is_dir():
             raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
         # The name of `.` or of a link may say nothing about the step.
@@ -85,6 +88,19 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     if not named:
         raise ConfigError(f"{path}: a checkpoint under another name; call it step_ and its step in eight digits")
     return CheckpointManager(path.parent, control=control, keep=1).find(named[0])
+
+
+def directory_of_best(path: Path) -> Path | None:
+    """The checkpoints directory whose best one a path names; None where the path names something else.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    if path.name != BEST_NAME or path.is_dir() or not path.parent.is_dir():
+        return None
+    parent = path.parent.resolve()
+    inner = parent / CHECKPOINTS_NAME
+    return inner if inner.is_dir() else parent
 
 
 def weights_of_checkpoint(path: Path) -> Weights:

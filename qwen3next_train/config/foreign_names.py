@@ -113,6 +113,8 @@ KEYS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("eval_steps", "eval_every", "validation_interval", "val_check_interval"), "eval.interval"),
     **dict.fromkeys(("eval_iters", "max_eval_samples", "limit_val_batches", "per_device_eval_batch_size"), "eval.rows"),
+    **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end", "monitor"), "checkpoint.best"),
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "eval.patience"),
     **dict.fromkeys(("logging_steps", "log_every", "log_every_n_steps", "log_steps"), "logging.interval"),
     **dict.fromkeys(("report_to", "wandb_mode", "use_wandb"), "logging.wandb.mode"),
     **dict.fromkeys(("run_name", "experiment_name", "wandb_name", "exp_name", "wandb_run_name"), "logging.wandb.name"),

@@ -48,6 +48,7 @@ RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
 MemorySnapshot = Literal["steps", "out_of_memory"]
 GradientDtype = Literal["fp32", "bf16"]
+LossGrouping = Literal["source", "position"]
 TokenExchange = Literal["auto", "dense", "exact"]
 
 
@@ -138,6 +139,7 @@ class SourceConfig(Section):
     text_field: Text = Field("text", description="column or JSON field that holds the text")
     split: Text = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
     name: Text = Field("", description="configuration of a Hugging Face dataset; empty: its default")
+    alias: Text = Field("", description="name in loss/NAME and data/share_NAME; empty: the last part of the source")
 
 
 class DataConfig(Section):
@@ -146,10 +148,15 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         default_factory=lambda: [SourceConfig(source="builtin:python-stdlib")],
         description="training sources: one name, a list of names, or a list of "
-        "{source, weight, text_field, split, name}",
+        "{source, weight, text_field, split, name, alias}",
     )
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
+    )
+    validation_sets: dict[str, list[SourceConfig]] = Field(
+        default_factory=dict,
+        description="further held-out sets, {NAME: sources}, each with its own eval/NAME/loss and eval/NAME/bpb; "
+        "training text is held out for eval/loss as without them",
     )
     validation_fraction: Fraction = Field(
         0.02, description="documents held out by hash of their name or content, or the end of a single text file"
@@ -268,6 +275,11 @@ class CheckpointConfig(Section):
 
     interval: StepsOrNone = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
     keep: Steps = Field(3, description="newest complete checkpoints kept")
+    best: Text = Field(
+        "",
+        description="validation metric whose lowest value marks the best checkpoint, which is kept beside the newest: "
+        "eval/loss, eval/bpb, eval/NAME/loss or eval/NAME/bpb; empty: none",
+    )
     max_failures: Steps = Field(3, description="consecutive failed saves before the run stops with exit code 74")
     async_save: bool = Field(
         True,
@@ -317,6 +329,11 @@ class LoggingConfig(Section):
     step_parts: bool = Field(
         False, description="log the time of forward, backward, optimizer, validation and saves beside that of the step"
     )
+    loss_by: list[LossGrouping] = Field(
+        default_factory=list,
+        description="split the next-token loss of logged steps by source (loss/NAME, with data/share_NAME) or by "
+        "position in the document (loss/position_N)",
+    )
     tensorboard: bool = Field(False, description="write TensorBoard's event files into RUN/tensorboard, too")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="profiles of chosen steps")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
@@ -342,7 +359,11 @@ class EvalConfig(Section):
     """Validation during training."""
 
     interval: StepsOrNone = Field(0, description="steps between validations, 0 for never")
-    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation set")
+    patience: StepsOrNone = Field(
+        0, description="validations in a row without a new lowest eval.patience_metric that end the run; 0: none do"
+    )
+    patience_metric: Text = Field("eval/loss", description="validation metric that eval.patience looks at")
     samples: SamplesConfig = Field(default_factory=SamplesConfig, description="text written during training")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from qwen3next_train.config.metric_names import name_problems, validation_problems
 from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import (
     Config,
@@ -55,6 +56,8 @@ def validate(config: Config) -> list[RuleViolation]:
         *_data_violations(config),
         *_profile_violations(config),
         *_samples_violations(config.eval.samples),
+        *(RuleViolation(*problem) for problem in name_problems(config)),
+        *(RuleViolation(*problem) for problem in validation_problems(config)),
     ]
 
 
@@ -377,7 +380,11 @@ def _data_violations(config: Config) -> Iterator[RuleViolation]:
             f"data.sequence_length {data.sequence_length} leaves no target for model.mtp_num_layers "
             f"{model.mtp_num_layers}; make rows longer than the MTP depth",
         )
-    for key, sources in (("data.sources", data.sources), ("data.validation_sources", data.validation_sources)):
+    for key, sources in (
+        ("data.sources", data.sources),
+        ("data.validation_sources", data.validation_sources),
+        *(("data.validation_sets", sources) for sources in data.validation_sets.values()),
+    ):
         if any(not source.source.strip() for source in sources):
             yield RuleViolation(
                 (key,), "a source without a name (got ''); name a file, a data set or builtin:python-stdlib"

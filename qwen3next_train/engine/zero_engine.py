@@ -25,6 +25,7 @@ from qwen3next_train.engine.deepspeed_patches import (
 from qwen3next_train.engine.divided_parameters import mark_divided_parameters
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
+from qwen3next_train.engine.loss_groups import LossGroups
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
@@ -79,6 +80,7 @@ class ZeroEngine:
     ) -> None:
         self._config = config
         self._clock = clock
+        self._loss_groups = LossGroups(config)
         self._layout = Layout.of(config, topology.world_size, ranks_per_node=topology.ranks_per_node)
         self._world_size = topology.world_size
         self._device = device
@@ -181,7 +183,8 @@ class ZeroEngine:
         before_update: Callable[[], None],
     ) -> tuple[StepReport, torch.Tensor]:
         """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
-        collected = StepReport(self._config.model)
+        collected = StepReport(self._config.model, self._loss_groups)
+        token_losses = report is not Report.NONE and bool(self._loss_groups)
         part: Callable[[Part], AbstractContextManager[None]] = _untimed
         if self._clock is not None and report is not Report.NONE:
             self._clock.begin_step()
@@ -191,12 +194,12 @@ class ZeroEngine:
             self._room.begin_step()
         self._model.begin_step()
         for start in range(0, len(batches), self._in_flight):
-            in_flight = batches[start : start + self._in_flight]
             is_last = start + self._in_flight >= len(batches)
             # Steps may have different numbers of micro-batches, of which DeepSpeed's own count knows nothing.
             self._engine.set_gradient_accumulation_boundary(is_last)
             with part("forward"):
-                outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
+                in_flight = [batch.to(self._device) for batch in batches[start : start + self._in_flight]]
+                outputs = self._engine(in_flight, scales, token_losses=token_losses)
             total = torch.stack([output.total for output in outputs]).sum()
             if self._room is not None:
                 loss += total.detach()
@@ -205,8 +208,8 @@ class ZeroEngine:
             with part("backward"), torch.autograd.set_multithreading_enabled(False):
                 self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
-                for output in outputs:
-                    collected.add(output)
+                for output, batch in zip(outputs, in_flight, strict=True):
+                    collected.add(output, batch)
                 if is_last:
                     collected.begin_reduce(self._sum_over_ranks)
             # Or the graph of these micro-batches would live through the forward pass of the next.

@@ -57,6 +57,8 @@ class ModelOutput(NamedTuple):
         z_L: fp32 ``[L]``, z-loss before its coefficient.
         expert_counts_LE: int64 ``[L, E]``, rows sent to each expert by this rank's tokens.
         router_entropy_L: fp32 ``[L]``, nats.
+        nll_T: fp32 ``[T]``, next-token loss of every position in nats, 0 without a target; ``[0]`` where nobody asked
+            for it.
     """
 
     total: torch.Tensor
@@ -66,6 +68,7 @@ class ModelOutput(NamedTuple):
     z_L: torch.Tensor
     expert_counts_LE: torch.Tensor
     router_entropy_L: torch.Tensor
+    nll_T: torch.Tensor
 
 
 class Qwen3NextModel(nn.Module):
@@ -132,11 +135,22 @@ class LanguageModelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.kernel = kernel
 
-    def forward(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[T, V]``, or with labels the fp32 sum of their negative log likelihoods in nats."""
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        labels_T: torch.Tensor | None = None,
+        losses_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[T, V]``, or with labels the fp32 sum of their negative log likelihoods in nats.
+
+        Args:
+            hidden_TD: ``[T, D]``.
+            labels_T: int64 ``[T]``.
+            losses_T: fp32 ``[T]``, receives the summands.
+        """
         if labels_T is None:
             return F.linear(hidden_TD, self.weight)
-        return self.kernel(hidden_TD, self.weight, labels_T)
+        return self.kernel(hidden_TD, self.weight, labels_T, losses_T)
 
 
 class Qwen3NextForCausalLM(nn.Module):
@@ -206,7 +220,9 @@ class Qwen3NextForCausalLM(nn.Module):
         """Start a new optimizer step: expert loads of scope ``global`` are counted from zero."""
         self._loads.begin_step()
 
-    def forward(self, batches: Sequence[PackedBatch], scales: LossScales) -> list[ModelOutput]:
+    def forward(
+        self, batches: Sequence[PackedBatch], scales: LossScales, *, token_losses: bool = False
+    ) -> list[ModelOutput]:
         """Losses of the micro-batches in flight, of each by itself.
 
         ``total = nll_lm / N_0 + mtp_factor / depths * sum_k nll_mtp_k / N_k
@@ -215,19 +231,31 @@ class Qwen3NextForCausalLM(nn.Module):
         Args:
             batches: on the parameters' device; several pass through the layers together, see ``model.overlap``.
             scales: divisors, counted over the whole step.
+            token_losses: return the next-token loss of every position too.
         """
         with recomputing(self.recompute, weights_stay=self.weights_stay):
             contexts = [self._context(batch) for batch in batches]
             hiddens_TD, stats = self.model([batch.input_ids_T for batch in batches], contexts)
-            nlls = [[self.lm_head(h, batch.labels_T)] for h, batch in zip(hiddens_TD, batches, strict=True)]
+            # Empty where nobody asks: the kernel keeps them to itself then.
+            nlls_T = [h.new_empty(h.shape[0] * token_losses, dtype=torch.float32) for h in hiddens_TD]
+            nlls = [
+                [self.lm_head(h, batch.labels_T, nll_T if token_losses else None)]
+                for h, batch, nll_T in zip(hiddens_TD, batches, nlls_T, strict=True)
+            ]
             for depth_nlls, depth_stats in self._predict_further(hiddens_TD, batches, contexts):
                 stats.append(depth_stats)
                 for of_batch, nll in zip(nlls, depth_nlls, strict=True):
                     of_batch.append(nll)
-            of_batches = zip(nlls, zip(*stats, strict=True), strict=True)
-            return [self._losses(of_batch, layers, scales) for of_batch, layers in of_batches]
+            of_batches = zip(nlls, zip(*stats, strict=True), nlls_T, strict=True)
+            return [self._losses(of_batch, layers, scales, nll_T) for of_batch, layers, nll_T in of_batches]
 
-    def _losses(self, nlls: Sequence[torch.Tensor], stats: Sequence[RouterStats], scales: LossScales) -> ModelOutput:
+    def _losses(
+        self,
+        nlls: Sequence[torch.Tensor],
+        stats: Sequence[RouterStats],
+        scales: LossScales,
+        nll_T: torch.Tensor,
+    ) -> ModelOutput:
         """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
         nll_lm, *nll_mtp = nlls
         balancing_L = self._loads.losses(stats, self.reduce_counts, self.reduce_row_counts)
@@ -246,6 +274,7 @@ class Qwen3NextForCausalLM(nn.Module):
             z_L=z_L.detach(),
             expert_counts_LE=torch.stack([layer.counts_rE.sum(0) for layer in stats]),
             router_entropy_L=torch.stack([layer.entropy for layer in stats]),
+            nll_T=nll_T,
         )
 
     def forward_hidden(self, batch: PackedBatch) -> torch.Tensor:

@@ -13,7 +13,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
-from qwen3next_train.data.summary import planned_uses, use_lines, uses_as_json, warn_of_epochs
+from qwen3next_train.data.summary import planned_sets, planned_uses, set_lines, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout
 from qwen3next_train.planner.plan import TIME_ERROR, Plan, make_plan
@@ -53,10 +53,13 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
     plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens, progress=progress.show)
     progress.close()
     uses = planned_uses(config.model_copy(update={"run": config.run.model_copy(update={"steps": plan.num_steps})}))
+    sets = planned_sets(config)
     if as_json:
-        print(json.dumps(plan_as_json(plan) | {"data": uses_as_json(uses)}, indent=2))
+        data = {"data": uses_as_json(uses), "validation_sets": sets}
+        print(json.dumps(plan_as_json(plan) | data, indent=2))
     else:
         lines = use_lines(uses) + [f"WARNING {line}" for line in warn_of_epochs(uses)] if uses else ["no source named"]
+        lines += set_lines(sets)
         print("\n".join([format_plan(plan), *(row for line in lines for row in _row("data", line))]))
     return ExitCode.FINISHED
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.background import BackgroundSaver
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
@@ -20,7 +19,7 @@ from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.summary import data_as_json, log_data
-from qwen3next_train.data.validation import ValidationData
+from qwen3next_train.data.validation import open_validation
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
@@ -43,6 +42,7 @@ from qwen3next_train.train.samples import EncodedPrompts, TrainingSamples
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.train.sinks import open_sinks, peak_flops
+from qwen3next_train.train.validation import validation_sets
 from qwen3next_train.versions import software_versions
 
 
@@ -79,11 +79,16 @@ def build_run(
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
-        checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.saving, keep=config.checkpoint.keep)
+        checkpoints = CheckpointManager(
+            run_dir.checkpoints_path,
+            control=context.saving,
+            keep=config.checkpoint.keep,
+            best=config.checkpoint.best,
+        )
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
-        validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
+        validation = validation_sets(open_validation(prepared, config), config, topology, part)
         prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
@@ -113,8 +118,7 @@ def build_run(
         engine=engine,
         batches=loader,
         data_wait_s=lambda: loader.last_wait_s,
-        validation=_validation_batches(validation, config, topology, part),
-        bytes_per_token=None if validation is None else validation.bytes_per_token,
+        validation=validation,
         checkpoints=checkpoints,
         background=BackgroundSaver(
             checkpoints,
@@ -190,16 +194,6 @@ def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
             get_logger().info(
                 "%s was %s, now %s: the moments go on in it", change.key, show_stored(change.old), change.new
             )
-
-
-def _validation_batches(
-    validation: ValidationData | None, config: Config, topology: Topology, part: RowSlice
-) -> list[PackedBatch]:
-    if validation is None:
-        return []
-    return validation.batches(
-        topology, micro_batch_size=config.run.micro_batch_size, mtp_depths=config.model.mtp_num_layers, part=part
-    )
 
 
 def _header(config: Config, context: ProcessContext) -> Header:

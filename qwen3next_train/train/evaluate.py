@@ -156,7 +156,7 @@ def evaluate(
 
 
 def _config(weights: Weights, *, sequence_length: int | None, tokenizer: str | None) -> Config:
-    changes: dict[str, object] = {"sources": [], "validation_sources": []}
+    changes: dict[str, object] = {"sources": [], "validation_sources": [], "validation_sets": {}}
     if sequence_length is not None:
         changes["sequence_length"] = sequence_length
     if tokenizer is not None:
@@ -239,14 +239,17 @@ def _batch(pieces: Sequence[npt.NDArray[np.int64]]) -> PackedBatch:
     """Pieces, each with the token after it, as one row in which every position has a target."""
     lengths = np.array([len(piece) - 1 for piece in pieces])
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    positions_T = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
     return PackedBatch(
         input_ids_T=torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces])),
         labels_T=torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])),
         mtp_targets=(),
-        positions_U=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        positions_T=positions_T,
+        positions_U=positions_T,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens,
         num_rows=1,
         num_targets=(int(lengths.sum()),),
         sum_squared_lengths=int((lengths**2).sum()),
+        sources=(0,),
     )

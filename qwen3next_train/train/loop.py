@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.profiling import StepProfiler
 from qwen3next_train.train.samples import TrainingSamples
 from qwen3next_train.train.signals import StopRequest
+from qwen3next_train.train.validation import ValidationSet, end_for_want_of_progress, validate, with_validation
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Run:
         engine: model and optimizer.
         batches: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
         data_wait_s: seconds the last step waited for ``batches``.
-        validation: this rank's validation micro-batches, none without validation.
-        bytes_per_token: of the validation text, None where unknown (no bits per byte then).
+        validation: this rank's share of the validation sets, none without validation.
         checkpoints: where the state is saved.
         background: saves beside training; over the same ``checkpoints``.
         header: what a checkpoint's manifest says of the run besides the state.
@@ -68,8 +67,7 @@ class Run:
     engine: Engine
     batches: Iterator[list[PackedBatch]]
     data_wait_s: Callable[[], float]
-    validation: Sequence[PackedBatch]
-    bytes_per_token: float | None
+    validation: Sequence[ValidationSet]
     checkpoints: CheckpointManager
     background: BackgroundSaver
     header: Header
@@ -98,7 +96,7 @@ class _Contents(TypedDict):
 
 
 def train(run: Run) -> str | None:
-    """Train until the last step or a stop.
+    """Train until the last step, a stop, or too many validations without progress (``eval.patience``).
 
     Returns:
         The name of the signal that stopped the run, or None when it is finished.
@@ -119,7 +117,7 @@ def _train(run: Run) -> str | None:
     run.saved_step = run.state.step
     run.stop.defer()
     stopped_by = _end_step(run)
-    while stopped_by is None and run.state.step < run.config.run.steps:
+    while stopped_by is None and not _is_done(run):
         started_at = time.monotonic()
         step = run.state.step + 1
         if run.profiler is not None:
@@ -141,9 +139,10 @@ def _train(run: Run) -> str | None:
         if run.samples is not None:
             run.samples.take(step)
         stopped_by = _end_step(run)
-        if stopped_by or _save_due(run.config, step):
+        is_last = stopped_by is not None or _is_done(run)
+        if is_last or _save_due(run.config, step):
             with _stopping_training(run):
-                save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
+                save(run, must_succeed=is_last)
     return stopped_by
 
 
@@ -270,7 +269,12 @@ def _eval_due(config: Config, step: int) -> bool:
 
 def _save_due(config: Config, step: int) -> bool:
     interval = config.checkpoint.interval
-    return step == config.run.steps or (interval > 0 and step % interval == 0)
+    return interval > 0 and step % interval == 0
+
+
+def _is_done(run: Run) -> bool:
+    is_early = end_for_want_of_progress(run.state, run.config) is not None
+    return is_early or run.state.step >= run.config.run.steps
 
 
 def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: float) -> dict[str, float]:
@@ -291,6 +295,7 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
         skipped_steps=state.skipped_steps + int(result.skipped),
         optimizer_step=state.optimizer_step + int(not result.skipped),
         consecutive_skips=state.consecutive_skips + 1 if result.skipped else 0,
+        validation={},
     )
     return speed
 
@@ -305,9 +310,10 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
         record["perf/save_s"], run.save_time_s = run.save_time_s, 0.0
     if run.validation and _eval_due(run.config, state.step):
         evaluating_since = time.monotonic()
-        record["eval/loss"], _ = run.engine.eval_loss(run.validation)
-        if run.bytes_per_token is not None:
-            record["eval/bpb"] = record["eval/loss"] / math.log(2) / run.bytes_per_token
+        # Rank 0's values: an end that the ranks see differently would leave some waiting for the others.
+        found: dict[str, float] = run.control.broadcast_json(validate(run.engine, run.validation))
+        record |= found
+        run.state = with_validation(state, found, run.config)
         if run.config.logging.step_parts:
             record["perf/eval_s"] = time.monotonic() - evaluating_since
     for sink in run.sinks:

@@ -14,11 +14,13 @@ import torch
 
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import Config
+from tests.distributed.layout_worker import NUM_SOURCES
 from tests.distributed.layouts import Job, Outcome
 from tests.integration.launching import REPOSITORY
 
 GOLDEN_LOSSES = Path(__file__).with_name("golden_losses.json")
 GOLDEN_METRICS = ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm")
+SOURCES = tuple(f"source_{number}" for number in range(NUM_SOURCES))
 STEPS = 10
 """Of the tests; the table of docs/layouts.md and the golden losses have twice as many."""
 TABLE_STEPS = 20
@@ -72,6 +74,8 @@ class Layout:
             "parallel.context_parallel_size": self.context_parallel_size,
             "parallel.tensor_parallel_size": self.tensor_parallel_size,
             "parallel.zero_stage": self.zero_stage,
+            "data.sources": str([{"source": "made", "alias": name} for name in SOURCES]),
+            "logging.loss_by": "[source, position]",
         }
         return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
 
@@ -142,7 +146,9 @@ def _metric_errors(
     expected: Iterable[dict[str, float]], found: Iterable[dict[str, float]]
 ) -> Iterator[tuple[float, str]]:
     for left, right in zip(expected, found, strict=True):
-        for name in GOLDEN_METRICS:
+        groups = [name for name in left if name.startswith(("data/", "loss/"))]
+        assert len(groups) == len(GOLDEN_METRICS) - 1 + 2 * len(SOURCES) + 2
+        for name in {*GOLDEN_METRICS, *groups}:
             yield abs(right[name] - left[name]) / abs(left[name]), name
 
 

@@ -34,6 +34,9 @@ from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 from tests.distributed.engine import build_engine
 
+NUM_SOURCES = 3
+"""From which rows come in turn."""
+
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
     """Random tokens and random document cuts, a function of the sample's number."""
@@ -42,7 +45,7 @@ def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> Pack
     boundaries = np.concatenate([[0], cuts, [length]])
     # A Markov-like structure, so that a few steps have something to learn.
     tokens = (generator.integers(0, 7, length + 1).cumsum() * 3) % vocab_size
-    return PackedRow(tokens, boundaries, bool(generator.random() < 0.5))
+    return PackedRow(tokens, boundaries, bool(generator.random() < 0.5), source=sample % NUM_SOURCES)
 
 
 def rank_batches(

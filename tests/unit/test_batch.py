@@ -62,6 +62,7 @@ def test_shares_of_slices_have_their_tokens_once_and_the_mixers_positions_of_the
     # Both shares of the second slice see all of it, and its documents.
     for share in range(2):
         assert parts[1, share].positions_U.tolist() == [1, 2, 3, 4, 0, 1, 2, 3]
+        assert parts[1, share].positions_T.tolist() == [[1, 2, 0, 1], [3, 4, 2, 3]][share]
         assert parts[1, share].cu_seqlens_cpu.tolist() == [0, 4, 8]
         assert parts[1, share].slices is not None
     for depth in range(2):

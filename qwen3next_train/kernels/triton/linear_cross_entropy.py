@@ -30,18 +30,22 @@ _LANES, _PER_LANE, _PIECES = 1024, 8, 2
 
 
 def linear_cross_entropy_triton(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    losses_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A label outside of the vocabulary makes the loss not a number."""
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad, _CHUNK_LOGITS)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad, _CHUNK_LOGITS, losses_T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad, chunk_logits):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad, chunk_logits, losses_T):
         num_tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        losses_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
+        if losses_T is None:
+            losses_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
         grad_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device) if needs_grad else None
         grad_VD = torch.empty(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_grad else None
         rows = _chunk_rows(num_tokens, vocabulary, chunk_logits)
@@ -63,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_TD, grad_VD = ctx.saved_tensors
         as_weight = functools.partial(_scaled, dtype=ctx.weight.dtype)
         grad_weight = scaled_gradient(ctx.weight, grad_VD, grad, as_weight)
-        return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None
+        return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None, None
 
 
 def _chunk_rows(num_tokens: int, vocabulary: int, chunk_logits: int) -> int:

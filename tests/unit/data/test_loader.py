@@ -104,6 +104,18 @@ def test_resumes_at_any_sample_and_batch_size(data: TrainingData) -> None:
     assert resumed == straight
 
 
+def test_rows_say_which_source_they_are_from(data: TrainingData) -> None:
+    batches = [batch for step in take(loader(data), 4) for batch in step]
+    assert len({batch.sources for batch in batches}) > 1
+    for batch in batches:
+        # Of the second store no token is above 499, of the first most are.
+        largest = batch.input_ids_T.view(2, -1).max(dim=1).values
+        assert all(source == 0 for source, token in zip(batch.sources, largest.tolist(), strict=True) if token > 499)
+    numbers = [source for batch in batches for source in batch.sources]
+    assert numbers == [data.row(index).source for index in range(len(numbers))]
+    assert 0.6 < numbers.count(0) / len(numbers) < 0.9
+
+
 def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
     ((batch, *_),) = take(loader(data), 1)
     rows = [data.row(0), data.row(1)]

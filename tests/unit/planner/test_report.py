@@ -30,6 +30,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "days": None,
         "fastest": None,
         "data": None,
+        "validation_sets": set(),
     }
     assert len(report["fastest"]) == 5
     for layout in report["fastest"]:

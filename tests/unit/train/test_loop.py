@@ -95,7 +95,6 @@ def run_of(
         batches=itertools.repeat(cast(Any, [batch])),
         data_wait_s=lambda: 0.0,
         validation=[],
-        bytes_per_token=None,
         checkpoints=checkpoints,
         background=BackgroundSaver(
             checkpoints, control=control, device=torch.device("cpu"), enabled=async_save, has_room=has_room
