@@ -43,7 +43,7 @@ MAX_PLOTTED_RUNS = 100
 
 JSON = Option("--json", "", "print JSON")
 """Shared by the subcommands whose output other programs read."""
-CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one")
+CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one; RUN/best: its best")
 TOKENIZER = Option("--tokenizer", "PATH", "tokenizer.json, a folder with one, or builtin:python-4k (default: its own)")
 """Shared by the subcommands that read finished weights."""
 
@@ -441,6 +441,7 @@ COMMANDS = {
             _checkpoint,
             "list|verify [RUN_DIR] [--config FILE]",
             max_positional=2,
+            details="RUN_DIR/best is its best one (checkpoint.best) alone.",
         ),
         Command(
             "doctor",
