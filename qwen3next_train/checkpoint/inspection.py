@@ -32,12 +32,10 @@ def checkpoint_command(action: Literal["list", "verify"], run_dir: Path) -> int:
         ConfigError: no such run directory.
         StorageError: its checkpoints cannot be listed.
     """
-    directory = run_dir / CHECKPOINTS_NAME
+    of_best = directory_of_best(run_dir)
+    directory = of_best or run_dir / CHECKPOINTS_NAME
     try:
-        of_best = directory_of_best(run_dir)
-        if of_best is not None:
-            directory = of_best
-        elif not run_dir.is_dir():
+        if of_best is None and not run_dir.is_dir():
             raise ConfigError(f"checkpoint {action}: {run_dir} is not a directory; give the run.dir of a run")
         found = list_checkpoints(list_names(LOCAL_FILESYSTEM, directory))
     except OSError as error:

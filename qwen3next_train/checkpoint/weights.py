@@ -67,9 +67,9 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
         CheckpointError: damaged, or of a newer format.
         StorageError: the directory cannot be listed, or a checkpoint cannot be read.
     """
+    if (of_best := directory_of_best(path)) is not None:
+        return CheckpointManager(of_best, control=control, keep=1).find_best()
     try:
-        if (of_best := directory_of_best(path)) is not None:
-            return CheckpointManager(of_best, control=control, keep=1).find_best()
         if not path.is_dir():
             raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
         # The name of `.` or of a link may say nothing about the step.
@@ -94,13 +94,18 @@ def directory_of_best(path: Path) -> Path | None:
     """The checkpoints directory whose best one a path names; None where the path names something else.
 
     Raises:
-        OSError: it cannot be told.
+        StorageError: it cannot be told now.
     """
-    if path.name != BEST_NAME or path.is_dir() or not path.parent.is_dir():
+    if path.name != BEST_NAME:
         return None
-    parent = path.parent.resolve()
-    inner = parent / CHECKPOINTS_NAME
-    return inner if inner.is_dir() else parent
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            return None
+        parent = path.parent.resolve()
+        inner = parent / CHECKPOINTS_NAME
+        return inner if inner.is_dir() else parent
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
 
 
 def weights_of_checkpoint(path: Path) -> Weights:

@@ -56,7 +56,7 @@ MAX_NEW_TOKENS = 1 << 24
 
 JSON = Option("--json", "", "print JSON")
 """Shared by the subcommands whose output other programs read."""
-CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one")
+CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one; RUN/best: its best")
 HF = Option("--hf", "DIR", "Hugging Face folder: config.json and safetensors files")
 DEVICE = Option("--device", "NAME", "auto, cpu or cuda (default auto: CUDA when present)")
 TOKENIZER = Option("--tokenizer", "PATH", "tokenizer.json, a folder with one, or builtin:python-4k (default: its own)")
@@ -465,6 +465,7 @@ COMMANDS = {
             _checkpoint,
             "list|verify [RUN_DIR] [--config FILE]",
             max_positional=2,
+            details="RUN_DIR/best is its best one (checkpoint.best) alone.",
         ),
         Command(
             "doctor",
