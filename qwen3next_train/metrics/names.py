@@ -51,7 +51,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/forward_s", "s", "forward passes of this step on rank 0, with `logging.step_parts`"),
     Metric("perf/backward_s", "s", "backward passes of this step on rank 0, with `logging.step_parts`"),
     Metric("perf/optimizer_s", "s", "rest of the reduction, clipping and update on rank 0, with `logging.step_parts`"),
-    Metric("perf/save_s", "s", "for which saves have stopped training since the last logged step, with `logging.step_parts`"),
+    Metric(
+        "perf/save_s",
+        "s",
+        "for which saves have stopped training since the last logged step, with `logging.step_parts`",
+    ),
     Metric("perf/eval_s", "s", "validation after this step, with `logging.step_parts`"),
     Metric("mem/peak_gib", "GiB", "peak device memory allocated on rank 0; absent on CPU"),
     Metric("moe/max_violation", "1", "largest expert load over mean load, minus 1; worst layer"),

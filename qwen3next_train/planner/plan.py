@@ -14,9 +14,9 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import (
     ADAM_STATE_BYTES,
     host_bytes_per_gpu,
-    snapshot_bytes_per_gpu,
     memory_per_gpu,
     parameter_kinds,
+    snapshot_bytes_per_gpu,
 )
 from qwen3next_train.accounting.workload import Workload, workload_of
 from qwen3next_train.config.batch_size import samples_through, steps_for
