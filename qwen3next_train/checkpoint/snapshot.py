@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -43,6 +44,9 @@ class SnapshotBuffer:
                 torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, _HOST_REGISTER_PORTABLE)
             )
             if error:
+                # CUDA keeps the error for whoever asks next, which would be a kernel of training.
+                with suppress(RuntimeError):
+                    torch.ones(1, device=device)
                 raise RuntimeError(f"host memory cannot be pinned: cudaHostRegister returns {error}")
             self._is_pinned = True
 

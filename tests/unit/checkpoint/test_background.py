@@ -14,7 +14,7 @@ import torch
 
 from qwen3next_train.checkpoint.background import BackgroundSaver
 from qwen3next_train.checkpoint.manager import SaveReport
-from qwen3next_train.checkpoint.snapshot import SnapshotBuffer, snapshot_bytes
+from qwen3next_train.checkpoint.snapshot import Snapshot, SnapshotBuffer, snapshot_bytes
 from qwen3next_train.engine.base import Fragment
 from qwen3next_train.errors import DivergedError, StorageError
 from qwen3next_train.held_elements import Runs
@@ -266,6 +266,27 @@ def test_a_buffer_keeps_every_tensor_in_its_dtype_and_place() -> None:
         assert copied.equal(fresh)
     # One memory for all saves.
     assert [tensor.data_ptr() for tensor in _tensors(first)] == [tensor.data_ptr() for tensor in _tensors(second)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_changes_its_state_only_when_that_is_copied() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    values = torch.arange(1 << 27).float()
+    state = [Fragment("a", 0, {"master": values.to(device)})]
+    buffer = SnapshotBuffer(snapshot_bytes(state), device)
+    for _ in range(2):
+        state[0].tensors["master"].copy_(values)
+        snapshot = Snapshot(state, buffer, device)
+        copies: list[Fragment] = []
+        writer = threading.Thread(target=lambda snapshot=snapshot, copies=copies: copies.extend(snapshot.take()))
+        writer.start()
+        snapshot.wait()
+        # Launched at once, half a gigabyte before the copy can be complete.
+        state[0].tensors["master"].fill_(-1.0)
+        writer.join()
+        assert copies[0].tensors["master"].is_pinned()
+        assert copies[0].tensors["master"].equal(values)
+    buffer.close()
 
 
 def _text_of_failure(saves: BackgroundSaver) -> str:

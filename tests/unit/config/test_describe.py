@@ -101,7 +101,7 @@ HARMLESS = [
     ("data.validation_sets", "{a: x}"),
     *(("checkpoint.best", "eval/loss"), ("eval.patience", "2"), ("logging.loss_by", "[position]")),
     *(("data.cache_dir", "x"), ("data.num_prefetch_steps", "0"), ("run.micro_batch_size", "4")),
-    *(("run.max_skipped_steps", "3"), ("checkpoint.max_failures", "1"), ("parallel.expert_parallel_size", "2")),
+    *(("run.max_skipped_steps", "3"), ("checkpoint.async_save", "false"), ("parallel.expert_parallel_size", "2")),
     *(("parallel.recompute", "[layer]"), ("parallel.offload_optimizer", "cpu"), ("optimizer.moments_dtype", "bf16")),
 ]
 TRAJECTORY = [
