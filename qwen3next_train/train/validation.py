@@ -108,8 +108,11 @@ def with_validation(state: TrainState, metrics: Mapping[str, float], config: Con
 
 def end_for_want_of_progress(state: TrainState, config: Config) -> str | None:
     """Why a run ends early, in one line; None while it does not."""
-    lowest, patience = _of_metric(state.lowest, config.eval.patience_metric), config.eval.patience
-    if not patience or lowest is None or lowest.num_since < patience:
+    patience = config.eval.patience
+    if not patience:
+        return None
+    lowest = _of_metric(state.lowest, config.eval.patience_metric)
+    if lowest is None or lowest.num_since < patience:
         return None
     best = "no finite value" if lowest.value is None else f"{lowest.value:.4f} at step {lowest.step}"
     return (
