@@ -299,9 +299,13 @@ class CheckpointManager:
         """Rank 0's result of ``action`` on every rank; the others wait, and fail if it fails."""
         return run_together(self._control, lambda: (None, action() if self._control.rank == 0 else None))[1][0]
 
+    def remove_unfinished(self) -> None:
+        """Remove what a killed save or deletion has left, which may fill the disk; rank 0 does, as far as it can."""
+        if self._control.rank == 0:
+            self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
+
     def _create_staging(self, staging: str) -> None:
-        # A killed save may have filled the disk.
-        self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
+        self.remove_unfinished()
         publication.create_staging(self._fs, self._directory, staging)
 
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:

@@ -86,6 +86,8 @@ def build_run(
             best=config.checkpoint.best,
         )
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
+        # Also where no save will follow: a run killed behind its last one has nothing left to do.
+        checkpoints.remove_unfinished()
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = validation_sets(open_validation(prepared, config), config, topology, part)
