@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install own-venv train plan baselines bench bench-ops bench-saves check format format-check lint types contracts \
+.PHONY: help install own-venv train plan baselines bench bench-ops bench-saves check format format-check lint types contracts docs \
         test test-fast test-gpu test-dist clean
 
 help:  ## list the targets
@@ -105,6 +105,9 @@ test-dist: $(ENV)  ## the tests that start several processes, on CPU
 
 test-gpu: $(ENV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+docs: $(ENV)  ## build the pages with the API reference into build/docs; a broken link is an error
+	$(RUN) sphinx -q -W --keep-going -b html docs build/docs
 
 clean:  ## remove .venv, builds and tool caches; runs stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
