@@ -201,7 +201,6 @@ class Bench:
             batches=itertools.repeat(batches),
             data_wait_s=lambda: 0.0,
             validation=[],
-            bytes_per_token=None,
             checkpoints=checkpoints,
             background=BackgroundSaver(
                 checkpoints,
