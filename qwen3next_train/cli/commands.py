@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from qwen3next_train.cli.arguments import Arguments, Option
+from qwen3next_train.cli.option_values import folder_of
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
 from qwen3next_train.config.bounds import path_argument
 from qwen3next_train.config.error_lines import raise_errors, show, show_name
@@ -165,6 +166,24 @@ def _tokenize(args: Arguments) -> int:
     from qwen3next_train.data.tokenize_command import tokenize
 
     return tokenize(config, None if output is None else Path(path_argument(output, "--output")))
+
+
+def _train_tokenizer(args: Arguments) -> int:
+    sources = args.last("--sources")
+    if sources is not None and any(name == "data.sources" for name, _ in args.overrides):
+        raise ConfigError("train-tokenizer: --sources and --data.sources say the same thing; give one of the two")
+    loaded = load(Arguments(args.options, args.overrides + ([] if sources is None else [("data.sources", sources)])))
+    # Their defaults belong to a model and a text of ours.
+    for key, name, meaning in (
+        ("data.sources", "--sources", "the text to train on"),
+        ("model.vocab_size", "--vocab-size", "the number of tokens, such as 32768"),
+    ):
+        if key not in loaded.origins:
+            raise ConfigError(f"{name}: missing; give {meaning}")
+    output = folder_of(args, "--output")
+    from qwen3next_train.huggingface.tokenizer_folder import train_tokenizer
+
+    return train_tokenizer(loaded.config, output)
 
 
 def _checkpoint(args: Arguments) -> int:
@@ -365,6 +384,17 @@ COMMANDS = {
             _tokenize,
             "--config FILE [--data.sources NAME] [--output PREFIX]",
             (Option("--output", "PREFIX", "write PREFIX.bin and PREFIX.idx (default: the cache)"),),
+        ),
+        Command(
+            "train-tokenizer",
+            "train a byte-level BPE tokenizer on text",
+            _train_tokenizer,
+            "--sources NAME --vocab-size N --output DIR",
+            (
+                Option("--sources", "NAME", "the text, as data.sources names it; weights are not read"),
+                Option("--output", "DIR", "folder to create, for data.tokenizer"),
+            ),
+            details="--vocab-size is model.vocab_size: a configuration file may give it, and the sources.",
         ),
         Command(
             "eval",

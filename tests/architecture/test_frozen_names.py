@@ -225,6 +225,7 @@ COMMAND_OPTIONS = {
     ],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
+    "train-tokenizer": ["--sources", "--output"],
     "eval": [
         *("--checkpoint", "--hf", "--data", "--json"),
         *("--device", "--precision", "--tokenizer", "--text-field"),
