@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install own-venv train plan baselines bench bench-ops check format format-check lint types contracts \
+.PHONY: help install own-venv train plan baselines bench bench-ops bench-saves check format format-check lint types contracts docs \
         test test-fast test-gpu test-dist clean
 
 help:  ## list the targets
@@ -71,6 +71,9 @@ bench: $(ENV)  ## a training step on one GPU: time, rate, memory; options in ARG
 bench-steps: $(ENV)  ## whole training steps on 1, 2 and 4 GPUs, what they consist of; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_steps.py $(ARGS)
 
+bench-saves: $(ENV)  ## what checkpoints cost training on one GPU; options in ARGS
+	$(VENV)/bin/python scripts/benchmarks/bench_saves.py $(ARGS)
+
 bench-ops: $(ENV)  ## each kernel on one GPU: errors, time, share of what the device allows; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_op.py $(ARGS)
 
@@ -102,6 +105,9 @@ test-dist: $(ENV)  ## the tests that start several processes, on CPU
 
 test-gpu: $(ENV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+docs: $(ENV)  ## build the pages with the API reference into build/docs; a broken link is an error
+	$(RUN) sphinx -q -W --keep-going -b html docs build/docs
 
 clean:  ## remove .venv, builds and tool caches; runs stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,7 +3,10 @@
 With context parallelism a rank has an equal slice of every row (``row_slices``); targets and positions are those of the
 uncut row.
 
-Letters: T tokens of the micro-batch on this rank (of all of its rows, or of their slices), D documents (pieces) in it.
+With tensor parallelism the mixers of a rank see the slices of its tensor group, of which each rank has a share.
+
+Letters: T tokens of the micro-batch on this rank (of all of its rows, of their slices or shares of them), U tokens that
+its mixers see (T, or with tensor parallelism those of its tensor group), D documents (pieces) among these.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ class PackedRow:
             ``boundaries[0] == 0``, ``boundaries[-1] == S``, strictly increasing.
         ends_inside_document: the token after the row continues the row's last document, so the last
             position has a target.
+        source: number of the training source that the row is from.
     """
 
     tokens: npt.NDArray[np.int64]
     boundaries: npt.NDArray[np.int64]
     ends_inside_document: bool
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,26 +54,30 @@ class PackedBatch:
         labels_T: int64 ``[T]``, the next token of the same document, or :data:`IGNORE_INDEX`.
         mtp_targets: by MTP depth from 1, int64 ``[T]``: the token one further on in the same document than at the depth
             before, or :data:`IGNORE_INDEX`.
-        positions_T: int64 ``[T]``, position inside the document piece, for RoPE.
-        cu_seqlens: int32 ``[D + 1]``, starts of the document pieces and T, on the tensors' device.
+        positions_T: int64 ``[T]``, position inside the document piece.
+        positions_U: int64 ``[U]``, the same of all tokens that mixers see, for RoPE (with tensor parallelism more).
+        cu_seqlens: int32 ``[D + 1]``, starts of the document pieces and U, on the tensors' device.
         cu_seqlens_cpu: the same on the host, so that no kernel has to ask the device for it.
-        num_rows: rows in the batch, or slices of rows; T is a multiple of it.
+        num_rows: rows in the batch, or slices of rows; T and U are multiples of it.
         num_targets: number of labels that are real, by prediction depth: ``[0]`` next token, ``[k]`` the
             k-th MTP depth (the token k further on in the same document).
         sum_squared_lengths: sum of the squared lengths of the document pieces (attention's FLOPs), or of it
-            the slices' share.
-        slices: how the rows are cut, None for whole rows.
+            this rank's share.
+        sources: of each row, or this rank's part of one, the number of the training source it is from.
+        slices: how the rows that mixers see are cut, None for whole rows.
     """
 
     input_ids_T: torch.Tensor
     labels_T: torch.Tensor
     mtp_targets: tuple[torch.Tensor, ...]
     positions_T: torch.Tensor
+    positions_U: torch.Tensor
     cu_seqlens: torch.Tensor
     cu_seqlens_cpu: torch.Tensor
     num_rows: int
     num_targets: tuple[int, ...]
     sum_squared_lengths: int
+    sources: tuple[int, ...]
     slices: BatchSlices | None = None
 
     @classmethod
@@ -93,17 +102,19 @@ class PackedBatch:
         counts = tuple(int(np.maximum(targets - depth, 0).sum()) for depth in range(mtp_depths + 1))
         positions = np.arange(length * len(rows)) - np.repeat(cu_seqlens[:-1], lengths)
         cu_seqlens_cpu = torch.from_numpy(cu_seqlens.astype(np.int32))
-        targets_T = torch.from_numpy(labels)
+        targets_T, positions_T = torch.from_numpy(labels), torch.from_numpy(positions)
         return cls(
             input_ids_T=torch.from_numpy(inputs),
             labels_T=targets_T,
             mtp_targets=mtp_targets(targets_T, cu_seqlens_cpu, mtp_depths),
-            positions_T=torch.from_numpy(positions),
+            positions_T=positions_T,
+            positions_U=positions_T,
             cu_seqlens=cu_seqlens_cpu,
             cu_seqlens_cpu=cu_seqlens_cpu,
             num_rows=len(rows),
             num_targets=counts,
             sum_squared_lengths=int((lengths**2).sum()),
+            sources=tuple(row.source for row in rows),
         )
 
     @property
@@ -112,46 +123,52 @@ class PackedBatch:
         return self.input_ids_T.numel()
 
     def cut(self, part: RowSlice) -> PackedBatch:
-        """One rank's slices of whole rows on the host; the slices of all ranks have every token once.
+        """One rank's part of whole rows on the host; the parts of all ranks have every token once.
 
         Args:
-            part: of each row. One slice of one is the row.
+            part: of each row. One slice of one is the row, if it is not shared.
         """
         assert self.slices is None, "cut already"
-        if part.count == 1:
+        if part.own.count == 1:
             return self
         cu_seqlens = self.cu_seqlens_cpu.numpy()
         plan = plan_slices(cu_seqlens, num_rows=self.num_rows, part=part)
 
-        def own(values_T: torch.Tensor) -> torch.Tensor:
+        def of(values_T: torch.Tensor, part: RowSlice) -> torch.Tensor:
             # A copy, or the whole row would stay as long as its slice does.
             return values_T.view(self.num_rows, part.count, -1)[:, part.index].flatten().clone()
 
-        labels_T, further = own(self.labels_T), tuple(map(own, self.mtp_targets))
+        labels_T = of(self.labels_T, part.own)
+        further = tuple(of(targets_T, part.own) for targets_T in self.mtp_targets)
+        positions_T = of(self.positions_T, part.own)
         pieces = torch.from_numpy(plan.pieces)
         return PackedBatch(
-            input_ids_T=own(self.input_ids_T),
+            input_ids_T=of(self.input_ids_T, part.own),
             labels_T=labels_T,
             mtp_targets=further,
-            positions_T=own(self.positions_T),
+            positions_T=positions_T,
+            positions_U=positions_T if part.num_shares == 1 else of(self.positions_T, part),
             cu_seqlens=pieces,
             cu_seqlens_cpu=pieces,
             num_rows=self.num_rows,
             num_targets=tuple(int((targets_T != IGNORE_INDEX).sum()) for targets_T in (labels_T, *further)),
-            sum_squared_lengths=squares_of_slice(cu_seqlens, num_rows=self.num_rows, part=part),
-            slices=BatchSlices.of(plan),
+            sum_squared_lengths=squares_of_slice(cu_seqlens, num_rows=self.num_rows, part=part.own),
+            sources=self.sources,
+            slices=BatchSlices.of(plan) if part.count > 1 else None,
         )
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to ``device`` without waiting for the copy."""
         if device.type == "cpu":
             return self
+        positions_T = _copy(self.positions_T, device)
         return replace(
             self,
             input_ids_T=_copy(self.input_ids_T, device),
             labels_T=_copy(self.labels_T, device),
             mtp_targets=tuple(_copy(targets_T, device) for targets_T in self.mtp_targets),
-            positions_T=_copy(self.positions_T, device),
+            positions_T=positions_T,
+            positions_U=positions_T if self.positions_U is self.positions_T else _copy(self.positions_U, device),
             cu_seqlens=_copy(self.cu_seqlens_cpu, device),
             slices=None if self.slices is None else self.slices.to(device),
         )

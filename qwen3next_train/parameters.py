@@ -34,6 +34,21 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How the heads of a mixer lie in a parameter.
+
+    Args:
+        dim: dimension along which they follow one another.
+        blocks: sizes of the parts of that dimension, each of which has all heads.
+        count: heads, those of Gated DeltaNet counted by their key head.
+    """
+
+    dim: int
+    blocks: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """One parameter.
 
@@ -46,6 +61,7 @@ class ParamSpec:
         expert: dimension 0 is the expert; sharded over the expert-parallel group.
         decay: takes weight decay under Megatron's rule (not 1-D, not a bias).
         qk_norm: a q/k norm weight, decayed when ``optimizer.apply_wd_to_qk_layernorm``.
+        heads: what tensor parallelism divides; None for what is the same for all heads.
     """
 
     name: str
@@ -56,6 +72,7 @@ class ParamSpec:
     expert: bool = False
     decay: bool = True
     qk_norm: bool = False
+    heads: Heads | None = None
 
     @property
     def numel(self) -> int:
@@ -106,16 +123,29 @@ def _gdn(model: ModelConfig, layer: str) -> list[ParamSpec]:
     width = model.linear_conv_kernel_dim
     normal = Init("normal", model.initializer_range)
     bound = 1 / math.sqrt(width)
-    per_head = (value_heads,)
+    channels = (key_dim, key_dim, value_dim)
+    dt_bias, a_log = _DT_BIAS_INIT[model.linear_dt_init], Init("log_uniform", 1.0, 16.0)
+    conv = Init("uniform", -bound, bound)
+    projected = 2 * key_dim + 2 * value_dim
+
+    def of_heads(name: str, shape: tuple[int, ...], init: Init, *, gate: bool = False) -> ParamSpec:
+        heads = Heads(0, channels if name == "conv1d.weight" else shape[:1], model.linear_num_key_heads)
+        return ParamSpec(prefix + name, shape, "gdn", init, fp32=gate, decay=not gate, heads=heads)
+
     return [
-        ParamSpec(prefix + "dt_bias", per_head, "gdn", _DT_BIAS_INIT[model.linear_dt_init], fp32=True, decay=False),
-        ParamSpec(prefix + "A_log", per_head, "gdn", Init("log_uniform", 1.0, 16.0), fp32=True, decay=False),
-        ParamSpec(prefix + "conv1d.weight", (2 * key_dim + value_dim, 1, width), "gdn", Init("uniform", -bound, bound)),
-        ParamSpec(prefix + "in_proj_qkvz.weight", (2 * key_dim + 2 * value_dim, model.hidden_size), "gdn", normal),
-        ParamSpec(prefix + "in_proj_ba.weight", (2 * value_heads, model.hidden_size), "gdn", normal),
+        of_heads("dt_bias", (value_heads,), dt_bias, gate=True),
+        of_heads("A_log", (value_heads,), a_log, gate=True),
+        of_heads("conv1d.weight", (sum(channels), 1, width), conv),
+        of_heads("in_proj_qkvz.weight", (projected, model.hidden_size), normal),
+        of_heads("in_proj_ba.weight", (2 * value_heads, model.hidden_size), normal),
         _norm(prefix + "norm.weight", model.linear_value_head_dim, one_centred=True),
-        ParamSpec(prefix + "out_proj.weight", (model.hidden_size, value_dim), "gdn", _output_init(model)),
+        _mixer_output(prefix + "out_proj.weight", "gdn", model, value_dim, model.linear_num_key_heads),
     ]
+
+
+def _mixer_output(name: str, part: Part, model: ModelConfig, width: int, num_heads: int) -> ParamSpec:
+    shape, heads = (model.hidden_size, width), Heads(1, (width,), num_heads)
+    return ParamSpec(name, shape, part, _output_init(model), heads=heads)
 
 
 def _attention(model: ModelConfig, layer: str) -> list[ParamSpec]:
@@ -125,11 +155,18 @@ def _attention(model: ModelConfig, layer: str) -> list[ParamSpec]:
     kv_dim = model.num_key_value_heads * head_dim
     q_rows = query_dim * (2 if model.attention_output_gate else 1)
     normal = Init("normal", model.initializer_range)
+
+    num_heads, num_kv_heads = model.num_attention_heads, model.num_key_value_heads
+
+    def of_heads(name: str, rows: int, count: int) -> ParamSpec:
+        heads = Heads(0, (rows,), count)
+        return ParamSpec(f"{prefix}{name}.weight", (rows, hidden), "attention", normal, heads=heads)
+
     return [
-        ParamSpec(prefix + "q_proj.weight", (q_rows, hidden), "attention", normal),
-        ParamSpec(prefix + "k_proj.weight", (kv_dim, hidden), "attention", normal),
-        ParamSpec(prefix + "v_proj.weight", (kv_dim, hidden), "attention", normal),
-        ParamSpec(prefix + "o_proj.weight", (hidden, query_dim), "attention", _output_init(model)),
+        of_heads("q_proj", q_rows, num_heads),
+        of_heads("k_proj", kv_dim, num_kv_heads),
+        of_heads("v_proj", kv_dim, num_kv_heads),
+        _mixer_output(prefix + "o_proj.weight", "attention", model, query_dim, model.num_attention_heads),
         _norm(prefix + "q_norm.weight", head_dim, qk_norm=True),
         _norm(prefix + "k_norm.weight", head_dim, qk_norm=True),
     ]

@@ -12,7 +12,10 @@ halo and then the slice. Row 0 of 8 tokens, with documents ``a`` and ``b``, over
       first piece         1, which continues a document: it takes the state of rank 0
       last piece          2, whose end is the state that rank 1 would pass on
 
-Letters: S tokens of a row, P ranks, L tokens of a slice.
+With tensor parallelism a slice is that of a tensor group, whose mixers see all of it; of everything else each of its
+ranks has an equal *share* of the slice.
+
+Letters: S tokens of a row, P slices, L tokens of a slice.
 """
 
 from __future__ import annotations
@@ -33,24 +36,37 @@ CumulatedLengths = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Which slice of every row a rank has.
+    """Which slice of every row a rank has, and which share of the slice.
 
     Args:
         index: p, from 0.
         count: P.
         halo: positions before a slice that its first tokens depend on, at most L.
+        share: which share of the slice is this rank's, from 0.
+        num_shares: equal shares of a slice.
     """
 
     index: int
     count: int
     halo: int
+    share: int = 0
+    num_shares: int = 1
 
     @classmethod
     def of(cls, topology: Topology, model: ModelConfig) -> RowSlice:
         """That of a rank, with the halo of a model's convolution."""
         return cls(
-            topology.context_parallel_rank, topology.context_parallel_size, halo=model.linear_conv_kernel_dim - 1
+            topology.context_parallel_rank,
+            topology.context_parallel_size,
+            halo=model.linear_conv_kernel_dim - 1,
+            share=topology.tensor_parallel_rank,
+            num_shares=topology.tensor_parallel_size,
         )
+
+    @property
+    def own(self) -> RowSlice:
+        """The share as a slice of its own."""
+        return RowSlice(self.index * self.num_shares + self.share, self.count * self.num_shares, self.halo)
 
 
 WHOLE_ROW = RowSlice(0, 1, halo=0)

@@ -93,6 +93,7 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         expert_parallel_size=layout.expert_parallel_size,
         exchanges_densely=layout.exchanges_densely,
         context_parallel_size=layout.context_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
         num_rows=layout.micro_batch_size,
     )
     whole_layers = "layer" in layout.recompute
@@ -116,7 +117,7 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         "rebuilt_layer": _rebuilt_layer(saved, kept, num_layers, rebuilt_tokens, whole=whole_layers),
         "logits": _logits(model, layout),
         # Never at the same time.
-        "all_to_all": max(exchange, _context_exchange(model, layout)),
+        "all_to_all": max(exchange, _context_exchange(model, layout), _tensor_exchange(model, layout)),
         "imbalance": _imbalance(model, layout, routed, exchange),
     }
 
@@ -184,21 +185,31 @@ def saved_tensors(
     expert_parallel_size: int = 1,
     exchanges_densely: bool = False,
     context_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
     num_rows: int = 1,
 ) -> dict[LayerKind, tuple[SavedTensor, ...]]:
     """What autograd keeps of each kind of layer when nothing is recomputed, and what it could be recomputed from.
 
     Every operation keeps its inputs, as the CUDA kernels do; delta rule and attention keep some results of their own.
+    Of T ranks that divide the heads each has a T-th of them for T times its own tokens.
     """
     element_bytes = bytes_of(precision)
+    kv_heads = kv_heads_exchanged(model, 1, tensor_parallel_size)
     mixers = {
         "gdn": _saved_gdn(model, element_bytes),
-        "attention": _saved_attention(model, element_bytes),
+        "attention": _saved_attention(model, element_bytes, kv_heads),
     }
     if context_parallel_size > 1:
+        exchanged = kv_heads_exchanged(model, context_parallel_size, tensor_parallel_size)
         mixers = {
-            "gdn": (*mixers["gdn"], *_saved_to_pass_states(model, num_rows)),
-            "attention": _saved_attention_by_heads(model, element_bytes, context_parallel_size),
+            "gdn": (*mixers["gdn"], *_saved_to_pass_states(model, num_rows, tensor_parallel_size)),
+            "attention": _saved_attention_by_heads(model, element_bytes, kv_heads, exchanged),
+        }
+    if tensor_parallel_size > 1:
+        gathered = SavedTensor("gathered input", element_bytes * model.hidden_size * tensor_parallel_size)
+        mixers = {
+            kind: tuple(gathered if tensor.name == "input_layernorm output" else tensor for tensor in tensors)
+            for kind, tensors in mixers.items()
         }
     return {
         "gdn": mixers["gdn"],
@@ -235,8 +246,8 @@ def _saved_gdn(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...
     )
 
 
-def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTensor, ...]:
-    queries, keys = query_dim(model), model.num_key_value_heads * model.head_dim
+def _saved_attention(model: ModelConfig, element_bytes: int, kv_heads: int) -> tuple[SavedTensor, ...]:
+    queries, keys = query_dim(model), kv_heads * model.head_dim
     large, small, output = "projected query, gate", "projected key", "attention output"
     # Query and gate are views of one tensor: whoever keeps one of them keeps both.
     has_gate = model.attention_output_gate
@@ -253,39 +264,44 @@ def _saved_attention(model: ModelConfig, element_bytes: int) -> tuple[SavedTenso
     )
 
 
-def _saved_to_pass_states(model: ModelConfig, num_rows: int) -> tuple[SavedTensor, ...]:
+def _saved_to_pass_states(model: ModelConfig, num_rows: int, tensor_parallel_size: int) -> tuple[SavedTensor, ...]:
     """The state that arrives at the slice of each row, what the slice makes of one, and decays besides their sums."""
     projected = tuple(tensor.name for tensor in _saved_gdn(model, FP32_BYTES) if tensor.name.startswith("projected"))
     decay = FP32_BYTES * model.linear_num_value_heads
+    states = passed_state_bytes(model, num_rows, tensor_parallel_size)
     return (
-        SavedTensor("arriving state, transition, fp32", 0, bytes_per_layer=passed_state_bytes(model, num_rows)),
+        SavedTensor("arriving state, transition, fp32", 0, bytes_per_layer=states),
         SavedTensor("decay, fp32", decay, part="gdn_prologue", sources=projected),
     )
 
 
-def passed_state_bytes(model: ModelConfig, num_rows: int) -> int:
-    """Bytes of a state of a Gated DeltaNet layer, and of what a slice makes of one, for each row."""
-    key_dim = model.linear_key_head_dim
-    return FP32_BYTES * num_rows * model.linear_num_value_heads * key_dim * (model.linear_value_head_dim + key_dim)
+def passed_state_bytes(model: ModelConfig, num_rows: int, tensor_parallel_size: int) -> int:
+    """Bytes of a state of a rank's heads of a Gated DeltaNet layer, and of what a slice makes of one, for each row."""
+    key_dim, heads = model.linear_key_head_dim, model.linear_num_value_heads // tensor_parallel_size
+    return FP32_BYTES * num_rows * heads * key_dim * (model.linear_value_head_dim + key_dim)
 
 
 def _saved_attention_by_heads(
-    model: ModelConfig, element_bytes: int, context_parallel_size: int
+    model: ModelConfig, element_bytes: int, kv_heads: int, exchanged_kv_heads: int
 ) -> tuple[SavedTensor, ...]:
     """Some heads of all tokens: what has travelled is not recomputed, and the output is kept before and behind."""
-    keys = element_bytes * kv_heads_exchanged(model, context_parallel_size) * model.head_dim
+    keys = element_bytes * exchanged_kv_heads * model.head_dim
     queries = element_bytes * query_dim(model)
     exchanged = {
         "query, key": SavedTensor("query, key", queries + keys),
         "value": SavedTensor("value", keys),
     }
-    saved = (exchanged.get(tensor.name, tensor) for tensor in _saved_attention(model, element_bytes))
+    saved = (exchanged.get(tensor.name, tensor) for tensor in _saved_attention(model, element_bytes, kv_heads))
     return (*saved, SavedTensor("attention output of whole rows", queries))
 
 
-def kv_heads_exchanged(model: ModelConfig, context_parallel_size: int) -> int:
-    """Key heads, or value heads, that a token sends to its group: repeated where there are fewer than ranks."""
-    return max(model.num_key_value_heads, context_parallel_size)
+def kv_heads_exchanged(model: ModelConfig, context_parallel_size: int, tensor_parallel_size: int) -> int:
+    """Key heads, or value heads, that a token has on all ranks of its tensor group together when attention begins.
+
+    Repeated where a rank has fewer than there are slices, each of which gets one at least.
+    """
+    of_rank = max(1, model.num_key_value_heads // tensor_parallel_size)
+    return tensor_parallel_size * max(of_rank, context_parallel_size)
 
 
 def _context_exchange(model: ModelConfig, layout: Layout) -> int:
@@ -293,10 +309,17 @@ def _context_exchange(model: ModelConfig, layout: Layout) -> int:
     size = layout.context_parallel_size
     if size == 1:
         return 0
-    heads = model.num_attention_heads + 2 * kv_heads_exchanged(model, size)
+    tensor = layout.tensor_parallel_size
+    heads = model.num_attention_heads + 2 * kv_heads_exchanged(model, size, tensor)
     tokens = 2 * layout.num_tokens * heads * model.head_dim * layout.element_bytes
-    states = (size + 1) * passed_state_bytes(model, layout.micro_batch_size)
+    states = (size + 1) * passed_state_bytes(model, layout.micro_batch_size, tensor)
     return max(tokens, states)
+
+
+def _tensor_exchange(model: ModelConfig, layout: Layout) -> int:
+    """Send and receive buffer of what a tensor group's ranks add to the outputs of all of its tokens."""
+    size = layout.tensor_parallel_size
+    return 2 * size * layout.num_tokens * model.hidden_size * layout.element_bytes if size > 1 else 0
 
 
 def _saved_moe(

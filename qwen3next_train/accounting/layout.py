@@ -33,7 +33,8 @@ class Layout:
         token_exchange: which tokens travel to other ranks' experts.
         micro_batches_in_flight: micro-batches that pass through the model together.
         ranks_per_node: consecutive ranks that share a machine, or a domain of fast links.
-        context_parallel_size: ranks that share the tokens of a row.
+        context_parallel_size: slices of a row.
+        tensor_parallel_size: ranks that divide the mixers' heads and share a slice.
     """
 
     world_size: int
@@ -50,6 +51,7 @@ class Layout:
     micro_batches_in_flight: int = 1
     ranks_per_node: int = RANKS_PER_NODE
     context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
 
     @classmethod
     def of(cls, config: Config, world_size: int, *, ranks_per_node: int = RANKS_PER_NODE) -> Layout:
@@ -69,6 +71,7 @@ class Layout:
             micro_batches_in_flight=config.parallel.micro_batches_in_flight,
             ranks_per_node=ranks_per_node,
             context_parallel_size=config.parallel.context_parallel_size,
+            tensor_parallel_size=config.parallel.tensor_parallel_size,
         )
 
     @property
@@ -92,12 +95,17 @@ class Layout:
     @property
     def num_tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
-        return self.micro_batch_size * self.sequence_length // self.context_parallel_size
+        return self.micro_batch_size * self.sequence_length // self.ranks_per_row
+
+    @property
+    def ranks_per_row(self) -> int:
+        """Ranks that share the tokens of a row."""
+        return self.context_parallel_size * self.tensor_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
         """Ranks, or groups of ranks, with rows of their own."""
-        return self.world_size // self.context_parallel_size
+        return self.world_size // self.ranks_per_row
 
     def num_micro_batches(self, global_batch_size: int) -> int:
         """Micro-batches of a rank and step."""

@@ -10,7 +10,8 @@ by us, ``grad_accum_dtype: fp32``), measured on its tensors:
   runs too. Offloaded, which stage 3 does not have, it is in host memory, with an fp32 gradient and a copy of the
   weights in their dtype. The sums of micro-batches' gradients stay on the GPU, under stage 2 only in bf16 runs.
 
-Dense parameters are partitioned over all ranks, experts over the ranks that hold the same experts. Stages 1 and 2
+Dense parameters are partitioned over all ranks, experts over the ranks that hold the same experts, and what tensor
+parallelism divides over those that hold the same heads. Stages 1 and 2
 flatten an optimizer group and pad it to twice its number of ranks; stage 3 pads every parameter. Not counted:
 Adam's step counters (4 bytes a group), the further padding where DeepSpeed cuts expert groups at 179 M elements,
 and, under stage 2 in fp32, the rest of the tensors that straddle a partition's ends.
@@ -50,12 +51,14 @@ class ParameterKind(NamedTuple):
     Args:
         numel: elements, all experts included.
         num_experts: experts stacked in it, 0 for a dense parameter.
+        num_heads: heads of a mixer in it, 0 for what is the same for all heads.
         fp32: fp32 even in bf16 runs.
         decays: takes weight decay.
     """
 
     numel: int
     num_experts: int
+    num_heads: int
     fp32: bool
     decays: bool
 
@@ -87,9 +90,31 @@ def persistent_numel(model: ModelConfig) -> int:
 def parameter_kinds(model: ModelConfig) -> Counter[ParameterKind]:
     """The parameter table as a few kinds and how often each occurs: the 80B's 900 parameters are 20 kinds."""
     return Counter(
-        ParameterKind(spec.numel, spec.shape[0] if spec.expert else 0, spec.fp32, spec.decay or spec.qk_norm)
+        ParameterKind(
+            spec.numel,
+            spec.shape[0] if spec.expert else 0,
+            spec.heads.count if spec.heads else 0,
+            spec.fp32,
+            spec.decay or spec.qk_norm,
+        )
         for spec in parameter_table(model)
     )
+
+
+def num_shares(kind: ParameterKind, layout: Layout) -> int:
+    """Equal shares of a parameter, of which a rank holds one.
+
+    Raises:
+        ConfigError: when the expert-parallel size divides neither the world size nor the experts.
+    """
+    topology = Topology(
+        layout.world_size,
+        expert_parallel_size=layout.expert_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
+    )
+    if kind.num_experts:
+        return kind.num_experts // len(topology.local_experts(kind.num_experts))
+    return topology.head_shares(kind.num_heads) if kind.num_heads else 1
 
 
 def memory_per_gpu(
@@ -142,6 +167,18 @@ def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[Par
     return sum(shard.partition * (states + shard.element_bytes) for shard in shards) + _largest_gradient(kinds, layout)
 
 
+def snapshot_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:
+    """Bytes of host memory from which one process writes checkpoints while training goes on, padding of ZeRO included.
+
+    Args:
+        model: shape of the model.
+        layout: as of :func:`memory_per_gpu`.
+        kinds: as of :func:`memory_per_gpu`.
+    """
+    kinds = parameter_kinds(model) if kinds is None else kinds
+    return adam_state_bytes(layout) * _partition_numel(kinds, layout)
+
+
 def certain_bytes(parts: Mapping[str, int]) -> int:
     """Bytes that one GPU has to have free: weights, gradients and optimizer, which are known to the byte.
 
@@ -168,8 +205,8 @@ def host_bytes(config: Config, layout: Layout, *, trains_on_host: bool) -> int:
     num_rows = num_steps * (config.run.global_batch_size // layout.data_parallel_size)
     if config.eval.interval:
         num_rows += config.eval.rows // layout.data_parallel_size
-    num_tokens = num_rows * data.sequence_length // layout.context_parallel_size
-    if layout.context_parallel_size > 1:
+    num_tokens = num_rows * data.sequence_length // layout.ranks_per_row
+    if layout.ranks_per_row > 1:
         # Rows are whole until they are cut.
         num_tokens += config.run.micro_batch_size * data.sequence_length
     batches = num_tokens * _BATCH_BYTES * (3 + model.mtp_num_layers)
@@ -280,16 +317,14 @@ def _whole_weights(kinds: Counter[ParameterKind], layout: Layout) -> int:
 def _shard(kind: ParameterKind, numel: int, layout: Layout) -> _Shard:
     """``numel`` elements, all experts included, of parameters that are treated like ``kind``."""
     element_bytes = FP32_BYTES if kind.fp32 else layout.element_bytes
-    if not kind.num_experts:
-        return _Shard(numel, layout.world_size, element_bytes)
-    topology = Topology(layout.world_size, expert_parallel_size=layout.expert_parallel_size)
-    local = numel // kind.num_experts * len(topology.local_experts(kind.num_experts))
-    return _Shard(local, topology.expert_data_parallel_size, element_bytes)
+    shares = num_shares(kind, layout)
+    return _Shard(numel // shares, layout.world_size // shares, element_bytes)
 
 
 def _flat_groups(kinds: Counter[ParameterKind], layout: Layout) -> list[_Shard]:
-    """Optimizer groups: parameters of one dtype and decay, dense or experts, each flattened into one buffer."""
-    groups: dict[tuple[bool, bool, bool], list[ParameterKind]] = defaultdict(list)
+    """Optimizer groups: parameters of one dtype and decay that the same ranks share, each flattened into one buffer."""
+    groups: dict[tuple[bool, bool, int, bool], list[ParameterKind]] = defaultdict(list)
     for kind in kinds:
-        groups[kind.fp32 and layout.precision == "bf16", kind.num_experts > 0, kind.decays].append(kind)
+        fp32, shares = kind.fp32 and layout.precision == "bf16", num_shares(kind, layout)
+        groups[fp32, kind.num_experts > 0, shares, kind.decays].append(kind)
     return [_shard(group[0], sum(kinds[kind] * kind.numel for kind in group), layout) for group in groups.values()]

@@ -1,13 +1,13 @@
 """A sharded checkpoint: fragments of logical tensors, written one file a rank, resharded when they are read.
 
-A rank's file holds, for each fragment it owns, one flat fp32 tensor a kind under the key ``<parameter>/<offset>/
-<kind>``, and the rank's own small tensors under ``rank/<name>``. Which file holds what stands in the manifest, so
-finding the owners of a range costs no file access, however many ranks wrote the checkpoint.
+A rank's file holds, for each fragment it owns, one flat fp32 tensor a kind under the key ``<parameter>/<offset of its
+first element>/<kind>``, and the rank's own small tensors under ``rank/<name>``. Which file holds what stands in the
+manifest, so finding the owners of a range costs no file access, however many ranks wrote the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +71,9 @@ class RankShare:
                 if not is_finite(tensor):
                     raise DivergedError(
                         f"{fragment.name}: {kind} is not finite in elements "
-                        f"[{fragment.start}, {fragment.start + fragment.numel})"
+                        f"[{fragment.runs.start}, {fragment.runs.stop})"
                     )
-                tensors.append(StoredTensor(_key(fragment.name, fragment.start, kind), tensor, torch.float32))
+                tensors.append(StoredTensor(_key(fragment.name, fragment.runs.start, kind), tensor, torch.float32))
         for name, tensor in rank_tensors.items():
             tensors.append(StoredTensor(_RANK_PREFIX + name, tensor, tensor.dtype))
         return cls(kept, tensors, kinds)
@@ -100,9 +100,21 @@ def write_rank_file(
     record = write_tensor_file(fs, directory / rank_file_name(rank), share.tensors)
     index = {spec.name: position for position, spec in enumerate(parameters)}
     triples: list[int] = []
+    strided: list[int] = []
     for fragment in share.fragments:
-        triples += (index[fragment.name], fragment.start, fragment.numel)
-    return FileEntry(name=record.name, size=record.size, xxh3_128=record.xxh3_128, rank=rank, fragments=triples)
+        runs = fragment.runs
+        if runs.count == 1:
+            triples += (index[fragment.name], runs.start, runs.length)
+        else:
+            strided += (index[fragment.name], runs.start, runs.length, runs.count, runs.stride)
+    return FileEntry(
+        name=record.name,
+        size=record.size,
+        xxh3_128=record.xxh3_128,
+        rank=rank,
+        fragments=triples,
+        strided_fragments=strided,
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -124,21 +136,21 @@ class FragmentIndex:
     def __init__(self, manifest: Manifest) -> None:
         self.parameters = {entry.name: entry for entry in manifest.parameters}
         self._position = {entry.name: position for position, entry in enumerate(manifest.parameters)}
-        pieces = [np.empty((0, 4), dtype=np.int64)]
-        for number, file in enumerate(manifest.files):
-            triples = np.array(file.fragments, dtype=np.int64).reshape(-1, 3)
-            pieces.append(np.column_stack([triples, np.full(len(triples), number)]))
-        rows = np.concatenate(pieces)
+        rows = np.concatenate([_rows(number, file) for number, file in enumerate(manifest.files)])
         rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
         self._rows = rows[:, 1:]
         self._bounds = np.searchsorted(rows[:, 0], np.arange(len(manifest.parameters) + 1))
 
     def rows(self, name: str) -> npt.NDArray[np.int64]:
-        """Fragments of a parameter ``[F, 3]``: offset, number of elements, index of the file; by offset."""
+        """Runs of a parameter's fragments ``[F, 6]``, by offset.
+
+        Each is offset, number of elements, index of the file, and of the tensor there: offset in its key, number of
+        elements, and the first of this run.
+        """
         position = self._position[name]
         return self._rows[self._bounds[position] : self._bounds[position + 1]]
 
-    def overlapping(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def overlapping(self, name: str, start: int, stop: int) -> list[tuple[int, int, int, int, int, int]]:
         """Of :meth:`rows`, those that share an element with ``[start, stop)``."""
         rows = self.rows(name)
         return [tuple(row) for row in rows[(rows[:, 0] < stop) & (rows[:, 0] + rows[:, 1] > start)].tolist()]
@@ -216,14 +228,22 @@ class FragmentReader:
             return torch.zeros(stop - start)
         result = torch.empty(stop - start)
         done = start
-        for offset, length, file in self._index.overlapping(name, start, stop):
+        # By tensor of a file, so that each is read once whatever the number of runs: where a range goes, and its place
+        # in the tensor.
+        wanted: defaultdict[tuple[int, int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        for offset, length, file, key, stored, first in self._index.overlapping(name, start, stop):
             if offset > done:
                 break
             end = min(offset + length, stop)
             if end > done:
-                piece = self._slice(file, _key(name, offset, kind), length, done - offset, end - offset)
-                result[done - start : end - start] = piece
+                wanted[file, key, stored].append((done - start, end - start, first + done - offset))
                 done = end
+        for (file, key, stored), ranges in wanted.items():
+            low = ranges[0][2]
+            into, until, at = ranges[-1]
+            piece = self._slice(file, _key(name, key, kind), stored, low, at + until - into)
+            for into, until, at in ranges:
+                result[into:until] = piece[at - low : at - low + until - into]
         if done < stop:
             raise CheckpointError(f"{self._directory}: {name}: no file holds {kind} from element {done} to {stop}")
         if not is_finite(result):
@@ -273,6 +293,29 @@ class FragmentReader:
 
     def _path(self, file: int) -> Path:
         return self._directory / self._manifest.files[file].name
+
+
+def _rows(number: int, file: FileEntry) -> npt.NDArray[np.int64]:
+    """Of one file: parameter, and what :meth:`FragmentIndex.rows` says of each run."""
+    parameter, start, numel = np.array(file.fragments, dtype=np.int64).reshape(-1, 3).T
+    whole = np.column_stack([parameter, start, numel, np.full_like(start, number), start, numel, np.zeros_like(start)])
+    parts = [whole]
+    quintuples = np.array(file.strided_fragments, dtype=np.int64).reshape(-1, 5).tolist()
+    for of_parameter, first, length, count, stride in quintuples:
+        run = np.arange(count)
+        constant = (np.full_like(run, value) for value in (number, first, length * count))
+        parts.append(
+            np.column_stack(
+                [
+                    np.full_like(run, of_parameter),
+                    first + run * stride,
+                    np.full_like(run, length),
+                    *constant,
+                    run * length,
+                ]
+            )
+        )
+    return np.concatenate(parts)
 
 
 def _key(name: str, offset: int, kind: FragmentKind) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from qwen3next_train.checkpoint import publication
 from qwen3next_train.checkpoint.agreement import StageFailed, run_together
+from qwen3next_train.checkpoint.best import best_of, ranked, rating
 from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import (
     LOCAL_FILESYSTEM,
@@ -89,6 +90,7 @@ class CheckpointManager:
         control: the ranks.
         keep: newest intact checkpoints to keep, at least 1. Those that were saved while steps were being skipped
             (``TrainState.consecutive_skips``) do not count: the last good state is not among them.
+        best: validation metric whose lowest value marks a checkpoint that is kept beside these; empty: none is.
         filesystem: where the files are.
         visibility_timeout_s: how long a rank waits to see a directory that rank 0 has created.
     """
@@ -99,6 +101,7 @@ class CheckpointManager:
         *,
         control: ControlGroup,
         keep: int,
+        best: str = "",
         filesystem: Filesystem = LOCAL_FILESYSTEM,
         visibility_timeout_s: float = 10.0,
     ) -> None:
@@ -106,10 +109,13 @@ class CheckpointManager:
         self._directory = directory
         self._control = control
         self._keep = keep
+        self._best = best
         self._fs = filesystem
         self._visibility_timeout_s = visibility_timeout_s
         # By name, whether it counts for ``keep``; equal on all ranks because only agreed results are entered.
         self._counts: dict[str, bool] = {}
+        # By name, of the metric ``best``; of rank 0, which reads them.
+        self._values: dict[str, float | None] = {}
 
     def save(
         self,
@@ -148,8 +154,10 @@ class CheckpointManager:
             self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
         except StageFailed as failed:
             self._counts.pop(step_name(step), None)
+            self._values.pop(step_name(step), None)
             raise self._abandon(staging, step, num_bytes, failed) from failed
         self._counts[step_name(step)] = train_state.consecutive_skips == 0
+        self._values[step_name(step)] = rating(train_state, self._best)
         duration_s = time.monotonic() - started_at
         path = self._directory / step_name(step)
         get_logger().info(
@@ -235,6 +243,28 @@ class CheckpointManager:
         published = (checkpoint for checkpoint in self._list() if checkpoint.published)
         return next((each.step for each in published if self._is_counted(each)), None)
 
+    def find_best(self) -> VerifiedCheckpoint:
+        """The checkpoint that the run's ``checkpoint.best`` calls the best, verified; the same on every rank.
+
+        Raises:
+            ConfigError: the run names no metric, or no checkpoint has a value of it.
+            CheckpointError: it is damaged or of a newer format.
+            StorageError: the directory cannot be listed, or the checkpoint cannot be read.
+        """
+        known = self._list()
+
+        def step_of_best() -> Json:
+            best = best_of(self._fs, self._directory, known)
+            return None if best is None else best.checkpoint.step
+
+        step = self._on_rank_0(step_of_best)
+        if step is None:
+            raise ConfigError(
+                f"{self._directory / publication.BEST_NAME}: no checkpoint is the best: the run had no "
+                "checkpoint.best, or no validation at a saved step; name a checkpoint by its step"
+            )
+        return self.find(next(checkpoint for checkpoint in known if checkpoint.step == step and checkpoint.published))
+
     def find(self, checkpoint: CheckpointInfo) -> VerifiedCheckpoint:
         """One checkpoint, verified; the same on every rank.
 
@@ -269,9 +299,13 @@ class CheckpointManager:
         """Rank 0's result of ``action`` on every rank; the others wait, and fail if it fails."""
         return run_together(self._control, lambda: (None, action() if self._control.rank == 0 else None))[1][0]
 
+    def remove_unfinished(self) -> None:
+        """Remove what a killed save or deletion has left, which may fill the disk; rank 0 does, as far as it can."""
+        if self._control.rank == 0:
+            self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
+
     def _create_staging(self, staging: str) -> None:
-        # A killed save may have filled the disk.
-        self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
+        self.remove_unfinished()
         publication.create_staging(self._fs, self._directory, staging)
 
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
@@ -357,17 +391,32 @@ class CheckpointManager:
         return VerifyResult(reason, own.manifest, newer=any(reply["newer"] for reply in replies))
 
     def _clean_up(self, step: int) -> None:
-        """After a publication: hint, leftovers, retention. Nothing here can fail the save."""
+        """After a publication: hints, leftovers, retention. Nothing here can fail the save."""
         if self._control.rank == 0:
             self._best_effort(lambda: publication.write_latest_hint(self._fs, self._directory, step))
             self._best_effort(lambda: publication.remove_leftovers(self._fs, self._directory))
         try:
-            stale = self._stale_checkpoints(step)
+            best = self._find_best(step) if self._best else None
+            stale = [name for name in self._stale_checkpoints(step) if best is None or name != best.name]
         except StorageError as error:
             get_logger().warning("%s", error)
             return
         if self._control.rank == 0:
+            best_step = None if best is None else best.step
+            self._best_effort(lambda: publication.write_best_hint(self._fs, self._directory, best_step))
             self._best_effort(lambda: publication.delete(self._fs, self._directory, stale))
+
+    def _find_best(self, step: int) -> CheckpointInfo | None:
+        """The checkpoint up to ``step`` with the lowest value of ``checkpoint.best``, of those that count."""
+        known = [checkpoint for checkpoint in self._list() if checkpoint.published and checkpoint.step <= step]
+
+        def rank_them() -> Json:
+            rated = ranked(self._fs, self._directory, known, self._best, self._values)
+            return [each.checkpoint.step for each in rated]
+
+        steps: list[int] = self._on_rank_0(rank_them)
+        by_step = {checkpoint.step: checkpoint for checkpoint in known}
+        return next((by_step[step] for step in steps if self._is_counted(by_step[step])), None)
 
     def _stale_checkpoints(self, step: int) -> list[str]:
         """Published checkpoints that are no longer among the ``keep`` newest that count, up to ``step``.

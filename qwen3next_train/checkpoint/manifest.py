@@ -27,7 +27,8 @@ from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.parameters import ParamSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that can be read. Written is 1 where no file has strided fragments, so that older versions can read it."""
 MAX_MANIFEST_BYTES = 64 << 20
 """ZeRO-3 on 1,000 ranks cuts each of the 80B model's 800 tensors in 1,000: about 20 MB."""
 
@@ -77,7 +78,9 @@ class FileEntry(BaseModel):
     """One rank's file.
 
     ``fragments`` is flat, three integers a fragment: index of the parameter, offset of the first element, number
-    of elements. With millions of fragments a list of records would cost ten times the memory.
+    of elements. With millions of fragments a list of records would cost ten times the memory. ``strided_fragments``,
+    not in format 1, are those of several runs of elements, five integers each: index of the parameter, offset of the
+    first element, number of elements of a run, number of runs, and the distance of their starts.
     """
 
     model_config = _STRICT
@@ -87,6 +90,7 @@ class FileEntry(BaseModel):
     xxh3_128: Digest
     rank: Count
     fragments: list[Size]
+    strided_fragments: list[Size] = []
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Manifest(BaseModel):
     model_config = _STRICT
 
     format: Literal["qwen3next_train checkpoint"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     step: Annotated[int, Field(ge=0, lt=10**8)]
     created_at: Annotated[str, Field(pattern=r"\A[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00\z")]
     layout: WorldLayout
@@ -173,7 +177,7 @@ def encode_manifest(
     """
     fields = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if any(file.strided_fragments for file in files) else 1,
         "step": step,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "layout": header.layout.model_dump(),
@@ -186,7 +190,7 @@ def encode_manifest(
     lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in fields.items()]
     parameters = [{"name": spec.name, "shape": list(spec.shape)} for spec in header.parameters]
     lines.append(_lines("parameters", parameters))
-    lines.append(_lines("files", [file.model_dump() for file in files]))
+    lines.append(_lines("files", [file.model_dump(exclude_defaults=True) for file in files]))
     prefix = ("{\n" + ",\n".join(lines)).encode() + _SELF_KEY
     raw = prefix + xxhash.xxh3_128_hexdigest(prefix).encode() + _TAIL
     parse_manifest(raw, step=step)
@@ -237,6 +241,16 @@ def _check_fragments(file: FileEntry, sizes: Sequence[int]) -> None:
     for index, start, numel in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
         if index >= len(sizes) or numel == 0 or start + numel > sizes[index]:
             raise ValueError(f"{file.name}: fragment ({index}, {start}, {numel}) lies outside its parameter")
+    quintuples = file.strided_fragments
+    if len(quintuples) % 5:
+        raise ValueError(f"{file.name}: strided fragments are not quintuples")
+    fields = (quintuples[first::5] for first in range(5))
+    for index, start, length, count, stride in zip(*fields, strict=True):
+        values = f"({index}, {start}, {length}, {count}, {stride})"
+        if count < 2 or length == 0 or stride < length:
+            raise ValueError(f"{file.name}: strided fragment {values} is none")
+        if index >= len(sizes) or start + (count - 1) * stride + length > sizes[index]:
+            raise ValueError(f"{file.name}: strided fragment {values} lies outside its parameter")
 
 
 def _load_json(raw: bytes) -> dict[str, Any]:

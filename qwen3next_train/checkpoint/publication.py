@@ -24,6 +24,7 @@ from qwen3next_train.checkpoint.names import (
 from qwen3next_train.log import get_logger
 
 LATEST_NAME = "latest"
+BEST_NAME = "best"
 ASIDE_NAME = "aside"
 """Of the folders, with a number, in which the checkpoints are that a run went back from."""
 
@@ -69,9 +70,27 @@ def publish(fs: Filesystem, directory: Path, staging: str, step: int, manifest: 
 
 def write_latest_hint(fs: Filesystem, directory: Path, step: int) -> None:
     """Tell people which checkpoint is the newest; the program never reads it."""
+    _write_hint(fs, directory, LATEST_NAME, step)
+
+
+def write_best_hint(fs: Filesystem, directory: Path, step: int | None) -> None:
+    """Tell people which checkpoint is the best (``checkpoint.best``); the program asks the manifests, never this file.
+
+    Args:
+        fs: where the checkpoints are.
+        directory: the checkpoints directory.
+        step: None when there is none: nothing is told then.
+    """
+    if step is not None:
+        _write_hint(fs, directory, BEST_NAME, step)
+    elif fs.entry(directory / BEST_NAME) is not None:
+        fs.unlink(directory / BEST_NAME)
+
+
+def _write_hint(fs: Filesystem, directory: Path, name: str, step: int) -> None:
     temporary = directory / _hidden_name("tmp", step_name(step))
     write_file(fs, temporary, f"{step_name(step)}\n".encode())
-    fs.rename(temporary, directory / LATEST_NAME)
+    fs.rename(temporary, directory / name)
 
 
 def remove_unfinished(fs: Filesystem, directory: Path) -> None:

@@ -17,6 +17,7 @@ from qwen3next_train.metrics.names import WANDB_ID
 from qwen3next_train.optim.schedule import Rewarmup
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Text = Annotated[str, Strict()]
 WandbId = Annotated[str, Strict(), StringConstraints(pattern=rf"\A(?:{WANDB_ID})?\z")]
 
@@ -41,6 +42,23 @@ class AcceptedChange:
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Lowest:
+    """The lowest value of a validation metric so far, for an early end.
+
+    Args:
+        metric: its name.
+        value: None while none was finite.
+        step: of that value; of the first validation while none was finite.
+        num_since: validations since then.
+    """
+
+    metric: Text
+    value: Finite | None
+    step: Count
+    num_since: Count
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TrainState:
     """The training state apart from tensors; equal on every rank, stored as JSON in the manifest.
 
@@ -57,6 +75,8 @@ class TrainState:
         former_sources: where sources that were dropped would go on.
         changes: all that resumes have changed, oldest first.
         rewarmup: the newest return to the schedule, None for none.
+        validation: what a validation of this step found, by metric, as far as it is finite; empty without one.
+        lowest: of the metric that ``eval.patience`` looks at; None without it, and before the first validation.
         optimizer_step: updates Adam has made, for its bias correction.
         data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
         wandb_id: wandb run to go on with, empty for none.
@@ -79,6 +99,8 @@ class TrainState:
     former_sources: tuple[SourcePosition, ...] = ()
     changes: tuple[AcceptedChange, ...] = ()
     rewarmup: Rewarmup | None = None
+    validation: dict[Text, Finite] = Field(default_factory=dict)
+    lowest: Lowest | None = None
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
+from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, MANIFEST_NAME, list_checkpoints
+from qwen3next_train.checkpoint.publication import BEST_NAME
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -41,6 +43,7 @@ class Weights:
         data: tokenizer (:data:`NO_TOKENIZER` for none) and row settings that belong to the model.
         parameters: the parameter table of ``model``.
         read: gives the weights.
+        precision: dtype of weights and activations in training.
     """
 
     path: Path
@@ -48,14 +51,15 @@ class Weights:
     data: DataConfig
     parameters: tuple[ParamSpec, ...]
     read: ReadWeight
+    precision: Precision
 
 
 def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     """The checkpoint that a path names, every byte of it verified. Collective.
 
     Args:
-        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. On a
-            filesystem that all ranks share.
+        path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. ``best``
+            in one of these two: the best (``checkpoint.best``). On a filesystem that all ranks share.
         control: the ranks, which share the verification.
 
     Raises:
@@ -63,6 +67,8 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
         CheckpointError: damaged, or of a newer format.
         StorageError: the directory cannot be listed, or a checkpoint cannot be read.
     """
+    if (of_best := directory_of_best(path)) is not None:
+        return CheckpointManager(of_best, control=control, keep=1).find_best()
     try:
         if not path.is_dir():
             raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
@@ -84,6 +90,24 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     return CheckpointManager(path.parent, control=control, keep=1).find(named[0])
 
 
+def directory_of_best(path: Path) -> Path | None:
+    """The checkpoints directory whose best one a path names; None where the path names something else.
+
+    Raises:
+        StorageError: it cannot be told now.
+    """
+    if path.name != BEST_NAME:
+        return None
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            return None
+        parent = path.parent.resolve()
+        inner = parent / CHECKPOINTS_NAME
+        return inner if inner.is_dir() else parent
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
+
+
 def weights_of_checkpoint(path: Path) -> Weights:
     """Open the weights of a checkpoint of ours.
 
@@ -100,7 +124,9 @@ def weights_of_checkpoint(path: Path) -> Weights:
     parameters = parameter_table(model)
     reader = _Reader(found)
     reader.check_parameters(parameters)
-    return Weights(found.path, model, _section(found, "data", DataConfig), parameters, reader.read)
+    data, run = _section(found, "data", DataConfig), found.manifest.config.get("run")
+    precision = run.get("precision") if isinstance(run, dict) else None
+    return Weights(found.path, model, data, parameters, reader.read, "fp32" if precision == "fp32" else "bf16")
 
 
 class _Reader:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from qwen3next_train.cli.arguments import Arguments, Option
-from qwen3next_train.cli.option_values import folder_of
+from qwen3next_train.cli.option_values import (
+    choice_of,
+    finished_model,
+    folder_of,
+    number_of,
+    path_of,
+    require_one_of,
+    require_one_process,
+    text_of,
+)
 from qwen3next_train.cli.processes import LAUNCH_OPTIONS, processes_to_start, world_size
-from qwen3next_train.config.bounds import path_argument
-from qwen3next_train.config.error_lines import raise_errors, show, show_name
+from qwen3next_train.config.bounds import MAX_TOP_K, TEMPERATURES, path_argument, text_argument
+from qwen3next_train.config.error_lines import raise_errors, show
 from qwen3next_train.config.load import LoadedConfig, load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.settings import from_command_line
-from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.config.validate import fewest_processes
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.launcher import MAX_PROCESSES
 from qwen3next_train.train.resume import parse_resume
 
-ChoiceT = TypeVar("ChoiceT", bound=str)
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]
 Axis = Literal["steps", "tokens"]
@@ -42,9 +48,17 @@ DEFAULT_GPU = "h100"
 MAX_PLOTTED_RUNS = 100
 """In one picture; more lines than that are none that anyone tells apart."""
 
+DEFAULT_NEW_TOKENS = 128
+"""Of ``generate``."""
+
+MAX_NEW_TOKENS = 1 << 24
+"""As many as there are positions."""
+
 JSON = Option("--json", "", "print JSON")
 """Shared by the subcommands whose output other programs read."""
-CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one")
+CHECKPOINT = Option("--checkpoint", "DIR", "checkpoint, or a run directory: its newest intact one; RUN/best: its best")
+HF = Option("--hf", "DIR", "Hugging Face folder: config.json and safetensors files")
+DEVICE = Option("--device", "NAME", "auto, cpu or cuda (default auto: CUDA when present)")
 TOKENIZER = Option("--tokenizer", "PATH", "tokenizer.json, a folder with one, or builtin:python-4k (default: its own)")
 """Shared by the subcommands that read finished weights."""
 
@@ -146,9 +160,9 @@ def _dry_run(config: Config, num_processes: int) -> int:
 
 
 def _plan(args: Arguments) -> int:
-    gpus = _number(args, "--gpus", whole=True, limits=(1, MAX_PROCESSES))
-    mfu = _number(args, "--mfu", at_most=1.0, limits=(1e-6, 1.0))
-    tokens = _number(args, "--tokens", limits=(1, 1e30))
+    gpus = number_of(args, "--gpus", whole=True, limits=(1, MAX_PROCESSES))
+    mfu = number_of(args, "--mfu", at_most=1.0, limits=(1e-6, 1.0))
+    tokens = number_of(args, "--tokens", limits=(1, 1e30))
     config = load(args).config
     from qwen3next_train.planner.report import plan_command
 
@@ -169,6 +183,7 @@ def _tokenize(args: Arguments) -> int:
 
 
 def _train_tokenizer(args: Arguments) -> int:
+    require_one_process("train-tokenizer", args)
     sources = args.last("--sources")
     if sources is not None and any(name == "data.sources" for name, _ in args.overrides):
         raise ConfigError("train-tokenizer: --sources and --data.sources say the same thing; give one of the two")
@@ -206,33 +221,72 @@ def _doctor(args: Arguments) -> int:
 
 
 def _eval(args: Arguments) -> int:
-    _require_one_process("eval", args)
-    checkpoint, hf = args.last("--checkpoint"), args.last("--hf")
-    if (checkpoint is None) == (hf is None):
-        got = "neither" if hf is None else "both"
-        raise ConfigError(f"eval: which model? (got {got} of --checkpoint and --hf); give one of the two")
-    data = path_argument(_text(args, "--data", "the file, token store or dataset to evaluate on"), "--data")
-    device = _choice(args, "--device", DEVICES) or "auto"
-    precision = _choice(args, "--precision", PRECISIONS)
+    require_one_process("eval", args)
+    checkpoint, hf = finished_model("eval", args)
+    data = path_argument(text_of(args, "--data", "the file, token store or dataset to evaluate on"), "--data")
+    device = choice_of(args, "--device", DEVICES) or "auto"
+    precision = choice_of(args, "--precision", PRECISIONS)
     loaded = load(args)
     from qwen3next_train.train.evaluate import evaluate_command
 
     return evaluate_command(
-        checkpoint=None if checkpoint is None else _folder(args, "--checkpoint"),
-        hf=None if hf is None else _folder(args, "--hf"),
+        checkpoint=checkpoint,
+        hf=hf,
         data=data,
         as_json="--json" in args.options,
         device=device,
         precision=precision,
         sequence_length=loaded.config.data.sequence_length if "data.sequence_length" in loaded.origins else None,
-        tokenizer=_path(args, "--tokenizer"),
+        tokenizer=path_of(args, "--tokenizer"),
         text_field=args.last("--text-field") or "text",
     )
 
 
+def _generate(args: Arguments) -> int:
+    require_one_process("generate", args)
+    checkpoint, hf = finished_model("generate", args)
+    prompts, prompts_file = args.options.get("--prompt", []), path_of(args, "--prompts")
+    require_one_of("generate", "prompts", {"--prompt": bool(prompts), "--prompts": prompts_file is not None})
+    temperature = number_of(args, "--temperature", or_zero=True, limits=TEMPERATURES)
+    top_p = number_of(args, "--top-p", at_most=1.0)
+    top_k = number_of(args, "--top-k", whole=True, limits=(1, MAX_TOP_K))
+    max_new_tokens = number_of(args, "--max-new-tokens", whole=True, limits=(1, MAX_NEW_TOKENS))
+    draws = [name for name in ("--top-p", "--top-k") if name in args.options]
+    if temperature == 0 and draws:
+        raise ConfigError(
+            f"--temperature: 0 takes the likeliest token, which leaves {draws[0]} nothing to choose from; leave one of "
+            "the two out"
+        )
+    device = choice_of(args, "--device", DEVICES) or "auto"
+    precision = choice_of(args, "--precision", PRECISIONS)
+    seed = load(args).config.run.seed
+    for prompt in prompts:
+        text_argument(prompt, "--prompt")
+    from qwen3next_train.generate.sampling import Sampling
+    from qwen3next_train.train.generate import generate_command
+
+    return generate_command(
+        checkpoint=checkpoint,
+        hf=hf,
+        prompts=prompts,
+        prompts_file=None if prompts_file is None else Path(prompts_file),
+        sampling=Sampling(
+            max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else int(max_new_tokens),
+            temperature=float(bool(draws)) if temperature is None else temperature,
+            top_p=top_p or 1.0,
+            top_k=int(top_k or 0),
+            seed=seed,
+        ),
+        as_json="--json" in args.options,
+        device=device,
+        precision=precision,
+        tokenizer=path_of(args, "--tokenizer"),
+    )
+
+
 def _import_hf(args: Arguments) -> int:
-    _require_one_process("import-hf", args)
-    source, output = _folder(args, "--hf"), _folder(args, "--output")
+    require_one_process("import-hf", args)
+    source, output = folder_of(args, "--hf"), folder_of(args, "--output")
     loaded = load(args)
     from qwen3next_train.huggingface.import_folder import import_hf
 
@@ -246,10 +300,10 @@ def _import_hf(args: Arguments) -> int:
 
 
 def _export_hf(args: Arguments) -> int:
-    _require_one_process("export-hf", args)
-    checkpoint, output = _folder(args, "--checkpoint"), _folder(args, "--output")
-    dtype = _choice(args, "--dtype", PRECISIONS) or "bf16"
-    max_shard_bytes = _number(args, "--max-shard-bytes", whole=True)
+    require_one_process("export-hf", args)
+    checkpoint, output = folder_of(args, "--checkpoint"), folder_of(args, "--output")
+    dtype = choice_of(args, "--dtype", PRECISIONS) or "bf16"
+    max_shard_bytes = number_of(args, "--max-shard-bytes", whole=True)
     from qwen3next_train.huggingface.export_folder import MAX_SHARD_BYTES, export_hf
 
     return export_hf(
@@ -257,22 +311,22 @@ def _export_hf(args: Arguments) -> int:
         output,
         dtype=dtype,
         max_shard_bytes=MAX_SHARD_BYTES if max_shard_bytes is None else int(max_shard_bytes),
-        tokenizer=_path(args, "--tokenizer"),
+        tokenizer=path_of(args, "--tokenizer"),
     )
 
 
 def _plot(args: Arguments) -> int:
-    _require_one_process("plot", args)
+    require_one_process("plot", args)
     if not args.positional:
         raise ConfigError("plot: which run? (got nothing); give the run.dir of a run, or several")
     if "--text" in args.options and "--html" in args.options:
         raise ConfigError("plot: --text and --html are two kinds of output; give one of the two")
-    axis = _choice(args, "--axis", AXES) or "steps"
-    rate = _choice(args, "--rate", RATES) or "tokens"
-    smoothing = _number(args, "--smooth", at_most=0.999) or 0.0
+    axis = choice_of(args, "--axis", AXES) or "steps"
+    rate = choice_of(args, "--rate", RATES) or "tokens"
+    smoothing = number_of(args, "--smooth", at_most=0.999) or 0.0
     from qwen3next_train.plots.command import plot_command
 
-    output = _path(args, "--output")
+    output = path_of(args, "--output")
     return plot_command(
         [Path(path_argument(name, "RUN")) for name in args.positional],
         kind="text" if "--text" in args.options else "html" if "--html" in args.options else "pictures",
@@ -281,63 +335,6 @@ def _plot(args: Arguments) -> int:
         smoothing=smoothing,
         output=None if output is None else Path(output),
     )
-
-
-def _require_one_process(command: str, args: Arguments) -> None:
-    count = world_size(args)
-    if count > 1:
-        raise ConfigError(f"{command}: started as {count} processes (WORLD_SIZE); it is one, start it without torchrun")
-
-
-def _text(args: Arguments, name: str, meaning: str) -> str:
-    """The value of an option that must be there."""
-    text = args.last(name)
-    if not text:
-        raise ConfigError(f"{name}: {'missing' if text is None else 'empty'}; give {meaning}")
-    return text
-
-
-def _folder(args: Arguments, name: str) -> Path:
-    return Path(path_argument(_text(args, name, "a folder"), name))
-
-
-def _path(args: Arguments, name: str) -> str | None:
-    """A file or name given to an option, or None when it is absent."""
-    text = args.last(name)
-    return None if text is None else path_argument(text, name)
-
-
-def _choice(args: Arguments, name: str, choices: Sequence[ChoiceT]) -> ChoiceT | None:
-    """One of the choices, or None when the option is absent."""
-    text = args.last(name)
-    chosen = next((choice for choice in choices if choice == text), None)
-    if chosen is None and text is not None:
-        raise ConfigError(f"{name}: not one of the choices (got {show(text)}); give one of {', '.join(choices)}")
-    return chosen
-
-
-def _number(
-    args: Arguments,
-    name: str,
-    *,
-    whole: bool = False,
-    at_most: float = math.inf,
-    limits: tuple[float, float] = (0, math.inf),
-) -> float | None:
-    """A positive number given to an option, or None when it is absent; beyond ``limits`` results make no sense."""
-    text = args.last(name)
-    if text is None:
-        return None
-    value = plain_value(text)
-    wanted = "whole number > 0" if whole else "number > 0" + (f" and <= {at_most:g}" if at_most < math.inf else "")
-    is_number = type(value) is int or (type(value) is float and not whole)
-    # The comparison also rejects a value that is not a number at all (.nan).
-    if not is_number or not 0 < float(value or 0) <= at_most or math.isinf(float(value or 0)):
-        raise ConfigError(f"{show_name(name)}: not a {wanted} (got {show(text)}); give a {wanted}")
-    least, most = limits
-    if not least <= float(value or 0) <= most:
-        raise ConfigError(f"{show_name(name)}: {text} is not between {least:g} and {most:g}; give another number")
-    return float(value or 0)
 
 
 TRAIN = Command(
@@ -403,19 +400,46 @@ COMMANDS = {
             "(--checkpoint DIR | --hf DIR) --data FILE [--json]",
             (
                 CHECKPOINT,
-                Option("--hf", "DIR", "Hugging Face folder: config.json and safetensors files"),
+                HF,
                 Option(
                     "--data",
                     "FILE",
                     "text, token store, or jsonl with text or input_ids, a document a line; or what data.sources takes",
                 ),
                 JSON,
-                Option("--device", "NAME", "auto, cpu or cuda (default auto: CUDA when present)"),
+                DEVICE,
                 Option("--precision", "NAME", "bf16 or fp32 (default: bf16 on CUDA, fp32 on CPU)"),
                 TOKENIZER,
                 Option("--text-field", "NAME", "JSON field or column that holds the text (default text)"),
             ),
             keys=("data.sequence_length",),
+        ),
+        Command(
+            "generate",
+            "continue prompts with a checkpoint or a Hugging Face folder",
+            _generate,
+            "(--checkpoint DIR | --hf DIR) (--prompt TEXT ... | --prompts FILE) [--temperature T]",
+            (
+                CHECKPOINT,
+                HF,
+                Option("--prompt", "TEXT", "to go on from; repeatable; token ids where the model has no tokenizer"),
+                Option("--prompts", "FILE", 'a prompt a line; in a .jsonl {"prompt": TEXT} a line'),
+                Option("--max-new-tokens", "N", f"at most so many (default {DEFAULT_NEW_TOKENS})"),
+                Option(
+                    "--temperature",
+                    "T",
+                    "draw tokens, from logits divided by T; 0: take the likeliest (default 0, with --top-p or --top-k "
+                    "1)",
+                ),
+                Option("--top-p", "P", "draw from the fewest tokens that have probability P together, at most 1"),
+                Option("--top-k", "K", "draw from the K likeliest tokens"),
+                JSON,
+                DEVICE,
+                Option("--precision", "NAME", "bf16 or fp32 (default: as it was trained, or as the folder says)"),
+                TOKENIZER,
+            ),
+            keys=("run.seed",),
+            details="It prints each prompt with what it goes on with. The end-of-document token ends it.",
         ),
         Command(
             "import-hf",
@@ -471,6 +495,7 @@ COMMANDS = {
             _checkpoint,
             "list|verify [RUN_DIR] [--config FILE]",
             max_positional=2,
+            details="RUN_DIR/best is its best one (checkpoint.best) alone.",
         ),
         Command(
             "doctor",

@@ -87,6 +87,18 @@ def path_argument(text: str, option: str) -> str:
         raise ConfigError(f"{option}: {error} (got {ascii(text)[:_MAX_SHOWN]}); give another name") from error
 
 
+def text_argument(text: str, option: str) -> str:
+    """:func:`usable_text` of a command line word.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    try:
+        return usable_text(text)
+    except UnusableText as error:
+        raise ConfigError(f"{option}: {error} (got {ascii(text)[:_MAX_SHOWN]}); give another text") from error
+
+
 def _checked_text(text: str) -> str:
     try:
         return usable_text(text)
@@ -146,6 +158,13 @@ VocabSize = Annotated[int, Field(gt=0), _limits(1, 2**31 - 1)]
 _WIDTH = _limits(1, 2**20)
 Width = Annotated[int, Field(gt=0), _WIDTH]
 WidthOrNone = Annotated[int, Field(ge=0), _WIDTH]
+# A logit of 1e38 divided by the least of them is a number, and more than a flat distribution there is not.
+TEMPERATURES = (0.001, 1000.0)
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), _limits(*TEMPERATURES)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _FP32]
+MAX_TOP_K = 2**31 - 1
+TopK = Annotated[int, Field(ge=0), _limits(1, MAX_TOP_K)]
+NewTokens = Annotated[int, Field(gt=0), _limits(1, 4096)]
 Heads = Annotated[int, Field(gt=0), _limits(1, 2**16)]
 KernelWidth = Annotated[int, Field(ge=2), _limits(2, 2**10)]
 MtpDepths = Annotated[int, Field(ge=0), _limits(1, 100)]

@@ -24,7 +24,7 @@ _HARMLESS_PREFIXES = ("logging.", "checkpoint.", "eval.", "kernels.", "parallel.
 _HARMLESS_KEYS = frozenset(
     (
         *("run.dir", "run.device", "run.micro_batch_size", "run.max_skipped_steps", "run.peer_timeout_s"),
-        *("data.cache_dir", "data.num_prefetch_steps"),
+        *("data.cache_dir", "data.num_prefetch_steps", "data.validation_sets"),
         # How state is kept, as a layout is; a checkpoint holds fp32 and a switch is logged.
         "optimizer.moments_dtype",
         # Read when a change is accepted; what it came to is part of the state then.
@@ -120,7 +120,9 @@ def hint_at(location: tuple[int | str, ...]) -> str:
     annotation: Any = Config
     field: FieldInfo | None = None
     for part in location:
-        if isinstance(part, int):
+        if get_origin(annotation) is dict:
+            annotation, field = get_args(annotation)[1], None
+        elif isinstance(part, int):
             annotation, field = get_args(annotation)[0], None
             if get_origin(annotation) is Annotated:
                 annotation = get_args(annotation)[0]
@@ -165,7 +167,7 @@ def config_hash(config: Config) -> str:
     """
     flat = flatten(config.model_dump(mode="json"))
     relevant = {key: value for key, value in flat.items() if _class_of(key, config.schedule) != "harmless"}
-    relevant = {key: value for key, value in relevant.items() if key not in _DERIVED_KEYS}
+    relevant = {key: _without_alias(value) for key, value in relevant.items() if key not in _DERIVED_KEYS}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,7 +190,11 @@ def compare_configs(old: Mapping[str, Any], new: Config, *, step: int | None = N
     defaults = flatten(Config().model_dump())
     found: dict[str, list[Change]] = {"harmless": [], "trajectory": [], "shape": []}
     before = {key: _with_source_defaults(old_flat.get(key, defaults[key])) for key in new_flat}
-    differing = [key for key, value in new_flat.items() if key not in _DERIVED_KEYS and before[key] != value]
+    differing = [
+        key
+        for key, value in new_flat.items()
+        if key not in _DERIVED_KEYS and _without_alias(before[key]) != _without_alias(value)
+    ]
     decisive = {
         key
         for group, outcome in ((CURVE_KEYS, curve_after), (BATCH_KEYS, levels_after))
@@ -255,9 +261,18 @@ def _before_decay(configs: Sequence[Config], step: int) -> bool:
 
 def _with_source_defaults(value: Any) -> Any:
     """Sources as an earlier version has stored them, with the keys of this one; any other value as it is."""
+    if isinstance(value, dict):
+        return {name: _with_source_defaults(item) for name, item in value.items()}
     if not isinstance(value, list) or not all(isinstance(item, dict) and "source" in item for item in value):
         return value
     return [SourceConfig(source="").model_dump() | item for item in value]
+
+
+def _without_alias(value: Any) -> Any:
+    """Sources without what only metrics call them by; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [{key: item[key] for key in item if key != "alias"} if isinstance(item, dict) else item for item in value]
 
 
 def _class_of(key: str, schedule: ScheduleConfig) -> Literal["harmless", "trajectory", "shape"]:
@@ -297,6 +312,8 @@ def _default_text(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if isinstance(default, bool):
         return "true" if default else "false"
+    if default == {}:
+        return "{}"
     if isinstance(default, list):
         return "[" + ", ".join(item.source if isinstance(item, SourceConfig) else str(item) for item in default) + "]"
     return "''" if default == "" else str(default)
@@ -325,6 +342,8 @@ def _type_text(annotation: Any, field: FieldInfo | None = None) -> str:
     if get_origin(annotation) is list:
         (item,) = get_args(annotation)
         return "list of " + ("sources" if isinstance(item, type) and issubclass(item, BaseModel) else _type_text(item))
+    if get_origin(annotation) is dict:
+        return f"mapping of names to a {_type_text(get_args(annotation)[1])} each"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping of " + ", ".join(annotation.model_fields)
     name = {int: "whole number", float: "number", bool: "true|false", str: "text", NoneType: "null"}[annotation]

@@ -33,6 +33,7 @@ _WRONG_TYPE = {
     "string_type": "not text",
     "list_type": "not a list",
     "model_type": "not a mapping",
+    "dict_type": "not a mapping",
     "literal_error": "not one of the choices",
     "finite_number": "not finite",
     "greater_than": "too small",

@@ -113,6 +113,8 @@ KEYS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("eval_steps", "eval_every", "validation_interval", "val_check_interval"), "eval.interval"),
     **dict.fromkeys(("eval_iters", "max_eval_samples", "limit_val_batches", "per_device_eval_batch_size"), "eval.rows"),
+    **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end", "monitor"), "checkpoint.best"),
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "eval.patience"),
     **dict.fromkeys(("logging_steps", "log_every", "log_every_n_steps", "log_steps"), "logging.interval"),
     **dict.fromkeys(("report_to", "wandb_mode", "use_wandb"), "logging.wandb.mode"),
     **dict.fromkeys(("run_name", "experiment_name", "wandb_name", "exp_name", "wandb_run_name"), "logging.wandb.name"),
@@ -126,6 +128,7 @@ KEYS: Mapping[str, str] = {
         ),
         "parallel.context_parallel_size",
     ),
+    **dict.fromkeys(("tp_size", "tp", "tensor_parallel", "autotp_size"), "parallel.tensor_parallel_size"),
     **dict.fromkeys(
         ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
         "parallel.zero_stage",
@@ -224,7 +227,7 @@ ANSWERS: Mapping[str, str] = {
         ("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "exit_signal", "max_time"), _EXIT
     ),
     **dict.fromkeys(
-        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors", "async_save"),
+        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors"),
         "checkpoints have one format, leave it out",
     ),
     "split": "data.validation_fraction says how much is held out, split of a source which of its splits is read",

@@ -20,9 +20,10 @@ from qwen3next_train.config.error_lines import raise_errors, schema_error, show,
 from qwen3next_train.config.presets import preset_file
 from qwen3next_train.config.renamed import renamed_choice
 from qwen3next_train.config.resolve import with_layer_types
+from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.config.settings import PRESET_KEY, Origin, Setting, from_command_line, from_file
-from qwen3next_train.config.validate import RuleViolation, expand_interval, layer_violations, validate, world_violations
+from qwen3next_train.config.validate import expand_interval, layer_violations, validate, world_violations
 from qwen3next_train.errors import ConfigError
 
 _INTERVAL, _PATTERN = "model.full_attention_interval", "model.layer_types"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from qwen3next_train.config.error_lines import Converted, RejectedValue, show
 from qwen3next_train.config.layer_pattern import PatternError, parse_pattern
+from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import Config
 from qwen3next_train.config.strict_yaml import Value
-from qwen3next_train.config.validate import RuleViolation
 
 VOCAB_MULTIPLE = "megatron.make_vocab_size_divisible_by"
 """Not a setting: checked against ``model.vocab_size`` once that is known."""
@@ -170,7 +170,7 @@ def _rampup(value: Value) -> Converted:
     return {"schedule.rampup_batch_size": numbers}
 
 
-_ONE_MODEL_RANK = "every rank holds all of the model but experts; see parallel.expert_parallel_size"
+_ONE_MODEL_RANK = "a rank holds all layers, and its experts whole; see parallel.expert_parallel_size"
 _NO_BIAS = "Qwen3-Next has no biases"
 _NO_DROPOUT = "Qwen3-Next is trained without dropout"
 _GDN = "the linear layers are Gated DeltaNet"
@@ -288,17 +288,23 @@ _TABLE: tuple[MegatronArgument, ...] = (
     _renamed("--tokenizer-model", "data.tokenizer", is_text=True),
     _fixed("--tokenizer-type", "HuggingFaceTokenizer", "tokenizers are tokenizer.json files", section="data"),
     _renamed("--expert-model-parallel-size", "parallel.expert_parallel_size"),
-    _fixed("--tensor-model-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
+    _renamed("--tensor-model-parallel-size", "parallel.tensor_parallel_size"),
     _fixed("--pipeline-model-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
     _renamed("--context-parallel-size", "parallel.context_parallel_size"),
     _fixed("--expert-tensor-parallel-size", 1, _ONE_MODEL_RANK, section="parallel"),
-    _fixed_switch("--sequence-parallel", False, "it splits activations over tensor-parallel ranks", "parallel"),
+    _without_effect(
+        "--sequence-parallel",
+        "tensor-parallel ranks always share the tokens between mixers",
+        is_switch=True,
+        section="parallel",
+    ),
     _fixed_switch("--use-distributed-optimizer", True, "ZeRO shards the optimizer in every stage", "parallel"),
     _without_effect("--transformer-impl", "layers are this package's own", section="kernels"),
     _without_effect("--use-mcore-models", "layers are this package's own", is_switch=True),
     _without_effect("--disable-jit-fuser", "nothing is jit-fused", is_switch=True, section="kernels"),
     # Checkpoints, validation, logging.
     _renamed("--save-interval", "checkpoint.interval"),
+    _switch("--async-save", "checkpoint.async_save"),
     _renamed("--eval-interval", "eval.interval"),
     _renamed("--log-interval", "logging.interval"),
     _renamed("--wandb-project", "logging.wandb.project", is_text=True),

@@ -18,11 +18,13 @@ from qwen3next_train.config.bounds import (
     KernelWidth,
     Layers,
     MtpDepths,
+    NewTokens,
     NonNegativeFloat,
     PathText,
     Positions,
     PositiveFloat,
     PrefetchSteps,
+    Probability,
     Ranks,
     RotaryBase,
     RotaryFraction,
@@ -32,7 +34,9 @@ from qwen3next_train.config.bounds import (
     Seed,
     Steps,
     StepsOrNone,
+    Temperature,
     Text,
+    TopK,
     VocabSize,
     WeightDecay,
     Width,
@@ -44,6 +48,7 @@ RecomputePart = Literal["norms", "activations", "gdn_prologue", "layer"]
 MomentsDtype = Literal["fp32", "bf16"]
 MemorySnapshot = Literal["steps", "out_of_memory"]
 GradientDtype = Literal["fp32", "bf16"]
+LossGrouping = Literal["source", "position"]
 TokenExchange = Literal["auto", "dense", "exact"]
 
 
@@ -58,7 +63,7 @@ class RunConfig(Section):
 
     dir: PathText = Field("runs/qwen3next", description="run directory: configuration, metrics, log, checkpoints")
     steps: Steps = Field(1000, description="optimizer steps to train")
-    seed: Seed = Field(1234, description="seed of initialisation and data order")
+    seed: Seed = Field(1234, description="seed of initialisation, data order and drawn samples")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes CUDA when present")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of weights and activations; A_log, dt_bias and router stay fp32"
@@ -134,6 +139,7 @@ class SourceConfig(Section):
     text_field: Text = Field("text", description="column or JSON field that holds the text")
     split: Text = Field("train", description="split of a dataset, on the Hugging Face hub or in a folder or glob")
     name: Text = Field("", description="configuration of a Hugging Face dataset; empty: its default")
+    alias: Text = Field("", description="name in loss/NAME and data/share_NAME; empty: the last part of the source")
 
 
 class DataConfig(Section):
@@ -142,10 +148,15 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         default_factory=lambda: [SourceConfig(source="builtin:python-stdlib")],
         description="training sources: one name, a list of names, or a list of "
-        "{source, weight, text_field, split, name}",
+        "{source, weight, text_field, split, name, alias}",
     )
     validation_sources: list[SourceConfig] = Field(
         default_factory=list, description="held-out sources; empty: validation_fraction of the training documents"
+    )
+    validation_sets: dict[str, list[SourceConfig]] = Field(
+        default_factory=dict,
+        description="further held-out sets, {NAME: sources}, each with its own eval/NAME/loss and eval/NAME/bpb; "
+        "training text is held out for eval/loss as without them",
     )
     validation_fraction: Fraction = Field(
         0.02, description="documents held out by hash of their name or content, or the end of a single text file"
@@ -212,6 +223,10 @@ class ParallelConfig(Section):
     context_parallel_size: Ranks = Field(
         1, description="ranks that share the tokens of a row, a slice each; for rows too long for one GPU"
     )
+    tensor_parallel_size: Ranks = Field(
+        1,
+        description="ranks that divide the heads of Gated DeltaNet and attention, and for all else the tokens of a row",
+    )
     token_exchange: TokenExchange = Field(
         "exact",
         description="which tokens travel to other ranks' experts: all (dense: no wait for the device, room for the "
@@ -260,7 +275,17 @@ class CheckpointConfig(Section):
 
     interval: StepsOrNone = Field(500, description="steps between checkpoints; 0: only the last step and on a stop")
     keep: Steps = Field(3, description="newest complete checkpoints kept")
+    best: Text = Field(
+        "",
+        description="validation metric whose lowest value marks the best checkpoint, which is kept beside the newest: "
+        "eval/loss, eval/bpb, eval/NAME/loss or eval/NAME/bpb; empty: none",
+    )
     max_failures: Steps = Field(3, description="consecutive failed saves before the run stops with exit code 74")
+    async_save: bool = Field(
+        True,
+        description="write checkpoints while training goes on, from a copy in host memory; where that does not fit, "
+        "training waits for its saves",
+    )
     init_from: PathText = Field(
         "",
         description="checkpoint or run directory whose weights a new run starts from (made by import-hf or by "
@@ -304,16 +329,42 @@ class LoggingConfig(Section):
     step_parts: bool = Field(
         False, description="log the time of forward, backward, optimizer, validation and saves beside that of the step"
     )
+    loss_by: list[LossGrouping] = Field(
+        default_factory=list,
+        description="split the next-token loss of logged steps by source (loss/NAME, with data/share_NAME) or by "
+        "position in the document (loss/position_N)",
+    )
     tensorboard: bool = Field(False, description="write TensorBoard's event files into RUN/tensorboard, too")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="profiles of chosen steps")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases")
+
+
+class SamplesConfig(Section):
+    """Text that the model writes during training."""
+
+    prompts: list[Text] = Field(
+        default_factory=list,
+        description="texts to go on from, shown in the log and kept in RUN/samples.jsonl and wandb; empty: none",
+    )
+    interval: Steps = Field(500, description="steps between samples; the last step has some too")
+    max_new_tokens: NewTokens = Field(64, description="tokens that each prompt goes on with, at most")
+    temperature: Temperature = Field(
+        0.0, description="tokens are drawn from logits divided by it; 0: the likeliest is taken"
+    )
+    top_p: Probability = Field(1.0, description="draw from the fewest tokens that have this probability together")
+    top_k: TopK = Field(0, description="draw from so many likeliest tokens; 0: from all")
 
 
 class EvalConfig(Section):
     """Validation during training."""
 
     interval: StepsOrNone = Field(0, description="steps between validations, 0 for never")
-    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation")
+    rows: Rows = Field(64, description="validation rows (of data.sequence_length tokens) per validation set")
+    patience: StepsOrNone = Field(
+        0, description="validations in a row without a new lowest eval.patience_metric that end the run; 0: none do"
+    )
+    patience_metric: Text = Field("eval/loss", description="validation metric that eval.patience looks at")
+    samples: SamplesConfig = Field(default_factory=SamplesConfig, description="text written during training")
 
 
 class Config(Section):

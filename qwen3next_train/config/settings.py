@@ -19,6 +19,7 @@ PRESET_KEY = "model.preset"
 """Consumed by the loader; no field of the schema."""
 
 _SOURCE_KEYS = ("data.sources", "data.validation_sources")
+_SOURCE_SETS = "data.validation_sets"
 # Megatron-LM's Qwen3-Next arguments that are no model settings here may still stand in the model section.
 _MODEL_GUESTS = ("--no-weight-decay-cond-type", "--apply-wd-to-qk-layernorm")
 
@@ -189,7 +190,10 @@ class _Reader:
         return show_name(key) if self._file else f"--{show_name(key)}"
 
     def _add(self, key: str, value: Value, origin: Origin) -> None:
-        value = _as_sources(value) if key in _SOURCE_KEYS else value
+        if key in _SOURCE_KEYS:
+            value = _as_sources(value)
+        elif key == _SOURCE_SETS and isinstance(value, dict):
+            value = {name: _as_sources(sources) for name, sources in value.items()}
         self.given.settings.append(Setting(key, value, origin))
 
 

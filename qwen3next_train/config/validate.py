@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from qwen3next_train.config.metric_names import name_problems, validation_problems
+from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import (
     Config,
     LayerType,
@@ -13,30 +14,21 @@ from qwen3next_train.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    SamplesConfig,
     ScheduleConfig,
 )
+from qwen3next_train.config.validate_layout import bf16_gradient_violations, context_violations, tensor_violations
 from qwen3next_train.errors import ConfigError
 
 MAX_LAYERS = 10_000
+MAX_SAMPLES = 64
+"""Prompts of ``eval.samples``: what comes of them is one row of a file."""
 MAX_BF16_BETA = 0.99
 """Slowest decay of a moment that bf16 can follow: 1 % a step is more than the 0.4 % that rounding may swallow."""
 
 _MAX_COUNT = 2**63 - 1
 _MAX_INDEX = 2**31 - 1
 _RAMPUP = "schedule.rampup_batch_size"
-
-
-@dataclass(frozen=True)
-class RuleViolation:
-    """One broken rule.
-
-    Args:
-        keys: the settings involved, the one to name first at the front.
-        message: a whole sentence with values and hint.
-    """
-
-    keys: tuple[str, ...]
-    message: str
 
 
 def expand_interval(interval: int, num_layers: int) -> list[LayerType]:
@@ -63,12 +55,15 @@ def validate(config: Config) -> list[RuleViolation]:
         *_schedule_violations(config),
         *_data_violations(config),
         *_profile_violations(config),
+        *_samples_violations(config.eval.samples),
+        *(RuleViolation(*problem) for problem in name_problems(config)),
+        *(RuleViolation(*problem) for problem in validation_problems(config)),
     ]
 
 
 def fewest_processes(parallel: ParallelConfig) -> int:
     """Processes that a layout takes at least."""
-    return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size)
+    return math.lcm(parallel.expert_parallel_size, parallel.context_parallel_size * parallel.tensor_parallel_size)
 
 
 def profiled_steps(profile: ProfileConfig) -> range:
@@ -106,11 +101,30 @@ def _profile_violations(config: Config) -> Iterator[RuleViolation]:
         )
 
 
+def _samples_violations(samples: SamplesConfig) -> Iterator[RuleViolation]:
+    key = "eval.samples.prompts"
+    if len(samples.prompts) > MAX_SAMPLES:
+        yield RuleViolation((key,), f"{key} has {len(samples.prompts)} prompts; give at most {MAX_SAMPLES}")
+    if "" in samples.prompts:
+        yield RuleViolation((key,), f"{key} has an empty prompt, number {samples.prompts.index('') + 1}; give it text")
+    draws = [name for name, is_set in (("top_p", samples.top_p < 1), ("top_k", samples.top_k > 0)) if is_set]
+    if draws and not samples.temperature:
+        yield RuleViolation(
+            (f"eval.samples.{draws[0]}", "eval.samples.temperature"),
+            f"eval.samples.{draws[0]} has nothing to choose from where eval.samples.temperature 0 takes the likeliest "
+            "token; give a temperature above 0",
+        )
+
+
 def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
     """Broken rules of running the configuration on ``world_size`` processes."""
     violations = []
     run, parallel = config.run, config.parallel
-    sizes = {"expert": parallel.expert_parallel_size, "context": parallel.context_parallel_size}
+    sizes = {
+        "expert": parallel.expert_parallel_size,
+        "context": parallel.context_parallel_size,
+        "tensor": parallel.tensor_parallel_size,
+    }
     for name, size in sizes.items():
         if world_size % size:
             violations.append(
@@ -120,12 +134,23 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                     "start another number of processes",
                 )
             )
-    if world_size % sizes["context"]:
+    ranks_per_row = sizes["context"] * sizes["tensor"]
+    shared = [name for name in ("context", "tensor") if sizes[name] > 1]
+    product = " x ".join(f"parallel.{name}_parallel_size {sizes[name]}" for name in shared)
+    if world_size % ranks_per_row:
+        if not violations:
+            violations.append(
+                RuleViolation(
+                    tuple(f"parallel.{name}_parallel_size" for name in shared),
+                    f"{product} = {ranks_per_row} does not divide the world size {world_size}; choose smaller sizes or "
+                    "start another number of processes",
+                )
+            )
         return violations
-    rows = world_size // sizes["context"] * run.micro_batch_size
+    rows = world_size // ranks_per_row * run.micro_batch_size
     with_rows = f"world size {world_size}"
-    if sizes["context"] > 1:
-        with_rows += f" / parallel.context_parallel_size {sizes['context']}"
+    if shared:
+        with_rows += f" / {product}" if len(shared) == 1 else f" / ({product})"
     if run.global_batch_size % rows:
         violations.append(
             RuleViolation(
@@ -250,7 +275,8 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide model.num_experts "
             f"{model.num_experts}; choose a divisor of both the experts and the world size",
         )
-    yield from _context_violations(config)
+    yield from tensor_violations(config)
+    yield from context_violations(config)
     if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 3:
         # DeepSpeed 0.19.8: the norm of accumulated gradients comes out too small, and so does what it clips to.
         yield RuleViolation(
@@ -266,72 +292,9 @@ def _run_violations(config: Config) -> Iterator[RuleViolation]:
             "3; set parallel.zero_stage to 1 or 2, or parallel.micro_batches_in_flight to 1",
         )
     if parallel.gradient_dtype == "bf16":
-        yield from _bf16_gradient_violations(config)
+        yield from bf16_gradient_violations(config)
     if not run.dir.strip():
         yield RuleViolation(("run.dir",), f"not a folder name (got {run.dir!a}); name a folder for the run's files")
-
-
-def _context_violations(config: Config) -> Iterator[RuleViolation]:
-    """Why the tokens of a row cannot be shared by so many ranks."""
-    model, size = config.model, config.parallel.context_parallel_size
-    if size == 1:
-        return
-    key, row = "parallel.context_parallel_size", config.data.sequence_length
-    heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
-    fitting = [str(other) for other in range(2, heads + 1) if context_fits(model, row, other)]
-    hint = f"choose {', '.join(fitting)} or 1" if fitting else "set it to 1"
-    if heads % size:
-        yield RuleViolation(
-            (key, "model.num_attention_heads"),
-            f"{key} {size} does not divide model.num_attention_heads {heads}, which its ranks share in attention; "
-            f"{hint}",
-        )
-    elif not _repeats(kv_heads, size):
-        yield RuleViolation(
-            (key, "model.num_key_value_heads"),
-            f"{key} {size} neither divides model.num_key_value_heads {kv_heads} nor is a multiple of it; {hint}",
-        )
-    longer = -(-max(row, size * halo) // size) * size
-    if row % size:
-        yield RuleViolation(
-            (key, "data.sequence_length"),
-            f"{key} {size} does not divide data.sequence_length {row} into equal slices; {hint}, or make rows of "
-            f"{longer} tokens",
-        )
-    elif row // size < halo:
-        yield RuleViolation(
-            (key, "data.sequence_length", "model.linear_conv_kernel_dim"),
-            f"{key} {size} cuts data.sequence_length {row} into slices of {row // size}, shorter than the {halo} "
-            f"tokens that model.linear_conv_kernel_dim {halo + 1} looks back; {hint}, or make rows of {longer} tokens",
-        )
-
-
-def context_fits(model: ModelConfig, row: int, size: int) -> bool:
-    """Whether ``size`` ranks can share rows of ``row`` tokens."""
-    if size == 1:
-        return True
-    shares_heads = model.num_attention_heads % size == 0 and _repeats(model.num_key_value_heads, size)
-    return shares_heads and row % size == 0 and row // size >= model.linear_conv_kernel_dim - 1
-
-
-def _repeats(one: int, other: int) -> bool:
-    """Whether one of the two divides the other."""
-    return max(one, other) % min(one, other) == 0
-
-
-def _bf16_gradient_violations(config: Config) -> Iterator[RuleViolation]:
-    """Only gradient buckets can be of bf16, and fp32 runs have nothing to gain."""
-    for key, value, needed in (
-        ("run.precision", config.run.precision, "bf16"),
-        ("parallel.zero_stage", config.parallel.zero_stage, 1),
-        ("parallel.offload_optimizer", config.parallel.offload_optimizer, "none"),
-    ):
-        if value != needed:
-            yield RuleViolation(
-                ("parallel.gradient_dtype", key),
-                f"parallel.gradient_dtype bf16 does not go with {key} {value}; set {key} to {needed}, or "
-                "parallel.gradient_dtype to fp32",
-            )
 
 
 def _optimizer_violations(optimizer: OptimizerConfig) -> Iterator[RuleViolation]:
@@ -417,7 +380,11 @@ def _data_violations(config: Config) -> Iterator[RuleViolation]:
             f"data.sequence_length {data.sequence_length} leaves no target for model.mtp_num_layers "
             f"{model.mtp_num_layers}; make rows longer than the MTP depth",
         )
-    for key, sources in (("data.sources", data.sources), ("data.validation_sources", data.validation_sources)):
+    for key, sources in (
+        ("data.sources", data.sources),
+        ("data.validation_sources", data.validation_sources),
+        *(("data.validation_sets", sources) for sources in data.validation_sets.values()),
+    ):
         if any(not source.source.strip() for source in sources):
             yield RuleViolation(
                 (key,), "a source without a name (got ''); name a file, a data set or builtin:python-stdlib"

@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -74,7 +75,7 @@ class TrainingData:
         """
         source, index = self._blend.locate(sample_index)
         with _errors_of(self._labels[source]):
-            return self._samplers[source].row(self._first_rows[source] + index)
+            return replace(self._samplers[source].row(self._first_rows[source] + index), source=source)
 
     @property
     def rows_per_epoch(self) -> list[int]:

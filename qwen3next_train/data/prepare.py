@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -58,7 +59,11 @@ def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
         validation = [preparer.prepare(source, 0.0)[0] for source in config.data.validation_sources]
     else:
         validation = [held_out for _, held_out in pairs if held_out is not None]
-    return preparer.collect([train for train, _ in pairs], validation)
+    sets = {
+        name: tuple(preparer.prepare(source, 0.0)[0] for source in sources)
+        for name, sources in config.data.validation_sets.items()
+    }
+    return preparer.collect([train for train, _ in pairs], validation, sets)
 
 
 def prepare_evaluation(config: Config, source: SourceConfig) -> PreparedData:
@@ -199,13 +204,20 @@ class Preparer:
         )
         return build_s, left_out
 
-    def collect(self, train: Sequence[PreparedSource], validation: Sequence[PreparedSource]) -> PreparedData:
+    def collect(
+        self,
+        train: Sequence[PreparedSource],
+        validation: Sequence[PreparedSource],
+        sets: Mapping[str, tuple[PreparedSource, ...]] | None = None,
+    ) -> PreparedData:
         """Check that one tokenizer made all ids, as far as that is known, and bundle the sources.
 
         Raises:
             ConfigError: several did.
         """
-        known = {source.tokenizer_fingerprint: source.label for source in (*train, *validation)}
+        sets = sets or {}
+        sources = (*train, *validation, *chain.from_iterable(sets.values()))
+        known = {source.tokenizer_fingerprint: source.label for source in sources}
         known.pop(None, None)
         if len(known) > 1:
             raise ConfigError(
@@ -215,7 +227,7 @@ class Preparer:
         eos_token_id = None if self._tokenizer is None else self._tokenizer.eos_token_id
         vocab_size = self._config.model.vocab_size
         described = "" if self._tokenizer is None else self._tokenizer.describe(vocab_size)
-        return PreparedData(tuple(train), tuple(validation), eos_token_id, vocab_size, described)
+        return PreparedData(tuple(train), tuple(validation), eos_token_id, vocab_size, described, sets)
 
     def _prepare_files(
         self, source: SourceConfig, files: FileSource, fraction: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qwen3next_train.config.schema import SourceConfig
@@ -48,6 +49,7 @@ class PreparedData:
         eos_token_id: end-of-document token; None when all sources are token stores (no tokenizer was read).
         vocab_size: the model's; larger ids in a store are an error where they are met.
         tokenizer: one line about the tokenizer; empty when none was read.
+        validation_sets: the sources of each named validation set.
     """
 
     train: tuple[PreparedSource, ...]
@@ -55,6 +57,7 @@ class PreparedData:
     eos_token_id: int | None
     vocab_size: int
     tokenizer: str = ""
+    validation_sets: Mapping[str, tuple[PreparedSource, ...]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

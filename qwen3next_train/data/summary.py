@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +98,23 @@ def uses_as_json(uses: Sequence[SourceUse]) -> list[dict[str, Any]]:
     return [{"source": use.label, "share": use.share, "tokens": use.num_tokens, "epochs": use.epochs} for use in uses]
 
 
+def planned_sets(config: Config) -> dict[str, int | None]:
+    """Tokens of each named validation set, estimated as in :func:`planned_uses`; None where unknown."""
+    sets = {}
+    for name, sources in config.data.validation_sets.items():
+        tokens = [_estimated_tokens(source) for source in sources]
+        sets[name] = None if None in tokens else sum(filter(None, tokens))
+    return sets
+
+
+def set_lines(sets: Mapping[str, int | None]) -> list[str]:
+    """Planned validation sets, one a line."""
+    return [
+        f"validation set {name}: {'tokens unknown' if tokens is None else f'about {tokens:,} tokens'}"
+        for name, tokens in sets.items()
+    ]
+
+
 def warn_of_epochs(uses: Sequence[SourceUse]) -> list[str]:
     """A line for each source that is repeated more often than :data:`MAX_EPOCHS` times."""
     return [
@@ -118,14 +135,15 @@ def format_epochs(epochs: float | None) -> str:
 
 
 def data_lines(prepared: PreparedData, config: Config) -> list[str]:
-    """The sources of a run, one a line: documents, tokens, weight, epochs, and the held-out part."""
+    """The sources of a run, one a line: documents, tokens, weight, epochs; their held-out parts; validation sets."""
     uses = uses_of(config, [source.documents.num_tokens for source in prepared.train])
     lines = [
         f"{source.label}: {_size(source)}, weight {source.weight:g} ({use.share:.1%}), "
         f"{format_epochs(use.epochs)} epochs"
         for source, use in zip(prepared.train, uses, strict=True)
     ]
-    return lines + [f"{source.label}: {_size(source)} held out" for source in prepared.validation]
+    lines += [f"{source.label}: {_size(source)} held out" for source in prepared.validation]
+    return lines + [f"validation set {name}: {_size(*sources)}" for name, sources in prepared.validation_sets.items()]
 
 
 def log_data(prepared: PreparedData, config: Config) -> None:
@@ -160,6 +178,7 @@ def data_as_json(prepared: PreparedData, config: Config) -> list[dict[str, Any]]
     ]
 
 
-def _size(source: PreparedSource) -> str:
-    documents = source.documents
-    return f"{len(documents.documents):,} documents, {documents.num_tokens:,} tokens"
+def _size(*sources: PreparedSource) -> str:
+    num_documents = sum(len(source.documents.documents) for source in sources)
+    num_tokens = sum(source.documents.num_tokens for source in sources)
+    return f"{num_documents:,} documents, {num_tokens:,} tokens"

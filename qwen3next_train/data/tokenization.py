@@ -116,6 +116,11 @@ class Tokenizer:
                 ids = join_pieces(pieces, partial(self._encode_span, text), inside_words=self._is_bpe)
             yield np.concatenate([ids, [self.eos_token_id]])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones as they are spelled; bytes that are no character are replacement characters."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def _encode_parts(self, parts: Sequence[str], *, with_offsets: bool) -> Iterator[Any]:
         """Encode texts, some at a time; more would not be faster, only larger."""
         encode = self._tokenizer.encode_batch if with_offsets else self._tokenizer.encode_batch_fast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from qwen3next_train.config.schema import Config, SourceConfig
@@ -44,14 +45,17 @@ def tokenize(config: Config, output: Path | None) -> int:
     """
     if output is None:
         prepared = prepare_stores(config, announce=True)
-        for part, found in (("train", prepared.train), ("validation", prepared.validation)):
+        parts = [("train", prepared.train), ("validation", prepared.validation)]
+        parts += [(f"validation set {name}", found) for name, found in prepared.validation_sets.items()]
+        for part, found in parts:
             for source in found:
                 print(_describe(source, part))
         remove_unfinished(cache_dir_of(config))
         return 0
     require_sources(config)
     preparer = Preparer(config)
-    sources = [*config.data.sources, *config.data.validation_sources]
+    data = config.data
+    sources = [*data.sources, *data.validation_sources, *chain.from_iterable(data.validation_sets.values())]
     if len(os.fsencode(output.name)) > _MAX_NAME_BYTES:
         raise ConfigError(
             f"--output: a file name of {len(os.fsencode(output.name))} bytes; give one of at most {_MAX_NAME_BYTES}, "

@@ -16,6 +16,20 @@ from qwen3next_train.row_slices import WHOLE_ROW, RowSlice
 from qwen3next_train.topology import Topology
 
 
+def open_validation(prepared: PreparedData, config: Config) -> dict[str, ValidationData]:
+    """What the validations of a run look at, by set; the one without a name comes first, under an empty name.
+
+    Raises:
+        DataError: a set has fewer tokens than a row; or nothing is held out and there are no named sets.
+    """
+    if not config.eval.interval:
+        return {}
+    names = list(prepared.validation_sets)
+    if not names or config.data.validation_sources or config.data.validation_fraction:
+        names.insert(0, "")
+    return {name: ValidationData(prepared, config, num_rows=config.eval.rows, name=name) for name in names}
+
+
 class ValidationData:
     """The rows a validation looks at: the same ones every time, at every world size.
 
@@ -28,18 +42,20 @@ class ValidationData:
         prepared: the opened sources.
         config: row settings.
         num_rows: rows to look at (fewer if there are not so many); None for everything.
+        name: of the validation set; empty for the one without a name.
 
     Raises:
         DataError: there are no held-out documents, or fewer than one row of them.
     """
 
-    def __init__(self, prepared: PreparedData, config: Config, *, num_rows: int | None) -> None:
-        if not prepared.validation:
+    def __init__(self, prepared: PreparedData, config: Config, *, num_rows: int | None, name: str = "") -> None:
+        sources = prepared.validation_sets[name] if name else prepared.validation
+        if not sources:
             raise DataError(
                 "data.validation_fraction: no document was held out; name data.validation_sources, raise the "
                 "fraction, or set eval.interval to 0"
             )
-        self._sources = prepared.validation
+        self._sources = sources
         self._vocab_size = prepared.vocab_size
         self._sequence_length = config.data.sequence_length
         self._isolate_documents = config.data.isolate_documents
@@ -51,8 +67,9 @@ class ValidationData:
             chosen = _share_out(num_rows, counts)
         if not any(chosen):
             largest = max(self._sources, key=lambda source: source.documents.num_tokens)
+            of_set = f"data.validation_sets: {name}: " if name else ""
             raise DataError(
-                f"{largest.label}: {largest.documents.num_tokens} held-out tokens, a row needs "
+                f"{of_set}{largest.label}: {largest.documents.num_tokens} held-out tokens, a row needs "
                 f"{self._sequence_length + 1}; hold out more or lower data.sequence_length"
             )
         self._rows = [
@@ -67,6 +84,11 @@ class ValidationData:
     def num_rows(self) -> int:
         """Rows that are looked at."""
         return len(self._rows)
+
+    @property
+    def unsized_source(self) -> str:
+        """A source of these rows whose bytes are not known, as the user wrote it; empty where all are."""
+        return next((source.label for source, _ in self._rows if source.num_bytes is None), "")
 
     def batches(
         self, topology: Topology, *, micro_batch_size: int, mtp_depths: int, part: RowSlice = WHOLE_ROW

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import torch
 
 from qwen3next_train.batch import PackedBatch
+from qwen3next_train.generate.sampling import Continuation, Sampling
+from qwen3next_train.held_elements import Runs
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
 FRAGMENT_KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
@@ -23,22 +25,22 @@ class Fragment:
     """The piece of one parameter's training state that this rank owns.
 
     The fragments of all ranks tile every logical tensor (all experts stacked) exactly once, at any world
-    size, expert-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
+    size, expert- and tensor-parallel size and ZeRO stage, which is what lets a checkpoint be loaded at any other.
 
     Args:
         name: logical parameter name (``parameters``).
-        start: offset of the first element in the flattened logical tensor.
-        tensors: fp32 ``[numel]`` views of master weight and Adam moments, by kind.
+        runs: where its elements are in the flattened logical tensor.
+        tensors: ``[numel]`` views of the fp32 master weight and of the Adam moments, in the dtype they are kept in.
     """
 
     name: str
-    start: int
+    runs: Runs
     tensors: dict[FragmentKind, torch.Tensor]
 
     @property
     def numel(self) -> int:
         """Number of elements of each tensor."""
-        return self.tensors["master"].numel()
+        return self.runs.numel
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,42 @@ class StepResult:
     skipped: bool
 
 
+def nothing() -> None:
+    """What there is to do before an update where nobody is reading the state."""
+
+
 class Engine(Protocol):
     """Owner of model, optimizer and their sharding."""
 
     def train_step(
-        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        totals: StepTotals,
+        lr: float,
+        report: Report,
+        before_update: Callable[[], None] = nothing,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer update."""
+        """Forward and backward over this rank's micro-batches, then one optimizer update.
+
+        ``before_update`` is called before anything that :meth:`fragments` gives is changed.
+        """
 
     def eval_loss(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Mean next-token loss in nats over all ranks' ``batches`` and the number of targets."""
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end_token_id: int | None,
+        max_batch_tokens: int,
+    ) -> list[Continuation]:
+        """See ``generate.decode``; behind a training step, on every rank with the same arguments and result.
+
+        Under ZeRO-3 it is the first training step that finds out which weights a module reads of another.
+        """
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""

@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.engine.divided_parameters import mark_as_expert
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.dispatch import TokenDispatcher
 from qwen3next_train.model.moe import SparseMoeBlock
@@ -97,7 +98,4 @@ def mark_expert_parameters(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, ZeroMoeBlock):
             for parameter in block.experts.parameters():
-                parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.group_name = block.ep_group_name  # type: ignore[attr-defined]
-                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-                parameter.ds_zero_partition_group_name = block.ep_group_name  # type: ignore[attr-defined]
+                mark_as_expert(parameter, block.ep_group_name)

@@ -32,9 +32,11 @@ BUCKET_NUMEL = 100_000_000
 
 
 def bucketed_groups(groups: Iterable[dict[str, Any]], *, max_numel: int) -> list[dict[str, Any]]:
-    """Optimizer groups as ZeRO wants them: dense parameters and experts apart, each cut in the order of the table.
+    """Optimizer groups as ZeRO wants them: apart by the ranks that share them, each cut in the order of the table.
 
-    All ranks get the same groups in the same order. DeepSpeed's own function for this iterates over a set.
+    Shared by all ranks, by those with the same experts, or by those with the same heads.
+
+    All ranks get the same groups in the same order. DeepSpeed's own function for this iterates over a set of names.
 
     Args:
         groups: of :func:`~qwen3next_train.optim.param_groups.parameter_groups`.
@@ -42,16 +44,19 @@ def bucketed_groups(groups: Iterable[dict[str, Any]], *, max_numel: int) -> list
     """
     found: list[dict[str, Any]] = []
     for group in groups:
-        for in_experts in (False, True):
-            parameters = [p for p in group["params"] if _is_expert(p) == in_experts]
-            # DeepSpeed finds the ranks that share an expert group by the group's name.
-            marks = {"moe": True, "name": parameters[0].group_name} if in_experts and parameters else {}
+        # The empty name, of parameters that all ranks share, comes first.
+        for name in sorted({_group_name(parameter) for parameter in group["params"]}):
+            parameters = [parameter for parameter in group["params"] if _group_name(parameter) == name]
+            # DeepSpeed finds the ranks that share a group by the group's name.
+            marks = {"moe": True, "name": name} if name else {}
             found += [{**group, **marks, "params": part} for part in _cut(parameters, max_numel)]
     return found
 
 
-def _is_expert(parameter: nn.Parameter) -> bool:
-    return not getattr(parameter, "allreduce", True)
+def _group_name(parameter: nn.Parameter) -> str:
+    """Of the ranks that share a parameter; empty for all."""
+    name: str = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
+    return name
 
 
 def _cut(parameters: Sequence[nn.Parameter], max_numel: int) -> Iterator[list[nn.Parameter]]:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.engine.base import StepTotals
 from qwen3next_train.engine.host_copy import HostCopy
+from qwen3next_train.engine.loss_groups import LossGroups
 from qwen3next_train.metrics.moe import balance_metrics
 from qwen3next_train.model.qwen3_next import ModelOutput
 
@@ -20,16 +22,18 @@ class StepReport:
 
     Args:
         model: model section.
+        groups: what the next-token loss is split by.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, groups: LossGroups) -> None:
         self._model = model
+        self._groups = groups
         self._sums: torch.Tensor | None = None
         self._reduced: HostCopy | None = None
         self._num_layers = model.num_hidden_layers + model.mtp_num_layers
 
-    def add(self, output: ModelOutput) -> None:
-        """Add one micro-batch."""
+    def add(self, output: ModelOutput, batch: PackedBatch) -> None:
+        """Add one micro-batch; ``batch`` is on the device."""
         parts = [
             output.nll_lm_sum.reshape(1),
             output.nll_mtp_sums.reshape(-1),
@@ -37,6 +41,7 @@ class StepReport:
             output.z_L,
             output.router_entropy_L,
             output.expert_counts_LE.reshape(-1),
+            *(self._groups.sums(batch, output.nll_T) if self._groups else ()),
         ]
         # fp64: token sums and expert counts of a large global batch exceed fp32's exact integers.
         values = torch.cat([part.detach().to(torch.float64) for part in parts])
@@ -64,8 +69,8 @@ class StepReport:
         assert self._reduced is not None, "nothing was reduced"
         model, layers = self._model, self._num_layers
         depths = model.mtp_num_layers
-        sizes = [1, depths, layers, layers, layers, layers * model.num_experts]
-        lm, mtp, aux_L, z_L, entropy_L, counts = self._reduced.read().split(sizes)
+        sizes = [1, depths, layers, layers, layers, layers * model.num_experts, self._groups.num_sums]
+        lm, mtp, aux_L, z_L, entropy_L, counts, grouped = self._reduced.read().split(sizes)
         aux_L, z_L, entropy_L = (values / totals.num_micro_batches for values in (aux_L, z_L, entropy_L))
         metrics = {
             "loss/lm": float(lm) / max(totals.num_targets[0], 1),
@@ -79,5 +84,6 @@ class StepReport:
             metrics["loss/mtp"] = sum(by_depth) / depths
             total += model.mtp_loss_scaling_factor * metrics["loss/mtp"]
         metrics["loss/total"] = total
+        metrics |= self._groups.metrics(grouped, totals)
         counts_LE = counts.reshape(layers, model.num_experts)
         return metrics | balance_metrics(counts_LE, entropy_L, with_layers=with_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import deepspeed
@@ -13,8 +13,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from qwen3next_train.accounting.activations import expert_room, expert_rows
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
-from qwen3next_train.config.schema import Config, ModelConfig
-from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals
+from qwen3next_train.config.schema import Config
+from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals, nothing
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
     PartitionedOptimizer,
@@ -22,11 +22,16 @@ from qwen3next_train.engine.deepspeed_patches import (
     quiet_start,
     set_group_timeouts,
 )
+from qwen3next_train.engine.divided_parameters import mark_divided_parameters
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
+from qwen3next_train.engine.loss_groups import LossGroups
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
+from qwen3next_train.generate.decode import continue_prompts
+from qwen3next_train.generate.sampling import Continuation, Sampling
+from qwen3next_train.held_elements import held_runs
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
 from qwen3next_train.log import get_logger
 from qwen3next_train.model.init import initialize
@@ -34,8 +39,9 @@ from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
-from qwen3next_train.parallel.context_parallel import make_context_group
+from qwen3next_train.parallel.context_parallel import make_context_group, make_row_group
 from qwen3next_train.parallel.expert_parallel import ExpertRoom
+from qwen3next_train.parallel.tensor_parallel import make_tensor_group
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
@@ -74,6 +80,7 @@ class ZeroEngine:
     ) -> None:
         self._config = config
         self._clock = clock
+        self._loss_groups = LossGroups(config)
         self._layout = Layout.of(config, topology.world_size, ranks_per_node=topology.ranks_per_node)
         self._world_size = topology.world_size
         self._device = device
@@ -87,12 +94,20 @@ class ZeroEngine:
                 local_experts=local_experts,
                 recompute=config.parallel.recompute,
                 weights_stay=config.parallel.zero_stage < 3,
+                head_shares=topology.tensor_parallel_size,
             )
         dtype = DTYPES[config.run.precision]
-        initialize(model, table, seed=config.run.seed, local_experts=local_experts, device=device, dtype=dtype)
+        initialize(model, table, seed=config.run.seed, topology=topology, device=device, dtype=dtype)
         mark_expert_parameters(model)
+        timeout_s = config.run.peer_timeout_s
+        mark_divided_parameters(model, table, topology, timeout_s=timeout_s)
         model.reduce_counts = self._sum_over_ranks
-        model.sequence_group = make_context_group(topology, timeout_s=config.run.peer_timeout_s)
+        context_group = make_context_group(topology, timeout_s=timeout_s)
+        row_group = make_row_group(topology, context_group, timeout_s=timeout_s)
+        model.sequence_group = context_group
+        model.head_group = make_tensor_group(topology, kernels.token_permutation, timeout_s=timeout_s)
+        if row_group is not None:
+            model.reduce_row_counts = row_group.sum
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
         self._in_flight = self._layout.micro_batches_in_flight
@@ -113,12 +128,18 @@ class ZeroEngine:
         self._state: ZeroState = state(
             self._engine.optimizer,
             dict(model.named_parameters()),
-            _expert_offsets(config.model, table, local_experts),
+            {spec.name: held_runs(spec, topology) for spec in table},
             moments_dtype=DTYPES[config.optimizer.moments_dtype],
         )
 
     def train_step(
-        self, batches: Sequence[PackedBatch], *, totals: StepTotals, lr: float, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        totals: StepTotals,
+        lr: float,
+        report: Report,
+        before_update: Callable[[], None] = nothing,
     ) -> StepResult:
         """Gradient accumulation: forward and backward over this rank's micro-batches, then one optimizer update.
 
@@ -134,13 +155,14 @@ class ZeroEngine:
             totals: counts over all ranks.
             lr: learning rate of this step.
             report: what to reduce and return as metrics.
+            before_update: called when only the update is left; more than once in a step that is repeated.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         scales = LossScales(num_targets=totals.num_targets, num_micro_batches=totals.num_micro_batches)
         self._engine.train()
         while True:
-            collected, loss = self._accumulate_and_update(batches, scales, report)
+            collected, loss = self._accumulate_and_update(batches, scales, report, before_update)
             norm, skipped = self._outcome()
             if not (skipped and self._makes_room(loss)):
                 break
@@ -154,10 +176,15 @@ class ZeroEngine:
         return StepResult(metrics, skipped)
 
     def _accumulate_and_update(
-        self, batches: Sequence[PackedBatch], scales: LossScales, report: Report
+        self,
+        batches: Sequence[PackedBatch],
+        scales: LossScales,
+        report: Report,
+        before_update: Callable[[], None],
     ) -> tuple[StepReport, torch.Tensor]:
         """What the micro-batches report, and this rank's loss as it came out of the model; without a room 0."""
-        collected = StepReport(self._config.model)
+        collected = StepReport(self._config.model, self._loss_groups)
+        token_losses = report is not Report.NONE and bool(self._loss_groups)
         part: Callable[[Part], AbstractContextManager[None]] = _untimed
         if self._clock is not None and report is not Report.NONE:
             self._clock.begin_step()
@@ -167,12 +194,12 @@ class ZeroEngine:
             self._room.begin_step()
         self._model.begin_step()
         for start in range(0, len(batches), self._in_flight):
-            in_flight = batches[start : start + self._in_flight]
             is_last = start + self._in_flight >= len(batches)
             # Steps may have different numbers of micro-batches, of which DeepSpeed's own count knows nothing.
             self._engine.set_gradient_accumulation_boundary(is_last)
             with part("forward"):
-                outputs = self._engine([batch.to(self._device) for batch in in_flight], scales)
+                in_flight = [batch.to(self._device) for batch in batches[start : start + self._in_flight]]
+                outputs = self._engine(in_flight, scales, token_losses=token_losses)
             total = torch.stack([output.total for output in outputs]).sum()
             if self._room is not None:
                 loss += total.detach()
@@ -181,13 +208,15 @@ class ZeroEngine:
             with part("backward"), torch.autograd.set_multithreading_enabled(False):
                 self._engine.backward(total * self._loss_factor, scale_wrt_gas=False)
             if report is not Report.NONE:
-                for output in outputs:
-                    collected.add(output)
+                for output, batch in zip(outputs, in_flight, strict=True):
+                    collected.add(output, batch)
                 if is_last:
                     collected.begin_reduce(self._sum_over_ranks)
             # Or the graph of these micro-batches would live through the forward pass of the next.
             outputs.clear()
             del total
+            if is_last:
+                before_update()
             # Only the step's last call, at the gradient-accumulation boundary, clips, updates the weights and clears
             # the gradients; the calls before it do none of that.
             with part("optimizer"):
@@ -238,6 +267,26 @@ class ZeroEngine:
         total, count = self._sum_over_ranks(sums).tolist()
         return total / max(count, 1), int(count)
 
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end_token_id: int | None,
+        max_batch_tokens: int,
+    ) -> list[Continuation]:
+        """Text of the model as it is; every rank computes all of it, since each may have weights that others need."""
+        self._engine.eval()
+        return continue_prompts(
+            self._model,
+            prompts,
+            sampling,
+            end_token_id=end_token_id,
+            max_batch_tokens=max_batch_tokens,
+            device=self._device,
+            agree=self._of_first_rank,
+        )
+
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state."""
         if self._in_buckets:
@@ -259,6 +308,11 @@ class ZeroEngine:
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self._world_size > 1:
             dist.all_reduce(values)
+        return values
+
+    def _of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        if self._world_size > 1:
+            dist.broadcast(values, src=0)
         return values
 
 
@@ -298,8 +352,3 @@ def _wrap(
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
     set_group_timeouts(config.run.peer_timeout_s)
     return engine
-
-
-def _expert_offsets(model: ModelConfig, table: Sequence[ParamSpec], local_experts: range) -> Mapping[str, int]:
-    """Flat offset of this rank's first expert in each logical expert tensor."""
-    return {spec.name: spec.numel // model.num_experts * local_experts.start for spec in table if spec.expert}

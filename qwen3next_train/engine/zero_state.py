@@ -9,8 +9,9 @@ file has its own tests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind, ReadFragment
+from qwen3next_train.held_elements import Runs, runs_of_range
 
 _MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
 
@@ -28,7 +30,7 @@ class _Piece:
 
     Args:
         name: logical parameter name.
-        start: first element in the flattened logical tensor.
+        start: first element in what the rank's module holds of the parameter, flattened.
         partition: index of the flat fp32 partition it lies in.
         offset: first element in that partition.
         master: fp32 view of the master weights.
@@ -47,8 +49,7 @@ class ZeroState(ABC):
     Args:
         optimizer: DeepSpeed's ZeRO optimizer around AdamW.
         parameters: the engine module's parameters by logical name.
-        expert_offsets: for expert parameters, the flat offset of this rank's first expert in the logical
-            tensor; 0 for every other name is implied.
+        held: which elements of each logical tensor those of this rank's parameters are.
         moments_dtype: what AdamW keeps its moments in.
     """
 
@@ -56,26 +57,28 @@ class ZeroState(ABC):
         self,
         optimizer: Any,
         parameters: Mapping[str, nn.Parameter],
-        expert_offsets: Mapping[str, int],
+        held: Mapping[str, Sequence[Runs]],
         *,
         moments_dtype: torch.dtype,
     ) -> None:
         self._zero = optimizer
         self._moments_dtype = moments_dtype
         self._parameters = parameters
-        self._expert_offsets = expert_offsets
+        self._held = held
 
     def fragments(self) -> Iterator[Fragment]:
-        """The state this rank owns, moments widened to fp32; they are zero before the first update."""
+        """The state this rank owns; moments are zero before the first update."""
         for piece in self._pieces():
             state = self._adam_state(piece.partition)
-            moments = {
-                kind: state[kind].narrow(0, piece.offset, piece.master.numel()).float()
-                if state
-                else torch.zeros_like(piece.master)
-                for kind in _MOMENTS
-            }
-            yield Fragment(piece.name, piece.start, {"master": piece.master, **moments})
+            for at, runs in self._runs(piece):
+                master = piece.master.narrow(0, at, runs.numel)
+                moments = {
+                    kind: state[kind].narrow(0, piece.offset + at, runs.numel)
+                    if state
+                    else torch.zeros_like(master, dtype=self._moments_dtype)
+                    for kind in _MOMENTS
+                }
+                yield Fragment(piece.name, runs, {"master": master, **moments})
 
     def load(self, read: ReadFragment, optimizer_step: int) -> None:
         """Replace weights, master weights and moments.
@@ -94,12 +97,17 @@ class ZeroState(ABC):
         with torch.no_grad():
             for piece in self._pieces():
                 state = self._adam_state(piece.partition)
-                stop = piece.start + piece.master.numel()
-                for kind in FRAGMENT_KINDS:
-                    in_state = kind != "master"
-                    target = state[kind].narrow(0, piece.offset, piece.master.numel()) if in_state else piece.master
-                    target.copy_(read(piece.name, kind, piece.start, stop))
+                for (at, runs), kind in product(self._runs(piece), FRAGMENT_KINDS):
+                    source, first = (piece.master, 0) if kind == "master" else (state[kind], piece.offset)
+                    target = source.narrow(0, first + at, runs.numel).view(runs.count, runs.length)
+                    # Of runs with gaps what lies between them is read too: other ranks' heads.
+                    whole = read(piece.name, kind, runs.start, runs.stop)
+                    target.copy_(replace(runs, start=0).of(whole))
             self._publish_masters()
+
+    def _runs(self, piece: _Piece) -> Iterator[tuple[int, Runs]]:
+        """Where in a piece runs begin, and where these are in the logical tensor."""
+        return runs_of_range(self._held[piece.name], piece.start, piece.start + piece.master.numel())
 
     @property
     @abstractmethod
@@ -132,7 +140,7 @@ class PartitionedOptimizerState(ZeroState):
                 continue
             yield _Piece(
                 name,
-                self._expert_offsets.get(name, 0) + mapping.lp_fragment_address.start,
+                mapping.lp_fragment_address.start,
                 mapping.param_group_index,
                 mapping.hp_fragment_address.start,
                 mapping.hp_fragment.data,
@@ -158,7 +166,7 @@ class PartitionedParameterState(ZeroState):
             numel = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
             if numel > 0:
                 master = self._partitions[group].data.narrow(0, offset, numel)
-                yield _Piece(name, self._expert_offsets.get(name, 0) + start, group, offset, master)
+                yield _Piece(name, start, group, offset, master)
 
     def _publish_masters(self) -> None:
         for group in range(len(self._partitions)):

@@ -30,6 +30,7 @@ from qwen3next_train.config.describe import to_yaml
 from qwen3next_train.config.schema import CheckpointConfig, Config
 from qwen3next_train.engine.base import Fragment
 from qwen3next_train.errors import DataError, DivergedError, ExitCode
+from qwen3next_train.held_elements import Runs
 from qwen3next_train.huggingface.folder import HfFolder
 from qwen3next_train.huggingface.names import HEAD
 from qwen3next_train.huggingface.weights import HfMatch, data_config, match_folder
@@ -134,7 +135,7 @@ def _write_checkpoint(
         match.folder.close(shard)
     for spec in match.absent:
         assert initial_value is not None
-        write([Fragment(spec.name, 0, {"master": initial_value(spec).reshape(-1)})], spec.name)
+        write([Fragment(spec.name, Runs(0, spec.numel), {"master": initial_value(spec).reshape(-1)})], spec.name)
     _publish(match, directory, staging, output, files)
 
 
@@ -159,7 +160,7 @@ def _fragments(match: HfMatch, shard: str) -> list[Fragment]:
         if name in match.tensors:
             tensor = match.tensors[name]
             weight = match.folder.tensor(name).reshape(-1)
-            fragments.append(Fragment(tensor.parameter, tensor.start, {"master": weight}))
+            fragments.append(Fragment(tensor.parameter, Runs(tensor.start, weight.numel()), {"master": weight}))
     return fragments
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights
 from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.config.huggingface import MTP_KEY, model_config_from_hf
@@ -105,7 +106,11 @@ def weights_of_hf(path: Path) -> Weights:
     """
     folder = HfFolder(path)
     match = match_folder(folder, mtp_num_layers=0)
-    return Weights(path, match.model, data_config(folder, match.model, path), match.parameters, _Reader(match).read)
+    # The newer name first; without any, transformers takes fp32.
+    dtype = folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32"
+    precision: Precision = "fp32" if dtype == "float32" else "bf16"
+    data = data_config(folder, match.model, path)
+    return Weights(path, match.model, data, match.parameters, _Reader(match).read, precision)
 
 
 def data_config(folder: HfFolder, model: ModelConfig, tokenizer: Path) -> DataConfig:

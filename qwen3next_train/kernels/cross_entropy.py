@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from qwen3next_train.kernels.main_grad import main_grad_of
+from qwen3next_train.kernels.main_grad import main_grad_of, scaled_gradient
 
 LinearCrossEntropy = Callable[..., torch.Tensor]
 """A backend of :func:`linear_cross_entropy_chunked`."""
@@ -26,7 +26,10 @@ _CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**30}
 
 
 def linear_cross_entropy_chunked(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    losses_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over real labels of ``-log softmax(hidden @ weight^T)[label]`` in nats.
 
@@ -34,17 +37,19 @@ def linear_cross_entropy_chunked(
         hidden_TD: ``[T, D]``.
         weight_VD: head weight ``[V, D]``.
         labels_T: int64 ``[T]``, :data:`IGNORE_INDEX` where there is no target.
+        losses_T: fp32 ``[T]``, receives the loss of every position, 0 where there is no target; the sum is the same bit
+            for bit with it.
 
     Returns:
         fp32 scalar (fp64 for fp64 input); 0 when no label is real.
     """
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad, losses_T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad, losses_T):  # type: ignore[no-untyped-def]
         sum_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=sum_dtype, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
@@ -57,7 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_probs_cV = torch.log_softmax((hidden_cD @ weight_VD.t()).to(sum_dtype), dim=-1)
             real_c1 = labels_c1 != IGNORE_INDEX
             safe_c1 = labels_c1.where(real_c1, 0)
-            total -= (log_probs_cV.gather(1, safe_c1) * real_c1).sum()
+            log_likelihoods_c1 = log_probs_cV.gather(1, safe_c1) * real_c1
+            total -= log_likelihoods_c1.sum()
+            if losses_T is not None:
+                torch.neg(log_likelihoods_c1.squeeze(1), out=losses_T[chunk])
             if grad_TD is not None and grad_VD is not None:
                 _chunk_gradients(log_probs_cV, safe_c1, real_c1, hidden_cD, weight_VD, grad_TD[chunk], grad_VD)
         if grad_VD is not None:
@@ -68,13 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_TD, grad_VD = ctx.saved_tensors
-        main_grad = main_grad_of(ctx.weight)
-        if main_grad is None:
-            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad)
-        else:
-            main_grad.add_scaled(grad_VD, grad)
-            grad_weight = main_grad.added_directly(ctx.weight)
-        return _scaled(grad_TD, grad), grad_weight, None, None
+        grad_weight = scaled_gradient(ctx.weight, grad_VD, grad, _scaled)
+        return _scaled(grad_TD, grad), grad_weight, None, None, None
 
 
 def _scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -59,12 +59,57 @@ def recurrent_gated_delta_rule(
     for document, (start, end) in enumerate(_spans(sequences)):
         state_NKV = _initial_state(k_TNK, v_TNV, initial_state_DNKV, document)
         for t in range(start, end):
-            state_NKV = state_NKV * decay_TN[t, :, None, None]
-            error_NV = v_TNV[t] - torch.einsum("nkv,nk->nv", state_NKV, k_TNK[t])
-            state_NKV = state_NKV + torch.einsum("n,nk,nv->nkv", beta_TN[t], k_TNK[t], error_NV)
-            outputs.append(torch.einsum("nkv,nk->nv", state_NKV, q_TNK[t]))
+            out_NV, state_NKV = _recur(q_TNK[t], k_TNK[t], v_TNV[t], decay_TN[t], beta_TN[t], state_NKV)
+            outputs.append(out_NV)
         finals.append(state_NKV)
     return torch.stack(outputs), torch.stack(finals) if output_final_state else None
+
+
+def delta_rule_step(
+    q_DHK: torch.Tensor,
+    k_DHK: torch.Tensor,
+    v_DNV: torch.Tensor,
+    *,
+    g_DN: torch.Tensor,
+    beta_DN: torch.Tensor,
+    state_DNKV: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence for one more token of each document: no chunk to fill, and a cost that no length enters.
+
+    Args:
+        q_DHK: l2-normalised queries ``[D, H, K]``.
+        k_DHK: l2-normalised keys ``[D, H, K]``.
+        v_DNV: values ``[D, N, V]``.
+        g_DN: log decay ``[D, N]``.
+        beta_DN: write strength ``[D, N]``.
+        state_DNKV: state before the token ``[D, N, K, V]``, zero when None.
+
+    Returns:
+        outputs ``[D, N, V]`` in the dtype of ``v_DNV``, and the states behind the token in the compute dtype.
+    """
+    dtype = _compute_dtype(v_DNV)
+    group = v_DNV.shape[1] // k_DHK.shape[1]
+    q_DNK = q_DHK.to(dtype).repeat_interleave(group, dim=1) * q_DHK.shape[-1] ** -0.5
+    k_DNK = k_DHK.to(dtype).repeat_interleave(group, dim=1)
+    if state_DNKV is None:
+        state_DNKV = k_DNK.new_zeros(*k_DNK.shape, v_DNV.shape[-1])
+    out_DNV, state_DNKV = _recur(q_DNK, k_DNK, v_DNV.to(dtype), g_DN.to(dtype).exp(), beta_DN.to(dtype), state_DNKV)
+    return out_DNV.to(v_DNV.dtype), state_DNKV
+
+
+def _recur(
+    q_NK: torch.Tensor,
+    k_NK: torch.Tensor,
+    v_NV: torch.Tensor,
+    decay_N: torch.Tensor,
+    beta_N: torch.Tensor,
+    state_NKV: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token, q scaled: its output ``[N, V]`` and the state behind it; axes in front of N are carried along."""
+    state_NKV = state_NKV * decay_N[..., None, None]
+    error_NV = v_NV - torch.einsum("...nkv,...nk->...nv", state_NKV, k_NK)
+    state_NKV = state_NKV + torch.einsum("...n,...nk,...nv->...nkv", beta_N, k_NK, error_NV)
+    return torch.einsum("...nkv,...nk->...nv", state_NKV, q_NK), state_NKV
 
 
 def _spans(sequences: VarlenMetadata) -> list[tuple[int, int]]:

@@ -39,11 +39,11 @@ class HeadShape:
     value_dim: int
 
     @classmethod
-    def of(cls, config: ModelConfig) -> HeadShape:
-        """That of a model's Gated DeltaNet layers."""
+    def of(cls, config: ModelConfig, shares: int = 1) -> HeadShape:
+        """That of a model's Gated DeltaNet layers, or of one of equal shares of their heads."""
         return cls(
-            key_heads=config.linear_num_key_heads,
-            value_heads=config.linear_num_value_heads,
+            key_heads=config.linear_num_key_heads // shares,
+            value_heads=config.linear_num_value_heads // shares,
             key_dim=config.linear_key_head_dim,
             value_dim=config.linear_value_head_dim,
         )

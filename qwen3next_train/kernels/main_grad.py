@@ -6,6 +6,7 @@ buffer in its epilogue, instead of writing a bf16 gradient that another kernel r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,30 @@ class MainGrad:
 def main_grad_of(parameter: torch.Tensor) -> MainGrad | None:
     """Where the parameter's gradients are summed, None if autograd does so."""
     return getattr(parameter, "main_grad", None)
+
+
+def scaled_gradient(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    factor: torch.Tensor,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor | None:
+    """Hand over ``gradient * factor``, the gradient of ``weight`` that a forward pass has made ahead of its loss.
+
+    Args:
+        weight: the parameter.
+        gradient: of its shape, in fp32 or the weight's dtype.
+        factor: scalar, the gradient of the sum that the forward pass returned.
+        multiply: how the two become a tensor of the weight's dtype, where autograd sums.
+
+    Returns:
+        what the backward pass returns as the gradient of the weight.
+    """
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return multiply(gradient, factor)
+    main_grad.add_scaled(gradient, factor)
+    return main_grad.added_directly(weight)
 
 
 def add_product(total_OI: torch.Tensor, left_OT: torch.Tensor, right_TI: torch.Tensor, *, first: bool) -> None:

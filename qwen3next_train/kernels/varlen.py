@@ -107,6 +107,10 @@ class VarlenMetadata:
         """Int64 ``[T]``, slot of each token when ``gap`` empty slots stand before every document."""
         return self.derived(("spaced", gap), lambda: self._build_spaced(gap))
 
+    def extended(self, gap: int) -> VarlenMetadata:
+        """The documents with ``gap`` tokens more before each; :meth:`spaced_slots` says where the others are then."""
+        return self.derived(("extended", gap), lambda: self._build_extended(gap))
+
     def starts(self) -> torch.Tensor:
         """Int32 ``[T]``, index of the first token of each token's document."""
         return self.derived(("starts", 0), self._build_starts)
@@ -154,6 +158,13 @@ class VarlenMetadata:
     def _build_spaced(self, gap: int) -> torch.Tensor:
         slots_T = torch.arange(self.num_tokens) + gap * (self._document_cpu() + 1)
         return slots_T.to(self.cu_seqlens.device)
+
+    def _build_extended(self, gap: int) -> VarlenMetadata:
+        added, added_cpu = (
+            gap * torch.arange(self.num_documents + 1, dtype=torch.int32, device=ends.device)
+            for ends in (self.cu_seqlens, self.cu_seqlens_cpu)
+        )
+        return VarlenMetadata(self.cu_seqlens + added, self.cu_seqlens_cpu + added_cpu)
 
     def _build_starts(self) -> torch.Tensor:
         # On the device, as are the chunk indices: a copy from the host would wait for it.

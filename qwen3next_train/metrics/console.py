@@ -14,7 +14,7 @@ from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.redaction import Redactor
 from qwen3next_train.metrics.sinks import Record
-from qwen3next_train.metrics.step_line import LINE_WIDTH, format_duration, format_eval, format_step
+from qwen3next_train.metrics.step_line import LINE_WIDTH, format_duration, format_evals, format_step
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -53,7 +53,7 @@ class ConsoleSink:
             self._bar.update(step - self._bar.n)
 
     def log(self, record: Record) -> None:
-        """Print the line of one logged step, and that of its validation."""
+        """Print the line of one logged step, and those of its validation."""
         step = int(record["step"])
         line = format_step(
             record,
@@ -63,7 +63,7 @@ class ConsoleSink:
             width=_line_width(),
         )
         get_logger().info("%s", line)
-        if evaluated := format_eval(record, total_steps=self._total_steps):
+        for evaluated in format_evals(record, total_steps=self._total_steps):
             get_logger().info("%s", evaluated)
         self.advance(step)
 

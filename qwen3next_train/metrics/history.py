@@ -20,7 +20,9 @@ Row = Mapping[str, Any]
 Verdict = Literal["kept", "later", "damaged"]
 
 FILE_MODE = 0o640
-_MAX_ROW_BYTES = 4 << 20
+MAX_ROW_BYTES = 4 << 20
+"""No row is as long as this."""
+
 _NUM_SHOWN = 3
 _MEND = "resume the run, which leaves damaged lines out, or remove the line"
 
@@ -54,7 +56,7 @@ def read_rows(path: Path) -> list[Row]:
     last = 0
     with os.fdopen(open_file(path, os.O_RDONLY), "rb") as source:
         for number, line in enumerate(_lines(source), start=1):
-            if not line.endswith(b"\n") and len(line) < _MAX_ROW_BYTES:
+            if not line.endswith(b"\n") and len(line) < MAX_ROW_BYTES:
                 break
             row = _row_of(line)
             if not row or any(type(value) not in (int, float, type(None)) for value in row.values()):
@@ -156,7 +158,7 @@ def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path 
 def content(descriptor: int, size: int) -> Iterator[bytes]:
     """The first ``size`` bytes of an open file, in pieces, wherever its position is."""
     done = 0
-    while done < size and (piece := os.pread(descriptor, min(_MAX_ROW_BYTES, size - done), done)):
+    while done < size and (piece := os.pread(descriptor, min(MAX_ROW_BYTES, size - done), done)):
         yield piece
         done += len(piece)
 
@@ -194,7 +196,7 @@ def _second_name(path: Path, why: str) -> Path:
 
 def _lines(source: BinaryIO) -> Iterator[bytes]:
     # No row is as long as this; a line without an end must not fill the memory.
-    return iter(lambda: source.readline(_MAX_ROW_BYTES), b"")
+    return iter(lambda: source.readline(MAX_ROW_BYTES), b"")
 
 
 def _judged(source: BinaryIO, resume_step: int, last_due: int) -> Iterator[tuple[Verdict, bytes, Row]]:

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen3next_train.config.metric_names import NAME
+
 WANDB_ID = r"[^/\\#?%:\x00-\x20\x7f]{1,128}"
 """Pattern of the ids that wandb accepts, which become part of paths and addresses."""
 
@@ -51,7 +53,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/forward_s", "s", "forward passes of this step on rank 0, with `logging.step_parts`"),
     Metric("perf/backward_s", "s", "backward passes of this step on rank 0, with `logging.step_parts`"),
     Metric("perf/optimizer_s", "s", "rest of the reduction, clipping and update on rank 0, with `logging.step_parts`"),
-    Metric("perf/save_s", "s", "saves of checkpoints since the last logged step, with `logging.step_parts`"),
+    Metric(
+        "perf/save_s",
+        "s",
+        "for which saves stopped training since the last logged step, with `logging.step_parts`",
+    ),
     Metric("perf/eval_s", "s", "validation after this step, with `logging.step_parts`"),
     Metric("mem/peak_gib", "GiB", "peak device memory allocated on rank 0; absent on CPU"),
     Metric("moe/max_violation", "1", "largest expert load over mean load, minus 1; worst layer"),
@@ -62,6 +68,19 @@ METRICS: tuple[Metric, ...] = (
 )
 """Metrics of the whole model, in the order of the documentation."""
 
+NAMED_METRICS: tuple[Metric, ...] = (
+    Metric("eval/{name}/loss", "nats per token", "next-token loss on the rows of a validation set"),
+    Metric("eval/{name}/bpb", "bits per byte", "the same loss in bits per byte of the set's text"),
+    Metric("loss/{name}", "nats per token", "next-token loss on this step's tokens of a source; absent without any"),
+    Metric("data/share_{name}", "1", "share of this step's tokens that are of a source"),
+    Metric(
+        "loss/position_{first}",
+        "nats per token",
+        "next-token loss at the positions of documents from N on, up to the next such range",
+    ),
+)
+"""Metrics of a validation set (``data.validation_sets``), of a source or of positions (``logging.loss_by``)."""
+
 LAYER_METRICS: tuple[Metric, ...] = (
     Metric("moe/layer_{layer:02d}/max_violation", "1", "largest expert load over mean load, minus 1"),
     Metric("moe/layer_{layer:02d}/dead_experts", "experts", "experts that got no token in this step"),
@@ -69,6 +88,7 @@ LAYER_METRICS: tuple[Metric, ...] = (
 )
 """Metrics of each MoE layer (numbered from 0, MTP layers last), every ``logging.layer_interval`` steps."""
 
+_GIVEN_NAME = re.compile(rf"eval/{NAME}/(?:loss|bpb)|loss/{NAME}|data/share_{NAME}")
 _NAMES = frozenset(metric.name for metric in METRICS)
 _LAYER_NAME = re.compile(r"moe/layer_(\d{2}|[1-9]\d{2,})/(max_violation|dead_experts|router_entropy)")
 
@@ -79,5 +99,5 @@ def layer_metric(layer: int, statistic: LayerStatistic) -> str:
 
 
 def is_metric_name(name: str) -> bool:
-    """Whether ``name`` is one of the frozen names, per-layer ones included."""
-    return name in _NAMES or _LAYER_NAME.fullmatch(name) is not None
+    """Whether ``name`` is one of the frozen names, with any layer, validation set, source or position in it."""
+    return name in _NAMES or any(pattern.fullmatch(name) for pattern in (_LAYER_NAME, _GIVEN_NAME))

@@ -1,4 +1,4 @@
-"""Where a logged step's record goes: the ``Sink`` protocol and ``metrics.jsonl``."""
+"""Where a logged step's record goes: the ``Sink`` protocol and files of one row a step, such as ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """``metrics.jsonl``: one JSON object per logged step, in step order, no step twice.
+    """``metrics.jsonl`` or ``samples.jsonl``: one JSON object per step, in step order, no step twice.
 
     Numbers are written so that reading gives back the same bits. JSON has no NaN or infinity: such a value is
     written as ``null``. Rows a dead attempt wrote after its last checkpoint are removed at the start, as is a
@@ -69,10 +69,10 @@ class JsonlSink:
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise StorageError(
-                f"{path}: cannot be opened for metrics ({system_reason(error)}); check permissions and free space"
+                f"{path}: cannot be opened ({system_reason(error)}); check permissions and free space"
             ) from error
 
-    def log(self, record: Record) -> None:
+    def log(self, record: Row) -> None:
         """Append one row; a row that cannot be written now is written with a later one."""
         self._pending.append(encode_row(record))
         self._write_pending()
@@ -151,7 +151,9 @@ class JsonlSink:
             )
 
 
-def encode_row(record: Record) -> bytes:
-    """One line of ``metrics.jsonl``, newline included; NaN and infinity become ``null``."""
-    row = {name: value if math.isfinite(value) else None for name, value in record.items()}
+def encode_row(record: Row) -> bytes:
+    """One line, newline included; NaN and infinity become ``null``."""
+    row = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
     return json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"

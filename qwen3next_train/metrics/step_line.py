@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ LINE_WIDTH = 100
 _GAP = "  "
 _LABEL_WIDTH = 12
 _NOTABLE_DATA_WAIT = 0.1
+_EVAL_LOSS = re.compile(r"(eval/(?:([^/]+)/)?)loss")
 
 
 class _Part(NamedTuple):
@@ -53,12 +55,18 @@ def format_step(
     return _GAP.join(part.text for part in parts if part.rank <= last_rank)
 
 
-def format_eval(record: Record, *, total_steps: int) -> str:
-    """The line of a validation; empty when the record has none."""
-    if "eval/loss" not in record:
-        return ""
-    bits = f"{_GAP}{record['eval/bpb']:.4f} bits/byte" if "eval/bpb" in record else ""
-    return f"eval {_step(record, total_steps)}{_GAP}loss {record['eval/loss']:.4f}{bits}"
+def format_evals(record: Record, *, total_steps: int) -> list[str]:
+    """A line for each validation set; none when the record has no validation."""
+    lines = []
+    for metric, loss in record.items():
+        if (match := _EVAL_LOSS.fullmatch(metric)) is None:
+            continue
+        prefix, name = match.groups()
+        bits = record.get(f"{prefix}bpb")
+        of_set = f"{_GAP}{name}" if name else ""
+        in_bits = "" if bits is None else f"{_GAP}{bits:.4f} bits/byte"
+        lines.append(f"eval {_step(record, total_steps)}{of_set}{_GAP}loss {loss:.4f}{in_bits}")
+    return lines
 
 
 def _step(record: Record, total_steps: int) -> str:

@@ -47,7 +47,7 @@ class SummarySink:
         self._newest_checkpoint = newest_checkpoint
         self._last: dict[str, _Loss] = {}
         self._best: dict[str, _Loss] = {}
-        self._bits_per_byte: float | None = None
+        self._bits_per_byte: dict[str, float] = {}
         self._tokens = self._skipped = 0
         self._first_tokens = 0
         self._started_at = time.monotonic()
@@ -85,11 +85,10 @@ class SummarySink:
             rate = (self._tokens - self._first_tokens) / duration_s if known else 0
             average = f", {format_si(rate)}tok/s on average" if known else ""
             lines.append(labelled("tokens", f"{self._tokens:,}{average}"))
-        for label, name in (("loss", "loss/lm"), ("eval loss", "eval/loss")):
-            if name in self._last:
-                last, best = self._last[name], self._best[name]
-                bits = f" ({self._bits_per_byte:.4f} bits/byte)" if name == "eval/loss" and self._bits_per_byte else ""
-                lines.append(labelled(label, f"{last}{bits}, best {best}"))
+        for name, last in self._last.items():
+            bpb = self._bits_per_byte.get(name.removesuffix("loss"))
+            bits = "" if bpb is None else f" ({bpb:.4f} bits/byte)"
+            lines.append(labelled(_label(name), f"{last}{bits}, best {self._best[name]}"))
         run = self._metrics_path.parent
         checkpoint = self._newest_checkpoint()
         lines.append(labelled("checkpoint", str(run / "checkpoints" / checkpoint) if checkpoint else "none"))
@@ -99,11 +98,20 @@ class SummarySink:
         step = int(record["step"])
         self._tokens = int(record.get("tokens", self._tokens))
         self._skipped = int(record.get("optim/skipped_steps", self._skipped))
-        self._bits_per_byte = record.get("eval/bpb", self._bits_per_byte)
-        for name in ("loss/lm", "eval/loss"):
-            if name in record:
-                self._last[name] = _Loss(record[name], step)
+        for name, value in record.items():
+            if name.startswith("eval/") and name.endswith("bpb"):
+                self._bits_per_byte[name.removesuffix("bpb")] = value
+            if name == "loss/lm" or (name.startswith("eval/") and name.endswith("/loss")):
+                self._last[name] = _Loss(value, step)
                 best = self._best.get(name)
                 # Written so that NaN is never better, and anything is better than NaN.
-                if best is None or best.value != best.value or record[name] < best.value:
-                    self._best[name] = _Loss(record[name], step)
+                if best is None or best.value != best.value or value < best.value:
+                    self._best[name] = _Loss(value, step)
+
+
+def _label(name: str) -> str:
+    """Of a loss: ``loss``, ``eval loss``, or ``eval NAME`` with a gap behind a long name."""
+    if name == "loss/lm":
+        return "loss"
+    of_set = name.removeprefix("eval/").removesuffix("loss").removesuffix("/")
+    return f"eval {of_set} " if of_set else "eval loss"

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwen3next_train.errors import ConfigError, StorageError
 from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.history import open_file
+from qwen3next_train.metrics.samples import Sample
 from qwen3next_train.metrics.sinks import Record
 
 FOLDER_NAME = "tensorboard"
@@ -88,6 +90,16 @@ class TensorBoardSink:
         for name, value in record.items():
             if name != "step":
                 event.summary.value.add(tag=name, simple_value=value)
+        self._write(event)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write samples as text, which TensorBoard takes for Markdown: as blocks of code."""
+        from tensorboardX.summary import text
+
+        event = self._protocol.Event(wall_time=time.time(), step=step)
+        for number, sample in enumerate(samples, start=1):
+            block = "".join(f"    {line}\n" for line in (sample.prompt + sample.text).split("\n"))
+            event.summary.MergeFrom(text(f"samples/{number}", block))
         self._write(event)
 
     def close(self) -> None:

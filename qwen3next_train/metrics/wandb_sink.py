@@ -17,8 +17,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from qwen3next_train.config.schema import WandbConfig
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.json_child import JsonChild, LineReader
 from qwen3next_train.metrics.redaction import Redactor
+from qwen3next_train.metrics.samples import Sample
 from qwen3next_train.metrics.sinks import Record
 from qwen3next_train.metrics.wandb_settings import DECIDED, Mode, init_timeout_s, page_settings, resolve_mode
 
 _POLL_S = 0.2
 _GRACE_S = 5.0
 _MAX_STARTS = 3
+_SAMPLES = "samples"
 _MAX_REASON_LENGTH = 300
 
 
@@ -101,7 +103,7 @@ class WandbSink:
             "finish_s": 0.8 * limits.finish_s,
             "train_pid": os.getpid(),
         }
-        self._queue: queue.Queue[dict[str, float | int | str]] = queue.Queue(limits.queue_size)
+        self._queue: queue.Queue[dict[str, Any]] = queue.Queue(limits.queue_size)
         self._num_dropped = 0
         self._failed = False
         self._closing = threading.Event()
@@ -129,6 +131,14 @@ class WandbSink:
         if self._alive:
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait({"step": step, "resume/changed": changed})
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Queue a table of samples; never waits, never raises."""
+        if self._alive:
+            columns = [field.name for field in fields(Sample)]
+            table = {"columns": columns, "data": [[getattr(sample, name) for name in columns] for sample in samples]}
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait({"step": step, _SAMPLES: table})
 
     def close(self, *, failed: bool = False) -> None:
         """Send what waits and finish the run, within ``limits.close_s`` seconds.
@@ -285,7 +295,10 @@ def _serve() -> None:
             if "finish" in message:
                 exit_code = message["finish"]
                 break
-            run.log(message["log"])
+            row = message["log"]
+            if _SAMPLES in row:
+                row[_SAMPLES] = wandb.Table(**row[_SAMPLES])
+            run.log(row)
         run.finish(exit_code=exit_code)
     except Exception as error:  # noqa: BLE001 - as above
         reply(lost=_one_line(f"{type(error).__name__}: {error}"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,8 +20,10 @@ from torch import nn
 from qwen3next_train.config.schema import LayerType, ModelConfig
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.decoding_cache import DecodingCache
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
+from qwen3next_train.model.head_group import HeadGroup, mixed_by_heads, mixed_by_heads_whole
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.overlap import Stages, interleaved
@@ -37,13 +40,18 @@ class BatchContext:
         sequences: document boundaries.
         rotary: angles of the tokens' positions.
         num_rows: rows the tokens consist of.
-        slices: where the tokens are slices of rows, the rows.
+        slices: where the tokens that mixers see are slices of rows, the rows.
+        head_group: where this rank has some of the mixers' heads and a share of the tokens they see, those with the
+            rest. ``sequences``, ``rotary`` and ``slices`` are of all that mixers see.
+        cache: where the tokens go on documents that have begun, what is kept of these.
     """
 
     sequences: VarlenMetadata
     rotary: RotaryTable
     num_rows: int
     slices: SlicedSequences | None = None
+    head_group: HeadGroup | None = None
+    cache: DecodingCache | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -55,6 +63,7 @@ class DecoderLayer(nn.Module):
         kernels: selected backends.
         moe_block: class of the mixture of experts.
         local_experts: global ids of the experts this rank holds.
+        head_shares: ranks that divide the mixer's heads.
     """
 
     def __init__(
@@ -65,13 +74,14 @@ class DecoderLayer(nn.Module):
         *,
         moe_block: type[SparseMoeBlock],
         local_experts: range,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         self.layer_type = layer_type
         if layer_type == "linear_attention":
-            self.linear_attn = GatedDeltaNet(config, kernels)
+            self.linear_attn = GatedDeltaNet(config, kernels, head_shares)
         else:
-            self.self_attn = GatedAttention(config, kernels)
+            self.self_attn = GatedAttention(config, kernels, head_shares)
         self.mlp = moe_block(config, kernels, local_experts)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RmsNormWithResidual(hidden, eps, kernels.rms_norm)
@@ -88,12 +98,18 @@ class DecoderLayer(nn.Module):
     def _stages(self, x_TD: torch.Tensor, context: BatchContext) -> Stages[tuple[torch.Tensor, RouterStats]]:
         # x = x + mixer(norm(x)): x comes through the first norm unchanged, the second norm adds.
         x_TD, normed_TD = self.input_layernorm(x_TD)
-        mixed_TD = self._mixer(normed_TD, context)
+        mixer = partial(self._mixer, context=context)
+        if context.head_group is None:
+            mixed_TD = mixer(normed_TD)
+        elif context.cache is None:
+            mixed_TD = mixed_by_heads(mixer, normed_TD, group=context.head_group, num_rows=context.num_rows)
+        else:
+            mixed_TD = mixed_by_heads_whole(mixer, normed_TD, group=context.head_group)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, mixed_TD)
         # x = x + moe(norm(x)): the MoE block adds, inside the shared expert's kernel.
         return (yield from self.mlp.stages(normed_TD, context.num_rows, residual_TD=x_TD))
 
     def _mixer(self, normed_TD: torch.Tensor, context: BatchContext) -> torch.Tensor:
         if self.layer_type == "linear_attention":
-            return self.linear_attn(normed_TD, context.sequences, context.slices)
-        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices)
+            return self.linear_attn(normed_TD, context.sequences, context.slices, context.cache)
+        return self.self_attn(normed_TD, context.sequences, context.rotary, context.slices, context.cache)

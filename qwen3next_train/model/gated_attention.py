@@ -12,6 +12,7 @@ from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.decoding_cache import DecodingCache, KeyValueCache
 from qwen3next_train.model.norms import QkNormAndRope
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.rope import RotaryTable
@@ -26,14 +27,15 @@ class GatedAttention(nn.Module):
     Args:
         config: model section.
         kernels: selected backends.
+        head_shares: ranks that divide the heads; this layer has one share of them, at least one of keys and values.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelSet, head_shares: int = 1) -> None:
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.has_gate = config.attention_output_gate
-        query_dim = config.num_attention_heads * self.head_dim
-        kv_dim = config.num_key_value_heads * self.head_dim
+        query_dim = config.num_attention_heads // head_shares * self.head_dim
+        kv_dim = max(1, config.num_key_value_heads // head_shares) * self.head_dim
         self.attention = kernels.varlen_attention
         self.output_gate = kernels.output_gate
         self.q_proj = Linear(hidden, query_dim * (2 if self.has_gate else 1))
@@ -49,6 +51,7 @@ class GatedAttention(nn.Module):
         sequences: VarlenMetadata,
         rotary: RotaryTable,
         slices: SlicedSequences | None = None,
+        cache: DecodingCache | None = None,
     ) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``.
 
@@ -57,13 +60,16 @@ class GatedAttention(nn.Module):
             sequences: their documents.
             rotary: angles of their positions.
             slices: where the tokens are slices of rows, the rows.
+            cache: where the tokens go on documents that have begun, what is kept of these.
         """
         q_TNX = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim * (2 if self.has_gate else 1)))
         q_TNH, gate_TNH = q_TNX.split(self.head_dim, dim=-1) if self.has_gate else (q_TNX, None)
         k_TGH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_TNH, k_TGH = self.q_norm(q_TNH, rotary), self.k_norm(k_TGH, rotary)
-        if slices is None:
+        if cache is not None:
+            out_TNH = cache.of(self, KeyValueCache).attend(self.attention, q_TNH, k_TGH, v_TGH)
+        elif slices is None:
             out_TNH = self.attention(q_TNH, k_TGH, v_TGH, sequences=sequences)
         else:
             out_TNH = attend_by_heads(self.attention, q_TNH, k_TGH, v_TGH, slices=slices)

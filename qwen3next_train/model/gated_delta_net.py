@@ -16,6 +16,7 @@ from qwen3next_train.kernels.gdn_prologue import GdnPrologue, GdnPrologueOutputs
 from qwen3next_train.kernels.linear import Linear
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.decoding_cache import DecodingCache, DeltaNetCache
 from qwen3next_train.model.norms import GatedNorm
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.model.sequence_group import SlicedSequences, pass_state
@@ -34,6 +35,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads.channels, 1, width))
         self.heads = heads
+        self.width = width
         self.kernel = kernel
 
     def forward(
@@ -63,11 +65,12 @@ class GatedDeltaNet(nn.Module):
     Args:
         config: model section.
         kernels: selected backends.
+        head_shares: ranks that divide the heads; this layer has one share of them.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelSet, head_shares: int = 1) -> None:
         super().__init__()
-        heads = HeadShape.of(config)
+        heads = HeadShape.of(config, head_shares)
         self.rule = kernels.gated_delta_rule
         self.passed = DeltaRule(self.rule, kernels.delta_rule_summary, kernels.delta_state_gradient)
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
@@ -80,7 +83,11 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(heads.value_heads * heads.value_dim, config.hidden_size)
 
     def forward(
-        self, x_TD: torch.Tensor, sequences: VarlenMetadata, slices: SlicedSequences | None = None
+        self,
+        x_TD: torch.Tensor,
+        sequences: VarlenMetadata,
+        slices: SlicedSequences | None = None,
+        cache: DecodingCache | None = None,
     ) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; no state crosses a document's end.
 
@@ -88,13 +95,21 @@ class GatedDeltaNet(nn.Module):
             x_TD: this rank's tokens.
             sequences: their documents.
             slices: where the tokens are slices of rows, the rows; then all in between is done for halos too.
+            cache: where the tokens go on documents that have begun, what is kept of these.
         """
         if slices is not None:
             x_TD = slices.extended(x_TD)
         qkvz_TP, ba_TM = self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD)
-        convolved = sequences if slices is None else slices.convolved
-        inputs = self.conv1d(qkvz_TP, ba_TM, self.A_log, self.dt_bias, convolved)
-        out_TNV = self._scan(inputs, sequences, slices)
+        if cache is None:
+            convolved = sequences if slices is None else slices.convolved
+            inputs = self.conv1d(qkvz_TP, ba_TM, self.A_log, self.dt_bias, convolved)
+            out_TNV = self._scan(inputs, sequences, slices)
+        else:
+            kept, width = cache.of(self, DeltaNetCache), self.conv1d.width
+            qkvz_XP, ba_XM, extended = kept.extend(qkvz_TP, ba_TM, width=width)
+            inputs = self.conv1d(qkvz_XP, ba_XM, self.A_log, self.dt_bias, extended)
+            inputs = kept.without_tails(inputs, width=width)
+            out_TNV = kept.scan(self.rule, inputs)
         gated_THRV = self.norm(out_TNV.view_as(inputs.z_THRV), inputs.z_THRV)
         mixed_TD = self.out_proj(gated_THRV.flatten(1))
         return mixed_TD if slices is None else slices.own(mixed_TD)

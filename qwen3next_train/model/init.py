@@ -1,4 +1,7 @@
-"""Initial weights: a pure function of (seed, parameter name, expert), the same at every parallel layout."""
+"""Initial weights: a pure function of (seed, parameter name, expert), the same at every parallel layout.
+
+Of what tensor parallelism divides, the whole is drawn and a rank takes its heads.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from qwen3next_train.held_elements import held_runs, held_shape
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import Init, ParamSpec
+from qwen3next_train.topology import Topology
 
 _AHEAD = 2**30
 """Elements that may be drawn before the parameter in front of them is in place: 4 GiB of host memory, in bf16 2 GiB.
@@ -37,7 +42,7 @@ def initialize(
     table: Sequence[ParamSpec],
     *,
     seed: int,
-    local_experts: range,
+    topology: Topology,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -50,12 +55,12 @@ def initialize(
         model: usually on the meta device.
         table: ``parameter_table`` of the model's configuration.
         seed: run seed.
-        local_experts: global ids of the experts in this model's stacked tensors.
+        topology: whose experts and heads the model has.
         device: where the parameters will live.
         dtype: of the parameters, except those the table keeps in fp32.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for spec, value in _drawn_ahead(pool, table, seed=seed, local_experts=local_experts, dtype=dtype):
+        for spec, value in _drawn_ahead(pool, table, seed=seed, topology=topology, dtype=dtype):
             module_name, _, attribute = spec.name.rpartition(".")
             module = model.get_submodule(module_name)
             old = module.get_parameter(attribute)
@@ -79,14 +84,17 @@ def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -
 
 
 def _drawn_ahead(
-    pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, local_experts: range, dtype: torch.dtype
+    pool: ThreadPoolExecutor, table: Sequence[ParamSpec], *, seed: int, topology: Topology, dtype: torch.dtype
 ) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
     """Every parameter's value, later ones under way while one is used: in the table's order, but long draws last."""
 
     def begin(spec: ParamSpec) -> _Begun:
-        experts = local_experts if spec.expert else None
-        numel = spec.numel // spec.shape[0] * len(local_experts) if spec.expert else spec.numel
-        return _Begun(spec, numel, _start(pool, spec, seed, experts, torch.float32 if spec.fp32 else dtype))
+        experts = topology.local_experts(spec.shape[0]) if spec.expert else None
+        numel = spec.numel // spec.shape[0] * len(experts) if experts is not None else spec.numel
+        value = _start(pool, spec, seed, experts, torch.float32 if spec.fp32 else dtype)
+        if spec.heads is None or topology.tensor_parallel_size == 1:
+            return _Begun(spec, numel, value)
+        return _Begun(spec, numel, lambda: _own_heads(value(), spec, topology))
 
     long = deque(spec for spec in table if not spec.expert and spec.numel >= _LONG)
     last: deque[_Begun] = deque()
@@ -104,6 +112,11 @@ def _drawn_ahead(
         spec, numel, value = (started or last).popleft()
         yield spec, value()
         ahead -= numel
+
+
+def _own_heads(value: torch.Tensor, spec: ParamSpec, topology: Topology) -> torch.Tensor:
+    parts = [runs.of(value.flatten()).flatten() for runs in held_runs(spec, topology)]
+    return torch.cat(parts).view(held_shape(spec, topology))
 
 
 def _start(

@@ -52,10 +52,17 @@ class MultiTokenPredictor(nn.Module):
         kernels: selected backends.
         moe_block: class of the mixture of experts.
         local_experts: global ids of the experts this rank holds.
+        head_shares: ranks that divide the mixers' heads.
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
+        self,
+        config: ModelConfig,
+        kernels: KernelSet,
+        *,
+        moe_block: type[SparseMoeBlock],
+        local_experts: range,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         hidden, eps, kernel = config.hidden_size, config.rms_norm_eps, kernels.rms_norm
@@ -63,7 +70,14 @@ class MultiTokenPredictor(nn.Module):
         self.pre_fc_norm_hidden = ZeroCenteredRmsNorm(hidden, eps, kernel)
         self.fc = Linear(2 * hidden, hidden)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, "full_attention", kernels, moe_block=moe_block, local_experts=local_experts)
+            DecoderLayer(
+                config,
+                "full_attention",
+                kernels,
+                moe_block=moe_block,
+                local_experts=local_experts,
+                head_shares=head_shares,
+            )
             for _ in range(config.mtp_num_layers)
         )
         self.norm = ZeroCenteredRmsNorm(hidden, eps, kernel)

@@ -1,13 +1,14 @@
 """Qwen3-Next: embedding, hybrid layers, head, MTP and all losses of a micro-batch.
 
-Letters: T tokens, D hidden, V vocabulary, E experts, L MoE layers (decoder layers, then MTP layers).
+Letters: T tokens, D hidden (of a cache: documents), V vocabulary, E experts, L MoE layers (decoder layers, then MTP
+layers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,13 @@ from qwen3next_train.kernels.linear import Embedding
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.block import BatchContext, DecoderLayer
+from qwen3next_train.model.decoding_cache import DecodingCache
+from qwen3next_train.model.head_group import HeadGroup
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import recomputed_layer, recomputing
-from qwen3next_train.model.rope import rotary_table
+from qwen3next_train.model.rope import RotaryTable, rotary_table
 from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, own_counts
 from qwen3next_train.model.sequence_group import SequenceGroup, SlicedSequences
 from qwen3next_train.parameters import parameter_table
@@ -54,6 +57,8 @@ class ModelOutput(NamedTuple):
         z_L: fp32 ``[L]``, z-loss before its coefficient.
         expert_counts_LE: int64 ``[L, E]``, rows sent to each expert by this rank's tokens.
         router_entropy_L: fp32 ``[L]``, nats.
+        nll_T: fp32 ``[T]``, next-token loss of every position in nats, 0 without a target; ``[0]`` where nobody asked
+            for it.
     """
 
     total: torch.Tensor
@@ -63,6 +68,7 @@ class ModelOutput(NamedTuple):
     z_L: torch.Tensor
     expert_counts_LE: torch.Tensor
     router_entropy_L: torch.Tensor
+    nll_T: torch.Tensor
 
 
 class Qwen3NextModel(nn.Module):
@@ -73,15 +79,29 @@ class Qwen3NextModel(nn.Module):
         kernels: selected backends.
         moe_block: class of the mixtures of experts.
         local_experts: global ids of the experts this rank holds.
+        head_shares: ranks that divide the mixers' heads.
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSet, *, moe_block: type[SparseMoeBlock], local_experts: range
+        self,
+        config: ModelConfig,
+        kernels: KernelSet,
+        *,
+        moe_block: type[SparseMoeBlock],
+        local_experts: range,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer_type, kernels, moe_block=moe_block, local_experts=local_experts)
+            DecoderLayer(
+                config,
+                layer_type,
+                kernels,
+                moe_block=moe_block,
+                local_experts=local_experts,
+                head_shares=head_shares,
+            )
             for layer_type in config.layer_types
         )
         self.norm = ZeroCenteredRmsNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
@@ -115,11 +135,22 @@ class LanguageModelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.kernel = kernel
 
-    def forward(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[T, V]``, or with labels the fp32 sum of their negative log likelihoods in nats."""
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        labels_T: torch.Tensor | None = None,
+        losses_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[T, V]``, or with labels the fp32 sum of their negative log likelihoods in nats.
+
+        Args:
+            hidden_TD: ``[T, D]``.
+            labels_T: int64 ``[T]``.
+            losses_T: fp32 ``[T]``, receives the summands.
+        """
         if labels_T is None:
             return F.linear(hidden_TD, self.weight)
-        return self.kernel(hidden_TD, self.weight, labels_T)
+        return self.kernel(hidden_TD, self.weight, labels_T, losses_T)
 
 
 class Qwen3NextForCausalLM(nn.Module):
@@ -134,12 +165,17 @@ class Qwen3NextForCausalLM(nn.Module):
         local_experts: global ids of the experts this rank holds; all when None.
         recompute: what the backward pass computes again instead of keeping it.
         weights_stay: see ``model.recompute.recomputing``.
+        head_shares: ranks that divide the mixers' heads, of which this model has one share.
     """
 
     reduce_counts: ReduceCounts
     """Sums expert counts over the ranks of a step; set by the engine when there are several."""
+    reduce_row_counts: ReduceCounts
+    """Sums expert counts over the ranks that share rows; set by the engine where there are such."""
     sequence_group: SequenceGroup | None
-    """The ranks that share the tokens of a row; set by the engine under context parallelism."""
+    """The ranks with the other slices of the rows; set by the engine under context parallelism."""
+    head_group: HeadGroup | None
+    """The ranks with the other heads of the mixers; set by the engine under tensor parallelism."""
 
     def __init__(
         self,
@@ -150,6 +186,7 @@ class Qwen3NextForCausalLM(nn.Module):
         local_experts: range | None = None,
         recompute: Collection[RecomputePart] = (),
         weights_stay: bool = True,
+        head_shares: int = 1,
     ) -> None:
         super().__init__()
         assert len(config.layer_types) == config.num_hidden_layers, "layer_types are filled in when loading"
@@ -157,15 +194,14 @@ class Qwen3NextForCausalLM(nn.Module):
         self.config = config
         self.recompute = recompute
         self.weights_stay = weights_stay
-        self.model = Qwen3NextModel(config, kernels, moe_block=moe_block, local_experts=experts)
+        shares: dict[str, Any] = {"moe_block": moe_block, "local_experts": experts, "head_shares": head_shares}
+        self.model = Qwen3NextModel(config, kernels, **shares)
         self.lm_head = LanguageModelHead(config, kernels.linear_cross_entropy)
-        self.mtp = (
-            MultiTokenPredictor(config, kernels, moe_block=moe_block, local_experts=experts)
-            if config.mtp_num_layers
-            else None
-        )
+        self.mtp = MultiTokenPredictor(config, kernels, **shares) if config.mtp_num_layers else None
         self.reduce_counts = own_counts
+        self.reduce_row_counts = own_counts
         self.sequence_group = None
+        self.head_group = None
         self._loads = ExpertLoads(config.router_aux_loss_scope)
         self.tie_weights()
 
@@ -184,7 +220,9 @@ class Qwen3NextForCausalLM(nn.Module):
         """Start a new optimizer step: expert loads of scope ``global`` are counted from zero."""
         self._loads.begin_step()
 
-    def forward(self, batches: Sequence[PackedBatch], scales: LossScales) -> list[ModelOutput]:
+    def forward(
+        self, batches: Sequence[PackedBatch], scales: LossScales, *, token_losses: bool = False
+    ) -> list[ModelOutput]:
         """Losses of the micro-batches in flight, of each by itself.
 
         ``total = nll_lm / N_0 + mtp_factor / depths * sum_k nll_mtp_k / N_k
@@ -193,23 +231,34 @@ class Qwen3NextForCausalLM(nn.Module):
         Args:
             batches: on the parameters' device; several pass through the layers together, see ``model.overlap``.
             scales: divisors, counted over the whole step.
+            token_losses: return the next-token loss of every position too.
         """
         with recomputing(self.recompute, weights_stay=self.weights_stay):
             contexts = [self._context(batch) for batch in batches]
             hiddens_TD, stats = self.model([batch.input_ids_T for batch in batches], contexts)
-            nlls = [[self.lm_head(h, batch.labels_T)] for h, batch in zip(hiddens_TD, batches, strict=True)]
+            # Empty where nobody asks: the kernel keeps them to itself then.
+            nlls_T = [h.new_empty(h.shape[0] * token_losses, dtype=torch.float32) for h in hiddens_TD]
+            nlls = [
+                [self.lm_head(h, batch.labels_T, nll_T if token_losses else None)]
+                for h, batch, nll_T in zip(hiddens_TD, batches, nlls_T, strict=True)
+            ]
             for depth_nlls, depth_stats in self._predict_further(hiddens_TD, batches, contexts):
                 stats.append(depth_stats)
                 for of_batch, nll in zip(nlls, depth_nlls, strict=True):
                     of_batch.append(nll)
-            of_batches = zip(nlls, zip(*stats, strict=True), strict=True)
-            return [self._losses(of_batch, layers, scales) for of_batch, layers in of_batches]
+            of_batches = zip(nlls, zip(*stats, strict=True), nlls_T, strict=True)
+            return [self._losses(of_batch, layers, scales, nll_T) for of_batch, layers, nll_T in of_batches]
 
-    def _losses(self, nlls: Sequence[torch.Tensor], stats: Sequence[RouterStats], scales: LossScales) -> ModelOutput:
+    def _losses(
+        self,
+        nlls: Sequence[torch.Tensor],
+        stats: Sequence[RouterStats],
+        scales: LossScales,
+        nll_T: torch.Tensor,
+    ) -> ModelOutput:
         """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
         nll_lm, *nll_mtp = nlls
-        reduce_row_counts = own_counts if self.sequence_group is None else self.sequence_group.sum
-        balancing_L = self._loads.losses(stats, self.reduce_counts, reduce_row_counts)
+        balancing_L = self._loads.losses(stats, self.reduce_counts, self.reduce_row_counts)
         z_L = torch.stack([layer.z for layer in stats])
         config = self.config
         total = nll_lm / _at_least_one(scales.num_targets[0])
@@ -225,6 +274,7 @@ class Qwen3NextForCausalLM(nn.Module):
             z_L=z_L.detach(),
             expert_counts_LE=torch.stack([layer.counts_rE.sum(0) for layer in stats]),
             router_entropy_L=torch.stack([layer.entropy for layer in stats]),
+            nll_T=nll_T,
         )
 
     def forward_hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -240,16 +290,32 @@ class Qwen3NextForCausalLM(nn.Module):
         """Sum of next-token losses in nats, fp32 scalar, without MTP and router losses."""
         return self.lm_head(self.forward_hidden(batch), batch.labels_T)
 
+    def next_logits(self, input_ids_T: torch.Tensor, counts: Sequence[int], cache: DecodingCache) -> torch.Tensor:
+        """Let documents grow by some tokens: logits ``[D, V]`` of the token after each one's last.
+
+        Rows are whole here, in a context or tensor group too: each of its ranks has all tokens.
+
+        Args:
+            input_ids_T: int64 ``[T]``, the new tokens, document after document.
+            counts: how many each document gets, any number at first, then one.
+            cache: what is kept of the documents; grows with them.
+        """
+        cache.advance(counts)
+        rotary = self._rotary(cache.positions_T)
+        context = BatchContext(cache.sequences, rotary, num_rows=1, head_group=self.head_group, cache=cache)
+        (hidden_TD,), _ = self.model([input_ids_T], [context])
+        return self.lm_head(hidden_TD[cache.sequences.cu_seqlens[1:].long() - 1])
+
     def _context(self, batch: PackedBatch) -> BatchContext:
-        config = self.config
-        rotary = rotary_table(
-            batch.positions_T,
-            head_dim=config.head_dim,
-            fraction=config.partial_rotary_factor,
-            theta=config.rope_theta,
-        )
         sequences = VarlenMetadata(batch.cu_seqlens, batch.cu_seqlens_cpu)
-        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch))
+        rotary = self._rotary(batch.positions_U)
+        return BatchContext(sequences, rotary, batch.num_rows, self._slices(batch), self.head_group)
+
+    def _rotary(self, positions_U: torch.Tensor) -> RotaryTable:
+        config = self.config
+        return rotary_table(
+            positions_U, head_dim=config.head_dim, fraction=config.partial_rotary_factor, theta=config.rope_theta
+        )
 
     def _slices(self, batch: PackedBatch) -> SlicedSequences | None:
         if batch.slices is None:

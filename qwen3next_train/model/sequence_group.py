@@ -47,9 +47,6 @@ class SequenceGroup(Protocol):
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """``[...]`` of every rank to ``[P, ...]``; not differentiable."""
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks; not differentiable; may work in place."""
-
 
 @dataclass(frozen=True, eq=False)
 class SlicedSequences:

@@ -10,6 +10,7 @@ Letters: P ranks, X rows of any number.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ class ContextGroup:
         return gather.finish(gather.start(values.detach().unsqueeze(0)))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """See :class:`SequenceGroup`."""
+        """Sum over the ranks, in place; not differentiable (``model.router_losses.ReduceCounts``)."""
         dist.all_reduce(values, group=self._group)
         return values
 
@@ -69,6 +70,23 @@ def make_context_group(topology: Topology, *, timeout_s: float) -> ContextGroup 
     """
     if topology.context_parallel_size == 1:
         return None
+    return _group_of(topology.rank, topology.context_parallel_groups, timeout_s)
+
+
+def make_row_group(topology: Topology, context_group: ContextGroup | None, *, timeout_s: float) -> ContextGroup | None:
+    """The ranks that share rows with this one, by slices, heads or both; as :func:`make_context_group`.
+
+    Args:
+        topology: this rank's place.
+        context_group: its context group, which is the one asked for where heads are not divided.
+        timeout_s: as of :func:`make_context_group`.
+    """
+    if topology.tensor_parallel_size == 1:
+        return context_group
+    return _group_of(topology.rank, topology.row_groups, timeout_s)
+
+
+def _group_of(rank: int, groups: Sequence[range], timeout_s: float) -> ContextGroup:
     timeout = datetime.timedelta(seconds=timeout_s)
-    groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in topology.context_parallel_groups]
-    return ContextGroup(groups[topology.data_parallel_rank])
+    made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in groups}
+    return ContextGroup(next(group for ranks, group in made.items() if rank in ranks))

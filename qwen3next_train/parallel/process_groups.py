@@ -16,13 +16,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.config.schema import RunConfig
+from qwen3next_train.config.schema import ParallelConfig, RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
 from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
 from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks
+from qwen3next_train.topology import Topology
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
@@ -44,6 +45,7 @@ class ProcessContext:
         local_world_size: processes on this node.
         device: where the model lives.
         control: host-side agreements between all ranks.
+        saving: the same for the thread that writes checkpoints: two threads must not share a group.
         preparation: the same, patient enough for one rank to tokenise a corpus.
         rank_infos: where every rank lives.
     """
@@ -54,6 +56,7 @@ class ProcessContext:
     local_world_size: int
     device: torch.device
     control: ControlGroup
+    saving: ControlGroup
     preparation: ControlGroup
     rank_infos: tuple[RankInfo, ...]
 
@@ -61,6 +64,21 @@ class ProcessContext:
     def ranks_per_node(self) -> int:
         """Consecutive ranks that share a machine; where some have more, a number that divides them all."""
         return math.gcd(*(len(list(run)) for _, run in groupby(info.host for info in self.rank_infos)))
+
+    def topology(self, parallel: ParallelConfig) -> Topology:
+        """This process's place in a layout.
+
+        Raises:
+            ConfigError: a size does not divide the number of processes.
+        """
+        return Topology(
+            self.world_size,
+            self.rank,
+            parallel.expert_parallel_size,
+            self.ranks_per_node,
+            parallel.context_parallel_size,
+            parallel.tensor_parallel_size,
+        )
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
@@ -152,9 +170,16 @@ def process_context(
         ) from error
     try:
         control = _control_group(world_size, timeout)
-        preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         yield ProcessContext(
-            rank, world_size, local_rank, process.local_world_size, device, control, preparation, rank_infos
+            rank,
+            world_size,
+            local_rank,
+            process.local_world_size,
+            device,
+            control=control,
+            saving=_control_group(world_size, timeout),
+            preparation=_control_group(world_size, _PREPARATION_TIMEOUT),
+            rank_infos=rank_infos,
         )
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
         control.all_true(True)

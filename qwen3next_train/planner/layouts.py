@@ -14,7 +14,8 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
 from qwen3next_train.config.batch_size import common_batch_size
 from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
-from qwen3next_train.config.validate import MAX_BF16_BETA, context_fits
+from qwen3next_train.config.validate import MAX_BF16_BETA
+from qwen3next_train.config.validate_layout import context_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
@@ -182,8 +183,9 @@ def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[R
         (1, 2),
         recompute,
     ):
+        ranks_per_row = context_parallel_size * layout.tensor_parallel_size
         # Without an exchange there is nothing to hide; config.validate rejects the other two.
-        micro_batches = config.run.global_batch_size * context_parallel_size // (layout.world_size * micro_batch_size)
+        micro_batches = config.run.global_batch_size * ranks_per_row // (layout.world_size * micro_batch_size)
         if in_flight > 1 and (expert_parallel_size == 1 or zero_stage == 3 or micro_batches < in_flight):
             continue
         if layout.offload_optimizer and zero_stage == 3:
@@ -211,12 +213,13 @@ def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int]]:
     sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
     for factor in (1, *_FACTORS[:-1]):
         context = layout.context_parallel_size * factor
-        ranks, rest = divmod(layout.world_size, context)
+        tensor = layout.tensor_parallel_size
+        ranks, rest = divmod(layout.world_size, context * tensor)
         if rest or batch % ranks:
             continue
-        if not context_fits(config.model, layout.sequence_length, context):
+        if not context_fits(config.model, layout.sequence_length, context, tensor=tensor):
             continue
-        if factor > 1 and layout.sequence_length // context < _LEAST_SLICE:
+        if factor > 1 and layout.sequence_length // (context * tensor) < _LEAST_SLICE:
             continue
         rows = batch // ranks
         for size in sorted(sizes) if factor == 1 else (1,):

@@ -16,6 +16,7 @@ from qwen3next_train.accounting.memory import (
     host_bytes_per_gpu,
     memory_per_gpu,
     parameter_kinds,
+    snapshot_bytes_per_gpu,
 )
 from qwen3next_train.accounting.workload import Workload, workload_of
 from qwen3next_train.config.batch_size import samples_through, steps_for
@@ -47,6 +48,7 @@ class Plan:
         num_tokens: tokens of them.
         memory_by_part: bytes on one GPU.
         host_bytes: bytes of host memory for one GPU's offloaded optimizer.
+        snapshot_bytes: bytes of host memory from which each GPU's process saves beside training; 0 where it does not.
         checkpoint_bytes: fp32 master weights and both moments of all ranks.
         fits: whether the memory fits the device.
         recompute: what the same layout would take with more recompute, the mildest first.
@@ -67,6 +69,7 @@ class Plan:
     num_tokens: int
     memory_by_part: dict[str, int]
     host_bytes: int
+    snapshot_bytes: int
     checkpoint_bytes: int
     fits: bool | None
     recompute: tuple[RecomputeView, ...]
@@ -161,6 +164,7 @@ def make_plan(
         num_tokens=samples_through(config, num_steps) * length,
         memory_by_part=memory,
         host_bytes=host_bytes_per_gpu(config.model, layout, kinds=kinds),
+        snapshot_bytes=snapshot_bytes_per_gpu(config.model, layout, kinds=kinds) if config.checkpoint.async_save else 0,
         checkpoint_bytes=ADAM_STATE_BYTES * workload.parameters.total,
         fits=fits,
         recompute=recompute_views(config, layout, device, kinds, workload),

@@ -13,7 +13,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
-from qwen3next_train.data.summary import planned_uses, use_lines, uses_as_json, warn_of_epochs
+from qwen3next_train.data.summary import planned_sets, planned_uses, set_lines, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout
 from qwen3next_train.planner.plan import TIME_ERROR, Plan, make_plan
@@ -53,10 +53,13 @@ def plan_command(config: Config, *, gpus: int, gpu: str, mfu: float | None, toke
     plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=mfu, tokens=tokens, progress=progress.show)
     progress.close()
     uses = planned_uses(config.model_copy(update={"run": config.run.model_copy(update={"steps": plan.num_steps})}))
+    sets = planned_sets(config)
     if as_json:
-        print(json.dumps(plan_as_json(plan) | {"data": uses_as_json(uses)}, indent=2))
+        data = {"data": uses_as_json(uses), "validation_sets": sets}
+        print(json.dumps(plan_as_json(plan) | data, indent=2))
     else:
         lines = use_lines(uses) + [f"WARNING {line}" for line in warn_of_epochs(uses)] if uses else ["no source named"]
+        lines += set_lines(sets)
         print("\n".join([format_plan(plan), *(row for line in lines for row in _row("data", line))]))
     return ExitCode.FINISHED
 
@@ -91,6 +94,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "memory_per_gpu": {
             **_memory_as_json(plan.memory_by_part, fits=plan.fits),
             "host_bytes": plan.host_bytes,
+            "snapshot_bytes": plan.snapshot_bytes,
             "with_recompute": [
                 {"recompute": list(view.recompute), **_memory_as_json(view.memory_by_part, fits=view.fits)}
                 for view in plan.recompute
@@ -140,7 +144,7 @@ def format_plan(plan: Plan) -> str:
         *_row("time", _time_line(plan)),
         *(_row("step time", _step_parts(plan)) if plan.step is not None else ()),
         *_fastest_lines(plan),
-        *_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"),
+        *_row("checkpoint", _checkpoint_line(plan)),
     ]
     if plan.fits is False:
         lines += _change_lines(plan)
@@ -172,7 +176,7 @@ def _flops_line(plan: Plan) -> str:
 def _step_line(plan: Plan) -> str:
     rows = plan.config.run.global_batch_size
     accumulation = plan.layout.num_micro_batches(rows)
-    slices = f", of each 1/{plan.layout.context_parallel_size}" if plan.layout.context_parallel_size > 1 else ""
+    slices = f", of each 1/{plan.layout.ranks_per_row}" if plan.layout.ranks_per_row > 1 else ""
     return (
         f"{rows} x {plan.layout.sequence_length} = {_tokens(plan.workload.num_tokens)} = "
         f"{_si(plan.workload.flops_per_step, 'FLOP')}; per GPU {accumulation} x {plan.layout.micro_batch_size} rows"
@@ -190,6 +194,13 @@ def _memory_line(plan: Plan) -> str:
 
 def _memory_parts(plan: Plan) -> str:
     return " · ".join(f"{_words(part)} {_bytes(size)}" for part, size in plan.memory_by_part.items() if size)
+
+
+def _checkpoint_line(plan: Plan) -> str:
+    text = f"{_bytes(plan.checkpoint_bytes)} (fp32 master weights and both moments)"
+    if plan.snapshot_bytes:
+        text += f"; {_bytes(plan.snapshot_bytes)} of host memory for each GPU, to save beside training"
+    return text
 
 
 def _host_line(plan: Plan) -> str:
@@ -267,7 +278,7 @@ def _fastest_lines(plan: Plan) -> list[str]:
         f"{label:<{_LABEL_WIDTH}}{line}" for label, line in zip(["fastest", *[""] * MAX_FASTEST], lines, strict=False)
     ]
     if any(each.layout.micro_batches_in_flight > 1 for each in plan.fastest):
-        rows += _row("", "what two micro-batches in flight hide is expected, not measured")
+        rows += _row("", "what two micro-batches in flight hide between nodes is expected, not measured")
     return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
 
 
@@ -320,10 +331,11 @@ def _changed_settings(old: Layout, new: Layout) -> str:
 
 
 def _layout(layout: Layout) -> str:
-    context = f"CP {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    sizes = {"CP": layout.context_parallel_size, "TP": layout.tensor_parallel_size}
+    shared = "".join(f"{name} {size}, " for name, size in sizes.items() if size > 1)
     in_flight = f", {layout.micro_batches_in_flight} in flight" if layout.micro_batches_in_flight > 1 else ""
     return (
-        f"EP {layout.expert_parallel_size}, {context}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
+        f"EP {layout.expert_parallel_size}, {shared}DP {layout.data_parallel_size}, ZeRO-{layout.zero_stage}, "
         f"{layout.precision}{in_flight}"
     )
 

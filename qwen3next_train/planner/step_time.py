@@ -20,7 +20,7 @@ from qwen3next_train.accounting.activations import (
 from qwen3next_train.accounting.flops import PARTS_OUTSIDE_LAYERS, TRAINING_PASSES, count_mixers, forward_flops
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
-from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu
+from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, num_shares
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.planner.rates import Rates, rates_of
 
@@ -37,7 +37,8 @@ class StepTime:
         recompute_s: what they compute again.
         exchange_s: tokens to experts and back as far as nothing hides it, the host's waits, work on tokens of other
             ranks, and what products lose to what is hidden.
-        context_s: heads of attention and states of Gated DeltaNet between ranks that share rows; nothing hides them.
+        context_s: heads of attention, states of Gated DeltaNet and tokens of the mixers between ranks that share rows;
+            nothing hides them.
         gradients_s: adding them up.
         reduction_s: reducing gradients and gathering weights as far as nothing hides it, and what products lose.
         update_s: norm and AdamW.
@@ -164,29 +165,37 @@ class StepClock:
         return exposed + slower_s + work_s + waits_s
 
     def _context(self, layout: Layout, micro_batches: int) -> float:
-        """Seconds of what travels between the ranks that share rows: heads there and back, each one's states to all."""
-        size, model, rates = layout.context_parallel_size, self._config.model, self.rates
-        if size == 1:
-            return 0.0
+        """Seconds of what travels between the ranks that share rows.
+
+        Heads there and back, each one's states to all; in a tensor group tokens to the mixers and outputs back.
+        """
+        size, tensor, model = layout.context_parallel_size, layout.tensor_parallel_size, self._config.model
         gdn_layers, attention_layers = count_mixers(model)
-        heads = 2 * (model.num_attention_heads + kv_heads_exchanged(model, size))
+        heads = 2 * (model.num_attention_heads + kv_heads_exchanged(model, size, tensor))
         head_bytes = layout.num_tokens * heads * model.head_dim * layout.element_bytes / size
-        state_bytes = passed_state_bytes(model, layout.micro_batch_size)
-        to_rank = (attention_layers + model.mtp_num_layers) * head_bytes + gdn_layers * state_bytes
-        near = min(size, self._device.domain_size) - 1
-        near_s = max(to_rank / rates.exact_peer_bytes_per_s, to_rank * near / rates.exact_bytes_per_s)
+        state_bytes = passed_state_bytes(model, layout.micro_batch_size, tensor)
+        to_slice = (attention_layers + model.mtp_num_layers) * head_bytes + gdn_layers * state_bytes
+        to_share = 2 * self._num_layers * layout.num_tokens * model.hidden_size * layout.element_bytes
+        between_slices_s = self._to_all(to_slice, size, max(1, self._device.domain_size // tensor))
+        between_shares_s = self._to_all(to_share, tensor, self._device.domain_size)
         passes = 3 if "layer" in layout.recompute else 2
-        return passes * micro_batches * max(near_s, to_rank * (size - 1 - near) / self._network_rate(1))
+        return passes * micro_batches * (between_slices_s + between_shares_s)
+
+    def _to_all(self, to_rank: float, size: int, domain_size: int) -> float:
+        """Seconds to send so many bytes to each other of ``size`` ranks, ``domain_size`` of which share fast links."""
+        near = min(size, domain_size) - 1
+        near_s = max(to_rank / self.rates.exact_peer_bytes_per_s, to_rank * near / self.rates.exact_bytes_per_s)
+        far_s = to_rank * (size - 1 - near) / self._network_rate(1)
+        return max(near_s, far_s) if size > 1 else 0.0
 
     def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
         """Seconds of summing gradients, and of the update."""
-        rates, local, owned = self.rates, 0.0, 0.0
-        dense = 0
+        rates, local, owned, dense = self.rates, 0.0, 0.0, 0.0
         for kind, count in self._kinds.items():
-            sets = layout.expert_parallel_size if kind.num_experts else 1
-            held = count * kind.numel / sets
-            local, owned = local + held, owned + held * sets / layout.world_size
-            dense += 0 if kind.num_experts else count * kind.numel
+            shares = num_shares(kind, layout)
+            held = count * kind.numel / shares
+            local, owned = local + held, owned + held * shares / layout.world_size
+            dense += 0 if kind.num_experts else held
         if layout.sums_in_buckets:
             update_s = owned / rates.norm_per_s + owned / rates.adamw_per_s
             return micro_batches * dense / rates.summed_per_s, update_s
@@ -228,7 +237,7 @@ class StepClock:
         """Seconds, and bytes that a rank sends, to move every element once between the ranks that share it."""
         sent, seconds = 0.0, 0.0
         for kind, count in self._kinds.items():
-            sets = layout.expert_parallel_size if kind.num_experts else 1
+            sets = num_shares(kind, layout)
             ranks = layout.world_size // sets
             of_kind = bytes_per_element * count * kind.numel / sets * (ranks - 1) / ranks
             # The members of a group within one domain reduce among themselves first and share their network links.

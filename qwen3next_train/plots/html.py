@@ -70,7 +70,9 @@ def _summary(run: LoggedRun) -> Iterable[tuple[str, str]]:
     yield "directory", str(run.folder.absolute())
     yield "steps", f"{int(run.steps[-1]):,}"
     yield "tokens", f"{int(run.tokens[-1]):,}" if np.isfinite(run.tokens[-1]) else "unknown"
-    for label, metric in (("loss", "loss/lm"), ("validation loss", "eval/loss"), ("bits per byte", "eval/bpb")):
+    labels = {"loss/lm": "loss", "eval/loss": "validation loss", "eval/bpb": "bits per byte"}
+    named = {metric: metric for metric in run.values if metric.startswith("eval/") and metric not in labels}
+    for metric, label in (labels | named).items():
         values = run.values.get(metric)
         if values is not None and np.isfinite(values).any():
             logged = np.flatnonzero(np.isfinite(values))

@@ -9,10 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from qwen3next_train.config.metric_names import NAME
 from qwen3next_train.plots.runs import Axis, Floats, LoggedRun
 
 Rate = Literal["tokens", "flops"]
 
+_OTHER_LOSSES = r"(?:lm|mtp|load_balancing|z|total|position_\d+)$"
 _LAYER = re.compile(r"moe/layer_(\d+)/max_violation")
 
 
@@ -25,12 +27,14 @@ class Panel:
         pattern: of the metrics' names.
         is_log: the vertical axis is logarithmic.
         is_noisy: smoothing applies; not to what is a setting or a mean over held-out text.
+        is_sparse: rows may lack it, which makes no gaps of them.
     """
 
     title: str
     pattern: str
     is_log: bool = False
     is_noisy: bool = True
+    is_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ def panels_of(rate: Rate) -> tuple[Panel, ...]:
     """All panels in order; ``rate`` says what the speed is counted in."""
     return (
         Panel("next-token loss, nats per token", r"loss/lm"),
-        Panel("validation loss, nats per token", r"eval/(?:[^/]+/)?loss", is_noisy=False),
+        Panel("validation loss, nats per token", r"eval/(?:[^/]+/)?loss", is_noisy=False, is_sparse=True),
+        Panel("validation loss, bits per byte", r"eval/(?:[^/]+/)?bpb", is_noisy=False, is_sparse=True),
+        Panel("loss by source, nats per token", rf"loss/(?!{_OTHER_LOSSES}){NAME}", is_sparse=True),
+        Panel("share of tokens by source", rf"data/share_{NAME}"),
+        Panel("loss by position in the document, nats per token", r"loss/position_\d+", is_sparse=True),
         Panel("MTP loss, nats per token", r"loss/mtp"),
         Panel("load-balancing loss", r"loss/load_balancing"),
         Panel("gradient norm before clipping", r"optim/grad_norm", is_log=True),
@@ -151,11 +159,11 @@ def smoothed(values: Floats, weight: float) -> Floats:
 
 
 def _curve(run: LoggedRun, number: int, metric: str, panel: Panel, axis: Axis, smoothing: float) -> Curve | None:
-    # That most rows have no validation makes no gaps of them; a loss that was not finite is one.
+    # That most rows have no validation makes no gaps of them; a training loss that was not finite is one.
     x, y = run.along(axis), run.values[metric]
-    if metric.startswith("eval/"):
+    if panel.is_sparse:
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not np.isfinite(y).any():
         return None
-    label = run.name if metric in (panel.pattern, "eval/loss") else f"{run.name} {metric}"
+    label = run.name if metric in (panel.pattern, "eval/loss", "eval/bpb") else f"{run.name} {metric}"
     return Curve(label, number, x, y, smoothed(y, smoothing) if smoothing and panel.is_noisy else None)

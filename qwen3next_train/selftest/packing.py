@@ -24,6 +24,7 @@ from qwen3next_train.parameters import parameter_table
 from qwen3next_train.selftest.case import relative_error
 from qwen3next_train.selftest.check import Check
 from qwen3next_train.selftest.operations import DTYPE_NAMES
+from qwen3next_train.topology import Topology
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """Largest relative error between packed and separate; in bf16 rounding alone makes about a hundredth."""
@@ -127,7 +128,7 @@ def slowly_forgetting_model(kernels: KernelSet, device: torch.device, dtype: tor
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(_MODEL, kernels=kernels)
     table = parameter_table(_MODEL)
-    initialize(model, table, seed=0, local_experts=range(_MODEL.num_experts), device=device, dtype=dtype)
+    initialize(model, table, seed=0, topology=Topology(), device=device, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):

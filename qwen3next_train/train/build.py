@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.background import BackgroundSaver
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
@@ -19,7 +19,7 @@ from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.summary import data_as_json, log_data
-from qwen3next_train.data.validation import ValidationData
+from qwen3next_train.data.validation import open_validation
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.imports import imported_to_stay
 from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
@@ -32,15 +32,17 @@ from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
 from qwen3next_train.train.loop import Run
-from qwen3next_train.train.memory_check import check_memory
+from qwen3next_train.train.memory_check import check_memory, has_host_room
 from qwen3next_train.train.opening import opened_with, opening_lines
 from qwen3next_train.train.profiling import open_profiler
 from qwen3next_train.train.restore import Restored, restore_state
 from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.samples import EncodedPrompts, TrainingSamples
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.train.sinks import open_sinks, peak_flops
+from qwen3next_train.train.validation import validation_sets
 from qwen3next_train.versions import software_versions
 
 
@@ -70,24 +72,26 @@ def build_run(
     validate_for_world(config, context.world_size)
     layout = Layout.of(config, context.world_size, ranks_per_node=context.ranks_per_node)
     check_memory(config, layout, context)
-    topology = Topology(
-        context.world_size,
-        context.rank,
-        config.parallel.expert_parallel_size,
-        context.ranks_per_node,
-        config.parallel.context_parallel_size,
-    )
+    topology = context.topology(config.parallel)
     part = RowSlice.of(topology, config.model)
     num_threads = fix_cpu_threads(context.local_world_size)
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
-        checkpoints = CheckpointManager(run_dir.checkpoints_path, control=context.control, keep=config.checkpoint.keep)
+        checkpoints = CheckpointManager(
+            run_dir.checkpoints_path,
+            control=context.saving,
+            keep=config.checkpoint.keep,
+            best=config.checkpoint.best,
+        )
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
+        # Also where no save will follow: a run killed behind its last one has nothing left to do.
+        checkpoints.remove_unfinished()
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
-        validation = ValidationData(prepared, config, num_rows=config.eval.rows) if config.eval.interval else None
+        validation = validation_sets(open_validation(prepared, config), config, topology, part)
+        prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
@@ -116,9 +120,15 @@ def build_run(
         engine=engine,
         batches=loader,
         data_wait_s=lambda: loader.last_wait_s,
-        validation=_validation_batches(validation, config, topology, part),
-        bytes_per_token=None if validation is None else validation.bytes_per_token,
+        validation=validation,
         checkpoints=checkpoints,
+        background=BackgroundSaver(
+            checkpoints,
+            control=context.control,
+            device=context.device,
+            enabled=config.checkpoint.async_save,
+            has_room=lambda num_bytes: has_host_room(num_bytes, num_local=context.local_world_size),
+        ),
         header=_header(config, context),
         state=restored.state,
         sinks=sinks.sinks,
@@ -129,6 +139,7 @@ def build_run(
         throughput=throughput,
         stop=stop,
         profiler=profiler,
+        samples=None if prompts is None else TrainingSamples(config, prompts, engine, sinks.log_samples),
     )
 
 
@@ -185,16 +196,6 @@ def _log_other_moments(recorded: Mapping[str, Any], config: Config) -> None:
             get_logger().info(
                 "%s was %s, now %s: the moments go on in it", change.key, show_stored(change.old), change.new
             )
-
-
-def _validation_batches(
-    validation: ValidationData | None, config: Config, topology: Topology, part: RowSlice
-) -> list[PackedBatch]:
-    if validation is None:
-        return []
-    return validation.batches(
-        topology, micro_batch_size=config.run.micro_batch_size, mtp_depths=config.model.mtp_num_layers, part=part
-    )
 
 
 def _header(config: Config, context: ProcessContext) -> Header:

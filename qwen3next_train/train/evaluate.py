@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
-from qwen3next_train.config.schema import Config, KernelsConfig, SourceConfig
+from qwen3next_train.config.schema import Config, SourceConfig
 from qwen3next_train.data.documents import Document, read_documents
 from qwen3next_train.data.left_out import LeftOuts
 from qwen3next_train.data.prepare import log_left_out, log_passed_over, prepare_evaluation
@@ -35,16 +33,13 @@ from qwen3next_train.data.store_writer import StoreWriter, storage_errors
 from qwen3next_train.data.token_store import DocumentRange, token_dtype
 from qwen3next_train.errors import ConfigError, DataError, DivergedError, ExitCode
 from qwen3next_train.huggingface.weights import weights_of_hf
-from qwen3next_train.kernels.selection import DTYPES, select_kernels
-from qwen3next_train.log import get_logger
+from qwen3next_train.kernels.selection import DTYPES
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device
-from qwen3next_train.parameters import parameter_table
+from qwen3next_train.train.finished_model import Progress, load_model
 
 _BATCH_TOKENS = 8192
-_COPIED_ELEMENTS = 1 << 26
 _WINDOW_TOKENS = 1 << 22
-_PROGRESS_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def evaluate_command(
     with ExitStack() as stack:
         source = _prepare(config, SourceConfig(source=data, text_field=text_field), stack)
         try:
-            model = load_model(weights, device=target, dtype=dtype)
+            model = load_model(weights, device=target, dtype=dtype, command="eval")
             evaluation = evaluate(model, source, sequence_length=config.data.sequence_length, device=target)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -123,33 +118,6 @@ def evaluate_command(
         bpb = "bytes unknown" if evaluation.bpb is None else f"{evaluation.bpb:.4f} bits per byte"
         print(f"{data}: loss {evaluation.loss:.4f} nats per token, {bpb}, {evaluation.num_tokens:,} tokens")
     return ExitCode.FINISHED
-
-
-def load_model(weights: Weights, *, device: torch.device, dtype: torch.dtype) -> Qwen3NextForCausalLM:
-    """Build the model without MTP and fill it, with never more than one tensor's piece on the host.
-
-    Args:
-        weights: where they come from.
-        device: where the model will live.
-        dtype: of the parameters, except those that the parameter table keeps in fp32.
-    """
-    config = weights.model.model_copy(update={"mtp_num_layers": 0})
-    kernels = select_kernels(KernelsConfig(), device, dtype=dtype, model=config)
-    with torch.device("meta"):
-        model = Qwen3NextForCausalLM(config, kernels=kernels)
-    table = parameter_table(config)
-    report = _Progress("eval: loading weights, parameters", sum(spec.numel for spec in table))
-    for spec in table:
-        value = torch.empty(spec.shape, dtype=torch.float32 if spec.fp32 else dtype, device=device)
-        flat = value.view(-1)
-        for start in range(0, spec.numel, _COPIED_ELEMENTS):
-            stop = min(start + _COPIED_ELEMENTS, spec.numel)
-            flat[start:stop] = weights.read(spec.name, start, stop).to(device)
-        module_name, _, attribute = spec.name.rpartition(".")
-        setattr(model.get_submodule(module_name), attribute, nn.Parameter(value, requires_grad=False))
-        report.add(spec.numel)
-    model.tie_weights()
-    return model.eval()
 
 
 def evaluate(
@@ -169,7 +137,7 @@ def evaluate(
     """
     documents = source.documents
     total, num_targets = 0.0, 0
-    report = _Progress(f"eval: {source.label}, tokens", documents.num_tokens)
+    report = Progress(f"eval: {source.label}, tokens", documents.num_tokens)
     pieces = _pieces(documents, sequence_length)
     with torch.inference_mode():
         for batch in _batches(documents, pieces, max(_BATCH_TOKENS, sequence_length), model.config.vocab_size):
@@ -188,7 +156,7 @@ def evaluate(
 
 
 def _config(weights: Weights, *, sequence_length: int | None, tokenizer: str | None) -> Config:
-    changes: dict[str, object] = {"sources": [], "validation_sources": []}
+    changes: dict[str, object] = {"sources": [], "validation_sources": [], "validation_sets": {}}
     if sequence_length is not None:
         changes["sequence_length"] = sequence_length
     if tokenizer is not None:
@@ -271,32 +239,17 @@ def _batch(pieces: Sequence[npt.NDArray[np.int64]]) -> PackedBatch:
     """Pieces, each with the token after it, as one row in which every position has a target."""
     lengths = np.array([len(piece) - 1 for piece in pieces])
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    positions_T = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
     return PackedBatch(
         input_ids_T=torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces])),
         labels_T=torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])),
         mtp_targets=(),
-        positions_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        positions_T=positions_T,
+        positions_U=positions_T,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens,
         num_rows=1,
         num_targets=(int(lengths.sum()),),
         sum_squared_lengths=int((lengths**2).sum()),
+        sources=(0,),
     )
-
-
-class _Progress:
-    """Says now and then how far a long loop is."""
-
-    def __init__(self, label: str, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._label = label
-        self._total = total
-        self._clock = clock
-        self._done = 0
-        self._said_at = clock()
-
-    def add(self, count: int, remark: str = "") -> None:
-        self._done += count
-        if self._clock() - self._said_at >= _PROGRESS_INTERVAL_S:
-            self._said_at = self._clock()
-            tail = f", {remark}" if remark else ""
-            get_logger().info("%s: %s of %s%s", self._label, f"{self._done:,}", f"{self._total:,}", tail)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
 
 from qwen3next_train.accounting.flops import training_flops
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.agreement import StageFailed, run_together
-from qwen3next_train.checkpoint.manager import CheckpointManager
+from qwen3next_train.checkpoint.background import BackgroundSaver
+from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport
 from qwen3next_train.checkpoint.manifest import Header
 from qwen3next_train.checkpoint.train_state import TrainState, rng_state
 from qwen3next_train.config.batch_size import batch_size
 from qwen3next_train.config.schema import Config
-from qwen3next_train.engine.base import Engine, Report, StepResult, StepTotals
+from qwen3next_train.engine.base import Engine, Fragment, Report, StepResult, StepTotals
 from qwen3next_train.errors import DivergedError, StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.sinks import Sink
@@ -25,7 +27,9 @@ from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.control import ControlGroup
 from qwen3next_train.train.profiling import StepProfiler
+from qwen3next_train.train.samples import TrainingSamples
 from qwen3next_train.train.signals import StopRequest
+from qwen3next_train.train.validation import ValidationSet, end_for_want_of_progress, validate, with_validation
 
 
 @dataclass
@@ -38,9 +42,9 @@ class Run:
         engine: model and optimizer.
         batches: this rank's micro-batches step by step, positioned at ``state.consumed_samples``.
         data_wait_s: seconds the last step waited for ``batches``.
-        validation: this rank's validation micro-batches, none without validation.
-        bytes_per_token: of the validation text, None where unknown (no bits per byte then).
+        validation: this rank's share of the validation sets, none without validation.
         checkpoints: where the state is saved.
+        background: saves beside training; over the same ``checkpoints``.
         header: what a checkpoint's manifest says of the run besides the state.
         state: progress so far.
         sinks: where records go; none on ranks other than 0.
@@ -51,7 +55,11 @@ class Run:
         throughput: speed from counts and times.
         stop: signals received.
         profiler: told of every step before and after it; None where nothing is profiled.
-        save_time_s: spent in saves since the last logged step.
+        samples: told of every step, behind all that is measured of it; None where no text is sampled.
+        save_time_s: for which saves have stopped training since the last logged step.
+        failed_saves: in a row.
+        saved_step: of the newest published checkpoint.
+        has_waited: a save has waited for the one before, which is said once.
     """
 
     config: Config
@@ -59,9 +67,9 @@ class Run:
     engine: Engine
     batches: Iterator[list[PackedBatch]]
     data_wait_s: Callable[[], float]
-    validation: Sequence[PackedBatch]
-    bytes_per_token: float | None
+    validation: Sequence[ValidationSet]
     checkpoints: CheckpointManager
+    background: BackgroundSaver
     header: Header
     state: TrainState
     sinks: Sequence[Sink]
@@ -72,13 +80,23 @@ class Run:
     throughput: Throughput
     stop: StopRequest
     profiler: StepProfiler | None = None
+    samples: TrainingSamples | None = None
     save_time_s: float = 0.0
     failed_saves: int = 0
     saved_step: int = field(default=-1)
+    has_waited: bool = False
+
+
+class _Contents(TypedDict):
+    step: int
+    fragments: Sequence[Fragment]
+    train_state: TrainState
+    rank_tensors: Mapping[str, torch.Tensor]
+    header: Header
 
 
 def train(run: Run) -> str | None:
-    """Train until the last step or a stop.
+    """Train until the last step, a stop, or too many validations without progress (``eval.patience``).
 
     Returns:
         The name of the signal that stopped the run, or None when it is finished.
@@ -87,10 +105,19 @@ def train(run: Run) -> str | None:
         DivergedError: too many consecutive non-finite steps.
         StorageError: the run directory is gone, or checkpoints cannot be written any more.
     """
+    try:
+        return _train(run)
+    finally:
+        # Whatever ends training: what is in flight may still become a checkpoint, and the process must not end before.
+        _conclude_save(run)
+        run.background.close()
+
+
+def _train(run: Run) -> str | None:
     run.saved_step = run.state.step
     run.stop.defer()
-    stopped_by = _agree_to_stop(run)
-    while stopped_by is None and run.state.step < run.config.run.steps:
+    stopped_by = _end_step(run)
+    while stopped_by is None and not _is_done(run):
         started_at = time.monotonic()
         step = run.state.step + 1
         if run.profiler is not None:
@@ -99,7 +126,9 @@ def train(run: Run) -> str | None:
         totals = StepTotals.over_ranks(batches, run.control.sum_ints)
         report = _report_due(run.config, step)
         lr = learning_rate(run.config, step, run.state.rewarmup)
-        result = run.engine.train_step(batches, totals=totals, lr=lr, report=report)
+        result = run.engine.train_step(
+            batches, totals=totals, lr=lr, report=report, before_update=lambda: _let_copy(run)
+        )
         speed = _account(run, totals, result, step_time_s=time.monotonic() - started_at)
         if report is not Report.NONE:
             _log(run, result.metrics | speed)
@@ -107,37 +136,79 @@ def train(run: Run) -> str | None:
             run.profiler.after(step)
         run.progress(step)
         _check_divergence(run)
-        stopped_by = _agree_to_stop(run)
-        if stopped_by or _save_due(run.config, step):
-            saving_since = time.monotonic()
-            save(run, must_succeed=stopped_by is not None or step == run.config.run.steps)
-            run.save_time_s += time.monotonic() - saving_since
+        if run.samples is not None:
+            run.samples.take(step)
+        stopped_by = _end_step(run)
+        is_last = stopped_by is not None or _is_done(run)
+        if is_last or _save_due(run.config, step):
+            with _stopping_training(run):
+                save(run, must_succeed=is_last)
     return stopped_by
 
 
 def save(run: Run, *, must_succeed: bool) -> None:
-    """Publish a checkpoint of the current step, once.
+    """Publish a checkpoint of the current step, once, or begin to while training goes on.
 
     A failed periodic save costs nothing but the distance to the last good one, so training goes on and the
     next interval tries again, until ``checkpoint.max_failures`` in a row have failed.
 
+    Args:
+        run: between two steps.
+        must_succeed: return when it is published, and raise when it is not.
+
     Raises:
         DivergedError: weights or moments are not finite.
         StorageError: the run directory is gone, or the save failed and was the last chance, or too many failed in a
-            row.
+            row. Of a save that goes on beside training both are raised by a later call or at a step's end.
     """
+    _wait_for_former(run, must_succeed=must_succeed)
     if run.saved_step == run.state.step:
         return
     _together(run, run.require_directory, "run directory lost")
-    try:
+
+    def begin() -> SaveReport | None:
         _together(run, run.sync_metrics, f"checkpoint of step {run.state.step} not saved")
-        run.checkpoints.save(
-            step=run.state.step,
-            fragments=run.engine.fragments(),
-            train_state=run.state,
-            rank_tensors=rng_state(),
-            header=run.header,
+        contents: _Contents = {
+            "step": run.state.step,
+            "fragments": list(run.engine.fragments()),
+            "train_state": run.state,
+            "rank_tensors": rng_state(),
+            "header": run.header,
+        }
+        if not must_succeed and run.background.start(**contents):
+            return None
+        return run.checkpoints.save(**contents)
+
+    _account_for(run, begin, must_succeed=must_succeed)
+
+
+def _wait_for_former(run: Run, *, must_succeed: bool) -> None:
+    """Two states are never in flight: they would share one buffer."""
+    former = run.background.step
+    if former is None:
+        return
+    waiting_since = time.monotonic()
+    _finish_save(run)
+    if not must_succeed and not run.has_waited:
+        run.has_waited = True
+        get_logger().info(
+            "checkpoint: that of step %d is due while that of step %d was still being written: waited %.1f s; "
+            "training waits whenever saves take longer than checkpoint.interval (said once)",
+            run.state.step,
+            former,
+            time.monotonic() - waiting_since,
         )
+
+
+def _finish_save(run: Run) -> None:
+    """Wait for the save in flight and account for it, on all ranks together."""
+    _account_for(run, run.background.finish, must_succeed=False)
+
+
+def _account_for(run: Run, outcome: Callable[[], SaveReport | None], *, must_succeed: bool) -> None:
+    """Take up what a save came to, None while that is not known."""
+    try:
+        report = outcome()
     except StorageError as error:
         run.failed_saves += 1
         if must_succeed or run.failed_saves >= run.config.checkpoint.max_failures:
@@ -147,9 +218,32 @@ def save(run: Run, *, must_succeed: bool) -> None:
     except DivergedError as error:
         raise DivergedError(f"{error}; {_way_back(run)}") from error
     else:
+        _note(run, report)
+
+
+def _note(run: Run, report: SaveReport | None) -> None:
+    if report is not None:
         run.failed_saves = 0
-        run.saved_step = run.state.step
-        run.record_save(run.state.step)
+        run.saved_step = report.step
+        run.record_save(report.step)
+
+
+def _conclude_save(run: Run) -> None:
+    """Wait for the save in flight where training is over; other ranks may be gone."""
+    _note(run, run.background.conclude())
+
+
+def _let_copy(run: Run) -> None:
+    with _stopping_training(run):
+        run.background.wait_for_copy()
+
+
+@contextmanager
+def _stopping_training(run: Run) -> Iterator[None]:
+    """What is done inside counts as time of saves."""
+    started_at = time.monotonic()
+    yield
+    run.save_time_s += time.monotonic() - started_at
 
 
 def _together(run: Run, action: Callable[[], object], what: str) -> None:
@@ -175,7 +269,12 @@ def _eval_due(config: Config, step: int) -> bool:
 
 def _save_due(config: Config, step: int) -> bool:
     interval = config.checkpoint.interval
-    return step == config.run.steps or (interval > 0 and step % interval == 0)
+    return interval > 0 and step % interval == 0
+
+
+def _is_done(run: Run) -> bool:
+    is_early = end_for_want_of_progress(run.state, run.config) is not None
+    return is_early or run.state.step >= run.config.run.steps
 
 
 def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: float) -> dict[str, float]:
@@ -196,6 +295,7 @@ def _account(run: Run, totals: StepTotals, result: StepResult, *, step_time_s: f
         skipped_steps=state.skipped_steps + int(result.skipped),
         optimizer_step=state.optimizer_step + int(not result.skipped),
         consecutive_skips=state.consecutive_skips + 1 if result.skipped else 0,
+        validation={},
     )
     return speed
 
@@ -210,9 +310,10 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
         record["perf/save_s"], run.save_time_s = run.save_time_s, 0.0
     if run.validation and _eval_due(run.config, state.step):
         evaluating_since = time.monotonic()
-        record["eval/loss"], _ = run.engine.eval_loss(run.validation)
-        if run.bytes_per_token is not None:
-            record["eval/bpb"] = record["eval/loss"] / math.log(2) / run.bytes_per_token
+        # Rank 0's values: an end that the ranks see differently would leave some waiting for the others.
+        found: dict[str, float] = run.control.broadcast_json(validate(run.engine, run.validation))
+        record |= found
+        run.state = with_validation(state, found, run.config)
         if run.config.logging.step_parts:
             record["perf/eval_s"] = time.monotonic() - evaluating_since
     for sink in run.sinks:
@@ -222,6 +323,7 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
 def _check_divergence(run: Run) -> None:
     num_skips = run.state.consecutive_skips
     if num_skips >= run.config.run.max_skipped_steps:
+        _conclude_save(run)
         raise DivergedError(
             f"step {run.state.step}: gradients were not finite for {num_skips} steps in a row "
             f"(run.max_skipped_steps); {_way_back(run)}"
@@ -243,8 +345,16 @@ def _way_back(run: Run) -> str:
     )
 
 
-def _agree_to_stop(run: Run) -> str | None:
-    """The signal some rank was sent, if any: all ranks stop at the same step."""
-    if not run.control.any_true(run.stop.requested is not None):
+def _end_step(run: Run) -> str | None:
+    """Take up a save that all ranks have finished.
+
+    Returns:
+        The signal some rank was sent, if any: all ranks stop at the same step.
+    """
+    num_stopped, num_writing = run.control.sum_ints([run.stop.requested is not None, run.background.is_writing])
+    if run.background.step is not None and not num_writing:
+        with _stopping_training(run):
+            _finish_save(run)
+    if not num_stopped:
         return None
     return next(name for name in run.control.gather_json(run.stop.requested) if name)

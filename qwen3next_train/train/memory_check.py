@@ -100,6 +100,17 @@ def memory_problem(
     return None
 
 
+def has_host_room(num_bytes: int, *, num_local: int) -> bool:
+    """Whether each process of this host can take so many bytes more, an eighth of what is free being left to others.
+
+    Args:
+        num_bytes: of one process.
+        num_local: processes on this host, all of which ask before one of them takes any.
+    """
+    available = available_host_bytes()
+    return available is None or num_local * num_bytes <= available - available // 8
+
+
 def settings_that_help(config: Config | None, *, on_device: bool) -> str:
     """What to change when memory is short: settings that are not at their most sparing, the mildest first.
 

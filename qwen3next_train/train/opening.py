@@ -85,6 +85,7 @@ def opening_lines(config: Config, layout: Layout, device: torch.device) -> list[
 
 def _layout(config: Config, layout: Layout, device: torch.device) -> str:
     parallel, world_size = config.parallel, layout.world_size
+    heads = parallel.tensor_parallel_size
     kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     parts = [
         f"{world_size:,} {'process' if world_size == 1 else 'processes'} on {kind}",
@@ -95,7 +96,9 @@ def _layout(config: Config, layout: Layout, device: torch.device) -> str:
         exchange = "dense" if layout.exchanges_densely else "exact"
         parts.append(f"experts over {parallel.expert_parallel_size} ranks, {exchange} exchange")
     if parallel.context_parallel_size > 1:
-        parts.append(f"rows over {parallel.context_parallel_size} ranks")
+        parts.append(f"rows over {parallel.context_parallel_size} {'ranks' if heads == 1 else 'groups'}")
+    if heads > 1:
+        parts.append(f"heads over {heads} ranks")
     if parallel.micro_batches_in_flight > 1:
         parts.append(f"{parallel.micro_batches_in_flight} micro-batches in flight")
     if parallel.recompute:

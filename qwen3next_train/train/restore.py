@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.train_state import AcceptedChange, TrainState
-from qwen3next_train.checkpoint.weights import find_checkpoint
+from qwen3next_train.checkpoint.weights import directory_of_best, find_checkpoint
 from qwen3next_train.config.curve import CURVE_KEYS
 from qwen3next_train.config.describe import Change, config_hash, flatten
 from qwen3next_train.config.error_lines import show_stored
@@ -119,7 +119,7 @@ def restore_state(
     place = found.path if isinstance(start, Path) else run_dir.path
     state, changes, lines = _go_on(manifest.config, manifest.train_state, config, resume, prepared, place)
     if isinstance(start, Path):
-        state = replace(state, wandb_id=_wandb_id(info, control))
+        state = replace(state, wandb_id=_wandb_id(info, control), lowest=None)
     for change in changes:
         get_logger().info(
             "%s was %s, now %s, from step %d on",
@@ -140,6 +140,11 @@ def _start(
     """Where this attempt has to start; None for the newest checkpoint. The same line goes on, so it acts once."""
     start = resume.start
     if isinstance(start, Path):
+        if directory_of_best(start) == run_dir.checkpoints_path.resolve():
+            raise ConfigError(
+                f"{FROM}: {start}: the best of run.dir may be another checkpoint at the next start; give its step, "
+                "which `checkpoint list` marks"
+            )
         if start.absolute().parent == run_dir.checkpoints_path and start.name.startswith("step_"):
             number = start.name.removeprefix("step_")
             start = int(number) if number.isascii() and number.isdigit() else start
@@ -243,6 +248,8 @@ def _go_on(
         data_fingerprint=prepared.fingerprint,
         changes=(*state.changes, *_as_accepted(changes, state.step)),
         rewarmup=_rewarmup(recorded, state, config, place) if changes else state.rewarmup,
+        # Where training text changes, so may what is held out of it.
+        lowest=state.lowest if data.same_stream else None,
     )
     return state, changes, start.lines
 

@@ -68,6 +68,7 @@ class _Attempt:
             from qwen3next_train.train.loop import train
             from qwen3next_train.train.profiling import snapshot_when_out_of_memory
             from qwen3next_train.train.run_fingerprint import run_fingerprint
+            from qwen3next_train.train.validation import end_for_want_of_progress
 
         settings = self.config.run
         run_path, rank = self.run_dir.path, self.run_dir.rank
@@ -85,7 +86,8 @@ class _Attempt:
             first_step = self.run.state.step
             stopped_by = train(self.run)
         if stopped_by is None:
-            return ExitCode.FINISHED, f"finished at step {settings.steps}"
+            early = end_for_want_of_progress(self.run.state, self.config)
+            return ExitCode.FINISHED, early or f"finished at step {settings.steps}"
         return ExitCode.STOPPED, stop_reason(stopped_by, None if self.step == first_step else self.step)
 
 

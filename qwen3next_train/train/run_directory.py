@@ -72,6 +72,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples_path(self) -> Path:
+        """One JSON object per step at which text was sampled."""
+        return self.path / "samples.jsonl"
+
+    @property
     def log_path(self) -> Path:
         """What the console said."""
         return self.path / "log.txt"

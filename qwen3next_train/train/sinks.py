@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
 from qwen3next_train.metrics.history import keep_aside
+from qwen3next_train.metrics.samples import Sample, SampleSink, samples_row, say_samples
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
 from qwen3next_train.metrics.tensorboard_sink import FOLDER_NAME, TensorBoardSink
@@ -31,12 +33,16 @@ from qwen3next_train.train.restore import Restored, due_steps, start_record
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.versions import software_versions
 
+LogSamples = Callable[[int, Sequence[Sample]], None]
+"""Takes a step and its samples."""
+
 
 @dataclass(frozen=True)
 class RunSinks:
     """Rank 0's destinations of records, and what the loop tells them besides records."""
 
     sinks: tuple[Sink, ...]
+    log_samples: LogSamples
     progress: Callable[[int], None]
     sync_metrics: Callable[[], None]
     record_save: Callable[[int], None]
@@ -54,7 +60,7 @@ def open_sinks(
 ) -> RunSinks:
     """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
     if context.rank != 0:
-        return RunSinks((), lambda step: None, lambda: None, lambda step: None)
+        return RunSinks((), lambda step, samples: None, lambda step: None, lambda: None, lambda step: None)
     state = restored.state
     info = run_dir.read_info()
     resumed_wandb = info.get("wandb_id") == state.wandb_id
@@ -71,6 +77,7 @@ def open_sinks(
         run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=summary.take_earlier
     )
     stack.callback(metrics.close)
+    samples_file = _open_samples(config, run_dir, state.step, stack)
     run_dir.record_attempt(
         config,
         layout=layout,
@@ -98,7 +105,7 @@ def open_sinks(
     if restored.changes:
         wandb.note(state.step, "; ".join(f"{each.key}: {each.old} -> {each.new}" for each in restored.changes))
 
-    tensorboard: list[Sink] = []
+    tensorboard: list[TensorBoardSink] = []
     if config.logging.tensorboard:
         tensorboard.append(TensorBoardSink(run_dir.path / FOLDER_NAME, resume_step=state.step))
         stack.callback(tensorboard[0].close)
@@ -107,10 +114,33 @@ def open_sinks(
         console.advance(step)
         summary.advance(step)
 
+    def log_samples(step: int, samples: Sequence[Sample]) -> None:
+        say_samples(step, samples)
+        if samples_file is not None:
+            samples_file.log(samples_row(step, samples))
+        destinations: tuple[SampleSink, ...] = (wandb, *tensorboard)
+        for destination in destinations:
+            destination.log_samples(step, samples)
+
+    def sync() -> None:
+        metrics.sync()
+        if samples_file is not None:
+            samples_file.sync()
+
     stack.callback(summary.close)
     stack.callback(console.close)
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
-    return RunSinks((metrics, console, summary, wandb, *tensorboard), advance, metrics.sync, run_dir.record_save)
+    sinks: tuple[Sink, ...] = (metrics, console, summary, wandb, *tensorboard)
+    return RunSinks(sinks, log_samples, advance, sync, run_dir.record_save)
+
+
+def _open_samples(config: Config, run_dir: RunDirectory, step: int, stack: ExitStack) -> JsonlSink | None:
+    """``samples.jsonl``, cut to where the run goes on; None for a run that has none and takes none."""
+    if not config.eval.samples.prompts and not os.path.lexists(run_dir.samples_path):
+        return None
+    samples_file = JsonlSink(run_dir.samples_path, resume_step=step)
+    stack.callback(samples_file.close)
+    return samples_file
 
 
 def _keep_aside(run_dir: RunDirectory, step: int) -> None:
@@ -120,14 +150,14 @@ def _keep_aside(run_dir: RunDirectory, step: int) -> None:
         StorageError: they cannot be moved; the same line goes on with it.
     """
     try:
-        rows = keep_aside(run_dir.metrics_path, step)
+        rows = [keep_aside(path, step) for path in (run_dir.metrics_path, run_dir.samples_path)]
         checkpoints = set_aside(LOCAL_FILESYSTEM, run_dir.checkpoints_path, step)
     except OSError as error:
         raise StorageError(
             f"run.dir: {run_dir.path}: what comes after step {step} cannot be kept aside ({describe_os_error(error)}); "
             "free space or fix permissions, and run the same line again"
         ) from error
-    kept = [str(path) for path in (checkpoints, rows) if path is not None]
+    kept = [str(path) for path in (checkpoints, *rows) if path is not None]
     if kept:
         get_logger().info("back at step %d; what came after it is kept as %s", step, " and ".join(kept))
 

@@ -1,7 +1,7 @@
 """Curves and parameters at every layout against one rank's: ``python scripts/goldens/layout_table.py``.
 
-Writes ``docs/layouts.md`` and, with ``--golden``, the table of losses the tests compare with. About ten minutes on two
-cores. The runs and the comparison are the tests' own (``tests/distributed/layout_matrix.py``).
+Writes ``docs/layouts.md`` and, with ``--golden``, the table of losses the tests compare with. About half an hour on
+two cores. The runs and the comparison are the tests' own (``tests/distributed/layout_matrix.py``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.distributed.layout_matrix import (
     Difference,
     Layout,
     all_layouts,
-    covering_layouts,
+    covering,
     difference,
     kind_of_row,
     references,
@@ -49,11 +49,11 @@ micro-batches. Written by `scripts/goldens/layout_table.py` on {date} with torch
 * **metrics**: largest relative difference at any step of {metrics}.
   Bound: {metric_bound:g}.
 * **parameters**: largest `|a - b| / |a|` (norms) of a parameter after the last step. Bound: {bound:g}.
-* **CP**, **EP**: ranks that share the tokens of a row, and the experts. Of sizes of CP above 1 a set of layouts in
-  which every pair of two settings occurs.
+* **CP**, **TP**, **EP**: slices of a row, ranks that divide the mixers' heads and share a slice, and ranks that share
+  the experts. Of sizes of CP above 1 with TP 1 a set of layouts in which every pair of two settings occurs.
 
-| ranks | CP | EP | ZeRO | accumulation | rows | metrics | | parameters | |
-|--:|--:|--:|--:|--:|---|--:|---|--:|---|
+| ranks | CP | TP | EP | ZeRO | accumulation | rows | metrics | | parameters | |
+|--:|--:|--:|--:|--:|--:|---|--:|---|--:|---|
 {rows}
 
 Losses of the one-rank run, packed rows:
@@ -86,10 +86,10 @@ def main() -> None:
 
 
 def _layouts(world_size: int) -> list[Layout]:
-    """Those of the table: all with whole rows, and a covering set of those whose rows are cut."""
-    whole = [layout for layout in all_layouts(world_size, TABLE_STEPS) if layout.context_parallel_size == 1]
-    covering = covering_layouts(world_size, TABLE_STEPS)
-    return whole + [layout for layout in covering if layout.context_parallel_size > 1]
+    """Those of the table: all with whole rows or divided heads, and a covering set of those whose rows are only cut."""
+    layouts = all_layouts(world_size, TABLE_STEPS)
+    cut = [layout for layout in layouts if layout.context_parallel_size > 1 and layout.tensor_parallel_size == 1]
+    return [layout for layout in layouts if layout not in cut] + covering(cut)
 
 
 def _train(layouts: list[Layout], folder: Path) -> dict[Layout, Outcome]:
@@ -101,8 +101,8 @@ def _train(layouts: list[Layout], folder: Path) -> dict[Layout, Outcome]:
 
 
 def _row(layout: Layout, far: Difference) -> str:
-    sizes = (layout.world_size, layout.context_parallel_size, layout.expert_parallel_size)
-    settings = (*sizes, layout.zero_stage, layout.accumulation)
+    of_row = (layout.context_parallel_size, layout.tensor_parallel_size)
+    settings = (layout.world_size, *of_row, layout.expert_parallel_size, layout.zero_stage, layout.accumulation)
     cells = [*settings, kind_of_row(layout), f"{far.metric:.1e}", f"`{far.metric_name}`"]
     return "| " + " | ".join(map(str, [*cells, f"{far.parameter:.1e}", f"`{far.parameter_name}`"])) + " |"
 

@@ -26,9 +26,11 @@ READ_BY_CONFIG_ITSELF = {
     ("ModelConfig", "max_position_embeddings"),
     ("ScheduleConfig", "decay_steps"),
     ("ScheduleConfig", "rampup_batch_size"),
+    ("SourceConfig", "alias"),
 }
 """The first is resolved into ``layer_types`` when a configuration is loaded, the second bounds the sequence length, the
-third is half of ``config.curve.decay_span``, of the fourth ``config.batch_size`` makes the batch of every step."""
+third is half of ``config.curve.decay_span``, of the fourth ``config.batch_size`` makes the batch of every step, of
+the fifth ``config.metric_names`` the names of metrics."""
 
 Holders = defaultdict[str, set[str]]
 

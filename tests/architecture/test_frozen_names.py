@@ -13,7 +13,7 @@ from qwen3next_train.cli.commands import COMMANDS, COMMON_OPTIONS
 from qwen3next_train.config.describe import keys
 from qwen3next_train.config.megatron import arguments
 from qwen3next_train.errors import ExitCode
-from qwen3next_train.metrics.names import LAYER_METRICS, METRICS, Metric
+from qwen3next_train.metrics.names import LAYER_METRICS, METRICS, NAMED_METRICS, Metric
 from tests.architecture.tree import ROOT
 
 CONFIG_KEYS = """
@@ -62,6 +62,7 @@ model.mtp_loss_scaling_factor
 
 data.sources
 data.validation_sources
+data.validation_sets
 data.validation_fraction
 data.tokenizer
 data.eos_token
@@ -89,6 +90,7 @@ schedule.rewarmup_from
 
 parallel.expert_parallel_size
 parallel.context_parallel_size
+parallel.tensor_parallel_size
 parallel.token_exchange
 parallel.micro_batches_in_flight
 parallel.zero_stage
@@ -103,12 +105,15 @@ kernels.fused
 
 checkpoint.interval
 checkpoint.keep
+checkpoint.best
 checkpoint.max_failures
+checkpoint.async_save
 checkpoint.init_from
 
 logging.interval
 logging.layer_interval
 logging.step_parts
+logging.loss_by
 logging.tensorboard
 logging.profile.steps
 logging.profile.all_ranks
@@ -121,6 +126,14 @@ logging.wandb.tags
 
 eval.interval
 eval.rows
+eval.patience
+eval.patience_metric
+eval.samples.prompts
+eval.samples.interval
+eval.samples.max_new_tokens
+eval.samples.temperature
+eval.samples.top_p
+eval.samples.top_k
 """
 
 MEGATRON_ARGUMENTS = """
@@ -211,6 +224,7 @@ MEGATRON_ARGUMENTS = """
 --use-mcore-models
 --disable-jit-fuser
 --save-interval
+--async-save
 --eval-interval
 --log-interval
 --wandb-project
@@ -230,6 +244,10 @@ COMMAND_OPTIONS = {
         *("--checkpoint", "--hf", "--data", "--json"),
         *("--device", "--precision", "--tokenizer", "--text-field"),
     ],
+    "generate": [
+        *("--checkpoint", "--hf", "--prompt", "--prompts", "--max-new-tokens"),
+        *("--temperature", "--top-p", "--top-k", "--json", "--device", "--precision", "--tokenizer"),
+    ],
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
@@ -239,6 +257,7 @@ COMMAND_OPTIONS = {
 
 COMMAND_KEYS = {
     "eval": ("data.sequence_length",),
+    "generate": ("run.seed",),
     "import-hf": ("model.mtp_num_layers", "run.seed"),
     "export-hf": (),
     "plot": (),
@@ -284,6 +303,14 @@ moe/layer_{layer:02d}/dead_experts
 moe/layer_{layer:02d}/router_entropy
 """
 
+NAMED_METRIC_NAMES = """
+eval/{name}/loss
+eval/{name}/bpb
+loss/{name}
+data/share_{name}
+loss/position_{first}
+"""
+
 EXIT_CODES = {
     "FINISHED": 0,
     "USAGE": 2,
@@ -316,27 +343,31 @@ def test_subcommands_and_their_options_are_frozen() -> None:
 def test_metric_names_are_frozen() -> None:
     assert [metric.name for metric in METRICS] == METRIC_NAMES.split()
     assert [metric.name for metric in LAYER_METRICS] == LAYER_METRIC_NAMES.split()
+    assert [metric.name for metric in NAMED_METRICS] == NAMED_METRIC_NAMES.split()
 
 
 def test_exit_codes_are_frozen() -> None:
     assert {code.name: code.value for code in ExitCode} == EXIT_CODES
 
 
-@pytest.mark.parametrize("metric", [*METRICS, *LAYER_METRICS], ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", [*METRICS, *LAYER_METRICS, *NAMED_METRICS], ids=lambda metric: metric.name)
 def test_metrics_are_documented_as_they_are_defined(metric: Metric) -> None:
     rows = _table_rows("docs/metrics.md")
-    assert rows[metric.name.replace("{layer:02d}", "NN")] == [metric.unit, metric.meaning]
+    assert rows[_documented(metric)] == [metric.unit, metric.meaning]
 
 
 def test_nothing_is_documented_that_does_not_exist() -> None:
     documented = set(_table_rows("docs/metrics.md"))
-    defined = {metric.name.replace("{layer:02d}", "NN") for metric in (*METRICS, *LAYER_METRICS)}
-    assert documented == defined
+    assert documented == set(map(_documented, (*METRICS, *LAYER_METRICS, *NAMED_METRICS)))
 
 
 def test_exit_codes_are_documented() -> None:
     rows = _table_rows("README.md")
     assert {int(name) for name in rows if name.isdigit()} == set(EXIT_CODES.values())
+
+
+def _documented(metric: Metric) -> str:
+    return metric.name.replace("{layer:02d}", "NN").replace("{name}", "NAME").replace("{first}", "N")
 
 
 def _table_rows(document: str) -> dict[str, list[str]]:

@@ -18,9 +18,16 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
 from qwen3next_train.parallel.process_groups import ProcessContext
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 from tests.unit.accounting.shapes import TINY
+
+_MORE_HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
 
 
 def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -73,18 +80,20 @@ def perform(
     moments_dtype: Any,
     offload: Any,
     expert_parallel_size: str,
+    tensor_parallel_size: str,
     report: str,
 ) -> None:
     """One step of four rows, two at a time and rank; rank 0 writes the file ``report``."""
     config = Config.model_validate(
         {
-            "model": TINY.model_dump(),
+            "model": TINY.model_dump() | (_MORE_HEADS if int(tensor_parallel_size) > 1 else {}),
             "run": {"precision": precision, "global_batch_size": 8, "micro_batch_size": 2},
             "data": {"sequence_length": 16},
             "parallel": {
                 "zero_stage": int(zero_stage),
                 "offload_optimizer": offload,
                 "expert_parallel_size": int(expert_parallel_size),
+                "tensor_parallel_size": int(tensor_parallel_size),
             },
             "optimizer": {"moments_dtype": moments_dtype},
         }
@@ -93,7 +102,7 @@ def perform(
     model, zero = engine._model, engine._engine.optimizer
     gradients: list[int] = []
     model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(model, zero)))
-    batches = rank_batches(config, topology_of(config, context), 0, packed=True)
+    batches = rank_batches(config, context.topology(config.parallel), 0, packed=True)
     totals = StepTotals((100, 100), 128, 1000, 4)
     engine.train_step(batches, totals=totals, lr=1e-3, report=Report.NONE)
     partitions = partitions_of(zero)

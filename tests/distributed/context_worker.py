@@ -11,14 +11,14 @@ from pathlib import Path
 
 from qwen3next_train.config.schema import Config
 from qwen3next_train.parallel.process_groups import ProcessContext
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 
 
 def perform(context: ProcessContext, folder: str) -> None:
     """Evaluate and write."""
     config = Config.model_validate_json((Path(folder) / "config.json").read_text())
-    topology = topology_of(config, context)
+    topology = context.topology(config.parallel)
     engine = build_engine(config, context)
     batches = [batch for step in range(2) for batch in rank_batches(config, topology, step, packed=True)]
     loss, num_targets = engine.eval_loss(batches)

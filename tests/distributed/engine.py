@@ -7,22 +7,10 @@ from typing import TYPE_CHECKING
 from qwen3next_train.config.schema import Config
 from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.topology import Topology
 
 if TYPE_CHECKING:
     from qwen3next_train.engine.step_clock import StepClock
     from qwen3next_train.engine.zero_engine import ZeroEngine
-
-
-def topology_of(config: Config, context: ProcessContext) -> Topology:
-    """This rank's place."""
-    parallel = config.parallel
-    return Topology(
-        context.world_size,
-        context.rank,
-        parallel.expert_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-    )
 
 
 def build_engine(config: Config, context: ProcessContext, clock: StepClock | None = None) -> ZeroEngine:
@@ -30,7 +18,7 @@ def build_engine(config: Config, context: ProcessContext, clock: StepClock | Non
     # DeepSpeed chooses its accelerator when it is first imported: the one that the context has decided on.
     from qwen3next_train.engine.zero_engine import ZeroEngine
 
-    topology = topology_of(config, context)
+    topology = context.topology(config.parallel)
     return ZeroEngine(
         config,
         topology=topology,

@@ -20,7 +20,6 @@ from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.dispatch import TokenDispatcher
 from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher, DenseDispatcher
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.topology import Topology
 from tests.distributed.layout_worker import make_row, rank_batches
 
 LITTLE_ROOM = 5
@@ -72,7 +71,7 @@ class _Training:
         parallel = config.parallel.model_copy(update=update)
         self.config = config.model_copy(update={"parallel": parallel})
         self.context = context
-        self.topology = Topology(context.world_size, context.rank, parallel.expert_parallel_size)
+        self.topology = context.topology(parallel)
         self.engine = ZeroEngine(
             self.config,
             topology=self.topology,

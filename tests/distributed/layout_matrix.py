@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import Config
+from tests.distributed.layout_worker import NUM_SOURCES
 from tests.distributed.layouts import Job, Outcome
 from tests.integration.launching import REPOSITORY
 
 GOLDEN_LOSSES = Path(__file__).with_name("golden_losses.json")
 GOLDEN_METRICS = ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total", "optim/grad_norm")
+SOURCES = tuple(f"source_{number}" for number in range(NUM_SOURCES))
 STEPS = 10
 """Of the tests; the table of docs/layouts.md and the golden losses have twice as many."""
 TABLE_STEPS = 20
@@ -47,6 +50,7 @@ class Layout:
     packed: bool
     steps: int = STEPS
     context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
 
     @property
     def job(self) -> Job:
@@ -55,7 +59,7 @@ class Layout:
         And with a third of its learning rate: at the full one twenty steps multiply differences in rounding by up to
         ten.
         """
-        data_parallel_size = self.world_size // self.context_parallel_size
+        data_parallel_size = self.world_size // (self.context_parallel_size * self.tensor_parallel_size)
         overrides = {
             "run.steps": self.steps,
             "run.global_batch_size": GLOBAL_BATCH_SIZE,
@@ -68,7 +72,10 @@ class Layout:
             "schedule.kind": "constant",
             "parallel.expert_parallel_size": self.expert_parallel_size,
             "parallel.context_parallel_size": self.context_parallel_size,
+            "parallel.tensor_parallel_size": self.tensor_parallel_size,
             "parallel.zero_stage": self.zero_stage,
+            "data.sources": str([{"source": "made", "alias": name} for name in SOURCES]),
+            "logging.loss_by": "[source, position]",
         }
         return Job(_tiny(overrides), self.packed, first_sample=FIRST_SAMPLE[self.packed])
 
@@ -84,11 +91,15 @@ def references(steps: int = STEPS) -> list[Layout]:
 
 
 def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
-    """Every context-parallel and expert-parallel size, ZeRO stage, accumulation and kind of row."""
+    """Every way to share rows, expert-parallel size, ZeRO stage, accumulation and kind of row.
+
+    Tensor-parallel sizes are 1 and 2: the tiny model has two key and value heads.
+    """
     sizes = [size for size in (1, 2, 4) if world_size % size == 0]
+    shared = [sizes_of_row for sizes_of_row in product(sizes, (1, 2)) if world_size % math.prod(sizes_of_row) == 0]
     return [
-        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, context_parallel_size)
-        for context_parallel_size in sizes
+        Layout(world_size, expert_parallel_size, zero_stage, accumulation, packed, steps, *sizes_of_row)
+        for sizes_of_row in shared
         for expert_parallel_size in sizes
         for zero_stage in (1, 2, 3)
         for accumulation in (1, 3)
@@ -98,7 +109,12 @@ def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
 
 def covering_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
     """A few of :func:`all_layouts`, in which every pair of two settings occurs."""
-    layouts, chosen = all_layouts(world_size, steps), []
+    return covering(all_layouts(world_size, steps))
+
+
+def covering(layouts: Sequence[Layout]) -> list[Layout]:
+    """As few of some layouts as make every pair of two settings that occurs among them."""
+    chosen: list[Layout] = []
     missing = set().union(*map(_pairs, layouts))
     while missing:
         best = max(layouts, key=lambda layout: len(_pairs(layout) & missing))
@@ -130,8 +146,13 @@ def _metric_errors(
     expected: Iterable[dict[str, float]], found: Iterable[dict[str, float]]
 ) -> Iterator[tuple[float, str]]:
     for left, right in zip(expected, found, strict=True):
-        for name in GOLDEN_METRICS:
+        for name in {*GOLDEN_METRICS, *split_losses(left)}:
             yield abs(right[name] - left[name]) / abs(left[name]), name
+
+
+def split_losses(metrics: dict[str, float]) -> list[str]:
+    """Names of a step's losses, those by source and position included, and of the sources' shares."""
+    return [name for name in metrics if name.startswith(("data/", "loss/"))]
 
 
 def _parameter_errors(expected: Outcome, found: Outcome) -> Iterator[tuple[float, str]]:

@@ -32,7 +32,10 @@ from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
+
+NUM_SOURCES = 3
+"""From which rows come in turn."""
 
 
 def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> PackedRow:
@@ -42,7 +45,7 @@ def make_row(sample: int, *, length: int, vocab_size: int, packed: bool) -> Pack
     boundaries = np.concatenate([[0], cuts, [length]])
     # A Markov-like structure, so that a few steps have something to learn.
     tokens = (generator.integers(0, 7, length + 1).cumsum() * 3) % vocab_size
-    return PackedRow(tokens, boundaries, bool(generator.random() < 0.5))
+    return PackedRow(tokens, boundaries, bool(generator.random() < 0.5), source=sample % NUM_SOURCES)
 
 
 def rank_batches(
@@ -90,7 +93,7 @@ def train(engine: Engine, decisions: list[float], config: Config, context: Proce
         context: this rank.
         job: see the module.
     """
-    topology = topology_of(config, context)
+    topology = context.topology(config.parallel)
     out = Path(job["out"])
     first = 0
     if job["load"]:
@@ -116,7 +119,7 @@ def train(engine: Engine, decisions: list[float], config: Config, context: Proce
 
 def _write_state(engine: Engine, path: Path) -> None:
     torch.save(
-        [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()], path
+        [(f.name, vars(f.runs), {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.fragments()], path
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qwen3next_train.config.schema import Config
+from qwen3next_train.held_elements import Runs
 from qwen3next_train.parameters import parameter_table
 from tests.distributed.ranks import perform
 
@@ -81,11 +82,11 @@ def _assembled(config: Config, out: Path, prefix: str, num_processes: int) -> di
     state = {(name, kind): torch.full((size,), torch.nan) for name, size in sizes.items() for kind in kinds}
     owned = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
     for rank in range(num_processes):
-        for name, start, tensors in torch.load(out / f"{prefix}_{rank}.pt", weights_only=True):
-            piece = slice(start, start + tensors["master"].numel())
-            owned[name][piece] += 1
+        for name, fields, tensors in torch.load(out / f"{prefix}_{rank}.pt", weights_only=True):
+            runs = Runs(**fields)
+            runs.of(owned[name]).add_(1)
             for kind, tensor in tensors.items():
-                state[name, kind][piece] = tensor
+                runs.of(state[name, kind]).copy_(tensor.view(runs.count, runs.length))
     for name, counts in owned.items():
         assert bool((counts == 1).all()), f"{name}: fragments do not tile the parameter"
     return state

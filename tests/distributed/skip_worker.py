@@ -17,7 +17,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import FragmentKind, Report, StepResult, StepTotals
 from qwen3next_train.engine.zero_engine import ZeroEngine
 from qwen3next_train.parallel.process_groups import ProcessContext
-from tests.distributed.engine import build_engine, topology_of
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import rank_batches
 
 INJECTED = (
@@ -37,7 +37,7 @@ def perform(context: ProcessContext, jobs_path: str) -> None:
 
 
 def _observe(config: Config, context: ProcessContext) -> dict[str, Any]:
-    topology = topology_of(config, context)
+    topology = context.topology(config.parallel)
     engine = build_engine(config, context)
 
     def step(number: int) -> StepResult:
@@ -86,7 +86,9 @@ def _inject(engine: ZeroEngine, name: str, value: float) -> None:
 
 
 def _state(engine: ZeroEngine) -> State:
-    return {(f.name, kind): (f.start, tensor.clone()) for f in engine.fragments() for kind, tensor in f.tensors.items()}
+    return {
+        (f.name, kind): (f.runs.start, tensor.clone()) for f in engine.fragments() for kind, tensor in f.tensors.items()
+    }
 
 
 def _weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:

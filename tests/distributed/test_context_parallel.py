@@ -1,10 +1,10 @@
-"""Rows over several ranks give one rank's losses, gradient norm and weights, whatever else is chosen (fp32, CPU)."""
+"""Rows over several ranks, by slices, heads or both, give the losses and weights of one rank (fp32, CPU)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,12 +25,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole layers again, two rows": {"recompute": ["layer"], "micro_batch_size": 2},
     "long memory": {"linear_dt_init": "log_uniform"},
 }
-"""What may be chosen beside a context-parallel size, and has to make no difference."""
-LAYOUTS = {2: (2, 2), 4: (4, 2)}
-"""Context- and expert-parallel size, by number of ranks."""
+"""What may be chosen beside the sizes, and has to make no difference."""
 
 
-def _config(settings: dict[str, Any], *, context_parallel_size: int = 1, expert_parallel_size: int = 1) -> Config:
+class Sizes(NamedTuple):
+    """How many ranks share what."""
+
+    ranks: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+
+ONE = Sizes()
+LAYOUTS = {
+    Sizes(ranks=2, context=2, expert=2): list(SETTINGS),
+    Sizes(ranks=4, context=4, expert=2): list(SETTINGS),
+    Sizes(ranks=2, tensor=2, expert=2): ["loads of a row", "dense exchange", "recompute"],
+    # More ranks than key and value heads.
+    Sizes(ranks=4, tensor=4): ["loads of a step, two rows", "long memory"],
+    Sizes(ranks=4, context=2, tensor=2, expert=4): ["loads of a row", "whole layers again, two rows"],
+}
+"""Every setting with slices; with divided heads those that tell the ways of sharing apart."""
+CASES = [(sizes, setting) for sizes, settings in LAYOUTS.items() for setting in settings]
+
+
+def _config(settings: dict[str, Any], sizes: Sizes) -> Config:
     """Three steps of four rows, two MTP depths, clipped."""
     values = small_config(
         micro_batch_size=settings.get("micro_batch_size", 1),
@@ -38,36 +58,38 @@ def _config(settings: dict[str, Any], *, context_parallel_size: int = 1, expert_
         clip_grad=0.5,
         scope=settings.get("scope", "sequence"),
     ).model_dump()
-    values["model"] |= {"mtp_num_layers": 2, "linear_dt_init": settings.get("linear_dt_init", "ones")}
-    if context_parallel_size > 1:
-        given = {name: settings[name] for name in ("token_exchange", "recompute") if name in settings}
-        sizes = {"context_parallel_size": context_parallel_size, "expert_parallel_size": expert_parallel_size}
-        values["parallel"] |= {**sizes, **given}
+    values["model"] |= {
+        "mtp_num_layers": 2,
+        "linear_dt_init": settings.get("linear_dt_init", "ones"),
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+    }
+    if sizes != ONE:
+        values["parallel"] |= {name: settings[name] for name in ("token_exchange", "recompute") if name in settings}
+        shared = {"context": sizes.context, "tensor": sizes.tensor, "expert": sizes.expert}
+        values["parallel"] |= {f"{name}_parallel_size": size for name, size in shared.items()}
     return Config.model_validate(values)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Outcome]:
-    """Every setting by one rank, by two and by four."""
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Sizes, str], Outcome]:
+    """Every setting by one rank and at every layout."""
     folder = tmp_path_factory.mktemp("context")
     found = {}
+    alone = [(ONE, setting) for setting in SETTINGS]
     for num_ranks in (1, 2, 4):
-        context, expert = LAYOUTS.get(num_ranks, (1, 1))
-        jobs = [
-            Job(_config(settings, context_parallel_size=context, expert_parallel_size=expert))
-            for settings in SETTINGS.values()
-        ]
+        runs = [(sizes, setting) for sizes, setting in (*alone, *CASES) if sizes.ranks == num_ranks]
+        jobs = [Job(_config(SETTINGS[setting], sizes)) for sizes, setting in runs]
         trained = train_all(jobs, folder / str(num_ranks), num_processes=num_ranks)
-        found.update(zip(((name, num_ranks) for name in SETTINGS), trained, strict=True))
+        found.update(zip(runs, trained, strict=True))
     return found
 
 
-@pytest.mark.parametrize("num_ranks", LAYOUTS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("sizes", "setting"), CASES, ids=str)
 def test_rows_over_ranks_train_as_on_one(
-    outcomes: dict[tuple[str, int], Outcome], setting: str, num_ranks: int
+    outcomes: dict[tuple[Sizes, str], Outcome], setting: str, sizes: Sizes
 ) -> None:
-    far = difference(outcomes[setting, 1], outcomes[setting, num_ranks])
+    far = difference(outcomes[ONE, setting], outcomes[sizes, setting])
     assert far.metric < METRIC_BOUND, far
     assert far.parameter < BOUND, far
 
@@ -75,16 +97,15 @@ def test_rows_over_ranks_train_as_on_one(
 def test_validation_loss_is_that_of_whole_rows(tmp_path: Path) -> None:
     """And so is the number of targets."""
     losses = {}
-    for num_ranks in (1, 2, 4):
-        context, expert = LAYOUTS.get(num_ranks, (1, 1))
-        config = _config({"micro_batch_size": 2}, context_parallel_size=context, expert_parallel_size=expert)
-        out = tmp_path / str(num_ranks)
+    for number, sizes in enumerate((ONE, *LAYOUTS)):
+        config = _config({"micro_batch_size": 2}, sizes)
+        out = tmp_path / str(number)
         out.mkdir()
         (out / "config.json").write_text(config.model_dump_json())
-        perform("context_worker", out, num_processes=num_ranks)
-        found = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(num_ranks)]
-        assert found == [found[0]] * num_ranks
-        losses[num_ranks] = found[0]
-    for num_ranks in LAYOUTS:
-        assert losses[num_ranks]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-6)
-        assert losses[num_ranks]["num_targets"] == losses[1]["num_targets"] > 0
+        perform("context_worker", out, num_processes=sizes.ranks)
+        found = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(sizes.ranks)]
+        assert found == [found[0]] * sizes.ranks
+        losses[sizes] = found[0]
+    for sizes in LAYOUTS:
+        assert losses[sizes]["loss"] == pytest.approx(losses[ONE]["loss"], rel=1e-6)
+        assert losses[sizes]["num_targets"] == losses[ONE]["num_targets"] > 0

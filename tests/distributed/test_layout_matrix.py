@@ -14,6 +14,7 @@ from tests.distributed.layout_matrix import (
     GOLDEN_METRICS,
     METRIC_BOUND,
     NARROWEST,
+    SOURCES,
     STEPS,
     Layout,
     all_layouts,
@@ -22,6 +23,7 @@ from tests.distributed.layout_matrix import (
     golden_losses,
     kind_of_row,
     references,
+    split_losses,
 )
 from tests.distributed.layouts import Outcome, train_all
 
@@ -58,6 +60,8 @@ def test_one_rank_has_the_golden_losses(one_rank: dict[str, Outcome]) -> None:
     assert golden.keys() == one_rank.keys()
     for kind, outcome in one_rank.items():
         for expected, found in zip(golden[kind][:STEPS], outcome.metrics, strict=True):
+            # By source the loss and the share, and two ranges of positions.
+            assert len(split_losses(found)) == len(GOLDEN_METRICS) - 1 + 2 * len(SOURCES) + 2
             for name in GOLDEN_METRICS:
                 assert found[name] == pytest.approx(expected[name], rel=METRIC_BOUND), (kind, name)
 

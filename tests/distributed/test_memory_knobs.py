@@ -32,28 +32,31 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     configs |= {f"{stage} {'+'.join(parts)}": _config(stage, recompute=parts) for stage in STAGES for parts in PARTS}
     for parts in ([], *PARTS):
         configs[f"3 context {'+'.join(parts)}"] = _config(3, context_parallel_size=2, recompute=parts)
+        configs[f"3 tensor {'+'.join(parts)}"] = _config(3, tensor_parallel_size=2, recompute=parts)
     configs["2 offload"] = _config(2, offload_optimizer="cpu")
+    configs["1 offload tensor"] = _config(1, offload_optimizer="cpu", tensor_parallel_size=2)
     jobs = [Job(config) for config in configs.values()]
     found = train_all(jobs, tmp_path_factory.mktemp("memory") / "runs", num_processes=2)
     return dict(zip(configs, found, strict=True))
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("layout", [*map(str, STAGES), "3 context"])
+@pytest.mark.parametrize("layout", [*map(str, STAGES), "3 context", "3 tensor"])
 def test_recompute_is_bit_equal(outcomes: dict[str, Outcome], layout: str, parts: list[str]) -> None:
     """Whole layers exchange their tokens again, heads and states too, in the same order on both ranks."""
-    without = f"{layout} " if "context" in layout else layout
+    without = layout if layout.isdecimal() else f"{layout} "
     expected, found = outcomes[without], outcomes[f"{layout} {'+'.join(parts)}"]
     assert found.metrics == expected.metrics
     for key, tensor in expected.state.items():
         assert torch.equal(found.state[key], tensor), key
 
 
-def test_an_offloaded_optimizer_takes_the_same_steps(outcomes: dict[str, Outcome]) -> None:
-    """Up to rounding: expert norms are counted once there as well."""
-    for expected, metrics in zip(outcomes["2"].metrics, outcomes["2 offload"].metrics, strict=True):
+@pytest.mark.parametrize(("other", "offloaded"), [("2", "2 offload"), ("3 tensor ", "1 offload tensor")])
+def test_an_offloaded_optimizer_takes_the_same_steps(outcomes: dict[str, Outcome], other: str, offloaded: str) -> None:
+    """Up to rounding: norms of experts and of divided heads are counted once there as well."""
+    for expected, metrics in zip(outcomes[other].metrics, outcomes[offloaded].metrics, strict=True):
         for metric, value in expected.items():
             assert metrics[metric] == pytest.approx(value, rel=1e-6), metric
     for kind in ("master", "exp_avg"):
-        error, name = largest_relative_error(outcomes["2"], outcomes["2 offload"], kind)
+        error, name = largest_relative_error(outcomes[other], outcomes[offloaded], kind)
         assert error < 1e-5, name

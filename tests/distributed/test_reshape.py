@@ -19,14 +19,23 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SAVED_AT = 2
 STEPS = 4
 LAYOUTS = [
-    Layout(world_size, expert_parallel_size, zero_stage, 1, packed=True, context_parallel_size=context_parallel_size)
-    for world_size, expert_parallel_size, zero_stage, context_parallel_size in (
-        (1, 1, 1, 1),
-        (2, 1, 3, 1),
-        (2, 2, 1, 2),
-        (4, 1, 2, 4),
-        (4, 2, 3, 2),
-        (4, 4, 2, 1),
+    Layout(
+        world_size,
+        expert_parallel_size,
+        zero_stage,
+        1,
+        packed=True,
+        context_parallel_size=context_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    for world_size, expert_parallel_size, zero_stage, context_parallel_size, tensor_parallel_size in (
+        (1, 1, 1, 1, 1),
+        (2, 1, 3, 1, 2),
+        (2, 2, 1, 2, 1),
+        (4, 1, 2, 4, 1),
+        (4, 2, 3, 2, 1),
+        (4, 2, 1, 1, 2),
+        (4, 4, 2, 2, 2),
     )
 ]
 

@@ -68,14 +68,11 @@ def arguments(corpus: Path, run_dir: Path, **overrides: object) -> list[str]:
     return ["--config", "qwen3next_tiny.yaml", *(part for key, value in values.items() for part in (f"--{key}", value))]
 
 
-def command(form: str, args: list[str], *, num_processes: int = 1) -> list[str]:
-    """The program in one of its launch forms: console, file, script (torchrun --no-python), module."""
+def torchrun_arguments(form: str, args: list[str], *, num_processes: int) -> list[str]:
+    """torchrun's command line for the program as a file, a script (--no-python) or a module."""
     console = str(Path(sys.executable).with_name("qwen3next-train"))
-    if form == "console":
-        return [console, *args]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     target = {"file": ["qwen3next-train"], "script": ["--no-python", console], "module": ["-m", "qwen3next_train"]}
-    return [*torchrun, *target[form], *args]
+    return ["--standalone", f"--nproc-per-node={num_processes}", *target[form], *args]
 
 
 def environment() -> dict[str, str]:
@@ -84,31 +81,18 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1"}
 
 
-def run(
-    form: str, args: list[str], *, num_processes: int = 1, variables: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end, with more environment variables, and return code, stdout and stderr."""
-    return subprocess.run(
-        command(form, args, num_processes=num_processes),
-        cwd=REPOSITORY,
-        env=environment() | dict(variables or {}),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
 class Forked:
     """The program in one process, which is forked and not started: the same from its first line on.
 
-    Attributes and methods are those of :class:`subprocess.Popen`.
+    Or torchrun, which starts its processes for real. Attributes and methods are those of :class:`subprocess.Popen`.
     """
 
-    def __init__(self, args: list[str], variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, args: list[str], variables: Mapping[str, str] | None = None, *, program: str = "qwen3next-train"
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._outputs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = forked.start(_program, args, environment() | dict(variables or {}), self._outputs)
+        self._process = forked.start(_program, [program, *args], environment() | dict(variables or {}), self._outputs)
 
     @property
     def pid(self) -> int:
@@ -137,38 +121,68 @@ class Forked:
         return stdout, stderr
 
 
-def _program(args: list[str], variables: Mapping[str, str], outputs: list[Path]) -> None:
-    """What the console script does, in a forked process."""
+def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path]) -> None:
+    """What the console script of that name does, in a forked process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(REPOSITORY)
-    sys.argv = ["qwen3next-train", *args]
-    from qwen3next_train.cli.main import main
+    sys.argv = argv
+    if argv[0] == "torchrun":
+        from torch.distributed.run import main as torchrun
 
-    sys.exit(main())
+        torchrun()
+    else:
+        from qwen3next_train.cli.main import main
+
+        sys.exit(main())
 
 
 def run_forked(args: list[str]) -> subprocess.CompletedProcess[str]:
     """:func:`run` where the start of the process is not what is tested."""
-    process = Forked(args)
-    stdout, stderr = process.communicate(timeout=280)
-    assert process.returncode is not None
-    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+    return _ended(args, Forked(args))
 
 
-def start(args: list[str], *, form: str = "console", num_processes: int = 1) -> subprocess.Popen[str]:
-    """Start in a process group of its own, to be signalled."""
+def run(
+    form: str, args: list[str], *, num_processes: int = 1, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """:func:`start` and wait for the end: return code, stdout and stderr."""
+    return _ended(args, start(form, args, num_processes=num_processes, variables=variables))
+
+
+def start(
+    form: str, args: list[str], *, num_processes: int = 1, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[str] | Forked:
+    """Start the program in one of its launch forms, with more environment variables, to be signalled.
+
+    Args:
+        form: ``console``, the console script; ``file``, ``script`` or ``module``, by torchrun.
+        args: behind the program's name.
+        num_processes: that torchrun starts.
+        variables: of the environment.
+    """
+    if form != "console":
+        return Forked(torchrun_arguments(form, args, num_processes=num_processes), variables, program="torchrun")
     return subprocess.Popen(
-        command(form, args, num_processes=num_processes),
+        [str(Path(sys.executable).with_name("qwen3next-train")), *args],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def _ended(args: list[str], process: subprocess.Popen[str] | Forked) -> subprocess.CompletedProcess[str]:
+    try:
+        stdout, stderr = process.communicate(timeout=280)
+    except BaseException:
+        process.kill()
+        raise
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
 def start_ranks(args_of_rank: list[list[str]]) -> list[Forked]:

@@ -28,8 +28,11 @@ from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 from qwen3next_train.train import evaluate as evaluate_module
-from qwen3next_train.train.evaluate import evaluate_command, load_model
+from qwen3next_train.train import finished_model
+from qwen3next_train.train.evaluate import evaluate_command
+from qwen3next_train.train.finished_model import load_model
 from tests.unit.huggingface.support import random_tensors, tiny_model, write_folder
 
 CPU = torch.device("cpu")
@@ -42,7 +45,7 @@ def model() -> Qwen3NextForCausalLM:
     config = tiny_model(vocab_size=VOCAB, initializer_range=0.5)
     with torch.device("meta"):
         built = Qwen3NextForCausalLM(config, kernels=select_kernels(KernelsConfig(), CPU))
-    initialize(built, parameter_table(config), seed=1, local_experts=range(config.num_experts), device=CPU)
+    initialize(built, parameter_table(config), seed=1, topology=Topology(), device=CPU)
     return built
 
 
@@ -244,7 +247,7 @@ def test_loading_keeps_fp32_parameters_and_ties(tmp_path: Path, tied: bool) -> N
     config = tiny_model(tie_word_embeddings=tied)
     tensors = random_tensors(config)
     weights = weights_of_hf(write_folder(tmp_path / "hf", config, tensors))
-    loaded = load_model(weights, device=CPU, dtype=torch.bfloat16)
+    loaded = load_model(weights, device=CPU, dtype=torch.bfloat16, command="eval")
     assert loaded.mtp is None
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     for spec in parameter_table(loaded.config):
@@ -255,8 +258,8 @@ def test_loading_keeps_fp32_parameters_and_ties(tmp_path: Path, tied: bool) -> N
 
 
 def test_loading_in_pieces(monkeypatch: pytest.MonkeyPatch, model: Qwen3NextForCausalLM, checkpoint: Path) -> None:
-    monkeypatch.setattr(evaluate_module, "_COPIED_ELEMENTS", 7)
-    loaded = load_model(weights_of_checkpoint(checkpoint), device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(finished_model, "_COPIED_ELEMENTS", 7)
+    loaded = load_model(weights_of_checkpoint(checkpoint), device=CPU, dtype=torch.float32, command="eval")
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
 
@@ -271,7 +274,7 @@ def test_progress_of_long_work(
 ) -> None:
     logger = logging.getLogger("qwen3next_train")
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(evaluate_module, "_PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(finished_model, "_PROGRESS_INTERVAL_S", 0.0)
     monkeypatch.setattr(evaluate_module, "_BATCH_TOKENS", 1)
     caplog.set_level(logging.INFO, logger=logger.name)
     data = write_ids(tmp_path / "ids.jsonl", documents)

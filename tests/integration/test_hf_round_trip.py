@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
+from qwen3next_train.generate.sampling import Sampling
 from qwen3next_train.huggingface.export_folder import ExportDtype, export_hf
 from qwen3next_train.huggingface.import_folder import import_hf
 from qwen3next_train.model.init import initial_value
 from qwen3next_train.train.evaluate import evaluate_command
+from qwen3next_train.train.generate import generate_command
 from tests.integration.transformers_child import FIELDS, Transformers
 from tests.unit.huggingface.support import assert_bit_equal, read_folder
 
@@ -131,3 +133,45 @@ def test_transformers_reads_the_tokenizer(tmp_path: Path, transformers: Transfor
     tokenizer = Tokenizer(BUILTIN)
     expected = next(tokenizer.encode_documents([text])).tolist()
     assert transformers.tokenize(back, text) == {"ids": expected[:-1], "eos_token": tokenizer.eos_token}
+
+
+def generated(capsys: pytest.CaptureFixture[str], prompts: list[str], **options: Any) -> list[dict[str, Any]]:
+    """What ``generate --json`` prints."""
+    capsys.readouterr()
+    arguments: dict[str, Any] = {"checkpoint": None, "hf": None, "device": "cpu", "precision": "fp32"} | options
+    assert generate_command(prompts=prompts, prompts_file=None, as_json=True, **arguments) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_greedy_ids_are_those_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], transformers: Transformers
+) -> None:
+    """Prompts of 1 to 130 tokens, continued together here and each by itself there."""
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    transformers.save_pretrained(theirs)
+    import_hf(theirs, ours)
+    export_hf(ours, back, dtype="fp32")
+    expected = [result["ids"] for result in transformers.generate(back, DOCUMENTS, max_new_tokens=40)]
+    assert [len(ids) for ids in expected] == [40] * len(DOCUMENTS)
+    assert min(len(set(ids)) for ids in expected) > 5
+    prompts = [" ".join(map(str, document)) for document in DOCUMENTS]
+    for options in ({"checkpoint": ours}, {"hf": back}):
+        found = generated(capsys, prompts, **options, sampling=Sampling(40))
+        assert [row["token_ids"] for row in found] == expected
+        assert [row["text"] for row in found] == [" ".join(map(str, ids)) for ids in expected]
+
+
+def test_greedy_text_is_that_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], transformers: Transformers
+) -> None:
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    transformers.save_pretrained(theirs, vocab_size=4096, bos_token_id=0, eos_token_id=0)
+    import_hf(theirs, ours)
+    export_hf(ours, back, dtype="fp32", tokenizer=BUILTIN)
+    tokenizer = Tokenizer(BUILTIN)
+    prompts = ["def f(x):\n    return", "import os", "x", "class Grüße:\n" * 9]
+    ids = [encoded.tolist()[:-1] for encoded in tokenizer.encode_documents(prompts)]
+    whole = transformers.generate(back, ids, max_new_tokens=24)
+    found = generated(capsys, prompts, hf=back, sampling=Sampling(24))
+    assert [(row["token_ids"], row["text"]) for row in found] == [(each["ids"], each["text"]) for each in whole]
+    assert {row["finish_reason"] for row in found} == {"length"}

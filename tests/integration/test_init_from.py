@@ -18,7 +18,7 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
-from qwen3next_train.train.evaluate import load_model
+from qwen3next_train.train.finished_model import load_model
 from tests.integration.launching import (
     arguments,
     exit_codes,
@@ -76,7 +76,7 @@ def config_of(run_dir: Path) -> Config:
 
 def loss_of_first_step(weights: Path, config: Config) -> float:
     """Mean next-token loss of finished weights over the rows of the first step, without engine and loop."""
-    model = load_model(weights_of_checkpoint(weights), device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(weights_of_checkpoint(weights), device=torch.device("cpu"), dtype=torch.float32, command="eval")
     data = TrainingData(prepare_stores(config), config)
     rows = [data.row(sample) for sample in range(config.run.global_batch_size)]
     batch = PackedBatch.from_rows(rows, mtp_depths=0)

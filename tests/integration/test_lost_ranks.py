@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 
 from tests.integration.launching import (
     TWO_RANKS,
+    Forked,
     arguments,
+    exit_codes,
     exit_record,
     metrics,
     num_steps,
     processes_of,
-    run,
     start,
     start_ranks,
     wait_until,
@@ -25,10 +27,10 @@ from tests.integration.launching import (
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def _start(form: str, args: list[str]) -> Any:
+def _start(form: str, args: list[str]) -> subprocess.Popen[str] | Forked:
     if form == "own launcher":
-        return start(["--nproc-per-node", "2", *args])
-    return start(args, form="module", num_processes=2)
+        return start("console", ["--nproc-per-node", "2", *args])
+    return start("module", args, num_processes=2)
 
 
 def _is_saving(run_dir: Path) -> bool:
@@ -69,9 +71,9 @@ def test_killed_rank_is_named_and_the_same_line_goes_on(
     assert collectives.stat().st_size > 0
     assert outcome["reason"] in stderr
 
-    done = run("console", ["--nproc-per-node", "2", *args])
-    assert done.returncode == 0, done.stderr
-    assert "resumed from step" in done.stderr
+    again = start_ranks([args, args])
+    assert exit_codes(again) == [0, 0]
+    assert "resumed from step" in again[0].communicate()[1]
     assert metrics(run_dir) == two_ranks
 
 
@@ -79,15 +81,12 @@ def test_killed_rank_of_a_context_group_is_named(tmp_path: Path, shared_corpus: 
     """The others wait for heads or states of it, not for gradients."""
     run_dir = tmp_path / "run"
     args = arguments(shared_corpus, run_dir, run__steps=100_000, parallel__context_parallel_size=2)
-    process = _start("own launcher", args)
+    ranks = start_ranks([args, args])
     wait_until(lambda: num_steps(run_dir) >= 2, "step 2")
-    victim = workers_of(run_dir)[1]
-    os.kill(victim, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 69, stderr
-    assert processes_of(run_dir) == []
+    ranks[1].kill()
+    assert exit_codes(ranks) == [69, -signal.SIGKILL]
     reason = exit_record(run_dir)["reason"]
-    assert reason.startswith(f"rank 0: rank 1 (process {victim} on {socket.gethostname()}) has died: ")
+    assert reason.startswith(f"rank 0: rank 1 (process {ranks[1].pid} on {socket.gethostname()}) has died: ")
 
 
 def test_rank_that_does_not_answer_counts_as_lost(tmp_path: Path, shared_corpus: Path) -> None:

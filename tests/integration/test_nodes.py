@@ -1,18 +1,14 @@
 """Two launchers on one machine, as on two nodes, train as one launcher does."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.launching import (
-    REPOSITORY,
     TWO_RANKS,
+    Forked,
     arguments,
-    command,
-    environment,
     exit_record,
     free_port,
     metrics,
@@ -22,24 +18,15 @@ from tests.integration.launching import (
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def _torchrun(node: int, endpoint: str, args: list[str]) -> list[str]:
+def _torchrun(node: int, endpoint: str, args: list[str]) -> Forked:
     """As the documentation of torchrun has it: whoever comes first is rank 0."""
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", endpoint]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *meeting,
-        "--nproc-per-node=1",
-        "-m",
-        "qwen3next_train",
-        *args,
-    ]
+    return Forked([*meeting, "--nproc-per-node=1", "-m", "qwen3next_train", *args], program="torchrun")
 
 
-def _own(node: int, endpoint: str, args: list[str]) -> list[str]:
+def _own(node: int, endpoint: str, args: list[str]) -> Forked:
     where = ["--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", endpoint]
-    return command("console", ["--nproc-per-node", "1", *where, *args])
+    return Forked(["--nproc-per-node", "1", *where, *args])
 
 
 @pytest.mark.parametrize("launcher", [_torchrun, _own])
@@ -50,17 +37,7 @@ def test_two_launchers_give_the_metrics_of_one(
     args = arguments(shared_corpus, run_dir, **TWO_RANKS)
     endpoint = f"127.0.0.1:{free_port()}"
     # The second node first: nobody may count on an order.
-    nodes = [
-        subprocess.Popen(
-            launcher(node, endpoint, args),
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in (1, 0)
-    ]
+    nodes = [launcher(node, endpoint, args) for node in (1, 0)]
     ends = [(*node.communicate(timeout=200), node.returncode) for node in nodes]
     assert [code for *_, code in ends] == [0, 0], ends
     assert metrics(run_dir) == two_ranks

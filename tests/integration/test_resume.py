@@ -13,7 +13,6 @@ from tests.integration.launching import (
     arguments,
     exit_record,
     metrics,
-    run,
     run_forked,
     start,
     workers_of,
@@ -89,7 +88,7 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
 def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=0)
-    process = start(args, form="module", num_processes=2)
+    process = start("module", args, num_processes=2)
     _wait_for_steps(run_dir, 3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
@@ -104,16 +103,16 @@ def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: P
 def test_own_launcher_ends_quietly_and_a_second_start_meanwhile_leaves_no_trace(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = ["--nproc-per-node", "2", *arguments(corpus, run_dir, run__steps=100_000)]
-    first = start(args)
+    first = Forked(args)
     _wait_for_steps(run_dir, 1)
     # It holds its directory meanwhile without taking the cores.
     workers = list(workers_of(run_dir).values())
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
-    second = run("console", args[2:])
+    second = run_forked(args[2:])
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
-    second = run("console", args)
+    second = run_forked(args)
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
     assert not (run_dir / "exit.json").exists()

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launching import arguments, metrics, num_steps, run, start, wait_until, write_corpus
+from tests.integration.launching import (
+    Forked,
+    arguments,
+    metrics,
+    num_steps,
+    run_forked,
+    wait_until,
+    write_corpus,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +63,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of cosine, finished."""
     run_dir = tmp_path_factory.mktemp("base") / "run"
-    done = run("console", arguments(corpus, run_dir, run__steps=6, **COSINE))
+    done = run_forked(arguments(corpus, run_dir, run__steps=6, **COSINE))
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -65,7 +73,7 @@ def extended(corpus: Path, finished: Path, tmp_path_factory: pytest.TempPathFact
     """The finished run, extended to 8 steps."""
     run_dir = shutil.copytree(finished, tmp_path_factory.mktemp("extended") / "run")
     args = arguments(corpus, run_dir, run__steps=8, **COSINE)
-    refused = run("console", args)
+    refused = run_forked(args)
     assert (refused.returncode, refused.stderr.splitlines()) == (
         2,
         [
@@ -73,7 +81,7 @@ def extended(corpus: Path, finished: Path, tmp_path_factory: pytest.TempPathFact
             "--resume.accept run.steps, or choose another run.dir"
         ],
     )
-    done = run("console", [*args, "--resume.accept", "run.steps"])
+    done = run_forked([*args, "--resume.accept", "run.steps"])
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -96,15 +104,15 @@ def test_everything_changed_at_once_goes_on_exactly_after_a_kill(
     mixed = f"[{{source: {corpus}, weight: 1}}, {{source: {other}, weight: 3}}]"
     changes = {**COSINE, **CHANGED, "data__sources": mixed}
     whole, killed = (shutil.copytree(finished, tmp_path / name / "run") for name in ("whole", "killed"))
-    done = run("console", [*arguments(corpus, whole, **changes), *ACCEPT])
+    done = run_forked([*arguments(corpus, whole, **changes), *ACCEPT])
     assert done.returncode == 0, done.stderr
     args = [*arguments(corpus, killed, **changes), *ACCEPT]
-    process = start(args)
+    process = Forked(args)
     wait_until(lambda: num_steps(killed) >= 8, "two steps behind the change")
     time.sleep(0.05)
     process.kill()
     process.communicate(timeout=60)
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     assert metrics(killed) == metrics(whole)
 
@@ -128,7 +136,7 @@ def test_a_run_goes_back_once_and_keeps_what_came_after(corpus: Path, extended: 
         *arguments(corpus, run_dir, run__steps=6, **(COSINE | {"optimizer__lr": "5e-4"})),
         *("--resume.from", "4", "--resume.accept", "run.steps,optimizer.lr"),
     ]
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -140,7 +148,7 @@ def test_a_run_goes_back_once_and_keeps_what_came_after(corpus: Path, extended: 
     ]
     aside = (run_dir / "metrics.jsonl.aside-1").read_text()
     assert aside == (extended / "metrics.jsonl").read_text()
-    again = run("console", args)
+    again = run_forked(args)
     assert again.returncode == 0, again.stderr
     assert "an earlier attempt with this configuration went back there" in again.stderr
     assert metrics(run_dir) == rows
@@ -154,11 +162,11 @@ def test_a_run_forked_with_optimizer_and_step_equals_the_extended_one(
         *arguments(corpus, run_dir, run__steps=8, **COSINE),
         *("--resume.from", str(finished), "--resume.accept", "run.steps"),
     ]
-    done = run("console", args)
+    done = run_forked(args)
     assert done.returncode == 0, done.stderr
     assert "rows lost" not in done.stderr
     assert metrics(run_dir) == metrics(extended)[6:]
-    again = run("console", args)
+    again = run_forked(args)
     assert again.returncode == 0, again.stderr
     assert "--resume.from is not read: run.dir has a checkpoint" in again.stderr
 
@@ -166,13 +174,13 @@ def test_a_run_forked_with_optimizer_and_step_equals_the_extended_one(
 def test_a_growing_batch_goes_on_exactly_after_a_kill(corpus: Path, tmp_path: Path) -> None:
     growing = {**COSINE, "run__steps": 8, "schedule__rampup_batch_size": "[1, 1, 9]", "checkpoint__interval": 1}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run("console", arguments(corpus, whole, **growing))
+    done = run_forked(arguments(corpus, whole, **growing))
     assert done.returncode == 0, done.stderr
-    process = start(arguments(corpus, killed, **growing))
+    process = Forked(arguments(corpus, killed, **growing))
     wait_until(lambda: num_steps(killed) >= 4, "a step of two rows")
     process.kill()
     process.communicate(timeout=60)
-    done = run("console", arguments(corpus, killed, **growing))
+    done = run_forked(arguments(corpus, killed, **growing))
     assert done.returncode == 0, done.stderr
     assert metrics(killed) == metrics(whole)
     # From 1 to 4 rows in three increments, one every 3 samples.

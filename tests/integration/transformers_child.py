@@ -76,6 +76,22 @@ class Transformers:
         assert reply["missing_keys"] == []
         return [np.array(logits, dtype=np.float32) for logits in reply["logits"]]
 
+    def generate(
+        self, folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_token_id: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Let transformers continue prompts greedily in fp32, each by itself: new ``ids`` and their ``text``, if any.
+
+        Args:
+            folder: the model.
+            prompts: token ids.
+            max_new_tokens: at most so many.
+            end_token_id: ends a text, and is not among its ids.
+        """
+        arguments = {"max_new_tokens": max_new_tokens, "end_token_id": end_token_id}
+        reply = self._call("generate", folder=str(folder), prompts=[list(each) for each in prompts], **arguments)
+        results: list[dict[str, Any]] = reply["results"]
+        return results
+
     def tokenize(self, folder: Path, text: str) -> dict[str, Any]:
         """Let transformers load a folder's tokenizer: ``ids`` of a text and ``eos_token``."""
         return self._call("tokenize", folder=str(folder), text=text)
@@ -119,6 +135,29 @@ def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"logits": [each.tolist() for each in logits], "missing_keys": sorted(info["missing_keys"])}
 
 
+def _generate(arguments: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, end = arguments["folder"], arguments["end_token_id"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (Path(folder) / "tokenizer.json").exists() else None
+    results = []
+    for prompt in arguments["prompts"]:
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=arguments["max_new_tokens"],
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+        )[0].tolist()
+        new = ids[len(prompt) :]
+        new = new[: new.index(end)] if end in new else new
+        results.append({"ids": new, "text": None if tokenizer is None else tokenizer.decode(new)})
+    return {"results": results}
+
+
 def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
@@ -132,7 +171,7 @@ def _main() -> None:
         sys.modules[module] = None  # type: ignore[assignment]
     # Replies alone go to the parent; whatever libraries print goes to the log.
     replies, sys.stdout = sys.stdout, sys.stderr
-    actions = {"save": _save, "logits": _logits, "tokenize": _tokenize}
+    actions = {"save": _save, "generate": _generate, "logits": _logits, "tokenize": _tokenize}
     for line in sys.stdin:
         arguments = json.loads(line)
         print(json.dumps(actions[arguments["action"]](arguments)), file=replies, flush=True)

@@ -11,6 +11,7 @@ Letters: T tokens, D hidden, V vocabulary, c tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
-from qwen3next_train.kernels.main_grad import add_product, main_grad_of
+from qwen3next_train.kernels.main_grad import add_product, scaled_gradient
 
 _CHUNK_LOGITS = 5 * 2**28
 """Logits of a chunk, at most (8,800 tokens at 150k of them; 2.7 GB in bf16): every chunk after the first reads and
@@ -29,18 +30,22 @@ _LANES, _PER_LANE, _PIECES = 1024, 8, 2
 
 
 def linear_cross_entropy_triton(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    losses_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A label outside of the vocabulary makes the loss not a number."""
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad, _CHUNK_LOGITS)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, needs_grad, _CHUNK_LOGITS, losses_T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad, chunk_logits):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, needs_grad, chunk_logits, losses_T):
         num_tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        losses_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
+        if losses_T is None:
+            losses_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
         grad_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device) if needs_grad else None
         grad_VD = torch.empty(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_grad else None
         rows = _chunk_rows(num_tokens, vocabulary, chunk_logits)
@@ -60,13 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_TD, grad_VD = ctx.saved_tensors
-        main_grad = main_grad_of(ctx.weight)
-        if main_grad is None:
-            grad_weight: torch.Tensor | None = _scaled(grad_VD, grad, ctx.weight.dtype)
-        else:
-            main_grad.add_scaled(grad_VD, grad)
-            grad_weight = main_grad.added_directly(ctx.weight)
-        return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None
+        as_weight = functools.partial(_scaled, dtype=ctx.weight.dtype)
+        grad_weight = scaled_gradient(ctx.weight, grad_VD, grad, as_weight)
+        return _scaled(grad_TD, grad, grad_TD.dtype), grad_weight, None, None, None, None
 
 
 def _chunk_rows(num_tokens: int, vocabulary: int, chunk_logits: int) -> int:

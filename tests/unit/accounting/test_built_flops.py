@@ -29,6 +29,7 @@ from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 from tests.unit.accounting.shapes import TINY
 from tests.unit.model.small_models import CPU, batch_of, cpu_kernels, scales_of, small_config
 
@@ -87,15 +88,18 @@ def counted_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sequ
     return torch.cat(rows)
 
 
-def counted_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def counted_head(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, losses_T: torch.Tensor | None
+) -> torch.Tensor:
     """The reference adds to its weight gradient in place, which torch's counter does not see."""
+    assert losses_T is None
     return F.cross_entropy(F.linear(hidden_TD, weight_VD), labels_T, reduction="sum")
 
 
 def build(config: ModelConfig, kernels: KernelSet) -> Qwen3NextForCausalLM:
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=kernels)
-    initialize(model, parameter_table(config), seed=0, local_experts=range(config.num_experts), device=CPU)
+    initialize(model, parameter_table(config), seed=0, topology=Topology(), device=CPU)
     return model
 
 

@@ -16,6 +16,7 @@ from qwen3next_train.accounting.memory import (
     host_bytes_per_gpu,
     memory_per_gpu,
     persistent_numel,
+    snapshot_bytes_per_gpu,
 )
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
@@ -98,6 +99,17 @@ def test_an_offloaded_optimizer_is_in_host_memory(stage: Stage, precision: Preci
     host = host_bytes_per_gpu(TINY, replace(layout, offload_optimizer=True))
     assert host == 16 * partitions + here["weights"] // 8 + largest
     assert host_bytes_per_gpu(TINY, layout) == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_copy_of_the_state_is_as_large_as_the_optimizer_wherever_that_is(stage: Stage) -> None:
+    layout = replace(ONE, world_size=8, zero_stage=stage, expert_parallel_size=2)
+    for moments_dtype, state_bytes in (("fp32", 12), ("bf16", 8)):
+        kept = replace(layout, moments_dtype=moments_dtype)
+        copy = snapshot_bytes_per_gpu(TINY, kept)
+        assert copy == memory_per_gpu(TINY, kept)["optimizer"]
+        assert copy == snapshot_bytes_per_gpu(TINY, replace(kept, offload_optimizer=True))
+        assert copy * 12 == snapshot_bytes_per_gpu(TINY, layout) * state_bytes
 
 
 @pytest.mark.parametrize(("stage", "gradient_ranks"), [(1, (1, 1)), (2, (8, 4))])

@@ -19,6 +19,7 @@ from qwen3next_train.kernels.gdn_prologue import GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.routing import Routing, TokenPermutation
 from qwen3next_train.model.gated_attention import GatedAttention
 from qwen3next_train.model.gated_delta_net import GatedDeltaNet
+from qwen3next_train.model.head_group import mixed_by_heads
 from qwen3next_train.model.moe import SparseMoeBlock
 from qwen3next_train.model.norms import RmsNormWithResidual
 from qwen3next_train.model.recompute import recomputing
@@ -31,13 +32,13 @@ MODEL = ModelConfig(
     vocab_size=64,
     hidden_size=512,
     num_hidden_layers=2,
-    num_attention_heads=4,
+    num_attention_heads=16,
     num_key_value_heads=2,
     head_dim=128,
     linear_key_head_dim=64,
     linear_value_head_dim=128,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
     full_attention_interval=2,
     layer_types=["linear_attention", "full_attention"],
     num_experts=16,
@@ -178,15 +179,24 @@ def _model(kind: str) -> ModelConfig:
 
 
 def _build(
-    kind: str, slices: SlicedSequences | None = None
+    kind: str, slices: SlicedSequences | None = None, group: _OtherHeads | None = None
 ) -> tuple[nn.Module, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]]:
     """A layer, and how to add to a residual stream what it makes of the stream's norm."""
+    shares = 1 if group is None else group.size
+
+    def add(layer: nn.Module, x: torch.Tensor, normed: torch.Tensor, *of_tokens: object) -> torch.Tensor:
+        def mixer(x_UD: torch.Tensor) -> torch.Tensor:
+            mixed_UD: torch.Tensor = layer(x_UD, None, *of_tokens, slices)
+            return mixed_UD
+
+        return x + (mixer(normed) if group is None else mixed_by_heads(mixer, normed, group=group, num_rows=1))
+
     if kind == "gdn":
-        return GatedDeltaNet(MODEL, KERNELS), lambda layer, x, normed: x + layer(normed, None, slices)
+        return GatedDeltaNet(MODEL, KERNELS, shares), add
     if kind.endswith("attention"):
         # Angles belong to the micro-batch, not to the layer.
         table = RotaryTable(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32))
-        return GatedAttention(_model(kind), KERNELS), lambda layer, x, normed: x + layer(normed, None, table, slices)
+        return GatedAttention(_model(kind), KERNELS, shares), lambda *layer_and_streams: add(*layer_and_streams, table)
     return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: layer(normed, 1, residual_TD=x)[0]
 
 
@@ -196,9 +206,10 @@ def _bytes_kept(
     num_tokens: int,
     recompute: Collection[RecomputePart],
     slices: SlicedSequences | None = None,
+    group: _OtherHeads | None = None,
 ) -> int:
     """Bytes, parameters left out, that norm and layer keep alive for the backward pass."""
-    layer, call = _build(kind, slices)
+    layer, call = _build(kind, slices, group)
     norm = RmsNormWithResidual(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
     for module in (layer, norm):
         for name, parameter in module.named_parameters():
@@ -231,8 +242,20 @@ class _NoOthers:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0).repeat(self.size, *(1 for _ in values.shape))
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
+
+class _OtherHeads:
+    """Ranks whose tokens and terms are this one's."""
+
+    rank = 1
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD.repeat(self.size, 1)
+
+    def add_up(self, y_UD: torch.Tensor) -> torch.Tensor:
+        return y_UD.unflatten(0, (self.size, -1)).sum(0)
 
 
 def _slices(num_tokens: int) -> SlicedSequences:
@@ -255,6 +278,23 @@ def test_saved_bytes_per_token_of_slices(kind: str, precision: Precision, recomp
     per_token = sum(tensor.bytes_per_token for tensor in kept)
     assert 128 * per_token == many - few
     assert 0 <= few - sum(tensor.size(64) for tensor in kept) < 4 * per_token
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("kind", ["gdn", "attention", "ungated attention"])
+@pytest.mark.parametrize("recompute", [SUBSETS[0], SUBSETS[-1]], ids=lambda parts: "+".join(parts) or "none")
+def test_saved_bytes_per_token_of_divided_heads(
+    size: int, slices: bool, kind: str, recompute: tuple[RecomputePart, ...]
+) -> None:
+    """To the byte of a rank's own tokens; of four ranks two have the same key and value heads."""
+    cut = (lambda tokens: _slices(size * tokens)) if slices else (lambda tokens: None)
+    group = _OtherHeads(size)
+    few, many = (_bytes_kept(kind, torch.bfloat16, tokens, recompute, cut(tokens), group) for tokens in (64, 192))
+    sizes = {"context_parallel_size": 4 if slices else 1, "tensor_parallel_size": size}
+    saved = saved_tensors(_model(kind), "bf16", **sizes)
+    kept = kept_tensors(saved[kind.removeprefix("ungated ")], recompute)  # type: ignore[index]
+    assert 128 * sum(tensor.bytes_per_token for tensor in kept) == many - few
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

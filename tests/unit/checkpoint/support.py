@@ -22,6 +22,7 @@ from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, Ve
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
+from qwen3next_train.held_elements import Runs
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, SingleProcess
 from qwen3next_train.parameters import Init, ParamSpec
@@ -54,7 +55,7 @@ def fragments_of(step: int, rank: int = 0, world_size: int = 1) -> list[Fragment
         start, stop = max(first - offset, 0), min(last - offset, spec.numel)
         if start < stop:
             tensors = {kind: state[spec.name][kind][start:stop] for kind in FRAGMENT_KINDS}
-            fragments.append(Fragment(spec.name, start, tensors))
+            fragments.append(Fragment(spec.name, Runs(start, stop - start), tensors))
         offset += spec.numel
     return fragments
 
@@ -284,11 +285,18 @@ class _Shared:
 
 def on_ranks(world_size: int, action: Callable[[ThreadControl], T]) -> list[T | Exception]:
     """Run ``action`` on every rank at once; its results, or the exceptions it raised, by rank."""
-    shared = _Shared(world_size)
+    return on_two_threads_of_ranks(world_size, lambda control, saving: action(control))
+
+
+def on_two_threads_of_ranks(
+    world_size: int, action: Callable[[ThreadControl, ThreadControl], T]
+) -> list[T | Exception]:
+    """:func:`on_ranks` with a second group, for a thread of the rank's own."""
+    groups = [_Shared(world_size) for _ in range(2)]
 
     def attempt(rank: int) -> T | Exception:
         try:
-            return action(ThreadControl(rank, shared))
+            return action(*(ThreadControl(rank, shared) for shared in groups))
         except Exception as error:
             return error
 
@@ -297,9 +305,9 @@ def on_ranks(world_size: int, action: Callable[[ThreadControl], T]) -> list[T | 
 
 
 @contextmanager
-def collected_log() -> Iterator[list[str]]:
-    """Warnings the package logs meanwhile."""
-    collector = _Collector()
+def collected_log(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """What the package logs meanwhile, of this level and above."""
+    collector = _Collector(level)
     get_logger().addHandler(collector)
     try:
         yield collector.lines
@@ -308,8 +316,8 @@ def collected_log() -> Iterator[list[str]]:
 
 
 class _Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:

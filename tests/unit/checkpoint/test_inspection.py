@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen3next_train.checkpoint.inspection import checkpoint_command
+from qwen3next_train.checkpoint.manifest import config_hash
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 from tests.unit.checkpoint.support import manager, rewrite_manifest, save
 
@@ -30,6 +32,18 @@ def test_list_shows_each_checkpoint_newest_first(run_dir: Path, capsys: pytest.C
     assert newest[2] == "1 rank, ep 1, zero 1"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", newest[3])
     assert newest[4] == "complete"
+
+
+def test_list_names_the_ranks_that_shared_a_row(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def share(fields: dict[str, Any]) -> None:
+        fields["config"]["parallel"] = {"context_parallel_size": 2, "tensor_parallel_size": 4}
+        fields["config_xxh3_128"] = config_hash(fields["config"])
+
+    rewrite_manifest(run_dir / "checkpoints" / "step_00000002" / "MANIFEST.json", share)
+    assert checkpoint_command("list", run_dir) == ExitCode.FINISHED
+    _, newest, oldest = _rows(capsys)
+    assert newest[2] == "1 rank, ep 1, cp 2, tp 4, zero 1"
+    assert oldest[2] == "1 rank, ep 1, zero 1"
 
 
 def test_only_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,16 @@ def test_what_a_killed_save_left_makes_room_before_the_next_one_writes(tmp_path:
     assert names(tmp_path) == {"step_00000001", "step_00000003"}
 
 
+def test_what_a_killed_save_left_goes_without_another_save(tmp_path: Path) -> None:
+    save(manager(tmp_path), 1)
+    for name in (".tmp-step_00000002-0a1b2c3d", ".trash-step_00000000-0a1b2c3d", ".replaced-step_00000001-0a1b2c3d"):
+        (tmp_path / name).mkdir()
+    manager(tmp_path).remove_unfinished()
+    assert names(tmp_path) == {"step_00000001", ".replaced-step_00000001-0a1b2c3d"}
+    manager(tmp_path / "none").remove_unfinished()
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file or directory"):
         save(manager(tmp_path / "run" / "checkpoints"), 1)

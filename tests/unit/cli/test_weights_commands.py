@@ -1,4 +1,4 @@
-"""``eval``, ``import-hf`` and ``export-hf``: what is called with what, and what is refused."""
+"""``eval``, ``generate``, ``import-hf`` and ``export-hf``: what is called with what, and what is refused."""
 
 import sys
 from functools import partial
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.cli.main import main
+from qwen3next_train.generate.sampling import Sampling
 from qwen3next_train.huggingface.export_folder import MAX_SHARD_BYTES
 from qwen3next_train.model.init import initial_value
 
@@ -49,6 +50,46 @@ def test_eval(fake, argv, expected):
     assert calls == [((), DEFAULTS | expected)]
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected", "sampling"),
+    [
+        (["--checkpoint=runs/x", "--prompt", "a"], {"checkpoint": Path("runs/x"), "prompts": ["a"]}, {}),
+        (["--hf=x", "--prompt=a", "--prompt", "b c"], {"hf": Path("x"), "prompts": ["a", "b c"]}, {}),
+        (["--hf=x", "--prompts", "f.txt", "--json"], {"hf": Path("x"), "prompts_file": Path("f.txt")}, {}),
+        (["--hf=x", "--prompts=f", "--top-p=0.5"], {"prompts_file": Path("f")}, {"temperature": 1.0, "top_p": 0.5}),
+        (["--hf=x", "--prompts=f", "--top-k", "7"], {"prompts_file": Path("f")}, {"temperature": 1.0, "top_k": 7}),
+        (["--hf=x", "--prompts=f", "--temperature=0"], {"prompts_file": Path("f")}, {}),
+        (
+            ["--hf=x", "--prompts=f", "--temperature=.7", "--top-p", "1", "--seed=9", "--max-new-tokens=3"],
+            {"prompts_file": Path("f")},
+            {"temperature": 0.7, "seed": 9, "max_new_tokens": 3},
+        ),
+        (
+            ["--hf=x", "--prompts=f", "--device=cpu", "--precision=fp32", "--tokenizer=t.json", "--run.seed", "8"],
+            {"prompts_file": Path("f"), "device": "cpu", "precision": "fp32", "tokenizer": "t.json"},
+            {"seed": 8},
+        ),
+    ],
+)
+def test_generate(fake, argv, expected, sampling):
+    calls = fake("train.generate", "generate_command", 76)
+    assert main(["generate", *argv]) == 76
+    ((none, found),) = calls
+    assert none == ()
+    assert found == {
+        "checkpoint": None,
+        "hf": found["hf"],
+        "prompts": [],
+        "prompts_file": None,
+        "as_json": "--json" in argv,
+        "device": "auto",
+        "precision": None,
+        "tokenizer": None,
+        "sampling": Sampling(**({"max_new_tokens": 128, "seed": 1234} | sampling)),
+        **expected,
+    }
+
+
 def test_import(fake):
     calls = fake("huggingface.import_folder", "import_hf")
     assert main(["import-hf", "--hf=in", "--output", "out"]) == 0
@@ -88,6 +129,7 @@ def test_help_states_the_shard_size_that_is_used(capsys):
 
 
 EVAL = ["eval", "--hf", "a", "--data", "b"]
+GENERATE = ["generate", "--hf", "a", "--prompt", "b"]
 IMPORT = ["import-hf", "--hf", "a", "--output", "b"]
 EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
 
@@ -113,6 +155,48 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         (
             [*EVAL, "--seq-length", "0"],
             "--seq-length (data.sequence_length): too small (got 0); give a whole number > 0",
+        ),
+        (
+            ["generate", "--prompt", "b"],
+            "generate: which model? (got neither of --checkpoint and --hf); give one of the two",
+        ),
+        (
+            ["generate", "--hf", "a"],
+            "generate: which prompts? (got neither of --prompt and --prompts); give one of the two",
+        ),
+        (
+            [*GENERATE, "--prompts", "f"],
+            "generate: which prompts? (got both of --prompt and --prompts); give one of the two",
+        ),
+        (
+            [*GENERATE, "--temperature", "-1"],
+            "--temperature: not a number >= 0 (got '-1'); give a number >= 0",
+        ),
+        (
+            [*GENERATE, "--temperature=1e-9"],
+            "--temperature: 1e-9 is not between 0.001 and 1000; give another number",
+        ),
+        (
+            [*GENERATE, "--temperature", "0", "--top-k", "3", "--top-p", "0.9"],
+            "--temperature: 0 takes the likeliest token, which leaves --top-p nothing to choose from; "
+            "leave one of the two out",
+        ),
+        *(
+            (
+                [*GENERATE, "--top-p", value],
+                f"--top-p: not a number > 0 and <= 1 (got '{value}'); give a number > 0 and <= 1",
+            )
+            for value in ("0", "1.01", "-0.5", ".nan", "x")
+        ),
+        ([*GENERATE, "--top-k=0.5"], "--top-k: not a whole number > 0 (got '0.5'); give a whole number > 0"),
+        (
+            [*GENERATE, "--max-new-tokens", "0"],
+            "--max-new-tokens: not a whole number > 0 (got '0'); give a whole number > 0",
+        ),
+        ([*GENERATE, "--prompt", "x\0"], "--prompt: has a NUL byte (got 'x\\x00'); give another text"),
+        (
+            [*GENERATE, "--run.steps", "3"],
+            "--run.steps: not read by generate; leave it out, of the configuration it reads run.seed",
         ),
         (["import-hf", "--hf", "a"], "--output: missing; give a folder"),
         (["import-hf", "--output", "a"], "--hf: missing; give a folder"),
@@ -158,7 +242,7 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
             [*EXPORT, "--print-config"],
             "--print-config: not an option of export-hf; it belongs to train, plan, tokenize, checkpoint, doctor",
         ),
-        (["--hf", "a"], "--hf: not an option of train; it belongs to eval, import-hf"),
+        (["--hf", "a"], "--hf: not an option of train; it belongs to eval, generate, import-hf"),
         (
             [*IMPORT, "more"],
             "qwen3next-train: unexpected argument 'more'; did you mean import-hf? "
@@ -172,7 +256,7 @@ def test_wrong_command_lines(capsys, argv, line):
     assert (captured.out, captured.err) == ("", line + "\n")
 
 
-@pytest.mark.parametrize("argv", [EVAL, IMPORT, EXPORT], ids=lambda argv: argv[0])
+@pytest.mark.parametrize("argv", [EVAL, GENERATE, IMPORT, EXPORT], ids=lambda argv: argv[0])
 def test_they_are_one_process(capsys, monkeypatch, argv):
     given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in given.items():

@@ -6,7 +6,7 @@ import yaml
 from qwen3next_train.config.describe import compare_configs, config_hash, keys, sections, subsections, to_yaml
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
-from qwen3next_train.config.schema import Config, LoggingConfig
+from qwen3next_train.config.schema import Config, EvalConfig, LoggingConfig
 from qwen3next_train.config.settings import PRESET_KEY
 
 TINY = shipped_folder() / "qwen3next_tiny.yaml"
@@ -38,6 +38,7 @@ def kinds(before: Config, after: Config, **kwargs) -> dict[str, list[str]]:
 def test_every_field_is_a_key_with_type_default_and_description():
     assert {name for name, _ in sections()} == set(Config.model_fields)
     nested = {f"logging.{name}": LoggingConfig.model_fields[name] for name in ("profile", "wandb")}
+    nested["eval.samples"] = EvalConfig.model_fields["samples"]
     assert subsections() == {*Config.model_fields, *nested}
     fields = [*Config.model_fields.values(), *nested.values()]
     assert len(keys()) == sum(len(section.annotation.model_fields) for section in fields) - len(nested)
@@ -62,6 +63,7 @@ def test_every_field_is_a_key_with_type_default_and_description():
         ("model.layer_types", "list of linear_attention|full_attention", "[]"),
         ("parallel.zero_stage", "1|2|3", "1"),
         ("logging.wandb.tags", "list of text", "[]"),
+        ("data.validation_sets", "mapping of names to a list of sources each", "{}"),
     ],
 )
 def test_type_and_default_text(name, type_text, default):
@@ -96,8 +98,10 @@ HARMLESS = [
         ("kernels.gated_delta_rule", "reference"),
         ("parallel.zero_stage", "2"),
     ),
+    ("data.validation_sets", "{a: x}"),
+    *(("checkpoint.best", "eval/loss"), ("eval.patience", "2"), ("logging.loss_by", "[position]")),
     *(("data.cache_dir", "x"), ("data.num_prefetch_steps", "0"), ("run.micro_batch_size", "4")),
-    *(("run.max_skipped_steps", "3"), ("checkpoint.max_failures", "1"), ("parallel.expert_parallel_size", "2")),
+    *(("run.max_skipped_steps", "3"), ("checkpoint.async_save", "false"), ("parallel.expert_parallel_size", "2")),
     *(("parallel.recompute", "[layer]"), ("parallel.offload_optimizer", "cpu"), ("optimizer.moments_dtype", "bf16")),
 ]
 TRAJECTORY = [
@@ -123,6 +127,18 @@ def test_class_of_a_change(kind, override):
     found = kinds(tiny(), tiny(override))
     assert override[0] in found[kind]
     assert [name for name, changed in found.items() if changed] == [kind]
+
+
+def test_an_alias_is_a_name_and_no_change():
+    plain, named = (tiny(("data.sources", f"[{{source: x{alias}}}]")) for alias in ("", ", alias: y"))
+    assert kinds(plain, named) == {"harmless": [], "trajectory": [], "shape": []}
+    assert config_hash(plain) == config_hash(named)
+
+
+def test_sets_of_a_version_whose_sources_had_fewer_keys_are_the_same():
+    stored = old(tiny(("data.validation_sets", "{a: x}")))
+    stored["data"]["validation_sets"] = {"a": [{"source": "x"}]}
+    assert compare_configs(stored, tiny(("data.validation_sets", "{a: x}"))).harmless == ()
 
 
 def test_nothing_changed():

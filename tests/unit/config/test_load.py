@@ -178,7 +178,7 @@ TYPE_FAULTS = [
     ("data: {sources: 4}", "data.sources: not a list (got 4); give a list of sources"),
     (
         "data: {sources: [4]}",
-        "data.sources[0]: not a mapping (got 4); give a mapping of source, weight, text_field, split, name",
+        "data.sources[0]: not a mapping (got 4); give a mapping of source, weight, text_field, split, name, alias",
     ),
     (
         "data: {sources: [{weight: 1}]}",

@@ -90,7 +90,9 @@ SETS = [
     ("--tokenizer-model", "123", "123", "data.tokenizer", "123"),
     ("--expert-model-parallel-size", "4", 4, "parallel.expert_parallel_size", 4),
     ("--context-parallel-size", "4", 4, "parallel.context_parallel_size", 4),
+    ("--tensor-model-parallel-size", "2", 2, "parallel.tensor_parallel_size", 2),
     ("--save-interval", "7", 7, "checkpoint.interval", 7),
+    ("--async-save", None, True, "checkpoint.async_save", True),
     ("--eval-interval", "7", 7, "eval.interval", 7),
     ("--log-interval", "7", 7, "logging.interval", 7),
     ("--wandb-project", "1e5", "1e5", "logging.wandb.project", "1e5"),
@@ -112,7 +114,6 @@ FIXED = [
     ("--moe-token-dispatcher-type", ["alltoall"], ["flex"]),
     ("--optimizer", ["adam"], ["sgd", "muon"]),
     ("--tokenizer-type", ["HuggingFaceTokenizer"], ["GPT2BPETokenizer"]),
-    ("--tensor-model-parallel-size", ["1"], ["2"]),
     ("--pipeline-model-parallel-size", ["1"], ["2"]),
     ("--expert-tensor-parallel-size", ["1"], ["2"]),
     ("--ffn-hidden-size", ["5120", "1"], []),
@@ -123,11 +124,12 @@ FIXED = [
     ("--make-vocab-size-divisible-by", ["1187", "128", "1"], ["1000", "0", "-1", "1.5", "x"]),
 ]
 SWITCHES_ON = [
+    "--sequence-parallel",
     *("--group-query-attention", "--qk-layernorm", "--apply-layernorm-1p", "--disable-bias-linear", "--swiglu"),
     *("--moe-grouped-gemm", "--moe-permute-fusion", "--use-distributed-optimizer", "--use-mcore-models"),
     *("--disable-jit-fuser",),
 ]
-SWITCHES_REFUSED = ["--add-qkv-bias", "--moe-router-enable-expert-bias", "--fp16", "--sequence-parallel"]
+SWITCHES_REFUSED = ["--add-qkv-bias", "--moe-router-enable-expert-bias", "--fp16"]
 # Those that also exist as one of our own keys of the section, or need company; tested on their own below.
 ELSEWHERE = ["--data-path", "--rampup-batch-size"]
 

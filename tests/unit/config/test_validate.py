@@ -41,6 +41,22 @@ def faults_of(**overrides: str) -> list[str]:
 
 RULES = [
     (
+        {"eval__samples__prompts": "[a, '', b]"},
+        "--eval.samples.prompts: eval.samples.prompts has an empty prompt, number 2; give it text",
+    ),
+    (
+        {"eval__samples__prompts": str(["x"] * 65)},
+        "--eval.samples.prompts: eval.samples.prompts has 65 prompts; give at most 64",
+    ),
+    *(
+        (
+            {f"eval__samples__{name}": text},
+            f"--eval.samples.{name}: eval.samples.{name} has nothing to choose from where eval.samples.temperature 0 "
+            "takes the likeliest token; give a temperature above 0",
+        )
+        for name, text in (("top_p", "0.5"), ("top_k", "3"))
+    ),
+    (
         {"run__steps": "9", "logging__profile__steps": "8-10"},
         "--logging.profile.steps: logging.profile.steps 8-10 is not within the run's steps, 1 to 9; choose steps among "
         "them",
@@ -168,6 +184,46 @@ RULES = [
         "--parallel.context_parallel_size: parallel.context_parallel_size 4 cuts data.sequence_length 8 into slices of "
         "2, shorter than the 3 tokens that model.linear_conv_kernel_dim 4 looks back; choose 2 or 1, or make rows of "
         "12 tokens",
+    ),
+    (
+        {"parallel__tensor_parallel_size": "4"},
+        "--parallel.tensor_parallel_size: parallel.tensor_parallel_size 4 does not divide model.linear_num_key_heads "
+        "2, which its ranks share; choose 2 or 1",
+    ),
+    (
+        {"parallel__tensor_parallel_size": "4", "model__num_attention_heads": "6"},
+        "--parallel.tensor_parallel_size: parallel.tensor_parallel_size 4 does not divide model.num_attention_heads "
+        "6, which its ranks share; choose 2 or 1",
+    ),
+    (
+        {
+            "parallel__tensor_parallel_size": "4",
+            "model__num_attention_heads": "24",
+            "model__num_key_value_heads": "6",
+            "model__linear_num_key_heads": "12",
+            "model__linear_num_value_heads": "12",
+        },
+        "--parallel.tensor_parallel_size: parallel.tensor_parallel_size 4 neither divides model.num_key_value_heads 6 "
+        "nor is a multiple of it; choose 2 or 1",
+    ),
+    (
+        {"parallel__tensor_parallel_size": "2", "data__sequence_length": "255"},
+        "--parallel.tensor_parallel_size: parallel.tensor_parallel_size 2 does not divide data.sequence_length 255 "
+        "into equal shares; set it to 1, or make rows of 256 tokens",
+    ),
+    (
+        {"parallel__context_parallel_size": "4", "parallel__tensor_parallel_size": "2"},
+        "--parallel.context_parallel_size: parallel.context_parallel_size 4 does not divide model.num_attention_heads "
+        "4 / parallel.tensor_parallel_size 2, which its ranks share in attention; choose 2 or 1",
+    ),
+    (
+        {
+            "parallel__context_parallel_size": "2",
+            "parallel__tensor_parallel_size": "2",
+            "data__sequence_length": "250",
+        },
+        "--parallel.context_parallel_size: parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2 does not "
+        "divide data.sequence_length 250 into equal slices; set it to 1, or make rows of 252 tokens",
     ),
     ({"run__dir": " "}, "--run.dir: not a folder name (got ' '); name a folder for the run's files"),
     (
@@ -311,6 +367,26 @@ def test_world_size_with_context_parallelism():
             f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose a divisor or start "
             "another number of processes"
         )
+
+
+def test_world_size_with_divided_heads():
+    sizes = [("parallel.context_parallel_size", "2"), ("parallel.tensor_parallel_size", "2")]
+    config = load_config([TINY], [*sizes, ("run.micro_batch_size", "4")]).config
+    validate_for_world(config, 16)
+    expected = {
+        3: "parallel.context_parallel_size: 2 does not divide the world size 3; choose a divisor or start another "
+        "number of processes\nparallel.tensor_parallel_size: 2 does not divide the world size 3; choose a divisor or "
+        "start another number of processes",
+        6: "parallel.context_parallel_size: parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2 = 4 "
+        "does not divide the world size 6; choose smaller sizes or start another number of processes",
+        12: "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 12 / "
+        "(parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2) x run.micro_batch_size 4 = 12; choose a "
+        "multiple of 12, a smaller micro batch or another number of processes",
+    }
+    for world_size, text in expected.items():
+        with pytest.raises(ConfigError) as caught:
+            validate_for_world(config, world_size)
+        assert str(caught.value) == text
 
 
 def test_every_batch_of_a_ramp_up_has_to_fit_the_world():

@@ -104,6 +104,18 @@ def test_resumes_at_any_sample_and_batch_size(data: TrainingData) -> None:
     assert resumed == straight
 
 
+def test_rows_say_which_source_they_are_from(data: TrainingData) -> None:
+    batches = [batch for step in take(loader(data), 4) for batch in step]
+    assert len({batch.sources for batch in batches}) > 1
+    for batch in batches:
+        # Of the second store no token is above 499, of the first most are.
+        largest = batch.input_ids_T.view(2, -1).max(dim=1).values
+        assert all(source == 0 for source, token in zip(batch.sources, largest.tolist(), strict=True) if token > 499)
+    numbers = [source for batch in batches for source in batch.sources]
+    assert numbers == [data.row(index).source for index in range(len(numbers))]
+    assert 0.6 < numbers.count(0) / len(numbers) < 0.9
+
+
 def test_batches_carry_documents_and_targets(data: TrainingData) -> None:
     ((batch, *_),) = take(loader(data), 1)
     rows = [data.row(0), data.row(1)]
@@ -139,7 +151,7 @@ def test_ranks_of_a_context_group_have_slices_of_the_same_rows(data: TrainingDat
         for step, batches in enumerate(whole):
             for micro, batch in enumerate(batches):
                 slices = [ranks[group * size + index][step][micro] for index in range(size)]
-                for name in ("input_ids_T", "labels_T", "positions_T"):
+                for name in ("input_ids_T", "labels_T", "positions_U"):
                     together = torch.cat([getattr(own, name).view(2, -1) for own in slices], dim=1)
                     assert torch.equal(together.flatten(), getattr(batch, name)), name
                 further = torch.cat([own.mtp_targets[0].view(2, -1) for own in slices], dim=1)

@@ -11,7 +11,9 @@ from qwen3next_train.data.summary import (
     data_lines,
     format_epochs,
     log_data,
+    planned_sets,
     planned_uses,
+    set_lines,
     use_lines,
     uses_as_json,
     uses_of,
@@ -75,6 +77,18 @@ def test_a_plan_estimates_tokens_and_leaves_unknown_what_is_elsewhere(tmp_path: 
     assert uses_as_json(uses)[3] == {"source": "owner/name", "share": 0.2, "tokens": None, "epochs": None}
     assert use_lines(uses)[3] == "owner/name: tokens unknown, 20.0% of the samples, unknown epochs"
     assert not (tmp_path / "cache").exists()
+
+
+def test_validation_sets_are_said_with_their_tokens(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [[1] * 40] * 100)
+    (tmp_path / "a.txt").write_bytes(b"x" * 4000)
+    store, text = {"source": str(tmp_path / "store")}, {"source": str(tmp_path / "a.txt")}
+    sets = {"both": [store, text], "far": [store, {"source": "owner/name"}]}
+    planned = planned_sets(make_config(tmp_path / "cache", [store], validation_sets=sets))
+    assert planned == {"both": 5000, "far": None}
+    assert set_lines(planned) == ["validation set both: about 5,000 tokens", "validation set far: tokens unknown"]
+    config = make_config(tmp_path / "cache", [store], validation_sets={"two": [store, store]}, validation_fraction=0.0)
+    assert data_lines(prepare_stores(config), config)[1:] == ["validation set two: 200 documents, 8,000 tokens"]
 
 
 def test_a_run_says_what_it_reads_and_warns_of_repetition(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, EvalConfig
 from qwen3next_train.data.prepare import prepare_evaluation, prepare_stores
 from qwen3next_train.data.prepared import PreparedData
-from qwen3next_train.data.validation import ValidationData
+from qwen3next_train.data.validation import ValidationData, open_validation
 from qwen3next_train.errors import DataError
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
@@ -116,3 +116,51 @@ def test_too_little_held_out(tmp_path: Path) -> None:
     small = PreparedData(prepared.train, prepared.validation[1:], None, prepared.vocab_size)
     with pytest.raises(DataError, match="b: 2 held-out tokens, a row needs 17"):
         ValidationData(small, config, num_rows=4)
+
+
+def test_each_set_has_rows_of_its_own_the_same_at_any_layout(tmp_path: Path) -> None:
+    counting_store(tmp_path / "train", [200])
+    for name, lengths in (("a", [10, 30, 121]), ("b", [60]), ("c", [49])):
+        counting_store(tmp_path / name, lengths)
+    sets = {"one": [{"source": str(tmp_path / "a")}], "two": [{"source": str(tmp_path / name)} for name in "bc"]}
+    config = make_config(
+        tmp_path / "cache", [{"source": str(tmp_path / "train")}], validation_sets=sets, validation_fraction=0.0
+    )
+    config = config.model_copy(update={"eval": EvalConfig(interval=1, rows=5)})
+    opened = open_validation(prepare_stores(config), config)
+    assert {name: first_tokens(data) for name, data in opened.items()} == {
+        "one": [0, 32, 64, 96, 128],
+        "two": [0, 16, 32, 0, 16],
+    }
+    for data in opened.values():
+        labels = {}
+        for world, context in ((1, 1), (3, 1), (4, 2)):
+            found = []
+            for rank in range(world):
+                topology = Topology(world, rank, context_parallel_size=context)
+                part = RowSlice(topology.context_parallel_rank, context, halo=3)
+                found += data.batches(topology, micro_batch_size=2, mtp_depths=0, part=part)
+            targets = torch.cat([batch.labels_T for batch in found])
+            labels[world] = sorted(targets[targets != IGNORE_INDEX].tolist())
+        assert labels[1] == labels[3] == labels[4]
+
+
+def test_sets_do_not_need_held_out_text_nor_take_it_away(tmp_path: Path) -> None:
+    counting_store(tmp_path / "a", [10] * 100)
+    sources = [{"source": str(tmp_path / "a")}]
+    with_sets = make_config(tmp_path / "cache", sources, validation_sets={"all": sources}, validation_fraction=0.1)
+    alone = make_config(tmp_path / "cache", sources, validation_fraction=0.1)
+    prepared = prepare_stores(with_sets)
+    assert prepared.fingerprint == prepare_stores(alone).fingerprint
+    assert open_validation(prepared, with_sets) == {}
+    config = with_sets.model_copy(update={"eval": EvalConfig(interval=1)})
+    assert list(open_validation(prepared, config)) == ["", "all"]
+
+
+def test_a_set_that_is_too_small_is_named(tmp_path: Path) -> None:
+    counting_store(tmp_path / "a", [100])
+    counting_store(tmp_path / "b", [9])
+    sets = {"small": [{"source": str(tmp_path / "b")}]}
+    config = make_config(tmp_path / "cache", [{"source": str(tmp_path / "a")}], validation_sets=sets)
+    with pytest.raises(DataError, match=r"^data.validation_sets: small: .*b: 9 held-out tokens, a row needs 17"):
+        ValidationData(prepare_stores(config), config, num_rows=4, name="small")

@@ -177,6 +177,36 @@ def test_eval_loss_is_the_training_loss_of_the_same_rows(context: ProcessContext
     assert loss == pytest.approx(_step(engine, config, 0).metrics["loss/lm"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("zero_stage", "in_flight"), [(1, 1), (1, 2), (3, 1)])
+def test_loss_by_source_and_position_leaves_the_curve_bit_equal(
+    context: ProcessContext, zero_stage: int, in_flight: int
+) -> None:
+    results = []
+    for groupings in ([], ["source", "position"]):
+        values = small_config(micro_batch_size=1).model_dump()
+        values["parallel"] |= {"zero_stage": zero_stage, "micro_batches_in_flight": in_flight}
+        values["data"]["sources"] = [{"source": name} for name in ("a", "b", "c")]
+        values["logging"]["loss_by"] = groupings
+        config = Config.model_validate(values)
+        engine = build_engine(config, context)
+        results.append(([_step(engine, config, step).metrics for step in range(2)], _state(engine)))
+    (plain, state), (grouped, grouped_state) = results
+    assert all(torch.equal(state[key], grouped_state[key]) for key in state)
+    for step, (expected, found) in enumerate(zip(plain, grouped, strict=True)):
+        assert {name: found[name] for name in expected} == expected
+        assert found.keys() - expected.keys() == {
+            *(f"loss/{name}" for name in "abc"),
+            *(f"data/share_{name}" for name in "abc"),
+            *("loss/position_0", "loss/position_16"),
+        }
+        batches, _ = _batches(config, step)
+        targets = [0] * 3
+        for batch in batches:
+            targets[batch.sources[0]] += batch.num_targets[0]
+        mean = sum(found[f"loss/{name}"] * count for name, count in zip("abc", targets, strict=True)) / sum(targets)
+        assert mean == pytest.approx(expected["loss/lm"], rel=1e-6)
+
+
 def test_parameters_whose_first_gradient_comes_in_the_last_backward_pass(
     context: ProcessContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

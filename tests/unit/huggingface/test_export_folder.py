@@ -18,6 +18,7 @@ from qwen3next_train.checkpoint.train_state import TrainState
 from qwen3next_train.config.schema import Config, DataConfig, ModelConfig
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
+from qwen3next_train.held_elements import Runs
 from qwen3next_train.huggingface import export_folder
 from qwen3next_train.huggingface.export_folder import ExportDtype, export_hf
 from qwen3next_train.huggingface.import_folder import import_hf
@@ -51,7 +52,11 @@ def save_run(
         checkpoints.save(
             step=step,
             fragments=[
-                Fragment(spec.name, 0, {kind: torch.full((spec.numel,), step + 1 / 512) for kind in FRAGMENT_KINDS})
+                Fragment(
+                    spec.name,
+                    Runs(0, spec.numel),
+                    {kind: torch.full((spec.numel,), step + 1 / 512) for kind in FRAGMENT_KINDS},
+                )
                 for spec in table
             ],
             train_state=TrainState(

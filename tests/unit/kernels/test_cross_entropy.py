@@ -48,6 +48,20 @@ def test_two_heads_sharing_a_weight_add_their_gradients() -> None:
         torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [7, 1000])
+def test_losses_of_positions_leave_the_sum_as_it_is(rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cross_entropy._CHUNK_LOGITS, "cpu", rows_per_chunk * VOCAB)
+    results = []
+    for losses in (None, torch.full((23,), torch.nan)):
+        hidden, weight, labels = leaves(23, torch.float32)
+        value = linear_cross_entropy_chunked(hidden, weight, labels, losses)
+        results.append((value, *torch.autograd.grad(value, (hidden, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert losses[labels == IGNORE_INDEX].tolist() == [0.0] * 5
+
+
 def test_no_real_label_is_a_zero_loss_with_zero_gradients() -> None:
     hidden, weight, labels = leaves(6, torch.float32)
     value = linear_cross_entropy_chunked(hidden, weight, torch.full_like(labels, IGNORE_INDEX))

@@ -10,7 +10,12 @@ from functools import partial
 import pytest
 import torch
 
-from qwen3next_train.kernels.gated_delta_rule import CHUNK_SIZE, gated_delta_rule_reference, recurrent_gated_delta_rule
+from qwen3next_train.kernels.gated_delta_rule import (
+    CHUNK_SIZE,
+    delta_rule_step,
+    gated_delta_rule_reference,
+    recurrent_gated_delta_rule,
+)
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import reference_kernels
 from qwen3next_train.selftest.case import Case, RandomInputs, compare
@@ -164,3 +169,26 @@ def test_no_final_state_is_written_unasked() -> None:
     inputs = gated_delta_rule(RandomInputs(torch.Generator(), CPU), SHAPE, documents(40)).inputs
     for rule in (gated_delta_rule_reference, recurrent_gated_delta_rule):
         assert rule(**inputs, sequences=documents(40))[1] is None
+
+
+def test_a_step_is_one_token_of_each_document() -> None:
+    inputs = make_case((1, 1, 1), mild).inputs
+    names = {"g_TN": "g_DN", "beta_TN": "beta_DN", "initial_state_DNKV": "state_DNKV"}
+    operands = [inputs[name] for name in ("q_THK", "k_THK", "v_TNV")]
+    rest = {new: inputs[old] for old, new in names.items()}
+    for changes in ({}, {"state_DNKV": None}):
+        given = rest | changes
+        found = delta_rule_step(*operands, **given)
+        expected = gated_delta_rule_reference(
+            *operands,
+            g_TN=given["g_DN"],
+            beta_TN=given["beta_DN"],
+            sequences=documents(1, 1, 1),
+            initial_state_DNKV=given["state_DNKV"],
+            output_final_state=True,
+        )
+        for value, wanted in zip(found, expected, strict=True):
+            assert wanted is not None
+            torch.testing.assert_close(value, wanted, rtol=0, atol=1e-12)
+    rounded = delta_rule_step(*(x.bfloat16() for x in operands), **(rest | {"state_DNKV": None}))
+    assert [x.dtype for x in rounded] == [torch.bfloat16, torch.float32]

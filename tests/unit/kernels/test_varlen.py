@@ -61,3 +61,11 @@ def test_scatter_and_gather_are_each_others_gradient(trailing: tuple[int, ...]) 
     torch.testing.assert_close(gather_rows(scatter_rows(rows, slots, 6), slots), rows)
     assert torch.autograd.gradcheck(lambda x: scatter_rows(x, slots, 6), rows)
     assert torch.autograd.gradcheck(lambda x: gather_rows(x, slots), padded)
+
+
+def test_extended_documents_have_the_gap_before_them() -> None:
+    sequences = documents(2, 1, 3)
+    extended = sequences.extended(2)
+    assert extended.cu_seqlens_cpu.tolist() == extended.cu_seqlens.tolist() == [0, 4, 7, 12]
+    assert extended.cu_seqlens.dtype == torch.int32
+    assert sequences.extended(2) is extended

@@ -70,6 +70,10 @@ def init(settings, **kwargs):
     return Run(f"{kwargs['dir']}/wandb/{'offline-run' if offline else 'run'}-1-{kwargs['id']}", offline)
 
 
+def Table(columns, data):
+    return {"table": [columns, *data]}
+
+
 def teardown():
     note("teardown")
 """

@@ -1,4 +1,4 @@
-from qwen3next_train.metrics.names import LAYER_METRICS, METRICS, is_metric_name, layer_metric
+from qwen3next_train.metrics.names import LAYER_METRICS, METRICS, NAMED_METRICS, is_metric_name, layer_metric
 
 FROZEN = [
     "step",
@@ -37,7 +37,7 @@ def test_the_names_are_the_contract():
 
 
 def test_every_metric_is_explained_in_one_line():
-    for metric in (*METRICS, *LAYER_METRICS):
+    for metric in (*METRICS, *LAYER_METRICS, *NAMED_METRICS):
         assert metric.unit
         assert metric.meaning
         assert "\n" not in metric.meaning
@@ -51,6 +51,14 @@ def test_layer_names():
             assert is_metric_name(template.name.format(layer=layer))
 
 
+def test_names_with_what_users_call_things():
+    for template in NAMED_METRICS:
+        for name in ("a", "Old-Books_2.jsonl", "9" * 64):
+            assert is_metric_name(template.name.format(name=name, first=16))
+
+
 def test_unknown_names():
+    for name in ("eval/a b/loss", "eval/-a/bpb", "eval/a/b/loss", "data/share_", f"loss/{'a' * 65}", "eval/a/lm"):
+        assert not is_metric_name(name)
     for name in ("loss", "moe/layer_7/max_violation", "moe/layer_007/max_violation", "moe/layer_07/load", "loss/lm\n"):
         assert not is_metric_name(name)

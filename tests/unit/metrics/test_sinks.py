@@ -129,7 +129,7 @@ def test_a_link_is_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     (tmp_path / "m.jsonl").symlink_to(outside)
-    with pytest.raises(StorageError, match=r"m\.jsonl: cannot be opened for metrics"):
+    with pytest.raises(StorageError, match=r"m\.jsonl: cannot be opened"):
         JsonlSink(tmp_path / "m.jsonl", resume_step=0)
     assert outside.read_text() == "precious"
 

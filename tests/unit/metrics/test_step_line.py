@@ -1,6 +1,6 @@
 import pytest
 
-from qwen3next_train.metrics.step_line import format_duration, format_eval, format_si, format_step, short
+from qwen3next_train.metrics.step_line import format_duration, format_evals, format_si, format_step, short
 
 RECORD = {
     "step": 120,
@@ -75,10 +75,13 @@ def test_rare_values_are_shown_first_when_there_are_any():
 
 
 def test_a_validation_is_a_line_in_the_same_columns():
-    record = {"step": 9, "loss/lm": 2.0, "eval/loss": 1.5, "eval/bpb": 0.75}
-    assert format_eval(record, total_steps=440) == "eval   9/440  loss 1.5000  0.7500 bits/byte"
-    assert format_eval({"step": 9, "eval/loss": 1.5}, total_steps=9) == "eval 9/9  loss 1.5000"
-    assert format_eval({"step": 9, "loss/lm": 2.0}, total_steps=9) == ""
+    record = {"step": 9, "loss/lm": 2.0, "eval/loss": 1.5, "eval/bpb": 0.75, "eval/code/loss": 2.5, "eval/b/loss": 1}
+    assert format_evals(record | {"eval/b/bpb": 0.5}, total_steps=440) == [
+        "eval   9/440  loss 1.5000  0.7500 bits/byte",
+        "eval   9/440  code  loss 2.5000",
+        "eval   9/440  b  loss 1.0000  0.5000 bits/byte",
+    ]
+    assert format_evals({"step": 9, "loss/lm": 2.0}, total_steps=9) == []
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,18 @@ def test_a_whole_run(tmp_path):
     ]
 
 
+def test_named_validation_sets_have_lines_of_their_own(tmp_path):
+    sink = summary(tmp_path)
+    sink.log(row(1, 8.0) | {"eval/loss": 7.0, "eval/code/loss": 6.0, "eval/code/bpb": 2.0, "eval/old-books/loss": 5.0})
+    sink.log(row(2, 7.0) | {"eval/loss": 7.5, "eval/code/loss": 5.0, "eval/code/bpb": 1.0, "eval/old-books/loss": 5.5})
+    sink.advance(2)
+    assert sink.lines(1.0)[3:6] == [
+        "eval loss   7.5000 at step 2, best 7.0000 at step 1",
+        "eval code   5.0000 at step 2 (1.0000 bits/byte), best 5.0000 at step 2",
+        "eval old-books 5.5000 at step 2, best 5.0000 at step 1",
+    ]
+
+
 def test_rows_of_earlier_attempts_count_as_far_as_they_hold_numbers(tmp_path):
     sink = summary(tmp_path, first_step=3)
     damaged = [{"step": 2, "loss/lm": "0.1"}, {"step": 2, "tokens": float("inf")}, {"step": 2, "loss/lm": 10**400}]

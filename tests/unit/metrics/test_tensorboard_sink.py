@@ -16,6 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from qwen3next_train.errors import ConfigError, StorageError
 from qwen3next_train.metrics import tensorboard_sink
+from qwen3next_train.metrics.samples import Sample
 from qwen3next_train.metrics.tensorboard_sink import TensorBoardSink, require_library
 
 
@@ -69,6 +70,21 @@ def test_rows_are_events(tmp_path: Path) -> None:
     assert logged.step == 3
     assert (values["tokens"], values["optim/lr"]) == (2.0**40, 0.25)
     assert math.isnan(values["loss/lm"])
+
+
+def test_samples_are_text(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    sink.log({"step": 3, "loss/lm": 1.0})
+    sink.log_samples(3, [Sample("a # ", "b\nc", 2, "length"), Sample("d", "", 0, "stop")])
+    sink.close()
+    (path,) = tmp_path.iterdir()
+    *_, event = events(path)
+    assert event.step == 3
+    assert [(value.tag, value.metadata.plugin_data.plugin_name) for value in event.summary.value] == [
+        ("samples/1/text_summary", "text"),
+        ("samples/2/text_summary", "text"),
+    ]
+    assert [value.tensor.string_val for value in event.summary.value] == [[b"    a # b\n    c\n"], [b"    d\n"]]
 
 
 @pytest.mark.parametrize("resume_step", [2, 4, 6])

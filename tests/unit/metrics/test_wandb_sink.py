@@ -16,6 +16,7 @@ import pytest
 from qwen3next_train.config.schema import WandbConfig
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.json_child import JsonChild
+from qwen3next_train.metrics.samples import Sample
 from qwen3next_train.metrics.wandb_sink import WandbLimits, WandbSink
 from tests.unit.metrics.fake_wandb import SOURCE
 
@@ -109,6 +110,22 @@ def test_online(tmp_path, fake, messages, monkeypatch):
     assert named(calls, "log") == [[record] for record in RECORDS]
     assert named(calls, "finish") == [[0]]
     assert messages == ["wandb: https://wandb.example/run"]
+
+
+def test_samples_are_a_table(tmp_path, fake):
+    (tmp_path / "run").mkdir()
+    sink = WandbSink(WandbConfig(mode="offline"), tmp_path / "run", {}, "abcd1234", False, limits=PATIENT)
+    sink.log_samples(4, [Sample("a", "b\n", 2, "length"), Sample("c", "", 0, "stop")])
+    sink.log_samples(8, [])
+    sink.close()
+    columns = ["prompt", "text", "tokens", "finish_reason"]
+    assert named(fake(), "log") == [
+        [{"step": 4, "samples": {"table": [columns, ["a", "b\n", 2, "length"], ["c", "", 0, "stop"]]}}],
+        [{"step": 8, "samples": {"table": [columns]}}],
+    ]
+    disabled = WandbSink(WandbConfig(mode="disabled"), tmp_path / "run", {}, "abcd1234", False, limits=PATIENT)
+    disabled.log_samples(4, [])
+    disabled.close()
 
 
 def test_a_change_is_a_row_with_text(tmp_path, fake):

@@ -13,6 +13,7 @@ from qwen3next_train.kernels.selection import KernelSet, select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 
 CPU = torch.device("cpu")
 HYBRID: list[LayerType] = ["linear_attention", "full_attention"]
@@ -53,7 +54,7 @@ def build(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.floa
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config, kernels=cpu_kernels())
     table = parameter_table(config)
-    initialize(model, table, seed=seed, local_experts=range(config.num_experts), device=CPU, dtype=dtype)
+    initialize(model, table, seed=seed, topology=Topology(), device=CPU, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,6 +14,7 @@ from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.init import initialize
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +54,7 @@ def build(device: torch.device, dtype: torch.dtype) -> Qwen3NextForCausalLM:
     kernels = select_kernels(KernelsConfig(), device, dtype=dtype, model=MODEL)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(MODEL, kernels=kernels)
-    initialize(model, parameter_table(MODEL), seed=0, local_experts=range(8), device=device, dtype=dtype)
+    initialize(model, parameter_table(MODEL), seed=0, topology=Topology(), device=device, dtype=dtype)
     return model
 
 

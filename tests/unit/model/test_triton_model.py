@@ -22,6 +22,7 @@ from qwen3next_train.model.norms import FusedAddRmsNorm, RmsNormWithResidual
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
 from tests.unit.model.small_models import CPU, cpu_kernels, small_config
 
 pytestmark = [
@@ -42,8 +43,7 @@ def run(kernels: KernelSet, recompute: Collection[RecomputePart] = ()) -> dict[s
     """Loss and gradients of one packed micro-batch."""
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(CONFIG, kernels=kernels, recompute=recompute)
-    experts = range(CONFIG.num_experts)
-    initialize(model, parameter_table(CONFIG), seed=0, local_experts=experts, device=CPU, dtype=torch.float32)
+    initialize(model, parameter_table(CONFIG), seed=0, topology=Topology(), device=CPU, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 10)
     batch = PackedBatch.from_rows([PackedRow(tokens, np.array([0, 4, 5, 9]), True)], mtp_depths=0)
     model.begin_step()

@@ -119,7 +119,7 @@ def _packed(kind: str) -> tuple[float, float]:
     packed = batch_of([[20, 30]], mtp_depths=0)
     theirs = transformers_twin(model)
     ids = packed.input_ids_T.unsqueeze(0)
-    together = theirs(input_ids=ids, position_ids=packed.positions_T.unsqueeze(0)).logits[0, 20:].detach()
+    together = theirs(input_ids=ids, position_ids=packed.positions_U.unsqueeze(0)).logits[0, 20:].detach()
     alone = theirs(input_ids=ids[:, 20:]).logits[0].detach()
     ours = model.forward_logits(packed)[20:].detach()
     return relative_error(ours, alone), relative_error(together, alone)

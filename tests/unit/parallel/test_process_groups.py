@@ -77,5 +77,5 @@ def test_what_this_machine_lacks_is_no_lost_rank(
 def test_ranks_per_node_divide_every_machine_s(hosts: str, expected: int) -> None:
     infos = tuple(RankInfo(host, 0, pid) for pid, host in enumerate(hosts))
     device, control = torch.device("cpu"), SingleProcess()
-    context = ProcessContext(0, len(hosts), 0, 1, device, control, control, infos)
+    context = ProcessContext(0, len(hosts), 0, 1, device, control, control, control, infos)
     assert context.ranks_per_node == expected

@@ -29,6 +29,7 @@ def config_80b(
     recompute: Iterable[RecomputePart] = (),
     micro_batches_in_flight: int = 1,
     context_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
 ) -> Config:
     """The 80B under one layout."""
     return Config(
@@ -38,6 +39,7 @@ def config_80b(
         parallel=ParallelConfig(
             expert_parallel_size=expert_parallel_size,
             context_parallel_size=context_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
             zero_stage=zero_stage,
             recompute=list(recompute),
             micro_batches_in_flight=2 if micro_batches_in_flight == 2 else 1,
@@ -53,6 +55,7 @@ def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[
         micro_batch_size=layout.micro_batch_size,
         sequence_length=layout.sequence_length,
         context_parallel_size=layout.context_parallel_size,
+        tensor_parallel_size=layout.tensor_parallel_size,
         recompute=layout.recompute,
         micro_batches_in_flight=layout.micro_batches_in_flight,
         global_batch_size=global_batch_size,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.config.schema import CheckpointConfig, Config, OptimizerConfig, RunConfig, ScheduleConfig
 from qwen3next_train.config.validate import validate, validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import MAX_FASTEST, USABLE_FRACTION, changed_fields
@@ -249,6 +249,16 @@ def test_an_offloaded_optimizer_costs_time_and_host_memory() -> None:
     assert plan.step is not None
     assert plan.step.host_s == pytest.approx(2 * plan.host_bytes / 30e9)
     assert "of host memory for each GPU's optimizer" in format_plan(plan)
+
+
+def test_the_copy_from_which_checkpoints_are_written_is_counted_unless_training_waits_for_saves() -> None:
+    plan = make_plan(config_80b(), gpus=64, gpu="h200", mfu=None, tokens=None)
+    assert plan.snapshot_bytes == pytest.approx(12 * 81.3e9 / 64, rel=0.02)
+    assert "; 15.25 GB of host memory for each GPU, to save beside training" in format_plan(plan)
+    waits = config_80b().model_copy(update={"checkpoint": CheckpointConfig(async_save=False)})
+    plan = make_plan(waits, gpus=64, gpu="h200", mfu=None, tokens=None)
+    assert plan.snapshot_bytes == 0
+    assert "to save beside training" not in format_plan(plan)
 
 
 def test_fastest_layouts_are_sorted_fit_and_train() -> None:

@@ -23,13 +23,14 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         "parameters": {"total", "active", "by_part"},
         "flops": {"per_token", "per_step", "by_part"},
         "flops_megatron": {"per_step"},
-        "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "with_recompute"},
+        "memory_per_gpu": {"total_bytes", "by_part", "fits", "host_bytes", "snapshot_bytes", "with_recompute"},
         "checkpoint_bytes": None,
         "step_time_s": None,
         "step_time_by_part": STEP_PARTS,
         "days": None,
         "fastest": None,
         "data": None,
+        "validation_sets": set(),
     }
     assert len(report["fastest"]) == 5
     for layout in report["fastest"]:
@@ -149,7 +150,8 @@ def test_the_source_of_the_time_is_said() -> None:
 
 def test_what_is_not_measured_is_said() -> None:
     """Rates between nodes where there are several; two in flight where the table has them."""
-    between, in_flight = "; those between nodes are not measured", "what two micro-batches in flight hide is expected"
+    between = "; those between nodes are not measured"
+    in_flight = "what two micro-batches in flight hide between nodes is expected"
     for gpus, rows, gpu, expected in ((64, 1, "h200", (True, False)), (64, 4, "h200", (True, True))):
         config = config_80b(global_batch_size=gpus * rows)
         text = format_plan(make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None))

@@ -210,3 +210,23 @@ def test_context_by_hand() -> None:
     to_each = 2 * (13 * heads / 16 + 36 * states)
     assert step_80b(64, config=wide).context_s == pytest.approx(8 * to_each / 45e9, rel=1e-6)
     assert step_80b(64).context_s == 0
+
+
+def test_tokens_of_divided_heads_by_hand() -> None:
+    """The 80B over 4 ranks: 48 mixers and an MTP depth's, to each of them tokens and from each outputs, twice."""
+    config = config_80b(tensor_parallel_size=4)
+    to_each = 2 * 49 * 2 * 1024 * 2048 * 2
+    micro_batches = 256 * 4 // 64
+    assert step_80b(64, config=config).context_s == pytest.approx(micro_batches * 3 * to_each / 191e9, rel=1e-6)
+
+
+def test_divided_heads_send_as_much_more_as_a_rank_has_fewer() -> None:
+    """Beside 2 slices: a rank sends as many heads of its tokens as before, and the states of half the heads."""
+    config = config_80b(sequence_length=131_072, context_parallel_size=2, tensor_parallel_size=2, global_batch_size=16)
+    tokens = 32_768
+    heads = 2 * (16 + 2 * 2) * 256 * 2 * tokens
+    states = 16 * 128 * (128 + 128) * 4
+    rates = clock(config).rates
+    to_slice, to_share = 2 * (13 * heads / 2 + 36 * states), 2 * 49 * 2 * tokens * 2048 * 2
+    slowest = min(rates.exact_peer_bytes_per_s, rates.exact_bytes_per_s)
+    assert step_80b(64, config=config).context_s == pytest.approx((to_slice + to_share) / slowest, rel=1e-6)

@@ -56,6 +56,7 @@ class Reader(HTMLParser):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rows = [row(1, loss_lm=8.0, perf_flops_total=1e12), row(2, loss_lm=6.0), row(3, loss_lm=7.0, eval_loss=6.5)]
+    rows[2]["eval/code/bpb"] = 1.5
     folder = write_run(tmp_path / "a<b&c", rows, first_steps=(0, 2))
     (folder / "config.yaml").write_text("run:\n  dir: '<script>alert(1)</script>'\n")
     (folder / "exit.json").write_text(json.dumps({"code": 75, "reason": "stopped on SIGTERM after step 3"}))
@@ -70,6 +71,7 @@ def test_a_report_says_what_is_known_of_a_run(folder: Path) -> None:
     assert values["tokens"] == "300"
     assert values["loss"] == "7.0000 at step 3, best 6.0000 at step 2"
     assert values["validation loss"] == "6.5000 at step 3, best 6.5000 at step 3"
+    assert values["eval/code/bpb"] == "1.5000 at step 3, best 1.5000 at step 3"
     assert values["resumed at"] == "step 2"
     assert values["newest checkpoint"] == "none"
     assert values["end"] == "stopped on SIGTERM after step 3 (75)"

@@ -43,6 +43,26 @@ def test_panels_hold_what_was_logged(tmp_path: Path) -> None:
     assert panels["learning rate"][0].shown.tolist() == [1e-3, 2e-3]
 
 
+def test_named_sets_sources_and_positions_have_panels(tmp_path: Path) -> None:
+    rows = [row(1, loss_lm=8.0, loss_z=1.0, loss_total=9.0), row(2, loss_lm=6.0), row(3, loss_lm=5.0)]
+    rows[0] |= {"loss/web": 7.0, "data/share_web": 1.0, "loss/position_0": 9.0, "eval/code/bpb": 2.0}
+    rows[1] |= {"data/share_web": 0.0, "loss/position_0": 8.0}
+    rows[2] |= {"loss/web": 6.0, "data/share_web": 0.5, "loss/position_16": 7.0}
+    runs = read_runs([write_run(tmp_path / "one", rows)])
+    panels = {each.panel.title: each.curves for each in draw_panels(runs, axis="steps", rate="tokens", smoothing=0.0)}
+    found = {title: {curve.label: (curve.x.tolist(), curve.y.tolist()) for curve in panels[title]} for title in panels}
+    assert found == {
+        "next-token loss, nats per token": {"one": ([1, 2, 3], [8.0, 6.0, 5.0])},
+        "validation loss, bits per byte": {"one eval/code/bpb": ([1], [2.0])},
+        "loss by source, nats per token": {"one loss/web": ([1, 3], [7.0, 6.0])},
+        "share of tokens by source": {"one data/share_web": ([1, 2, 3], [1.0, 0.0, 0.5])},
+        "loss by position in the document, nats per token": {
+            "one loss/position_0": ([1, 2], [9.0, 8.0]),
+            "one loss/position_16": ([3], [7.0]),
+        },
+    }
+
+
 def test_a_metric_that_was_never_finite_is_no_panel(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "one", [row(1, loss_lm=None)])])
     assert list(draw_panels(runs, axis="steps", rate="tokens", smoothing=0.0)) == []

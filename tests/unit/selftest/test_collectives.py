@@ -13,7 +13,9 @@ from tests.unit.model.small_models import CPU
 
 
 def context(*, rank: int = 1, world_size: int = 4) -> ProcessContext:
-    return ProcessContext(rank, world_size, rank, world_size, CPU, SingleProcess(), SingleProcess(), ())
+    return ProcessContext(
+        rank, world_size, rank, world_size, CPU, SingleProcess(), SingleProcess(), SingleProcess(), ()
+    )
 
 
 @pytest.fixture(autouse=True)

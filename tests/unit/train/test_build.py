@@ -61,7 +61,7 @@ class Start:
     def build(self) -> None:
         control = SimpleNamespace(gather_json=self._gather)
         alone = SingleProcess()
-        context = ProcessContext(0, 1, 0, 1, CPU, cast(Any, control), alone, ())
+        context = ProcessContext(0, 1, 0, 1, CPU, cast(Any, control), alone, alone, ())
         initial = SimpleNamespace(read=None, path=Path("weights"))
         restored = Restored(cast(Any, None), None, cast(Any, initial))
         _build_engine(Config(model=small_config()), Topology(), context, cast(Any, None), restored)

@@ -29,7 +29,11 @@ def test_dry_run_of_a_shipped_configuration(
 ) -> None:
     """The 80B would need 160 GB if a single weight were allocated."""
     monkeypatch.chdir(tmp_path)
-    overrides = [("data.sources", str(write_corpus(tmp_path))), ("data.sequence_length", "256")]
+    corpus = str(write_corpus(tmp_path))
+    overrides = [
+        *(("data.sources", corpus), ("data.sequence_length", "256"), ("data.validation_fraction", "0")),
+        *(("data.validation_sets", f"{{more: {corpus}}}"), ("eval.interval", "5"), ("eval.rows", "3")),
+    ]
     argv = ["--config", name, "--dry-run", *(word for key, value in overrides for word in (f"--{key}", value))]
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -37,6 +41,9 @@ def test_dry_run_of_a_shipped_configuration(
     assert f"\nmodel built on the meta device: {total:,} parameters in " in out
     assert out.startswith(f"parameters   {total:,}, active per token ")
     assert "\ngated_delta_rule " in out
+    assert re.search(
+        r"^validation set more: 40 documents, [\d,]+ tokens\neval/more/loss: 3 rows of 256 tokens$", out, re.M
+    )
     shown = {int(row): ends.split() for row, ends in re.findall(r"^  row (\d+): (.*)$", out, re.MULTILINE)}
     expected = first_rows(overrides, name, 8)
     assert shown == {index: [str(end) for end in row.boundaries] for index, row in enumerate(expected)}

@@ -11,7 +11,13 @@ from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.errors import OutOfMemory
 from qwen3next_train.parallel.control import SingleProcess
 from qwen3next_train.train import memory_check
-from qwen3next_train.train.memory_check import available_host_bytes, memory_problem, num_oom_kills, settings_that_help
+from qwen3next_train.train.memory_check import (
+    available_host_bytes,
+    has_host_room,
+    memory_problem,
+    num_oom_kills,
+    settings_that_help,
+)
 
 GIB = 2**30
 
@@ -137,3 +143,14 @@ def test_processes_the_kernel_has_killed(root):
     assert num_oom_kills(root.path) == 7
     root.write("sys/fs/cgroup/memory.events", "oom 2\noom_kill 1\n")
     assert num_oom_kills(root.path) == 1
+
+
+def test_an_eighth_of_what_is_free_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "available_host_bytes", lambda: 8000)
+    assert has_host_room(7000, num_local=1)
+    assert not has_host_room(7001, num_local=1)
+    assert has_host_room(1750, num_local=4)
+    assert not has_host_room(1751, num_local=4)
+    # Where nothing is known of the memory, the copy is tried.
+    monkeypatch.setattr(memory_check, "available_host_bytes", lambda: None)
+    assert has_host_room(2**60, num_local=8)

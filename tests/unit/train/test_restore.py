@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from qwen3next_train.checkpoint.manifest import config_hash
+from qwen3next_train.checkpoint.train_state import Lowest
 from qwen3next_train.config.schema import CheckpointConfig, Config, OptimizerConfig, RunConfig, ScheduleConfig
 from qwen3next_train.data.position import SourcePosition, new_start
 from qwen3next_train.data.prepared import PreparedData, PreparedSource
@@ -263,6 +264,32 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(tmp_p
         restore(tmp_path / "two", config_of(4), fork)
     trained(tmp_path / "two", logged=7, saved=(7,))
     assert restore(tmp_path / "two", resume=fork).state.step == 7
+
+
+def test_the_best_of_the_run_itself_is_no_place_to_go_back_to(tmp_path: Path) -> None:
+    trained(tmp_path / "one", logged=12, saved=(5, 10))
+    for name in (tmp_path / "one" / "best", tmp_path / "one" / "checkpoints" / "best"):
+        with pytest.raises(ConfigError) as caught:
+            restore(tmp_path / "one", resume=Resume(start=name))
+        assert str(caught.value) == (
+            f"--resume.from: {name}: the best of run.dir may be another checkpoint at the next start; give its step, "
+            "which `checkpoint list` marks"
+        )
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .*best: no checkpoint is the best"):
+        restore(tmp_path / "two", resume=Resume(start=tmp_path / "one" / "best"))
+
+
+def test_a_count_of_validations_without_progress_goes_on_with_its_data(tmp_path: Path) -> None:
+    lowest = Lowest(metric="eval/loss", value=2.5, step=3, num_since=2)
+    trained(tmp_path / "one", logged=5, saved=(5,), state={"lowest": lowest, "validation": {"eval/loss": 3.0}})
+    state = restore(tmp_path / "one").state
+    assert (state.lowest, state.validation) == (lowest, {"eval/loss": 3.0})
+    fork = Resume(start=tmp_path / "one" / "checkpoints" / "step_00000005")
+    assert restore(tmp_path / "two", resume=fork).state.lowest is None
+    longer = config_of()
+    longer = longer.model_copy(update={"data": longer.data.model_copy(update={"sequence_length": 2048})})
+    changed = restore(tmp_path / "one", longer, Resume(("data.sequence_length",)))
+    assert changed.state.lowest is None
 
 
 def test_weights_without_optimizer_state_are_no_place_to_go_on_from(tmp_path: Path) -> None:

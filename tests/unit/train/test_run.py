@@ -48,7 +48,7 @@ def attempt(monkeypatch, tmp_path):
     monkeypatch.setattr(process_groups, "process_context", alone)
 
     def execute(*, first_step=0, train=lambda run: None, build=None, check_world=lambda: None, others=()):
-        state = types.SimpleNamespace(step=first_step)
+        state = types.SimpleNamespace(step=first_step, lowest=None)
         run = types.SimpleNamespace(state=state)
         for name, content in (
             ("build", {"build_run": build or (lambda *args: run)}),

@@ -33,6 +33,20 @@ def test_sum_and_gradients(dtype: torch.dtype, rows_per_chunk: int, monkeypatch:
     check(case_of(random(), 11, 50, 12), dtype)
 
 
+def test_losses_of_positions_leave_the_sum_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "_CHUNK_LOGITS", 4 * 50)
+    x, weight, labels = inputs()
+    labels[1] = -100
+    losses = torch.full((6,), torch.nan, device=DEVICE)
+    results = []
+    for out in (None, losses):
+        value = linear_cross_entropy_triton(x, weight, labels, out)
+        results.append((value, *torch.autograd.grad(value, (x, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(x @ weight.T, labels, reduction="none"))
+    assert losses[1] == 0
+
+
 def test_a_vocabulary_of_several_blocks_that_fills_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "_LANES", 16)
     check(case_of(random(), 6, 1001, 8), torch.float32)

@@ -1,0 +1,320 @@
+"""What checkpoints cost training: step times without saves, with saves that are waited for, with saves beside training.
+
+``python scripts/benchmarks/bench_saves.py --json saves.json`` trains 2.2 B parameters on one GPU (four layers of the
+80B with 128 experts; ``--config`` and overrides for others) through the loop of ``train``, on random tokens, with
+a save every ``--interval`` steps. It needs room for two checkpoints below ``--dir``, 54 GB, and for one in host memory.
+
+First one checkpoint is written and waited for. Unless ``--accumulation`` says otherwise, a step then gets as many
+micro-batches as make an interval a quarter longer than that: nothing hides a save that takes longer than the steps
+until the next. Times are means over the steps of whole intervals; saves beside training are timed from their second
+on, as the first takes the memory. ``stopped`` is how long a save has kept training from going on, ``written`` from its
+begin until it was published, ``GB/s`` the size of a checkpoint by that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from bench_shapes import random_batch
+from device_timing import GIB, synchronize
+
+from qwen3next_train.batch import PackedBatch
+from qwen3next_train.checkpoint.background import BackgroundSaver
+from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport
+from qwen3next_train.checkpoint.manifest import Header, WorldLayout
+from qwen3next_train.checkpoint.train_state import TrainState
+from qwen3next_train.cli.arguments import Option, parse_arguments
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import find_config
+from qwen3next_train.config.schema import Config
+from qwen3next_train.engine.base import Engine
+from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.kernels.selection import DTYPES, select_kernels
+from qwen3next_train.metrics.sinks import JsonlSink
+from qwen3next_train.metrics.throughput import Throughput
+from qwen3next_train.parallel.process_groups import ProcessContext, process_context
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.topology import Topology
+from qwen3next_train.train.loop import Run, train
+from qwen3next_train.train.memory_check import has_host_room
+from qwen3next_train.versions import software_versions
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("--config", "FILE", "configuration (default bench_slice4_e512.yaml with 128 experts)"),
+        Option("--dir", "FOLDER", "where checkpoints go, in a folder that is removed (default: of temporary files)"),
+        Option("--interval", "N", "steps between saves (default 5)"),
+        Option("--intervals", "N", "timed intervals with saves beside training (default 2); of the others one"),
+        Option("--accumulation", "N", "micro-batches a step (default: from the time of one save)"),
+        Option("--json", "FILE", "write everything as JSON too"),
+    )
+}
+_SLACK = 1.25
+"""Time of an interval over that of a save that is waited for."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one kind of saves.
+
+    Args:
+        saves: ``none``, ``waited for`` or ``beside training``.
+        step_s: seconds of each timed step, what stopped training behind it included.
+        stopped_s: seconds for which each timed save has stopped training.
+        written_s: seconds from a save's begin until it was published.
+        peak_bytes: device memory in tensors at the worst moment.
+    """
+
+    saves: str
+    step_s: list[float]
+    stopped_s: list[float]
+    written_s: list[float]
+    peak_bytes: int
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds of a step."""
+        return sum(self.step_s) / len(self.step_s)
+
+
+class _Enough(Exception):
+    """Ends the loop before the save of its last step, which is waited for."""
+
+
+class Bench:
+    """An engine and the parts of a run around it.
+
+    Args:
+        config: what to train.
+        context: one process.
+        folder: for checkpoints and rows.
+        interval: steps between saves.
+    """
+
+    def __init__(self, config: Config, context: ProcessContext, folder: Path, interval: int) -> None:
+        from qwen3next_train.engine.zero_engine import ZeroEngine
+
+        self._config = config
+        self._context = context
+        self._folder = folder
+        self._interval = interval
+        self._engine: Engine = ZeroEngine(
+            config,
+            topology=Topology(context.world_size, context.rank),
+            kernels=select_kernels(
+                config.kernels, context.device, dtype=DTYPES[config.run.precision], model=config.model
+            ),
+            device=context.device,
+            num_micro_batches=1,
+        )
+        layout = WorldLayout(world_size=1, expert_parallel_size=1, zero_stage=config.parallel.zero_stage)
+        self._header = Header(parameter_table(config.model), config.model_dump(mode="json"), layout, {})
+        self._batch = random_batch(config, packed=False)
+
+    def save_once(self) -> SaveReport:
+        """A checkpoint that is waited for."""
+        run, saves = self._run("once", 1, num_steps=1, async_save=False, interval=1)
+        train(run)
+        shutil.rmtree(self._folder / "once")
+        return saves[0]
+
+    def micro_batch_s(self) -> float:
+        """Seconds of a step of one micro-batch, kernels compiled."""
+        return self.measure("none", 1, num_intervals=1).mean_s
+
+    def measure(self, saves: str, accumulation: int, *, num_intervals: int) -> Outcome:
+        """Step times of one kind, from the end of one step on, behind which a save is due, to that of another."""
+        interval, device = self._interval, self._context.device
+        in_background = saves == "beside training"
+        first = interval if in_background else 0
+        last = first + interval * num_intervals
+        run, reports = self._run(
+            saves,
+            accumulation,
+            num_steps=last + 1,
+            async_save=in_background,
+            interval=0 if saves == "none" else interval,
+        )
+        ends: list[float] = []
+        stopped: list[float] = []
+
+        def progress(step: int) -> None:
+            if len(ends) in (first, last):
+                synchronize(device)
+            ends.append(time.monotonic())
+            stopped.append(run.save_time_s)
+            run.save_time_s = 0.0
+            if len(ends) > last:
+                raise _Enough
+
+        run.progress = progress
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(_Enough):
+            train(run)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        shutil.rmtree(self._folder / saves.replace(" ", "_"))
+        steps = [after - before for before, after in itertools.pairwise(ends)][first:]
+        if saves == "none":
+            return Outcome(saves, steps, [], [], peak)
+        # What stopped training behind a step is known at the end of the next.
+        behind = stopped[first + 1 :]
+        per_save = [sum(behind[start : start + interval]) for start in range(0, len(behind), interval)]
+        written = [report.duration_s for report in reports[-num_intervals:]]
+        return Outcome(saves, steps, per_save, written, peak)
+
+    def _run(
+        self, name: str, accumulation: int, *, num_steps: int, async_save: bool, interval: int
+    ) -> tuple[Run, list[SaveReport]]:
+        config, context = self._config, self._context
+        directory = self._folder / name.replace(" ", "_")
+        directory.mkdir()
+        # The first step is one behind which a save is due.
+        first = max(interval - 1, 0)
+        batch_size = accumulation * config.run.micro_batch_size
+        config = config.model_copy(
+            update={
+                "run": config.run.model_copy(update={"steps": first + num_steps, "global_batch_size": batch_size}),
+                "checkpoint": config.checkpoint.model_copy(update={"interval": interval, "keep": 1}),
+            }
+        )
+        checkpoints = _Reported(directory / "checkpoints", control=context.saving, keep=1)
+        sink = JsonlSink(directory / "metrics.jsonl", resume_step=0)
+        batches: list[PackedBatch] = [self._batch] * accumulation
+        run = Run(
+            config=config,
+            control=context.control,
+            engine=self._engine,
+            batches=itertools.repeat(batches),
+            data_wait_s=lambda: 0.0,
+            validation=[],
+            checkpoints=checkpoints,
+            background=BackgroundSaver(
+                checkpoints,
+                control=context.control,
+                device=context.device,
+                enabled=async_save,
+                has_room=lambda num_bytes: has_host_room(num_bytes, num_local=1),
+            ),
+            header=self._header,
+            state=TrainState(
+                step=first,
+                consumed_samples=0,
+                consumed_tokens=0,
+                flops_total=0,
+                skipped_steps=0,
+                optimizer_step=0,
+                data_fingerprint="",
+            ),
+            sinks=[sink],
+            progress=lambda step: None,
+            sync_metrics=sink.sync,
+            require_directory=lambda: None,
+            record_save=lambda step: None,
+            throughput=Throughput(None, 1),
+            stop=cast(Any, SimpleNamespace(requested=None, defer=lambda: None)),
+        )
+        return run, checkpoints.reports
+
+
+class _Reported(CheckpointManager):
+    """Keeps the reports of its saves."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.reports: list[SaveReport] = []
+
+    def save(self, **contents: Any) -> SaveReport:
+        """See :class:`CheckpointManager`."""
+        self.reports.append(super().save(**contents))
+        return self.reports[-1]
+
+
+def format_outcome(outcome: Outcome, without: Outcome, num_bytes: int) -> str:
+    """One line of the table."""
+    line = f"{outcome.saves:<16}{1e3 * outcome.mean_s:10.1f}{100 * (outcome.mean_s / without.mean_s - 1):9.1f}"
+    if not outcome.stopped_s:
+        return f"{line}{'-':>11}{'-':>10}{'-':>7}{outcome.peak_bytes / GIB:7.1f}"
+    stopped = sum(outcome.stopped_s) / len(outcome.stopped_s)
+    written = sum(outcome.written_s) / len(outcome.written_s)
+    return f"{line}{stopped:11.3f}{written:10.2f}{num_bytes / written / 1e9:7.2f}{outcome.peak_bytes / GIB:7.1f}"
+
+
+HEADER = f"{'saves':<16}{'mean ms':>10}{'% more':>9}{'stopped s':>11}{'written s':>10}{'GB/s':>7}{'GiB':>7}"
+
+
+def main(argv: list[str]) -> int:
+    """Measure what the command line asks for."""
+    args = parse_arguments(argv, OPTIONS)
+    name = args.last("--config")
+    overrides = [("model.num_experts", "128")] if name is None else []
+    config = load_config([find_config(name or "bench_slice4_e512.yaml")], [*overrides, *args.overrides]).config
+    interval, num_intervals = _count(args.last("--interval") or "5"), _count(args.last("--intervals") or "2")
+    with (
+        tempfile.TemporaryDirectory(dir=args.last("--dir"), prefix="bench_saves-") as folder,
+        process_context(config.run.device) as context,
+    ):
+        if context.world_size > 1:
+            raise ConfigError("measures one process; start it without a launcher")
+        print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
+        bench = Bench(config, context, Path(folder), interval)
+        micro_batch_s = bench.micro_batch_s()
+        report = bench.save_once()
+        num_parameters = sum(spec.numel for spec in parameter_table(config.model))
+        accumulation = (
+            _count(given)
+            if (given := args.last("--accumulation"))
+            else math.ceil(_SLACK * report.duration_s / (interval * micro_batch_s))
+        )
+        print(
+            f"{num_parameters:,} parameters, checkpoints of {report.num_bytes / 1e9:.2f} GB "
+            f"(alone {report.duration_s:.2f} s), one every {interval} steps of {accumulation} micro-batches"
+        )
+        print(HEADER, flush=True)
+        outcomes: list[Outcome] = []
+        for saves in ("none", "beside training", "waited for"):
+            outcomes.append(
+                bench.measure(saves, accumulation, num_intervals=num_intervals if saves == "beside training" else 1)
+            )
+            print(format_outcome(outcomes[-1], outcomes[0], report.num_bytes), flush=True)
+    if (target := args.last("--json")) is not None:
+        found = {
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": software_versions(),
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+            "num_parameters": num_parameters,
+            "checkpoint_bytes": report.num_bytes,
+            "alone_s": report.duration_s,
+            "interval": interval,
+            "accumulation": accumulation,
+            "results": [{**asdict(each), "mean_s": each.mean_s} for each in outcomes],
+        }
+        Path(target).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"give a whole number > 0 (got {text})")
+    return int(text)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
