@@ -201,6 +201,22 @@ def _train_tokenizer(args: Arguments) -> int:
     return train_tokenizer(loaded.config, output)
 
 
+def _slurm_script(args: Arguments) -> int:
+    nodes = number_of(args, "--nodes", whole=True, limits=(1, MAX_PROCESSES))
+    gpus = number_of(args, "--gpus-per-node", whole=True, limits=(1, MAX_PROCESSES))
+    load(args)
+    from qwen3next_train.cli.slurm_script import slurm_script, train_arguments
+
+    output = path_of(args, "--output")
+    return slurm_script(
+        nodes=None if nodes is None else int(nodes),
+        gpus_per_node=None if gpus is None else int(gpus),
+        time=args.last("--time"),
+        arguments=train_arguments(args),
+        output=None if output is None else Path(output),
+    )
+
+
 def _checkpoint(args: Arguments) -> int:
     if not args.positional or args.positional[0] not in ("list", "verify"):
         got = show(args.positional[0]) if args.positional else "nothing"
@@ -496,6 +512,19 @@ COMMANDS = {
             "list|verify [RUN_DIR] [--config FILE]",
             max_positional=2,
             details="RUN_DIR/best is its best one (checkpoint.best) alone.",
+        ),
+        Command(
+            "slurm-script",
+            "print a batch file for Slurm that trains and requeues itself",
+            _slurm_script,
+            "[--nodes N] [--gpus-per-node N] [--time T] [--output FILE] [--config FILE]",
+            (
+                Option("--nodes", "N", "nodes to ask for"),
+                Option("--gpus-per-node", "N", "GPUs of each, one process a GPU"),
+                Option("--time", "T", "time limit as Slurm writes it, such as 12:00:00; the job goes on after it"),
+                Option("--output", "FILE", "file to create (default: standard output)"),
+            ),
+            details="A configuration and keys given here become arguments of every start; sbatch FILE takes more.",
         ),
         Command(
             "doctor",

@@ -252,6 +252,7 @@ COMMAND_OPTIONS = {
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
     "checkpoint": [],
+    "slurm-script": ["--nodes", "--gpus-per-node", "--time", "--output"],
     "doctor": ["--json"],
 }
 
