@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, write_file
@@ -68,7 +69,8 @@ def slurm_script(
     except FileExistsError:
         raise ConfigError(f"slurm-script: {output} exists; remove it or choose another output") from None
     except OSError as error:
-        output.unlink(missing_ok=True)
+        with suppress(OSError):
+            output.unlink(missing_ok=True)
         raise StorageError(
             f"slurm-script: {output}: cannot be written ({describe_os_error(error)}); choose another output"
         ) from error
