@@ -182,6 +182,41 @@ def _tokenize(args: Arguments) -> int:
     return tokenize(config, None if output is None else Path(path_argument(output, "--output")))
 
 
+def _train_tokenizer(args: Arguments) -> int:
+    require_one_process("train-tokenizer", args)
+    sources = args.last("--sources")
+    if sources is not None and any(name == "data.sources" for name, _ in args.overrides):
+        raise ConfigError("train-tokenizer: --sources and --data.sources say the same thing; give one of the two")
+    loaded = load(Arguments(args.options, args.overrides + ([] if sources is None else [("data.sources", sources)])))
+    # Their defaults belong to a model and a text of ours.
+    for key, name, meaning in (
+        ("data.sources", "--sources", "the text to train on"),
+        ("model.vocab_size", "--vocab-size", "the number of tokens, such as 32768"),
+    ):
+        if key not in loaded.origins:
+            raise ConfigError(f"{name}: missing; give {meaning}")
+    output = folder_of(args, "--output")
+    from qwen3next_train.huggingface.tokenizer_folder import train_tokenizer
+
+    return train_tokenizer(loaded.config, output)
+
+
+def _slurm_script(args: Arguments) -> int:
+    nodes = number_of(args, "--nodes", whole=True, limits=(1, MAX_PROCESSES))
+    gpus = number_of(args, "--gpus-per-node", whole=True, limits=(1, MAX_PROCESSES))
+    load(args)
+    from qwen3next_train.cli.slurm_script import slurm_script, train_arguments
+
+    output = path_of(args, "--output")
+    return slurm_script(
+        nodes=None if nodes is None else int(nodes),
+        gpus_per_node=None if gpus is None else int(gpus),
+        time=args.last("--time"),
+        arguments=train_arguments(args),
+        output=None if output is None else Path(output),
+    )
+
+
 def _checkpoint(args: Arguments) -> int:
     if not args.positional or args.positional[0] not in ("list", "verify"):
         got = show(args.positional[0]) if args.positional else "nothing"
@@ -364,6 +399,17 @@ COMMANDS = {
             (Option("--output", "PREFIX", "write PREFIX.bin and PREFIX.idx (default: the cache)"),),
         ),
         Command(
+            "train-tokenizer",
+            "train a byte-level BPE tokenizer on text",
+            _train_tokenizer,
+            "--sources NAME --vocab-size N --output DIR",
+            (
+                Option("--sources", "NAME", "the text, as data.sources names it; weights are not read"),
+                Option("--output", "DIR", "folder to create, for data.tokenizer"),
+            ),
+            details="--vocab-size is model.vocab_size: a configuration file may give it, and the sources.",
+        ),
+        Command(
             "eval",
             "loss and bits per byte of a checkpoint or a Hugging Face folder",
             _eval,
@@ -466,6 +512,19 @@ COMMANDS = {
             "list|verify [RUN_DIR] [--config FILE]",
             max_positional=2,
             details="RUN_DIR/best is its best one (checkpoint.best) alone.",
+        ),
+        Command(
+            "slurm-script",
+            "print a batch file for Slurm that trains and requeues itself",
+            _slurm_script,
+            "[--nodes N] [--gpus-per-node N] [--time T] [--output FILE] [--config FILE]",
+            (
+                Option("--nodes", "N", "nodes to ask for"),
+                Option("--gpus-per-node", "N", "GPUs of each, one process a GPU"),
+                Option("--time", "T", "time limit as Slurm writes it, such as 12:00:00; the job goes on after it"),
+                Option("--output", "FILE", "file to create (default: standard output)"),
+            ),
+            details="A configuration and keys given here become arguments of every start; sbatch FILE takes more.",
         ),
         Command(
             "doctor",

@@ -24,15 +24,29 @@ def shipped_folder() -> Path:
     Raises:
         ConfigError: when the installation lacks them.
     """
+    return shipped_file("qwen3next_train.configs", "configs/qwen3next_80b.yaml").parent
+
+
+def shipped_file(package: str, path: str) -> Path:
+    """A file that lies outside the package's own folder in a checkout and is installed as a package of its own.
+
+    Args:
+        package: the package as it is installed.
+        path: the file's path in a checkout.
+
+    Raises:
+        ConfigError: when the installation lacks it.
+    """
+    name = Path(path).name
     places = []
     with suppress(ModuleNotFoundError):  # a checkout that is not installed has no such package
-        places.append(Path(str(resources.files("qwen3next_train.configs") / "qwen3next_80b.yaml")).parent)
-    places.append(Path(__file__).resolve().parents[2] / "configs")
+        places.append(Path(str(resources.files(package) / name)))
+    places.append(Path(__file__).resolve().parents[2] / path)
     for place in places:
-        if (place / "qwen3next_80b.yaml").is_file():
+        if place.is_file():
             return place
-    looked = " and ".join(map(str, places))
-    raise ConfigError(f"qwen3next_80b.yaml: the shipped configurations are missing from {looked}; reinstall")
+    looked = " and ".join(str(place.parent) for place in places)
+    raise ConfigError(f"{name}: a shipped file is missing from {looked}; reinstall")
 
 
 def find_config(name: str) -> Path:

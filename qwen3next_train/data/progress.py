@@ -1,4 +1,4 @@
-"""Progress of tokenisation: a live line on a terminal, a plain line now and then elsewhere, nothing on other ranks."""
+"""Progress through a source of text: a live line on a terminal, a plain line now and then elsewhere, on one rank."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ _PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Reports how far the tokenisation of one source is, and how fast it goes.
+    """Reports how far the reading of one source is, and how fast it goes.
 
     Args:
         label: the source's name, at the start of every line.
         total_bytes: stored bytes of all its files.
         start_bytes: those that an earlier, interrupted call has done.
+        unit: what is counted.
     """
 
-    def __init__(self, label: str, total_bytes: int, start_bytes: int = 0) -> None:
+    def __init__(self, label: str, total_bytes: int, start_bytes: int = 0, *, unit: str = "tokens") -> None:
         self._label = label
         self._total_bytes = total_bytes
         self._start_bytes = start_bytes
+        self._unit = unit
         self._live = sys.stderr.isatty()
         self._enabled = get_logger().isEnabledFor(logging.INFO)
         self._started_at = self._shown_at = time.monotonic()
@@ -36,18 +38,18 @@ class Progress:
         """Seconds since the start."""
         return time.monotonic() - self._started_at
 
-    def update(self, num_tokens: int, num_bytes: int, text_bytes: int) -> None:
+    def update(self, num_done: int, num_bytes: int, text_bytes: int) -> None:
         """Show the state if the last report is old enough.
 
         Args:
-            num_tokens: tokens of the source so far.
+            num_done: tokens, or what else is counted, of the source so far.
             num_bytes: stored bytes of its files so far, those done earlier included.
-            text_bytes: bytes of text that this call has tokenised, more than the stored ones of compressed files.
+            text_bytes: bytes of text that this call has been through, more than the stored ones of compressed files.
         """
         now = time.monotonic()
         if self._enabled and now - self._shown_at >= (_LIVE_INTERVAL_S if self._live else _PLAIN_INTERVAL_S):
             self._shown_at = now
-            line = f"{self._label}: {self.state(num_tokens, num_bytes, text_bytes, self.elapsed_s)}"
+            line = f"{self._label}: {self.state(num_done, num_bytes, text_bytes, self.elapsed_s)}"
             if self._live:
                 sys.stderr.write("\r" + line.ljust(self._width))
                 sys.stderr.flush()
@@ -55,10 +57,10 @@ class Progress:
             else:
                 get_logger().info("%s", line)
 
-    def state(self, num_tokens: int, num_bytes: int, text_bytes: int, elapsed_s: float) -> str:
+    def state(self, num_done: int, num_bytes: int, text_bytes: int, elapsed_s: float) -> str:
         """``12 %, 3,456 tokens, 7.8 MB/s, 0:01:02 left`` after ``elapsed_s``; the time left where it can be told."""
         done = min(num_bytes, self._total_bytes)
-        parts = [f"{100 * done // max(1, self._total_bytes)} %", f"{num_tokens:,} tokens"]
+        parts = [f"{100 * done // max(1, self._total_bytes)} %", f"{num_done:,} {self._unit}"]
         rate = (done - self._start_bytes) / elapsed_s if elapsed_s > 0 else 0.0
         if rate > 0:
             left = datetime.timedelta(seconds=round((self._total_bytes - done) / rate))

@@ -1,4 +1,4 @@
-"""Train the packaged tokenizer: byte-level BPE on the Python standard library's sources.
+"""Train the packaged tokenizer again: byte-level BPE on the Python standard library's sources.
 
     python scripts/data/train_tokenizer.py qwen3next_train/data/assets/python-4k/tokenizer.json
 
@@ -8,17 +8,16 @@ The result depends on the Python version whose library it reads (the packaged fi
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.data.documents import read_documents
 from qwen3next_train.data.sources import PYTHON_STDLIB, FileSource, resolve
+from qwen3next_train.data.tokenizer_training import END_OF_DOCUMENT, train_bpe
 
 # Words with the character before them, digits in groups of up to three, punctuation runs, line breaks, spaces:
-# the split of Qwen's and GPT-4's tokenizers without the English contractions.
+# the split of Qwen's and GPT-4's tokenizers without the English contractions. The
+# train-tokenizer subcommand splits as Qwen's does.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -31,22 +30,8 @@ def main() -> None:
 
     source = resolve(SourceConfig(source=PYTHON_STDLIB))
     assert isinstance(source, FileSource)
-    texts = [document.text for document in read_documents(source, Counter())]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=arguments.vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    texts = [document.text for document in read_documents(source, {})]
+    tokenizer = train_bpe(texts, vocab_size=arguments.vocab_size, special_tokens=[END_OF_DOCUMENT], split=SPLIT)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(arguments.output))
     num_bytes = sum(len(text.encode()) for text in texts)

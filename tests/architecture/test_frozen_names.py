@@ -239,6 +239,7 @@ COMMAND_OPTIONS = {
     ],
     "plan": ["--gpus", "--gpu", "--mfu", "--tokens", "--json"],
     "tokenize": ["--output"],
+    "train-tokenizer": ["--sources", "--output"],
     "eval": [
         *("--checkpoint", "--hf", "--data", "--json"),
         *("--device", "--precision", "--tokenizer", "--text-field"),
@@ -251,6 +252,7 @@ COMMAND_OPTIONS = {
     "export-hf": ["--checkpoint", "--output", "--dtype", "--max-shard-bytes", "--tokenizer"],
     "plot": ["--text", "--html", "--axis", "--rate", "--smooth", "--output"],
     "checkpoint": [],
+    "slurm-script": ["--nodes", "--gpus-per-node", "--time", "--output"],
     "doctor": ["--json"],
 }
 

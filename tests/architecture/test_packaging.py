@@ -51,7 +51,7 @@ def _constraints() -> dict[str, str]:
 
 def test_every_package_is_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"qwen3next_train.configs"}
+    expected = {".".join(folder.parts) for folder in folders} | {"qwen3next_train.configs", "qwen3next_train.slurm"}
     assert set(_setup()["options"]["packages"].split()) == expected
 
 
@@ -59,6 +59,8 @@ def test_every_shipped_file_matches_a_pattern() -> None:
     data = _setup()["options.package_data"]
     assert {path.suffix for path in (ROOT / "configs").iterdir()} <= {".yaml", ".md"}
     assert data["qwen3next_train.configs"].split() == ["*.yaml"]
+    assert {path.suffix for path in (ROOT / "scripts" / "slurm").iterdir()} == {".sbatch"}
+    assert data["qwen3next_train.slurm"].split() == ["*.sbatch"]
     assets = {path for path in (PACKAGE / "data").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
     shipped = {path for pattern in data["qwen3next_train.data"].split() for path in (PACKAGE / "data").glob(pattern)}
     assert assets
