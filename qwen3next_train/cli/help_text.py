@@ -7,7 +7,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from qwen3next_train.cli.commands import COMMANDS, Command
+from qwen3next_train.cli.command import Command
+from qwen3next_train.cli.commands import COMMANDS
 from qwen3next_train.config import megatron
 from qwen3next_train.config.describe import keys, sections
 from qwen3next_train.config.error_lines import show

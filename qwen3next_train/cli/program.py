@@ -6,7 +6,8 @@ import sys
 
 from qwen3next_train import __version__
 from qwen3next_train.cli.arguments import Arguments, parse_arguments
-from qwen3next_train.cli.commands import COMMANDS, OPTIONS, TRAIN, Command, load
+from qwen3next_train.cli.command import Command
+from qwen3next_train.cli.commands import COMMANDS, OPTIONS, TRAIN, load
 from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
 from qwen3next_train.config.error_lines import nearest, show

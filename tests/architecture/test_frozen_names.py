@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from qwen3next_train.cli.commands import COMMANDS, COMMON_OPTIONS
+from qwen3next_train.cli.command import COMMON_OPTIONS
+from qwen3next_train.cli.commands import COMMANDS
 from qwen3next_train.config.describe import keys
 from qwen3next_train.config.megatron import arguments
 from qwen3next_train.errors import ExitCode

@@ -232,15 +232,18 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         ),
         (
             [*EVAL, "--output", "x"],
-            "--output: not an option of eval; it belongs to tokenize, import-hf, export-hf, plot",
+            "--output: not an option of eval; it belongs to tokenize, train-tokenizer, import-hf, export-hf, plot, "
+            "slurm-script",
         ),
         (
             [*EVAL, "--config", "x"],
-            "--config: not an option of eval; it belongs to train, plan, tokenize, checkpoint, doctor",
+            "--config: not an option of eval; it belongs to train, plan, tokenize, train-tokenizer, checkpoint, "
+            "slurm-script, doctor",
         ),
         (
             [*EXPORT, "--print-config"],
-            "--print-config: not an option of export-hf; it belongs to train, plan, tokenize, checkpoint, doctor",
+            "--print-config: not an option of export-hf; it belongs to train, plan, tokenize, train-tokenizer, "
+            "checkpoint, slurm-script, doctor",
         ),
         (["--hf", "a"], "--hf: not an option of train; it belongs to eval, generate, import-hf"),
         (
