@@ -15,7 +15,7 @@ from qwen3next_train.config.bounds import path_argument
 from qwen3next_train.config.error_lines import show, show_name
 from qwen3next_train.errors import ConfigError
 
-PRESETS = ("tiny", "1b", "80b")
+PRESETS = ("tiny", "20m", "100m", "1b", "3b_a400m", "80b")
 
 
 def shipped_folder() -> Path:

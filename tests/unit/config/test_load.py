@@ -191,8 +191,8 @@ TYPE_FAULTS = [
     ),
     ("logging: {wandb: off}", "logging.wandb: not a mapping (got 'off'); put its keys below it, or remove the line"),
     ("logging: {wandb: {tags: a}}", "logging.wandb.tags: not a list (got 'a'); give a list of text"),
-    ("model: {preset: 7b}", "model.preset: unknown preset (got '7b'); give one of tiny, 1b, 80b"),
-    ("model: {preset: [tiny]}", "model.preset: unknown preset (got ['tiny']); give one of tiny, 1b, 80b"),
+    ("model: {preset: 7b}", f"model.preset: unknown preset (got '7b'); give one of {', '.join(PRESETS)}"),
+    ("model: {preset: [tiny]}", f"model.preset: unknown preset (got ['tiny']); give one of {', '.join(PRESETS)}"),
 ]
 
 

@@ -99,5 +99,5 @@ def test_odd_names_are_one_line(name):
 
 
 def test_unknown_preset():
-    with pytest.raises(ConfigError, match="give one of tiny, 1b, 80b"):
+    with pytest.raises(ConfigError, match="give one of tiny, 20m, 100m, 1b, 3b_a400m, 80b"):
         preset_file("7b")

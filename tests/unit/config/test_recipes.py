@@ -1,0 +1,58 @@
+"""The shipped sizes between the tiny model and the 80B keep the rule that they state, and the plan that they show."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import shipped_folder
+from qwen3next_train.config.schema import Config
+from qwen3next_train.parameters import parameter_table
+from qwen3next_train.planner.plan import make_plan
+from qwen3next_train.planner.report import format_plan
+
+TOKENS = {"20m": 1e9, "100m": 5e9, "3b_a400m": 60e9}
+recipes = pytest.mark.parametrize("name", TOKENS)
+
+
+def recipe(name: str) -> tuple[str, Config]:
+    path = shipped_folder() / f"qwen3next_{name}.yaml"
+    return path.read_text(), load_config([path], []).config
+
+
+@recipes
+def test_rate_and_batch_follow_the_step_law(name: str) -> None:
+    text, config = recipe(name)
+    embedding = {"model.embed_tokens.weight", "lm_head.weight"}
+    others = sum(math.prod(spec.shape) for spec in parameter_table(config.model) if spec.name not in embedding)
+    tokens = TOKENS[name]
+    assert config.optimizer.lr == pytest.approx(1.79 * others**-0.713 * tokens**0.307, rel=0.01)
+    batch = config.run.global_batch_size * config.data.sequence_length
+    # Whole micro-batches on every GPU leave this much.
+    assert batch == pytest.approx(0.58 * tokens**0.571, rel=0.2)
+    assert config.run.steps * batch == pytest.approx(tokens, rel=0.01)
+    assert config.schedule.min_lr == 1e-5
+    stated = re.search(r"N = ([\d.]+) (million|billion) .* D = ([\d.]+) billion", text)
+    assert stated is not None
+    assert float(stated[1]) * {"million": 1e6, "billion": 1e9}[stated[2]] == pytest.approx(others, rel=0.005)
+    assert float(stated[3]) * 1e9 == tokens
+
+
+@recipes
+def test_the_header_is_what_plan_says(name: str) -> None:
+    text, config = recipe(name)
+    gpus = re.search(r"--gpus (\d+) --gpu (\w+)` says:\n", text)
+    assert gpus is not None
+    shown = re.findall(r"^#   (\S.*|  +\S.*)$", text[gpus.end() :], re.MULTILINE)
+    assert len(shown) == 5
+    said = format_plan(make_plan(config, gpus=int(gpus[1]), gpu=gpus[2], mfu=None, tokens=None)).splitlines()
+    assert [line for line in shown if line not in said] == []
+
+
+@recipes
+def test_users_bring_their_text(name: str) -> None:
+    _, config = recipe(name)
+    assert config.data.sources == []
