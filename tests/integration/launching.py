@@ -88,11 +88,17 @@ class Forked:
     """
 
     def __init__(
-        self, args: list[str], variables: Mapping[str, str] | None = None, *, program: str = "qwen3next-train"
+        self,
+        args: list[str],
+        variables: Mapping[str, str] | None = None,
+        *,
+        program: str = "qwen3next-train",
+        cwd: Path = REPOSITORY,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._outputs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = forked.start(_program, [program, *args], environment() | dict(variables or {}), self._outputs)
+        variables = environment() | dict(variables or {})
+        self._process = forked.start(_program, [program, *args], variables, self._outputs, cwd)
 
     @property
     def pid(self) -> int:
@@ -121,13 +127,13 @@ class Forked:
         return stdout, stderr
 
 
-def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path]) -> None:
+def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path], cwd: Path) -> None:
     """What the console script of that name does, in a forked process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     sys.argv = argv
     if argv[0] == "torchrun":
         from torch.distributed.run import main as torchrun
@@ -139,9 +145,9 @@ def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path])
         sys.exit(main())
 
 
-def run_forked(args: list[str]) -> subprocess.CompletedProcess[str]:
+def run_forked(args: list[str], cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """:func:`run` where the start of the process is not what is tested."""
-    return _ended(args, Forked(args))
+    return _ended(args, Forked(args, cwd=cwd))
 
 
 def run(
