@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from qwen3next_train.cli.main import main
 from qwen3next_train.data.tokenization import BUILTIN, Tokenizer
 from qwen3next_train.generate.sampling import Sampling
 from qwen3next_train.huggingface.export_folder import ExportDtype, export_hf
@@ -124,13 +125,20 @@ def test_mtp_goes_both_ways_and_transformers_passes_it_over(
             np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6)
 
 
-def test_transformers_reads_the_tokenizer(tmp_path: Path, transformers: Transformers) -> None:
+@pytest.mark.parametrize("kind", ["packaged", "trained"])
+def test_transformers_reads_the_tokenizer(tmp_path: Path, transformers: Transformers, kind: str) -> None:
     theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    text = "def f(x):\n    return x + 1  # Grüße, it's 2024\n"
+    name = BUILTIN
+    if kind == "trained":
+        name = str(tmp_path / "trained")
+        (tmp_path / "corpus.txt").write_text(text * 3)
+        train = ["train-tokenizer", "--sources", str(tmp_path / "corpus.txt"), "--vocab-size", "280", "--output", name]
+        assert main(train) == 0
     transformers.save_pretrained(theirs, vocab_size=4096)
     import_hf(theirs, ours)
-    export_hf(ours, back, tokenizer=BUILTIN)
-    text = "def f(x):\n    return x + 1  # Grüße\n"
-    tokenizer = Tokenizer(BUILTIN)
+    export_hf(ours, back, tokenizer=name)
+    tokenizer = Tokenizer(name)
     expected = next(tokenizer.encode_documents([text])).tolist()
     assert transformers.tokenize(back, text) == {"ids": expected[:-1], "eos_token": tokenizer.eos_token}
 
