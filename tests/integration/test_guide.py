@@ -44,7 +44,7 @@ def test_page(tmp_path: Path) -> None:
     assert [(change["key"], change["old"], change["new"]) for change in changes] == [("run.steps", STEPS, MORE_STEPS)]
     written = [text for command, text in printed.items() if " generate " in command]
     assert len(written) == 2, "the two of a checkpoint are one line"
-    assert [text[:4] for text in written] == ["def ", "impo"]
+    assert [text[:4] for text in written] == ["clas", "impo"]
     exported = tmp_path / "first-hf"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (exported / name).read_bytes() == (tmp_path / "my-tokenizer" / name).read_bytes()
