@@ -11,11 +11,11 @@ import pytest
 from qwen3next_train.cli.main import main
 from tests.integration.launching import (
     TIMING,
+    Forked,
     arguments,
     exit_codes,
     metrics,
     run_forked,
-    start,
     start_ranks,
     wait_until,
 )
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_with_every_step_once(
 ) -> None:
     run_dir = tmp_path / "run"
     args = arguments(shared_corpus, run_dir, **SETTINGS, **SAMPLES)
-    process = start(args)
+    process = Forked(args)
     # Behind the checkpoint of step 3: the row of step 4 is written again.
     wait_until(lambda: len(samples(run_dir)) >= 2, "the samples of step 4")
     process.kill()
