@@ -27,12 +27,10 @@ if not torch.cuda.is_available():
 
 TOGETHER = {
     "tests/distributed/": "ranks that stay",
-    "tests/unit/engine/": "engine",
     **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes", "slurm")), "two ranks"),
 }
-"""Files that one worker does in one go, by the beginning of their path: ranks that stay (``tests.distributed.ranks``);
-unit tests of the engine, since DeepSpeed keeps the first process group it has seen in a process; and the files that
-compare with the run of the fixture ``two_ranks``."""
+"""Files that one worker does in one go, by the beginning of their path: ranks that stay (``tests.distributed.ranks``),
+and the files that compare with the run of the fixture ``two_ranks``."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

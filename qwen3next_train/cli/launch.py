@@ -120,7 +120,8 @@ def _torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError
         from torch.distributed.run import main
 
     # It says "failed" of a run that was asked to stop, too. The workers or this process say what there is to say.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_not_routine)
+    for module in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{module}").addFilter(_is_not_routine)
     try:
         main(arguments)
     except ChildFailedError as error:
@@ -136,6 +137,11 @@ def _torchrun(arguments: list[str], earlier_oom_kills: int | None) -> TrainError
 
 
 def _is_not_routine(record: logging.LogRecord) -> bool:
+    # All workers are done at the exit barrier; the node that keeps the store leaves as soon as all have come there.
+    if str(record.msg).startswith("Error waiting on exit barrier") and record.exc_info:
+        from torch.distributed import DistNetworkError
+
+        return not isinstance(record.exc_info[1], DistNetworkError)
     return not str(record.msg).startswith(("failed (exitcode", "Sending process"))
 
 

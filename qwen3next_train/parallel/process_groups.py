@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,10 +185,19 @@ def process_context(
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
         control.all_true(True)
     finally:
-        dist.destroy_process_group()
+        _destroy_process_groups()
         # A later context of this process must not take our defaults for a launcher's.
         for variable in added:
             del os.environ[variable]
+
+
+def _destroy_process_groups() -> None:
+    """End torch.distributed, and let DeepSpeed, where it is in use, forget its groups: a next context has others."""
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def first_on_each_node(context: ProcessContext, prepare: Callable[[], T]) -> T:

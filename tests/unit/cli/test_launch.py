@@ -5,10 +5,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed.run
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -237,3 +238,23 @@ def test_refused_before_anything_is_started(tmp_path, torchrun):
     with pytest.raises(ConfigError, match="three"):
         launch.run_processes(Processes(3), tmp_path / "run", refuse)
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize(("error", "said"), [(DistNetworkError("recv"), False), (DistStoreError("timeout"), True)])
+def test_the_end_of_the_store_at_the_exit_barrier_is_no_error(monkeypatch, caplog, error, said):
+    """The node that keeps it leaves first; that a node has not come in five minutes is said."""
+    from torch.distributed.elastic.agent.server import api as agent
+
+    def fail(**_):
+        raise error
+
+    def end(_):
+        monkeypatch.setattr(agent.store_util, "barrier", fail)
+        waiting = SimpleNamespace(
+            _worker_group=SimpleNamespace(state="SUCCEEDED", group_world_size=2), _exit_barrier_timeout=1, _store=None
+        )
+        agent.SimpleElasticAgent._exit_barrier(waiting)
+
+    monkeypatch.setattr(torch.distributed.run, "main", end)
+    assert launch._torchrun([], None) is None
+    assert ("exit barrier" in caplog.text) == said

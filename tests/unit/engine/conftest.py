@@ -1,4 +1,4 @@
-"""One process group for all tests of the engine: DeepSpeed keeps the first one it has seen."""
+"""One process group for all tests of the engine: starting one takes longer than most of them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from qwen3next_train.errors import ConfigError, PeerLostError
 from qwen3next_train.parallel.control import SingleProcess
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
 from qwen3next_train.parallel.rank_check import RankInfo
+from tests.distributed.engine import build_engine
+from tests.distributed.test_layout_equality import small_config
 
 
 def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +40,15 @@ def test_one_process_without_a_launcher_gets_a_group_of_its_own(monkeypatch: pyt
         assert os.environ["DS_ACCELERATOR"] == "cpu"
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_process_may_train_in_one_context_after_another() -> None:
+    """DeepSpeed keeps the groups it has seen until it is told that they end."""
+    config = small_config(micro_batch_size=1)
+    for _ in range(2):
+        with process_context("cpu") as context:
+            build_engine(config, context)
 
 
 @pytest.mark.parametrize(
