@@ -42,6 +42,7 @@ from qwen3next_train.optim.param_groups import parameter_groups
 from qwen3next_train.parallel.context_parallel import make_context_group, make_row_group
 from qwen3next_train.parallel.expert_parallel import ExpertRoom
 from qwen3next_train.parallel.tensor_parallel import make_tensor_group
+from qwen3next_train.parallel.transfers import begin_sum
 from qwen3next_train.parameters import ParamSpec, parameter_table
 from qwen3next_train.topology import Topology
 
@@ -101,13 +102,14 @@ class ZeroEngine:
         mark_expert_parameters(model)
         timeout_s = config.run.peer_timeout_s
         mark_divided_parameters(model, table, topology, timeout_s=timeout_s)
-        model.reduce_counts = self._sum_over_ranks
+        if topology.world_size > 1:
+            model.reduce_counts = begin_sum
         context_group = make_context_group(topology, timeout_s=timeout_s)
         row_group = make_row_group(topology, context_group, timeout_s=timeout_s)
         model.sequence_group = context_group
         model.head_group = make_tensor_group(topology, kernels.token_permutation, timeout_s=timeout_s)
         if row_group is not None:
-            model.reduce_row_counts = row_group.sum
+            model.reduce_row_counts = row_group.begin_sum
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
         self._in_flight = self._layout.micro_batches_in_flight

@@ -6,7 +6,7 @@ Letters: T tokens, D hidden, K experts per token, E experts, e local experts, R 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,8 +34,8 @@ class ExpertRows:
 class TokenDispatcher(Protocol):
     """The seam at which expert parallelism enters the model.
 
-    What ``begin_dispatch`` and ``begin_combine`` start may go on until ``dispatch`` and ``combine``, so whatever needs
-    neither is best computed in between: the router, the shared expert.
+    What ``begin_dispatch``, ``send_choices`` and ``begin_combine`` start may go on until ``dispatch`` and ``combine``,
+    so whatever needs neither is best computed in between: the router, other micro-batches, the shared expert.
     """
 
     def begin_dispatch(self, x_TD: torch.Tensor) -> Any:
@@ -45,23 +45,43 @@ class TokenDispatcher(Protocol):
             x_TD: this rank's tokens ``[T, D]``.
 
         Returns:
-            what ``dispatch`` needs.
+            what ``send_choices`` needs.
         """
 
-    def dispatch(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
-        """Rows for this rank's experts, from all ranks that share them.
+    def send_choices(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+        """Start to tell the ranks of the experts which tokens are for them, as far as that needs no wait.
 
         Args:
             begun: what ``begin_dispatch`` returned.
             expert_ids_TK: int64 ``[T, K]`` global expert ids.
             weights_TK: fp32 ``[T, K]`` weights of the experts' outputs.
+
+        Returns:
+            what ``dispatch`` needs.
         """
+
+    def dispatch(self, sent: Any) -> ExpertRows:
+        """Rows for this rank's experts, from all ranks that share them, given what ``send_choices`` returned."""
 
     def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Any:
         """Start to bring back weighted expert outputs, in the order of ``received``; returns what ``combine`` needs."""
 
     def combine(self, begun: Any) -> torch.Tensor:
         """Their sum per token of this rank, ``[T, D]``."""
+
+
+class Chosen(NamedTuple):
+    """Tokens and their experts, of which nothing is under way.
+
+    Args:
+        x_TD: tokens ``[T, D]``.
+        ids_TK: int64 ``[T, K]`` global expert ids.
+        weights_TK: fp32 ``[T, K]``.
+    """
+
+    x_TD: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
 
 
 class LocalDispatcher:
@@ -80,11 +100,15 @@ class LocalDispatcher:
         """See :class:`TokenDispatcher`."""
         return x_TD
 
-    def dispatch(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+    def send_choices(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Chosen:
         """See :class:`TokenDispatcher`."""
-        order = self._permutation.sort(expert_ids_TK, self._num_experts, expert_ids_TK.numel())
-        rows_RD = recomputed("activations", lambda x_TD: self._permutation.permute(x_TD, order), begun)
-        weights_R = self._permutation.permute_weights(weights_TK, order)
+        return Chosen(begun, expert_ids_TK, weights_TK)
+
+    def dispatch(self, sent: Chosen) -> ExpertRows:
+        """See :class:`TokenDispatcher`."""
+        order = self._permutation.sort(sent.ids_TK, self._num_experts, sent.ids_TK.numel())
+        rows_RD = recomputed("activations", lambda x_TD: self._permutation.permute(x_TD, order), sent.x_TD)
+        weights_R = self._permutation.permute_weights(sent.weights_TK, order)
         return ExpertRows(rows_RD, weights_R, order.counts_E, order)
 
     def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> torch.Tensor:

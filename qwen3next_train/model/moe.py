@@ -179,8 +179,9 @@ class SparseMoeBlock(nn.Module):
         to_router_TD, to_experts_TD, to_shared_TD, to_gate_TD = self.shared_input(x_TD, 4)
         begun = self.dispatcher.begin_dispatch(to_experts_TD)
         weights_TK, ids_TK, stats = self.gate(to_router_TD, num_rows)
+        sent = self.dispatcher.send_choices(begun, ids_TK, weights_TK)
         yield  # Tokens travel.
-        returning = self._routed(begun, ids_TK, weights_TK)
+        returning = self._routed(sent)
         yield  # The experts' outputs travel.
         shared_TD = None if self.shared_expert is None else self.shared_expert(to_shared_TD)
         y_TD = self.dispatcher.combine(returning)
@@ -190,8 +191,8 @@ class SparseMoeBlock(nn.Module):
             return residual_TD + (y_TD + shared_TD), stats
         return self.shared_expert_gate(y_TD, shared_TD, to_gate_TD, residual_TD=residual_TD), stats
 
-    def _routed(self, begun: Any, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+    def _routed(self, sent: Any) -> Any:
         """The routed experts' outputs, on their way back. A function, so that no variable keeps their rows."""
-        received = self.dispatcher.dispatch(begun, ids_TK, weights_TK)
+        received = self.dispatcher.dispatch(sent)
         rows_RD = self.experts(received.rows_RD, received.weights_R, received.counts_e)
         return self.dispatcher.begin_combine(rows_RD, received)

@@ -28,7 +28,7 @@ from qwen3next_train.model.mtp import MultiTokenPredictor, input_ids
 from qwen3next_train.model.norms import ZeroCenteredRmsNorm
 from qwen3next_train.model.recompute import recomputed_layer, recomputing
 from qwen3next_train.model.rope import RotaryTable, rotary_table
-from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, own_counts
+from qwen3next_train.model.router_losses import ExpertLoads, ReduceCounts, RouterStats, Summed, own_counts
 from qwen3next_train.model.sequence_group import SequenceGroup, SlicedSequences
 from qwen3next_train.parameters import parameter_table
 
@@ -169,9 +169,9 @@ class Qwen3NextForCausalLM(nn.Module):
     """
 
     reduce_counts: ReduceCounts
-    """Sums expert counts over the ranks of a step; set by the engine when there are several."""
+    """Begins to sum expert counts over the ranks of a step; set by the engine when there are several."""
     reduce_row_counts: ReduceCounts
-    """Sums expert counts over the ranks that share rows; set by the engine where there are such."""
+    """Begins to sum expert counts over the ranks that share rows; set by the engine where there are such."""
     sequence_group: SequenceGroup | None
     """The ranks with the other slices of the rows; set by the engine under context parallelism."""
     head_group: HeadGroup | None
@@ -236,29 +236,36 @@ class Qwen3NextForCausalLM(nn.Module):
         with recomputing(self.recompute, weights_stay=self.weights_stay):
             contexts = [self._context(batch) for batch in batches]
             hiddens_TD, stats = self.model([batch.input_ids_T for batch in batches], contexts)
+            # While the head computes, the ranks' counts travel.
+            counts = [[self._count(layers)] for layers in zip(*stats, strict=True)]
             # Empty where nobody asks: the kernel keeps them to itself then.
             nlls_T = [h.new_empty(h.shape[0] * token_losses, dtype=torch.float32) for h in hiddens_TD]
             nlls = [
                 [self.lm_head(h, batch.labels_T, nll_T if token_losses else None)]
                 for h, batch, nll_T in zip(hiddens_TD, batches, nlls_T, strict=True)
             ]
-            for depth_nlls, depth_stats in self._predict_further(hiddens_TD, batches, contexts):
+            for depth_nlls, depth_stats, depth_counts in self._predict_further(hiddens_TD, batches, contexts):
                 stats.append(depth_stats)
-                for of_batch, nll in zip(nlls, depth_nlls, strict=True):
+                for of_batch, nll, summed, more in zip(nlls, depth_nlls, counts, depth_counts, strict=True):
                     of_batch.append(nll)
-            of_batches = zip(nlls, zip(*stats, strict=True), nlls_T, strict=True)
-            return [self._losses(of_batch, layers, scales, nll_T) for of_batch, layers, nll_T in of_batches]
+                    summed.append(more)
+            of_batches = zip(nlls, zip(*stats, strict=True), counts, nlls_T, strict=True)
+            return [self._losses(nll, layers, summed, scales, nll_T) for nll, layers, summed, nll_T in of_batches]
+
+    def _count(self, stats: Sequence[RouterStats]) -> Summed:
+        return self._loads.begin(stats, self.reduce_counts, self.reduce_row_counts)
 
     def _losses(
         self,
         nlls: Sequence[torch.Tensor],
         stats: Sequence[RouterStats],
+        counts: Sequence[Summed],
         scales: LossScales,
         nll_T: torch.Tensor,
     ) -> ModelOutput:
-        """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer."""
+        """Of one micro-batch: ``nlls`` by depth, ``stats`` by layer, ``counts`` of layers one behind the other."""
         nll_lm, *nll_mtp = nlls
-        balancing_L = self._loads.losses(stats, self.reduce_counts, self.reduce_row_counts)
+        balancing_L = self._loads.losses(stats, counts)
         z_L = torch.stack([layer.z for layer in stats])
         config = self.config
         total = nll_lm / _at_least_one(scales.num_targets[0])
@@ -326,8 +333,8 @@ class Qwen3NextForCausalLM(nn.Module):
 
     def _predict_further(
         self, hiddens_TD: list[torch.Tensor], batches: Sequence[PackedBatch], contexts: Sequence[BatchContext]
-    ) -> Iterator[tuple[list[torch.Tensor], list[RouterStats]]]:
-        """Loss sums and router statistics of the micro-batches, by MTP depth."""
+    ) -> Iterator[tuple[list[torch.Tensor], list[RouterStats], list[Summed]]]:
+        """Loss sums, router statistics and counts of the micro-batches, by MTP depth."""
         if self.mtp is None:
             return
         previous_T = [batch.labels_T for batch in batches]
@@ -335,7 +342,8 @@ class Qwen3NextForCausalLM(nn.Module):
             targets_T = [batch.mtp_targets[depth - 1] for batch in batches]
             embeddings_TD = [self.model.embed_tokens(input_ids(targets)) for targets in previous_T]
             hiddens_TD, stats = self.mtp(hiddens_TD, embeddings_TD, depth, contexts)
-            yield [self.lm_head(h, targets) for h, targets in zip(hiddens_TD, targets_T, strict=True)], stats
+            counts = [self._count([layer]) for layer in stats]
+            yield [self.lm_head(h, targets) for h, targets in zip(hiddens_TD, targets_T, strict=True)], stats, counts
             previous_T = targets_T
 
 

@@ -14,13 +14,15 @@ from typing import Literal, NamedTuple
 import torch
 
 Scope = Literal["sequence", "micro_batch", "global"]
-ReduceCounts = Callable[[torch.Tensor], torch.Tensor]
-"""Sums an int64 tensor over the ranks that share a step; may work in place."""
+Summed = Callable[[], torch.Tensor]
+"""A sum over ranks that may still be under way; to be called once."""
+ReduceCounts = Callable[[torch.Tensor], Summed]
+"""Begins to sum an int64 tensor over the ranks that share a step; may work in place."""
 
 
-def own_counts(counts: torch.Tensor) -> torch.Tensor:
+def own_counts(counts: torch.Tensor) -> Summed:
     """The sum over one rank."""
-    return counts
+    return lambda: counts
 
 
 class RouterStats(NamedTuple):
@@ -67,34 +69,48 @@ class ExpertLoads:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self._running_LE: torch.Tensor | None = None
+        self._running_LrE: torch.Tensor | None = None
 
     def begin_step(self) -> None:
         """Forget the counts of the previous step."""
-        self._running_LE = None
+        self._running_LrE = None
 
-    def losses(
+    def begin(
         self,
         stats: Sequence[RouterStats],
         reduce_counts: ReduceCounts,
         reduce_row_counts: ReduceCounts = own_counts,
-    ) -> torch.Tensor:
-        """Load-balancing loss of each layer, fp32 ``[L]``; one reduction for all layers together.
+    ) -> Summed:
+        """Begin to count over the ranks of the scope; one reduction for all these layers together.
+
+        Args:
+            stats: of each layer.
+            reduce_counts: over the ranks of a step.
+            reduce_row_counts: over the ranks that share a row.
+
+        Returns:
+            int64 ``[L, r, E]``, r = 1 where loads are counted over more than a row.
+        """
+        counts_LrE = torch.stack([layer.counts_rE for layer in stats])
+        if self.scope == "sequence":
+            return reduce_row_counts(counts_LrE)
+        return reduce_counts(counts_LrE.sum(1, keepdim=True))
+
+    def losses(self, stats: Sequence[RouterStats], counts: Sequence[Summed]) -> torch.Tensor:
+        """Load-balancing loss of each layer, fp32 ``[L]``.
 
         Of slices of rows it is a slice's share, times their number: linear in the mean probabilities, with counts of
         the whole.
 
         Args:
             stats: of each layer.
-            reduce_counts: over the ranks of a step.
-            reduce_row_counts: over the ranks that share a row.
+            counts: of :meth:`begin`, which together was given the same layers.
         """
         mean_prob_LrE = torch.stack([layer.mean_prob_rE for layer in stats])
-        counts_LrE = torch.stack([layer.counts_rE for layer in stats])
+        counts_LrE = torch.cat([summed() for summed in counts])
         if self.scope == "sequence":
-            return load_balancing_loss(mean_prob_LrE, reduce_row_counts(counts_LrE))
-        counts_LE = reduce_counts(counts_LrE.sum(1))
+            return load_balancing_loss(mean_prob_LrE, counts_LrE)
         if self.scope == "global":
-            counts_LE = counts_LE if self._running_LE is None else self._running_LE + counts_LE
-            self._running_LE = counts_LE
-        return load_balancing_loss(mean_prob_LrE.mean(1, keepdim=True), counts_LE.unsqueeze(1))
+            counts_LrE = counts_LrE if self._running_LrE is None else self._running_LrE + counts_LrE
+            self._running_LrE = counts_LrE
+        return load_balancing_loss(mean_prob_LrE.mean(1, keepdim=True), counts_LrE)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from qwen3next_train.parallel.transfers import Exchange, Gather, UnevenAllToAll
+from qwen3next_train.model.router_losses import Summed
+from qwen3next_train.parallel.transfers import Exchange, Gather, UnevenAllToAll, begin_sum
 from qwen3next_train.topology import Topology
 
 
@@ -51,10 +52,9 @@ class ContextGroup:
         gather = Gather(self._group)
         return gather.finish(gather.start(values.detach().unsqueeze(0)))
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place; not differentiable (``model.router_losses.ReduceCounts``)."""
-        dist.all_reduce(values, group=self._group)
-        return values
+    def begin_sum(self, values: torch.Tensor) -> Summed:
+        """Begin to sum over the ranks, in place; not differentiable (``model.router_losses.ReduceCounts``)."""
+        return begin_sum(values, self._group)
 
     def _sent(self, rows: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
         there = UnevenAllToAll(self._group, to_each, from_each)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3next_train.kernels.routing import Permutation, TokenPermutation
-from qwen3next_train.model.dispatch import ExpertRows
+from qwen3next_train.model.dispatch import Chosen, ExpertRows
 from qwen3next_train.model.recompute import recomputed
 from qwen3next_train.parallel.transfers import (
     Exchange,
@@ -116,9 +116,13 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         """See :class:`TokenDispatcher`. Before the routing is known, nothing can be sent."""
         return x_TD
 
-    def dispatch(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+    def send_choices(self, begun: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Chosen:
+        """See :class:`TokenDispatcher`. Before their number is known on the host, nothing can be sent."""
+        return Chosen(begun, expert_ids_TK, weights_TK)
+
+    def dispatch(self, sent: Chosen) -> ExpertRows:
         """See :class:`TokenDispatcher`."""
-        pairs_TP = self._pairs(expert_ids_TK)
+        pairs_TP = self._pairs(sent.ids_TK)
         goes_TP = pairs_TP > 0
         rows_P, pairs_P = goes_TP.sum(0), pairs_TP.sum(0)
         arriving_PX = rows_P.new_empty(self._num_ranks, 2)
@@ -127,8 +131,8 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         ranks_P = torch.arange(self._num_ranks, device=goes_TP.device)
         by_rank = self._permutation.sort(ranks_P.where(goes_TP, -1), self._num_ranks, sum(to_each))
         choices, tokens = (
-            self._exchange(to_each, from_each).start(self._permutation.permute(sent, by_rank))
-            for sent in (self._choices(expert_ids_TK, weights_TK), begun)
+            self._exchange(to_each, from_each).start(self._permutation.permute(rows, by_rank))
+            for rows in (self._choices(sent.ids_TK, sent.weights_TK), sent.x_TD)
         )
         rows_RD, weights_R, by_expert = self._receive(tokens, choices, sum(pairs))
         origin = _Origin(by_rank, by_expert, self._exchange(from_each, to_each))
@@ -183,6 +187,15 @@ class ExpertRoom:
         return loss * torch.where(self.largest > self.rows, torch.nan, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """Tokens and :meth:`ExpertParallelDispatcher._choices` on their way to all ranks, and how sums come back."""
+
+    tokens: Travelling
+    choices: Travelling
+    back: Exchange
+
+
 class DenseDispatcher(ExpertParallelDispatcher):
     """Sends all tokens to all ranks (``model.dispatch.TokenDispatcher``); T has to be the same on all of them.
 
@@ -207,16 +220,19 @@ class DenseDispatcher(ExpertParallelDispatcher):
         """See :class:`TokenDispatcher`."""
         return Exchange(Gather(self._group), self._sum_of(x_TD)).start(x_TD)
 
-    def dispatch(self, begun: Travelling, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+    def send_choices(self, begun: Travelling, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> _Sent:
         """See :class:`TokenDispatcher`."""
         choices_TX = self._choices(expert_ids_TK, weights_TK)
         choices = Exchange(Gather(self._group), self._sum_of(choices_TX)).start(choices_TX)
-        rows_RD, weights_R, by_expert = self._receive(begun, choices, self._room.rows)
+        return _Sent(begun, choices, Exchange(self._sum_of(expert_ids_TK), Gather(self._group)))
+
+    def dispatch(self, sent: _Sent) -> ExpertRows:
+        """See :class:`TokenDispatcher`."""
+        rows_RD, weights_R, by_expert = self._receive(sent.tokens, sent.choices, self._room.rows)
         self._room.note(by_expert.counts_E.sum())
         ends_e = by_expert.counts_E.cumsum(0).clamp(max=self._room.rows)
         counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1))
-        back = Exchange(self._sum_of(expert_ids_TK), Gather(self._group))
-        return ExpertRows(rows_RD, weights_R, counts_e, (by_expert, back))
+        return ExpertRows(rows_RD, weights_R, counts_e, (by_expert, sent.back))
 
     def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Travelling:
         """See :class:`TokenDispatcher`. Sums of one rank's experts travel in the dtype of ``rows_RD``."""

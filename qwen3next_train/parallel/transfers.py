@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3next_train.kernels.routing import Permutation, TokenPermutation
+from qwen3next_train.model.router_losses import Summed
 
 
 class Transfer(Protocol):
@@ -126,6 +127,17 @@ class SumOverRanks(_Collective):
         """``[T, D]``."""
         self.wait()
         return self._permutation.unpermute(arriving, self._order)
+
+
+def begin_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> Summed:
+    """Begin to sum ``values`` over the ranks of a group, by default all, in place; not differentiable."""
+    work = dist.all_reduce(values, group=group, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return values
+
+    return finish
 
 
 def rows_of_ranks(num_tokens: int, num_ranks: int, device: torch.device) -> Permutation:

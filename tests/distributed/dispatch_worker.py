@@ -99,7 +99,7 @@ def run(dispatcher: TokenDispatcher, weight: torch.Tensor, inputs: list[torch.Te
     x, routing = (tensor.clone().requires_grad_() for tensor in inputs)
     weight = weight.clone().requires_grad_()
     to_experts, to_beside = shared_input_reference(x, 2)
-    received = dispatcher.dispatch(dispatcher.begin_dispatch(to_experts), ids, routing)
+    received = dispatcher.dispatch(dispatcher.send_choices(dispatcher.begin_dispatch(to_experts), ids, routing))
     rows = grouped_matmul_reference(received.rows_RD, weight, counts_e=received.counts_e).sin()
     returning = dispatcher.begin_combine(rows * received.weights_R.unsqueeze(1), received)
     beside = (to_beside * 0.5).sin()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from qwen3next_train.model.router_losses import Summed
+
 T = TypeVar("T")
 
 
@@ -42,8 +44,9 @@ class ThreadGroup:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._meeting.exchange(self.rank, values.detach().clone()))
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return self.gather(values).sum(0)
+    def begin_sum(self, values: torch.Tensor) -> Summed:
+        total = self.gather(values).sum(0)
+        return lambda: total
 
 
 class _Exchange(torch.autograd.Function):

@@ -43,9 +43,6 @@ class ReplayedGroup:
     def from_previous(self, rows_X: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
 
 def on_replayed_ranks(size: int, function: Callable[[ReplayedGroup], T]) -> list[T]:
     """What ``function``, forward and backward, returns on each rank when everybody has been sent what he should be."""

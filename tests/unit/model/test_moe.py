@@ -14,6 +14,7 @@ from qwen3next_train.kernels.routing import TokenPermutation
 from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.model.dispatch import ExpertRows, LocalDispatcher
 from qwen3next_train.model.moe import RoutedExperts, SparseMoeBlock
+from qwen3next_train.model.overlap import interleaved
 from tests.unit.model.small_models import cpu_kernels, small_config
 
 
@@ -125,9 +126,13 @@ def test_another_dispatcher_can_take_the_seam() -> None:
             self.calls.append("begin_dispatch")
             return self.inner.begin_dispatch(x_TD)
 
-        def dispatch(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> ExpertRows:
+        def send_choices(self, begun: Any, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+            self.calls.append("send_choices")
+            return self.inner.send_choices(begun, expert_ids_TK, weights_TK)
+
+        def dispatch(self, sent: Any) -> ExpertRows:
             self.calls.append("dispatch")
-            return self.inner.dispatch(begun, expert_ids_TK, weights_TK)
+            return self.inner.dispatch(sent)
 
         def begin_combine(self, rows_RD: torch.Tensor, received: ExpertRows) -> Any:
             self.calls.append("begin_combine")
@@ -146,7 +151,12 @@ def test_another_dispatcher_can_take_the_seam() -> None:
     block.gate.register_forward_pre_hook(lambda *_: recorder.calls.append("router"))
     block.shared_expert.register_forward_pre_hook(lambda *_: recorder.calls.append("shared expert"))
     assert torch.equal(block(x, 1, residual_TD=x)[0], expected)
-    assert recorder.calls == ["begin_dispatch", "router", "dispatch", "begin_combine", "shared expert", "combine"]
+    before = ["begin_dispatch", "router", "send_choices"]
+    assert recorder.calls == [*before, "dispatch", "begin_combine", "shared expert", "combine"]
+    # Of two micro-batches in flight both have sent all that they send before one waits for what arrives.
+    recorder.calls.clear()
+    interleaved([block.stages(x, 1, residual_TD=x) for _ in range(2)])
+    assert recorder.calls[:7] == [*before, *before, "dispatch"]
 
 
 def test_block_can_be_mixed_with_a_module_whose_constructor_must_not_run() -> None:

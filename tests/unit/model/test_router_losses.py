@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from qwen3next_train.kernels.routing import route_logits
-from qwen3next_train.model.router_losses import ExpertLoads, RouterStats, load_balancing_loss
+from qwen3next_train.model.router_losses import ExpertLoads, RouterStats, Summed, load_balancing_loss
 from tests.unit.model.small_models import batch_of, build, scales_of, small_config
 
 ROWS, TOKENS, EXPERTS, TOP_K = 3, 12, 5, 2
@@ -44,13 +46,21 @@ def identity(counts: torch.Tensor) -> torch.Tensor:
     return counts
 
 
+def losses(
+    loads: ExpertLoads, stats: list[RouterStats], total: Callable[[torch.Tensor], torch.Tensor] = identity
+) -> torch.Tensor:
+    """With ``total`` in place of a sum over ranks, of all layers but the last, then of the last."""
+    counts = [loads.begin(part, lambda own: partial(total, own)) for part in (stats[:-1], stats[-1:]) if part]
+    return loads.losses(stats, counts)
+
+
 def test_sequence_scope_is_the_mean_over_rows() -> None:
     _, probs, ids = decisions(0)
     expected = 0.0
     for row in range(ROWS):
         span = slice(row * TOKENS // ROWS, (row + 1) * TOKENS // ROWS)
         expected += looped(probs[span], ids[span], [ids[span]]) / ROWS
-    assert ExpertLoads("sequence").losses([stats_of(0)], identity).tolist() == pytest.approx([expected])
+    assert losses(ExpertLoads("sequence"), [stats_of(0)]).tolist() == pytest.approx([expected])
 
 
 def test_micro_batch_scope_counts_over_ranks() -> None:
@@ -58,7 +68,7 @@ def test_micro_batch_scope_counts_over_ranks() -> None:
     other = stats_of(1)
     loads = ExpertLoads("micro_batch")
     for _ in range(2):
-        loss = loads.losses([stats_of(0)], lambda counts: counts + other.counts_rE.sum(0))
+        loss = losses(loads, [stats_of(0)], lambda counts: counts + other.counts_rE.sum(0))
         assert loss.tolist() == pytest.approx([looped(probs, ids, [ids, decisions(1)[2]])])
 
 
@@ -70,7 +80,7 @@ def test_global_scope_also_counts_over_the_steps_micro_batches() -> None:
         for seed in range(3):
             _, probs, ids = decisions(seed)
             seen += [ids, ids]
-            loss = loads.losses([stats_of(seed)], lambda counts: 2 * counts)
+            loss = losses(loads, [stats_of(seed)], lambda counts: 2 * counts)
             assert loss.tolist() == pytest.approx([looped(probs, ids, seen)])
 
 
@@ -78,22 +88,46 @@ def test_counts_may_be_reduced_in_place_without_touching_the_layers_own() -> Non
     stats = stats_of(0)
     own = stats.counts_rE.clone()
     loads = ExpertLoads("global")
-    loads.losses([stats], lambda counts: counts.mul_(2))
-    loads.losses([stats], lambda counts: counts.mul_(2))
+    losses(loads, [stats], lambda counts: counts.mul_(2))
+    losses(loads, [stats], lambda counts: counts.mul_(2))
     assert torch.equal(stats.counts_rE, own)
 
 
 def test_layers_are_reduced_together_and_kept_apart() -> None:
     calls = []
 
-    def reduce(counts: torch.Tensor) -> torch.Tensor:
+    def reduce(counts: torch.Tensor) -> Summed:
         calls.append(counts.shape)
-        return counts
+        return lambda: counts
 
-    both = ExpertLoads("micro_batch").losses([stats_of(0), stats_of(1)], reduce)
-    assert calls == [(2, EXPERTS)]
-    alone = [ExpertLoads("micro_batch").losses([stats_of(seed)], identity) for seed in (0, 1)]
+    loads, stats = ExpertLoads("micro_batch"), [stats_of(0), stats_of(1)]
+    both = loads.losses(stats, [loads.begin(stats, reduce)])
+    assert calls == [(2, 1, EXPERTS)]
+    alone = [losses(ExpertLoads("micro_batch"), [stats_of(seed)]) for seed in (0, 1)]
     torch.testing.assert_close(both, torch.cat(alone))
+    assert torch.equal(losses(loads, stats), both)
+
+
+def test_counts_travel_while_the_head_computes() -> None:
+    model = build(small_config(router_aux_loss_scope="global"))
+    batches = [batch_of([[9], [9]], seed=seed) for seed in (0, 1)]
+    events = []
+
+    def reduce(counts: torch.Tensor) -> Summed:
+        events.append("begin")
+
+        def finish() -> torch.Tensor:
+            events.append("finish")
+            return counts
+
+        return finish
+
+    model.reduce_counts = reduce
+    model.lm_head.register_forward_pre_hook(lambda *_: events.append("head"))
+    model.begin_step()
+    model(batches, scales_of(batches[0]))
+    # Of both micro-batches: of the layers, then of MTP's.
+    assert events == 2 * ["begin", "begin", "head", "head"] + 4 * ["finish"]
 
 
 def test_even_routing_costs_one_and_a_collapse_costs_the_number_of_experts() -> None:
@@ -106,7 +140,7 @@ def test_even_routing_costs_one_and_a_collapse_costs_the_number_of_experts() -> 
 def test_gradient_flows_through_the_probabilities_only() -> None:
     logits, probs, ids = decisions(0)
     stats = statistics(logits, num_rows=1, with_z_grad=False)
-    ExpertLoads("micro_batch").losses([stats], identity).sum().backward()
+    losses(ExpertLoads("micro_batch"), [stats]).sum().backward()
     fractions = EXPERTS * torch.bincount(ids.flatten(), minlength=EXPERTS) / ids.numel()
     expected = probs * (fractions - (probs * fractions).sum(-1, keepdim=True)) / TOKENS
     torch.testing.assert_close(logits.grad, expected.detach())
