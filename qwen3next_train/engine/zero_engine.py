@@ -34,8 +34,8 @@ from qwen3next_train.generate.sampling import Continuation, Sampling
 from qwen3next_train.held_elements import held_runs
 from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_adamw_update
 from qwen3next_train.log import get_logger
+from qwen3next_train.model.block import DecoderLayer
 from qwen3next_train.model.init import initialize
-from qwen3next_train.model.moe import RoutedExperts
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.optim.adamw import build_adamw
 from qwen3next_train.optim.param_groups import parameter_groups
@@ -342,8 +342,10 @@ def _wrap(
     fused = device.type == "cuda" or offloaded
     update = select_adamw_update(config.kernels, device) if in_buckets else None
     optimizer = build_adamw(groups, config.optimizer, fused=fused, update=update)
-    # Under ZeRO-3 an expert's weights are gathered and reduced together, also on a rank that received no token.
-    set_z3_leaf_modules(model, [RoutedExperts])
+    # Under ZeRO-3 a layer's weights are gathered and its gradients reduced together, also on a rank whose experts
+    # received no token. By itself DeepSpeed does so for each of its twenty modules, which takes the host longer than
+    # the layer takes the device.
+    set_z3_leaf_modules(model, [DecoderLayer])
     with patched_optimizers(GradientBucketOptimizer if in_buckets else PartitionedOptimizer):
         engine, *_ = deepspeed.initialize(
             model=model,
