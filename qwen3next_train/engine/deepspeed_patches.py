@@ -7,9 +7,10 @@ class, are in ``engine.expert_block``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.fp16 import loss_scaler
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
@@ -43,6 +44,9 @@ def quiet_start() -> None:
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
     # A skipped step is said by the run's own line. The scale is 1 and stays.
     loss_scaler.LossScalerBase.update_scale = lambda self, overflow: None
+
+    # What a rank has to itself is there. The original waits until the device has done all its work so far.
+    partition_parameters._no_gather_coalesced = _WholeAlready
 
 
 def _mark_non_finite(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
@@ -84,6 +88,46 @@ def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[No
     finally:
         deepspeed_engine.DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer
         stage3.defragment = defragment
+
+
+def gather_ahead(optimizer: Any, parameters: Iterable[Any], *, numel: int) -> None:
+    """Let stage 3 gather weights one by one, but many ahead, in one order on all ranks, without waits on the host.
+
+    Asked to gather them one by one, DeepSpeed takes a single one ahead.
+
+    It also hands them over as a Python set, and begins with the process group of whichever comes first. A layer has
+    weights of several groups (dense, experts, divided heads), and ranks that start collectives of several NCCL
+    communicators in different orders may wait for one another for ever.
+
+    Args:
+        optimizer: of stage 3.
+        parameters: that it has partitioned.
+        numel: elements to gather ahead.
+    """
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    coordinator._PartitionedParameterCoordinator__prefetch_bucket_sz = numel
+    for parameter in parameters:
+        parameter.all_gather_coalesced = partial(_gather_sorted, parameter.all_gather_coalesced)
+
+
+def _gather_sorted(gather: Callable[..., Any], parameters: Iterable[Any], **settings: bool) -> Any:
+    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **settings)
+
+
+class _WholeAlready:
+    """Gathering weights that a rank has to itself: where it ends, DeepSpeed's own has the host wait for the device."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self._parameters = list(parameters)
+        for parameter in self._parameters:
+            parameter.ds_status = partition_parameters.ZeroParamStatus.INFLIGHT
+            parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
+
+    def wait(self, **settings: bool) -> None:
+        """Nothing has to arrive; asked again, for another weight's sake, it leaves what was released since."""
+        for parameter in self._parameters:
+            parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+        self._parameters.clear()
 
 
 class PartitionedOptimizer(DeepSpeedZeroOptimizer):
