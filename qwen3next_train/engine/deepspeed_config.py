@@ -40,9 +40,8 @@ def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": persistent_numel(config.model),
             "stage3_max_reuse_distance": limits.reuse,
             "stage3_max_live_parameters": limits.live,
-            # Each weight arrives where it stays. Gathered together they would be copied once more, by the host in as
-            # many pieces a weight as there are ranks, and be there twice meanwhile.
-            "stage3_allgather_sequential": True,
+            # The whole next layer travels while one computes.
+            "stage3_prefetch_bucket_size": limits.layer,
         }
     if config.parallel.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -90,28 +90,27 @@ def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[No
         stage3.defragment = defragment
 
 
-def gather_ahead(optimizer: Any, parameters: Iterable[Any], *, numel: int) -> None:
-    """Let stage 3 gather weights one by one, but many ahead, in one order on all ranks, without waits on the host.
+def gather_one_by_one(parameters: Iterable[Any]) -> None:
+    """Let stage 3 gather each weight into its place, in one order on all ranks.
 
-    Asked to gather them one by one, DeepSpeed takes a single one ahead.
+    Weights that DeepSpeed gathers together are copied once more, by the host in as many pieces a weight as there are
+    ranks, and are there twice meanwhile. Its ``stage3_allgather_sequential`` would gather a single weight ahead, and
+    copy small ones of which a rank has the whole.
 
     It also hands them over as a Python set, and begins with the process group of whichever comes first. A layer has
     weights of several groups (dense, experts, divided heads), and ranks that start collectives of several NCCL
     communicators in different orders may wait for one another for ever.
 
     Args:
-        optimizer: of stage 3.
-        parameters: that it has partitioned.
-        numel: elements to gather ahead.
+        parameters: that stage 3 has partitioned.
     """
-    coordinator = optimizer.parameter_offload.get_param_coordinator()
-    coordinator._PartitionedParameterCoordinator__prefetch_bucket_sz = numel
     for parameter in parameters:
-        parameter.all_gather_coalesced = partial(_gather_sorted, parameter.all_gather_coalesced)
+        parameter.all_gather_coalesced = partial(_gather_each, parameter.all_gather_coalesced)
 
 
-def _gather_sorted(gather: Callable[..., Any], parameters: Iterable[Any], **settings: bool) -> Any:
-    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **settings)
+def _gather_each(gather: Callable[..., Any], parameters: Iterable[Any], **settings: bool) -> Any:
+    in_order = sorted(parameters, key=lambda parameter: parameter.ds_id)
+    return partition_parameters.MultipleAllGatherHandles([gather([parameter], **settings) for parameter in in_order])
 
 
 class _WholeAlready:

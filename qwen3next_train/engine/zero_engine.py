@@ -12,14 +12,13 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from qwen3next_train.accounting.activations import expert_room, expert_rows
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import stage3_limits
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals, nothing
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
     PartitionedOptimizer,
-    gather_ahead,
+    gather_one_by_one,
     patched_optimizers,
     quiet_start,
     set_group_timeouts,
@@ -358,12 +357,5 @@ def _wrap(
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
     set_group_timeouts(config.run.peer_timeout_s)
     if config.parallel.zero_stage == 3:
-        parallel = config.parallel
-        limits = stage3_limits(
-            config.model,
-            expert_parallel_size=parallel.expert_parallel_size,
-            tensor_parallel_size=parallel.tensor_parallel_size,
-        )
-        # The whole next layer travels while one computes.
-        gather_ahead(engine.optimizer, model.parameters(), numel=limits.layer)
+        gather_one_by_one(model.parameters())
     return engine

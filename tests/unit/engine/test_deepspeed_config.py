@@ -28,7 +28,7 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
     }
 
 
-def test_stage_3_gathers_weights_into_their_place_within_limits() -> None:
+def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
     config = Config(model=TINY, parallel=ParallelConfig(zero_stage=3, expert_parallel_size=2))
     found = deepspeed_config(config, num_passes=1)["zero_optimization"]
     limits = stage3_limits(TINY, expert_parallel_size=2, tensor_parallel_size=1)
@@ -36,7 +36,7 @@ def test_stage_3_gathers_weights_into_their_place_within_limits() -> None:
         "stage3_param_persistence_threshold": 128,
         "stage3_max_reuse_distance": limits.reuse,
         "stage3_max_live_parameters": limits.live,
-        "stage3_allgather_sequential": True,
+        "stage3_prefetch_bucket_size": limits.layer,
     }
 
 

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 
 from qwen3next_train.config.schema import OptimizerConfig
-from qwen3next_train.engine.deepspeed_patches import gather_ahead, quiet_start
+from qwen3next_train.engine.deepspeed_patches import gather_one_by_one, quiet_start
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.optim.adamw import build_adamw
 
@@ -46,17 +46,22 @@ def test_a_skipped_step_is_not_said_by_deepspeed(said: list[str]) -> None:
     assert scaler.loss_scale == 1.0
 
 
-def test_weights_are_gathered_in_one_order_on_all_ranks() -> None:
-    def gather(*args: object, **settings: bool) -> tuple[object, ...]:
-        return *args, settings
+def test_weights_are_gathered_one_by_one_in_one_order_on_all_ranks() -> None:
+    gathered: list[tuple[int, dict[str, bool]]] = []
+    arrived: list[int] = []
+
+    def gather(parameters: list[SimpleNamespace], **settings: bool) -> SimpleNamespace:
+        (parameter,) = parameters
+        gathered.append((parameter.ds_id, settings))
+        return SimpleNamespace(wait=lambda **_: arrived.append(parameter.ds_id))
 
     parameters = [SimpleNamespace(ds_id=number, all_gather_coalesced=gather) for number in (4, 2, 7)]
-    coordinator = SimpleNamespace()
-    optimizer = SimpleNamespace(parameter_offload=SimpleNamespace(get_param_coordinator=lambda: coordinator))
-    gather_ahead(optimizer, parameters, numel=5)
-    gathered, settings = parameters[0].all_gather_coalesced(parameters, quantize=False)
-    assert [parameter.ds_id for parameter in gathered] == [2, 4, 7]
-    assert settings == {"quantize": False}
+    gather_one_by_one(parameters)
+    handle = parameters[0].all_gather_coalesced(parameters, quantize=False)
+    assert gathered == [(number, {"quantize": False}) for number in (2, 4, 7)]
+    assert arrived == []
+    handle.wait()
+    assert arrived == [2, 4, 7]
 
 
 def test_what_a_rank_has_to_itself_is_gathered_without_a_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
