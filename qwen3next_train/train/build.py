@@ -78,6 +78,7 @@ def build_run(
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
+        prompts = EncodedPrompts.of(config)
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(
             run_dir.checkpoints_path,
@@ -91,7 +92,6 @@ def build_run(
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = validation_sets(open_validation(prepared, config), config, topology, part)
-        prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
