@@ -16,6 +16,7 @@ from qwen3next_train.data.documents import is_cut
 from qwen3next_train.data.left_out import LeftOuts, format_left_out
 from qwen3next_train.data.prepared import PreparedData, PreparedSource, prepared_source
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
+from qwen3next_train.data.seen_text import warn_of_seen_text
 from qwen3next_train.data.sources import FileSource, StoreSource, format_passed_over, resolve
 from qwen3next_train.data.store_builder import build_stores
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
@@ -60,6 +61,13 @@ def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
     # All are looked up before the first is tokenised: a misspelt one is said at once, not when hours have passed.
     to_train, to_validate = _look_up(data.sources), _look_up(data.validation_sources)
     to_sets = {name: _look_up(sources) for name, sources in data.validation_sets.items()}
+    held_out = {"data.validation_sources": to_validate} | {
+        f"data.validation_sets: {name}": sources for name, sources in to_sets.items()
+    }
+    warn_of_seen_text(
+        [resolved for _, resolved in to_train],
+        {setting: [resolved for _, resolved in sources] for setting, sources in held_out.items()},
+    )
     preparer = Preparer(config, announce=announce)
     fraction = 0.0 if to_validate else data.validation_fraction
     pairs = [preparer.prepare(source, fraction) for source in to_train]
