@@ -42,7 +42,7 @@ from qwen3next_train.train.samples import EncodedPrompts, TrainingSamples
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.train.sinks import open_sinks, peak_flops
-from qwen3next_train.train.validation import validation_sets
+from qwen3next_train.train.validation import validation_sets, without_other_rows
 from qwen3next_train.versions import software_versions
 
 
@@ -78,6 +78,7 @@ def build_run(
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
+        prompts = EncodedPrompts.of(config)
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(
             run_dir.checkpoints_path,
@@ -91,7 +92,6 @@ def build_run(
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = validation_sets(open_validation(prepared, config), config, topology, part)
-        prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
@@ -130,7 +130,7 @@ def build_run(
             has_room=lambda num_bytes: has_host_room(num_bytes, num_local=context.local_world_size),
         ),
         header=_header(config, context),
-        state=restored.state,
+        state=without_other_rows(restored.state, validation),
         sinks=sinks.sinks,
         progress=sinks.progress,
         sync_metrics=sinks.sync_metrics,
