@@ -19,6 +19,7 @@ layouts that need fewer GPUs than there are run side by side. With ``--run.devic
 from __future__ import annotations
 
 import gc
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -69,6 +70,7 @@ OPTIONS = {
         Option("--gpus", "N", "how many to use (default: all)"),
         Option("--dir", "FOLDER", "where runs go, in a folder that is removed (default: of temporary files)"),
         Option("--output", "PREFIX", "write PREFIX.json, PREFIX.png and PREFIX.svg"),
+        Option("--draw", "JSON", "train nothing: draw what was written where there is no matplotlib, to --output"),
     )
 }
 _SIZES = {
@@ -314,7 +316,8 @@ def train_all(
     for part in (part for training in trainings for part in training.parts):
         sizes[part.num_gpus] = sizes.get(part.num_gpus, 0) + 1
     blocks = [
-        Ranks(number * size, size, folder / f"gpus_{number * size}_to_{number * size + size - 1}.log")
+        # Single ones from the last on, so that they leave room for pairs.
+        Ranks(num_gpus - 1 - number if size == 1 else number * size, size, folder / f"{size}_gpus_{number}.log")
         for size, needed in sorted(sizes.items())
         for number in range(min(num_gpus // size, needed))
     ]
@@ -431,6 +434,17 @@ def draw(runs: Sequence[LoggedRun], output: Path) -> None:
         replace_file(output.with_name(f"{output.name}.{kind}"), [render(figure, kind)], keep_old=False)
 
 
+def _drawn_runs(results: Sequence[Mapping[str, Any]]) -> list[LoggedRun]:
+    """The curves of a report, as far as they were trained."""
+    runs = []
+    for result in results:
+        values = {metric: np.array(result[metric]) for metric in METRICS if metric in result}
+        if values:
+            steps = np.arange(1.0, 1 + len(values[METRICS[0]]))
+            runs.append(LoggedRun(result["name"], Path(), steps, np.full_like(steps, np.nan), values, {}, ()))
+    return runs
+
+
 def _curves(runs: Sequence[LoggedRun], metric: str, *, from_first: bool) -> Iterator[Curve]:
     expected = runs[0].values[metric]
     for number, run in enumerate(runs):
@@ -448,6 +462,12 @@ def _curves(runs: Sequence[LoggedRun], metric: str, *, from_first: bool) -> Iter
 def main(argv: list[str]) -> int:
     """Train what the command line asks for and compare."""
     args = parse_arguments(argv, OPTIONS)
+    output = None if (prefix := args.last("--output")) is None else Path(prefix)
+    if (earlier := args.last("--draw")) is not None:
+        if output is None:
+            raise ConfigError("--draw: give the pictures a name with --output")
+        draw(_drawn_runs(json.loads(Path(earlier).read_text(encoding="utf-8"))["results"]), output)
+        return 0
     steps = _count("--steps", args.last("--steps") or "50")
     seeds = [_count("--seeds", text) for text in (args.last("--seeds") or "1234,1235,1236").split(",")]
     name = args.last("--config") or "qwen3next_tiny.yaml"
@@ -487,8 +507,7 @@ def main(argv: list[str]) -> int:
                 print(report.line(training), flush=True)
         except KeyboardInterrupt:
             print("interrupted")
-        output = args.last("--output")
-        report.conclude(None if output is None else Path(output))
+        report.conclude(output)
         return int(any(training.error or training.is_pending for training in trainings))
 
 
@@ -553,8 +572,9 @@ class Report:
             "results": results,
         }
         output.with_name(f"{output.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        runs = [run for training in self._trainings if (run := self._run(training)) is not None]
-        if runs:
+        if importlib.util.find_spec("matplotlib") is None:
+            print(f"matplotlib is not installed: no pictures; --draw {output.name}.json makes them elsewhere")
+        elif runs := _drawn_runs(results):
             draw(runs, output)
         if any(training.error for training in self._trainings):
             logs = "".join(path.read_text(errors="replace")[-4000:] for path in sorted(self._folder.glob("*.log")))

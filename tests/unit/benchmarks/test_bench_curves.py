@@ -128,6 +128,8 @@ def test_curves_of_two_ranks_are_one_rank_s(tmp_path: Path, capsys: pytest.Captu
     assert [each["what"] for each in results["1+TP2"]["checkpoints"]] == ["saved", "verified", "read", "saved"]
     picture = (tmp_path / "curves.svg").read_text()
     assert all(f'id="{name}"' in picture for name in results)
+    assert main(["--draw", str(tmp_path / "curves.json"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again.svg").read_text() == picture
     assert "1+TP2: read" in capsys.readouterr().out
     assert not list(tmp_path.glob("bench_curves-*"))
 
