@@ -255,9 +255,10 @@ class Ranks:
             return False
         codes = [self._codes.get(connection) for connection in self.connections]
         self.training.end(codes, time.monotonic() - self._started_at, self._log)
-        self.training = None
-        if self._failed_at:
+        # An engine leaves memory behind, as the process of a run that is resumed has not.
+        if self._failed_at or self.training.is_pending:
             self.kill()
+        self.training = None
         return True
 
     def kill(self) -> None:

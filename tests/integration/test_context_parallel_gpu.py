@@ -25,7 +25,7 @@ SHARED = {
     "run__micro_batch_size": 1,
 }
 FOUR = {"parallel__expert_parallel_size": 2, "parallel__recompute": "[layer]"}
-RUNS = {
+RUNS: dict[str, tuple[int, dict[str, object]]] = {
     "one GPU": (1, {}),
     "2 slices": (2, {"parallel__context_parallel_size": 2}),
     "4 slices": (4, {"parallel__context_parallel_size": 4, **FOUR}),

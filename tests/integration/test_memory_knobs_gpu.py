@@ -10,7 +10,7 @@ from tests.integration.gpu_curves import STEPS, losses_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-RUNS = {
+RUNS: dict[str, tuple[int, dict[str, object]]] = {
     "plain": (1, {}),
     "offload": (1, {"parallel__offload_optimizer": "cpu"}),
     "offload bf16": (
