@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -172,13 +173,15 @@ def _build_engine(
             clock=StepClock(context.device) if config.logging.step_parts else None,
         )
     reject_wrong_gated_delta_net(checks(), context.control)
-    if restored.found is not None:
-        reader = FragmentReader(restored.found.path, restored.found.manifest)
+    if (found := restored.found) is not None:
+        started_at = time.monotonic()
+        reader = FragmentReader(found.path, found.manifest)
         reader.check_parameters(parameter_table(config.model))
         engine.load_state(reader.read, restored.state.optimizer_step)
-        checkpoints.restore_rng(restored.found, reader)
-        get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
-        _log_other_moments(restored.found.manifest.config, config)
+        checkpoints.restore_rng(found, reader)
+        read_s = time.monotonic() - started_at
+        get_logger().info("resumed from step %d: %s, read in %.1f s", found.step, found.path, read_s)
+        _log_other_moments(found.manifest.config, config)
         if config.checkpoint.init_from:
             get_logger().info("checkpoint.init_from is not read: run.dir has a checkpoint")
     elif restored.initial is not None:
