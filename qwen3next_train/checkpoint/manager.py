@@ -7,6 +7,8 @@ loaded, named and skipped, on all ranks together; if none is intact, the run sto
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -149,7 +151,7 @@ class CheckpointManager:
         try:
             share, sizes = run_together(self._control, lambda: _collect(fragments, rank_tensors))
             num_bytes = sum(sizes)
-            self._on_rank_0(lambda: self._create_staging(staging))
+            self._on_rank_0(lambda: self._create_staging(staging, num_bytes))
             _, files = run_together(self._control, lambda: self._write(staging, share, header))
             self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
         except StageFailed as failed:
@@ -304,9 +306,13 @@ class CheckpointManager:
         if self._control.rank == 0:
             self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
 
-    def _create_staging(self, staging: str) -> None:
+    def _create_staging(self, staging: str, num_bytes: int) -> None:
         self.remove_unfinished()
         publication.create_staging(self._fs, self._directory, staging)
+        free = self._free_bytes()
+        if free is not None and free < num_bytes:
+            # Or it would be found out by filling the disk, for minutes, with metrics and logs on it too.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
         directory = self._directory / staging

@@ -32,6 +32,7 @@ from qwen3next_train.parameters import parameter_table
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
+from qwen3next_train.train.disk_check import warn_of_small_disk
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.memory_check import check_memory, has_host_room
 from qwen3next_train.train.opening import opened_with, opening_lines
@@ -90,6 +91,8 @@ def build_run(
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
         # Also where no save will follow: a run killed behind its last one has nothing left to do.
         checkpoints.remove_unfinished()
+        if context.rank == 0:
+            warn_of_small_disk(config, run_dir.checkpoints_path)
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = validation_sets(open_validation(prepared, config), config, topology, part)
