@@ -378,7 +378,9 @@ class _Saved:
         assert initial_DNKV is not None
         if tensor.data_ptr() == initial_DNKV.data_ptr() and tensor.shape == initial_DNKV.shape:
             return None
-        self._tensors.append(tensor.detach())
+        # Not to hold the graph. What needs no gradient stays the object it is: a kernel may know the document starts by
+        # it, with what it has derived from them, and would else derive it again in every layer, waiting for the device.
+        self._tensors.append(tensor.detach() if tensor.requires_grad else tensor)
         return len(self._tensors) - 1
 
     def unpack(self, index: int | None) -> torch.Tensor:
