@@ -28,7 +28,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,12 +39,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_command import count, run_main
 
 from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
-from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.errors import ConfigError
 from qwen3next_train.metrics.history import replace_file
 from qwen3next_train.plots.figure import draw_figure, render
 from qwen3next_train.plots.panels import Curve, DrawnPanel, Panel
@@ -469,13 +469,13 @@ def main(argv: list[str]) -> int:
             raise ConfigError("--draw: give the pictures a name with --output")
         draw(_drawn_runs(json.loads(Path(earlier).read_text(encoding="utf-8"))["results"]), output)
         return 0
-    steps = _count("--steps", args.last("--steps") or "50")
-    seeds = [_count("--seeds", text) for text in (args.last("--seeds") or "1234,1235,1236").split(",")]
+    steps = count("--steps", args.last("--steps") or "50")
+    seeds = [count("--seeds", text) for text in (args.last("--seeds") or "1234,1235,1236").split(",")]
     name = args.last("--config") or "qwen3next_tiny.yaml"
     given = dict(args.overrides)
     config = load_config([find_config(name)], args.overrides).config
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
-    num_gpus = _count("--gpus", args.last("--gpus") or str(torch.cuda.device_count() if on_gpu else 1))
+    num_gpus = count("--gpus", args.last("--gpus") or str(torch.cuda.device_count() if on_gpu else 1))
     settings = {
         "schedule.warmup_steps": str(min(config.schedule.warmup_steps, max(1, steps // 10))),
         "schedule.decay_steps": str(steps),
@@ -617,15 +617,5 @@ class Report:
         return "yes" if all(np.array_equal(run.values[metric], other.values[metric]) for metric in METRICS) else "no"
 
 
-def _count(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{option}: give whole numbers > 0 (got {text})")
-    return int(text)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from bench_command import count, run_main
 from device_timing import GIB, device_name, synchronize
 
 from qwen3next_train.accounting.flops import training_flops
@@ -39,7 +40,7 @@ from qwen3next_train.config.validate import validate_for_world
 from qwen3next_train.data.loader import StepLoader, TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.engine.base import Report, StepTotals
-from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.optim.schedule import learning_rate
 from qwen3next_train.parallel.process_groups import ProcessContext, first_on_each_node, process_context
@@ -250,10 +251,10 @@ def main(argv: list[str]) -> int:
     if "--config" not in args.options:
         raise ConfigError("--config: name a configuration")
     config = load_config([find_config(name) for name in args.options["--config"]], args.overrides).config
-    num_steps = _count("--steps", args.last("--steps") or str(config.run.steps))
+    num_steps = count("--steps", args.last("--steps") or str(config.run.steps))
     if "--worker" not in args.options:
         given = args.last("--gpus") or str(torch.cuda.device_count())
-        num_gpus = _count("--gpus", given)
+        num_gpus = count("--gpus", given)
         validate_for_world(config, num_gpus)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
         return subprocess.run([*launcher, __file__, *argv, "--worker"], check=False).returncode
@@ -278,15 +279,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _count(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{option}: give a whole number > 0 (got {text})")
-    return int(text)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)
