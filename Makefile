@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install own-venv train plan baselines bench bench-ops bench-saves check format format-check lint types contracts docs \
+.PHONY: help install own-venv train plan baselines bench bench-curves bench-ops bench-saves check format format-check lint types contracts docs \
         test test-fast test-gpu test-dist clean
 
 help:  ## list the targets
@@ -70,6 +70,9 @@ bench: $(ENV)  ## a training step on one GPU: time, rate, memory; options in ARG
 
 bench-steps: $(ENV)  ## whole training steps on 1, 2 and 4 GPUs, what they consist of; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_steps.py $(ARGS)
+
+bench-curves: $(ENV)  ## loss curves of many layouts against one GPU's, and of three seeds; options in ARGS
+	$(VENV)/bin/python scripts/benchmarks/bench_curves.py $(ARGS)
 
 bench-saves: $(ENV)  ## what checkpoints cost training on one GPU; options in ARGS
 	$(VENV)/bin/python scripts/benchmarks/bench_saves.py $(ARGS)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -102,10 +103,15 @@ class SlicePlan:
     continues: tuple[tuple[bool, ...], ...]
     passes: tuple[tuple[bool, ...], ...]
 
-    @property
+    @cached_property
     def first_ranges(self) -> tuple[tuple[int, int], ...]:
         """By row, the range of extended positions of the piece with which the slice begins."""
         return tuple((int(self.scanned[piece]), int(self.scanned[piece + 1])) for piece in self.first)
+
+    @property
+    def last_pieces(self) -> tuple[int, ...]:
+        """By row, the piece of ``scanned`` with which the slice ends: before the next row's halo there is nothing."""
+        return (*(piece - 2 for piece in self.first[1:]), len(self.scanned) - 2)
 
     @property
     def extended_length(self) -> int:

@@ -48,14 +48,14 @@ class Topology:
             size = getattr(self, name)
             if self.world_size % size:
                 raise ConfigError(
-                    f"parallel.{name}: {size} does not divide the world size {self.world_size}; choose a divisor or "
-                    "start another number of processes"
+                    f"parallel.{name}: {size} does not divide the world size {self.world_size}; "
+                    f"{what_divides(self.world_size, size)}"
                 )
         if self.world_size % self.ranks_per_row:
             raise ConfigError(
                 f"parallel.tensor_parallel_size: {self.tensor_parallel_size} x parallel.context_parallel_size "
-                f"{self.context_parallel_size} does not divide the world size {self.world_size}; choose a smaller "
-                "size or start another number of processes"
+                f"{self.context_parallel_size} does not divide the world size {self.world_size}; for their product "
+                f"{what_divides(self.world_size, self.ranks_per_row)}"
             )
 
     @property
@@ -145,3 +145,9 @@ class Topology:
         num_local = num_experts // self.expert_parallel_size
         first = self.expert_parallel_rank * num_local
         return range(first, first + num_local)
+
+
+def what_divides(world_size: int, size: int) -> str:
+    """What to do about a size that does not divide the number of processes."""
+    fitting = ", ".join(str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0)
+    return f"choose one of {fitting} or start a multiple of {size} processes"

@@ -15,6 +15,7 @@ from qwen3next_train.checkpoint.filesystem import Filesystem
 from qwen3next_train.checkpoint.manifest import Manifest
 from qwen3next_train.checkpoint.names import CheckpointInfo
 from qwen3next_train.checkpoint.train_state import TrainState
+from qwen3next_train.config.metric_names import prefix_of
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,24 @@ class Rated:
     value: float
 
 
-def rating(state: TrainState, metric: str) -> float | None:
-    """The metric's value in a state; None where no validation found one, or while steps were being skipped."""
-    return None if state.consecutive_skips else state.validation.get(metric)
+@dataclass(frozen=True)
+class Rating:
+    """What a state is worth by a metric.
+
+    Args:
+        value: of the metric.
+        rows: digest of the rows it was found on; values of other rows do not compare.
+    """
+
+    value: float
+    rows: str
+
+
+def rating(state: TrainState, metric: str) -> Rating | None:
+    """By a metric; None where no validation found a value, or while steps were being skipped."""
+    if state.consecutive_skips or metric not in state.validation:
+        return None
+    return Rating(state.validation[metric], state.validation_rows.get(prefix_of(metric), ""))
 
 
 def ranked(
@@ -42,9 +58,11 @@ def ranked(
     directory: Path,
     checkpoints: Iterable[CheckpointInfo],
     metric: str,
-    known: MutableMapping[str, float | None] | None = None,
+    known: MutableMapping[str, Rating | None] | None = None,
 ) -> list[Rated]:
     """The checkpoints that have a value of ``metric``, the lowest first; of equal ones the older first.
+
+    Where a resume has changed what is validated on, those that looked at the rows of the newest of them.
 
     Files are not hashed: whether the best is intact shows when it is verified.
 
@@ -53,18 +71,21 @@ def ranked(
         directory: the checkpoints directory.
         checkpoints: which ones.
         metric: of a validation.
-        known: values by name, of manifests that need not be read again; others are added.
+        known: ratings by name, of manifests that need not be read again; others are added.
     """
-    values = {} if known is None else known
-    found = []
+    ratings = {} if known is None else known
+    found: list[tuple[CheckpointInfo, Rating]] = []
     for checkpoint in checkpoints:
-        if checkpoint.name not in values:
+        if checkpoint.name not in ratings:
             manifest = _manifest(fs, directory, checkpoint)
-            values[checkpoint.name] = None if manifest is None else rating(manifest.train_state, metric)
-        value = values[checkpoint.name]
-        if value is not None:
-            found.append(Rated(checkpoint, metric, value))
-    return sorted(found, key=lambda rated: (rated.value, rated.checkpoint.step))
+            ratings[checkpoint.name] = None if manifest is None else rating(manifest.train_state, metric)
+        if (own := ratings[checkpoint.name]) is not None:
+            found.append((checkpoint, own))
+    if not found:
+        return []
+    _, newest = max(found, key=lambda pair: pair[0].step)
+    comparable = [Rated(checkpoint, metric, own.value) for checkpoint, own in found if own.rows == newest.rows]
+    return sorted(comparable, key=lambda rated: (rated.value, rated.checkpoint.step))
 
 
 def best_of(fs: Filesystem, directory: Path, checkpoints: Iterable[CheckpointInfo]) -> Rated | None:

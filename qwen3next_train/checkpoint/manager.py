@@ -7,6 +7,8 @@ loaded, named and skipped, on all ranks together; if none is intact, the run sto
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +19,7 @@ import torch
 
 from qwen3next_train.checkpoint import publication
 from qwen3next_train.checkpoint.agreement import StageFailed, run_together
-from qwen3next_train.checkpoint.best import best_of, ranked, rating
+from qwen3next_train.checkpoint.best import Rating, best_of, ranked, rating
 from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import (
     LOCAL_FILESYSTEM,
@@ -114,8 +116,8 @@ class CheckpointManager:
         self._visibility_timeout_s = visibility_timeout_s
         # By name, whether it counts for ``keep``; equal on all ranks because only agreed results are entered.
         self._counts: dict[str, bool] = {}
-        # By name, of the metric ``best``; of rank 0, which reads them.
-        self._values: dict[str, float | None] = {}
+        # By name, by the metric ``best``; of rank 0, which reads them.
+        self._ratings: dict[str, Rating | None] = {}
 
     def save(
         self,
@@ -149,15 +151,15 @@ class CheckpointManager:
         try:
             share, sizes = run_together(self._control, lambda: _collect(fragments, rank_tensors))
             num_bytes = sum(sizes)
-            self._on_rank_0(lambda: self._create_staging(staging))
+            self._on_rank_0(lambda: self._create_staging(staging, num_bytes))
             _, files = run_together(self._control, lambda: self._write(staging, share, header))
             self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
         except StageFailed as failed:
             self._counts.pop(step_name(step), None)
-            self._values.pop(step_name(step), None)
+            self._ratings.pop(step_name(step), None)
             raise self._abandon(staging, step, num_bytes, failed) from failed
         self._counts[step_name(step)] = train_state.consecutive_skips == 0
-        self._values[step_name(step)] = rating(train_state, self._best)
+        self._ratings[step_name(step)] = rating(train_state, self._best)
         duration_s = time.monotonic() - started_at
         path = self._directory / step_name(step)
         get_logger().info(
@@ -304,9 +306,13 @@ class CheckpointManager:
         if self._control.rank == 0:
             self._best_effort(lambda: publication.remove_unfinished(self._fs, self._directory))
 
-    def _create_staging(self, staging: str) -> None:
+    def _create_staging(self, staging: str, num_bytes: int) -> None:
         self.remove_unfinished()
         publication.create_staging(self._fs, self._directory, staging)
+        free = self._free_bytes()
+        if free is not None and free < num_bytes:
+            # Or it would be found out by filling the disk, for minutes, with metrics and logs on it too.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
         directory = self._directory / staging
@@ -411,7 +417,7 @@ class CheckpointManager:
         known = [checkpoint for checkpoint in self._list() if checkpoint.published and checkpoint.step <= step]
 
         def rank_them() -> Json:
-            rated = ranked(self._fs, self._directory, known, self._best, self._values)
+            rated = ranked(self._fs, self._directory, known, self._best, self._ratings)
             return [each.checkpoint.step for each in rated]
 
         steps: list[int] = self._on_rank_0(rank_them)

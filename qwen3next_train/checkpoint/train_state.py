@@ -76,6 +76,7 @@ class TrainState:
         changes: all that resumes have changed, oldest first.
         rewarmup: the newest return to the schedule, None for none.
         validation: what a validation of this step found, by metric, as far as it is finite; empty without one.
+        validation_rows: digest of the rows that the newest validation looked at, by the prefix of its metrics.
         lowest: of the metric that ``eval.patience`` looks at; None without it, and before the first validation.
         optimizer_step: updates Adam has made, for its bias correction.
         data_fingerprint: hash of the sources, tokenizer and blend that the samples come from.
@@ -100,6 +101,7 @@ class TrainState:
     changes: tuple[AcceptedChange, ...] = ()
     rewarmup: Rewarmup | None = None
     validation: dict[Text, Finite] = Field(default_factory=dict)
+    validation_rows: dict[Text, Text] = Field(default_factory=dict)
     lowest: Lowest | None = None
 
 

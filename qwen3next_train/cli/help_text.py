@@ -60,6 +60,8 @@ def _topic(topic: str, width: int) -> list[str]:
     # Two argv, eval and checkpoint, name a subcommand and a section: both are shown.
     found = [_command(COMMANDS[topic], width)] if topic in COMMANDS else []
     found += [_section(topic, width)] if topic in descriptions else []
+    if "." in topic and (named := [name for name in keys() if f"{name}.".startswith(f"{topic.rstrip('.')}.")]):
+        found.append(_rows((_described(name) for name in named), width))
     if not found:
         raise ConfigError(
             f"--help: no such section (got {show(topic)}); give one of {', '.join([*descriptions, *_OTHER_TOPICS])}, "
@@ -106,10 +108,13 @@ def _section(section: str, width: int) -> list[str]:
     rows = []
     if PRESET_KEY.startswith(f"{section}."):
         rows.append((f"--{PRESET_KEY}", f"start from a shipped model shape [{'|'.join(PRESETS)}; default none]"))
-    for key in keys().values():
-        if key.name.startswith(f"{section}."):
-            rows.append((f"--{key.name}", f"{key.description} [{key.type_text}; default {key.default}]"))
+    rows += [_described(name) for name in keys() if name.startswith(f"{section}.")]
     return [*_wrapped(f"{section}: {dict(sections())[section]}", width), *_rows(rows, width)]
+
+
+def _described(name: str) -> tuple[str, str]:
+    key = keys()[name]
+    return f"--{name}", f"{key.description} [{key.type_text}; default {key.default}]"
 
 
 def _megatron(width: int) -> list[str]:

@@ -54,6 +54,11 @@ def validation_prefix(name: str) -> str:
     return f"eval/{name}/" if name else "eval/"
 
 
+def prefix_of(metric: str) -> str:
+    """The :func:`validation_prefix` of a validation's metric."""
+    return metric[: metric.rfind("/") + 1]
+
+
 def _prefixes(config: Config) -> Iterator[str]:
     if not config.eval.interval:
         return

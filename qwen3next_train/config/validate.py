@@ -19,6 +19,7 @@ from qwen3next_train.config.schema import (
 )
 from qwen3next_train.config.validate_layout import bf16_gradient_violations, context_violations, tensor_violations
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.topology import what_divides
 
 MAX_LAYERS = 10_000
 MAX_SAMPLES = 64
@@ -130,8 +131,7 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             violations.append(
                 RuleViolation(
                     (f"parallel.{name}_parallel_size",),
-                    f"{size} does not divide the world size {world_size}; choose a divisor or "
-                    "start another number of processes",
+                    f"{size} does not divide the world size {world_size}; {what_divides(world_size, size)}",
                 )
             )
     ranks_per_row = sizes["context"] * sizes["tensor"]
@@ -142,8 +142,8 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             violations.append(
                 RuleViolation(
                     tuple(f"parallel.{name}_parallel_size" for name in shared),
-                    f"{product} = {ranks_per_row} does not divide the world size {world_size}; choose smaller sizes or "
-                    "start another number of processes",
+                    f"{product} = {ranks_per_row} does not divide the world size {world_size}; for their product "
+                    f"{what_divides(world_size, ranks_per_row)}",
                 )
             )
         return violations

@@ -58,6 +58,7 @@ def context_violations(config: Config) -> Iterator[RuleViolation]:
     heads, kv_heads, halo = model.num_attention_heads, model.num_key_value_heads, model.linear_conv_kernel_dim - 1
     hint = _choose(other for other in range(2, heads + 1) if context_fits(model, row, other, tensor=tensor))
     divided = f" / parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
+    longer = -(-max(row, size * halo) // (size * tensor)) * size * tensor
     if heads // tensor % size:
         yield RuleViolation(
             (key, "model.num_attention_heads"),
@@ -70,8 +71,7 @@ def context_violations(config: Config) -> Iterator[RuleViolation]:
             f"{key} {size} neither divides model.num_key_value_heads {kv_heads}{divided} nor is a multiple of it; "
             f"{hint}",
         )
-    longer = -(-max(row, size * halo) // (size * tensor)) * size * tensor
-    if row % (size * tensor):
+    elif row % (size * tensor):
         times = f" x parallel.tensor_parallel_size {tensor}" if tensor > 1 else ""
         yield RuleViolation(
             (key, "data.sequence_length"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,7 +16,8 @@ from qwen3next_train.data.documents import is_cut
 from qwen3next_train.data.left_out import LeftOuts, format_left_out
 from qwen3next_train.data.prepared import PreparedData, PreparedSource, prepared_source
 from qwen3next_train.data.sealed_json import read_sealed, write_sealed
-from qwen3next_train.data.sources import FileSource, format_passed_over, resolve
+from qwen3next_train.data.seen_text import warn_of_seen_text
+from qwen3next_train.data.sources import FileSource, StoreSource, format_passed_over, resolve
 from qwen3next_train.data.store_builder import build_stores
 from qwen3next_train.data.store_cache import default_cache_dir, get_or_build
 from qwen3next_train.data.token_store import TokenStore
@@ -33,6 +35,9 @@ checked as it is read, block by block, so that a run over terabytes starts at on
 _LEFT_OUT_NAME = "left_out.json"
 _MAX_LEFT_OUT_BYTES = 1 << 18
 _LEFT_OUTS = TypeAdapter(LeftOuts)
+
+_Found: TypeAlias = tuple[SourceConfig, FileSource | StoreSource]
+"""A source as configured, and what it is."""
 
 
 def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
@@ -52,17 +57,25 @@ def prepare_stores(config: Config, *, announce: bool = False) -> PreparedData:
         StorageError: the cache cannot be written.
     """
     require_sources(config)
+    data = config.data
+    # All are looked up before the first is tokenised: a misspelt one is said at once, not when hours have passed.
+    to_train, to_validate = _look_up(data.sources), _look_up(data.validation_sources)
+    to_sets = {name: _look_up(sources) for name, sources in data.validation_sets.items()}
+    held_out = {"data.validation_sources": to_validate} | {
+        f"data.validation_sets: {name}": sources for name, sources in to_sets.items()
+    }
+    warn_of_seen_text(
+        [resolved for _, resolved in to_train],
+        {setting: [resolved for _, resolved in sources] for setting, sources in held_out.items()},
+    )
     preparer = Preparer(config, announce=announce)
-    fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
-    pairs = [preparer.prepare(source, fraction) for source in config.data.sources]
-    if config.data.validation_sources:
-        validation = [preparer.prepare(source, 0.0)[0] for source in config.data.validation_sources]
+    fraction = 0.0 if to_validate else data.validation_fraction
+    pairs = [preparer.prepare(source, fraction) for source in to_train]
+    if to_validate:
+        validation = [preparer.prepare(source, 0.0)[0] for source in to_validate]
     else:
         validation = [held_out for _, held_out in pairs if held_out is not None]
-    sets = {
-        name: tuple(preparer.prepare(source, 0.0)[0] for source in sources)
-        for name, sources in config.data.validation_sets.items()
-    }
+    sets = {name: tuple(preparer.prepare(source, 0.0)[0] for source in sources) for name, sources in to_sets.items()}
     return preparer.collect([train for train, _ in pairs], validation, sets)
 
 
@@ -77,7 +90,7 @@ def prepare_evaluation(config: Config, source: SourceConfig) -> PreparedData:
         StorageError: as :func:`prepare_stores`.
     """
     preparer = Preparer(config, announce=True)
-    return preparer.collect([], [preparer.prepare(source, 0.0)[0]])
+    return preparer.collect([], [preparer.prepare(found, 0.0)[0] for found in _look_up([source])])
 
 
 def require_sources(config: Config) -> None:
@@ -97,6 +110,10 @@ def cache_dir_of(config: Config) -> Path:
     """Where tokenised text is kept."""
     data = config.data
     return Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+
+
+def _look_up(sources: Sequence[SourceConfig]) -> list[_Found]:
+    return [(source, resolve(source)) for source in sources]
 
 
 class Preparer:
@@ -134,7 +151,7 @@ class Preparer:
             self._unchecked_bytes -= store.num_bytes
             store.check()
 
-    def prepare(self, source: SourceConfig, held_out_fraction: float) -> tuple[PreparedSource, PreparedSource | None]:
+    def prepare(self, found: _Found, held_out_fraction: float) -> tuple[PreparedSource, PreparedSource | None]:
         """Training and held-out part of one source.
 
         Raises:
@@ -142,7 +159,7 @@ class Preparer:
             DataError: as :func:`prepare_stores`.
             StorageError: as :func:`prepare_stores`.
         """
-        resolved = resolve(source)
+        source, resolved = found
         if isinstance(resolved, FileSource):
             log_passed_over(resolved)
             return self._prepare_files(source, resolved, held_out_fraction)
@@ -221,7 +238,7 @@ class Preparer:
         known.pop(None, None)
         if len(known) > 1:
             raise ConfigError(
-                f"data.sources: tokenised with different tokenizers: {', '.join(sorted(known.values()))}; "
+                f"sources tokenised with different tokenizers: {', '.join(sorted(known.values()))}; "
                 "tokenize all with the same data.tokenizer"
             )
         eos_token_id = None if self._tokenizer is None else self._tokenizer.eos_token_id

@@ -90,19 +90,19 @@ def resolve(source: SourceConfig) -> FileSource | StoreSource:
     except OSError as error:
         raise read_error(Path(error.filename or source.source), error) from None
     except ValueError as error:  # a zero byte; not a pattern
-        raise DataError(f"{source.source}: cannot be looked up ({error}); check data.sources") from None
+        raise DataError(f"{source.source}: cannot be looked up ({error}); check the source's name") from None
 
 
 def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     label = source.source
     if not label:
-        raise ConfigError("data.sources: a source's name is empty; name a file, a folder or a dataset")
+        raise ConfigError("a source's name is empty (got ''); name a file, a folder or a dataset")
     found = resolve_local(source)
     if found is None:
         return _hub_source(source)
     if source.name:
         raise ConfigError(
-            f"data.sources: {label}: name {source.name!r} is for datasets of the Hugging Face hub; "
+            f"{label}: name {source.name!r} is for datasets of the Hugging Face hub; "
             "for files name the folder or file itself"
         )
     return found
@@ -114,7 +114,7 @@ def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
     path = Path(label)
     if label.startswith("builtin:"):
         if label != PYTHON_STDLIB:
-            raise ConfigError(f"data.sources: no builtin source {label!r}; the only one is {PYTHON_STDLIB}")
+            raise ConfigError(f"{label}: no builtin source; the only one is {PYTHON_STDLIB}")
         _require_default_split(source)
         return FileSource(label, tuple(_stdlib_files()), source.text_field, lenient=True)
     if path.is_file() and path.suffix in (".bin", ".idx"):
@@ -138,7 +138,7 @@ def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
         return _file_source(source, found, complaint, root, pattern)
     if _HUB_NAME.fullmatch(label) and format_of(label) is None and not label.endswith((".bin", ".idx", *COMPRESSIONS)):
         return None
-    raise DataError(f"{label}: no such file, folder or token store; check data.sources")
+    raise DataError(f"{label}: no such file, folder or token store; check the source's name")
 
 
 def _single_file(source: SourceConfig, path: Path) -> FileSource:
@@ -162,7 +162,7 @@ def _file_source(
     found.pass_over_repeated()
     if not found.files:
         listed = f" ({format_passed_over(found.passed_over)})" if found.passed_over else ""
-        raise DataError(f"{source.source}: {complaint}{listed}; check data.sources")
+        raise DataError(f"{source.source}: {complaint}{listed}; check the source's name")
     return FileSource(source.source, tuple(found.files), source.text_field, True, found.passed_over)
 
 
@@ -244,7 +244,7 @@ def _hub_source(source: SourceConfig) -> FileSource:
     ``datasets`` runs no code from the hub (script datasets are gone since 4.0), and none is allowed here.
     """
     if not re.fullmatch(r"[\w.+-]+", source.split):
-        raise ConfigError(f"data.sources: split {source.split!r}: slices are not supported; name whole splits")
+        raise ConfigError(f"{source.source}: split {source.split!r}: slices are not supported; name whole splits")
     import datasets
 
     get_logger().info("%s: no such path; loading the Hugging Face dataset of that name", source.source)
@@ -255,7 +255,7 @@ def _hub_source(source: SourceConfig) -> FileSource:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{source.source}: neither a path nor a Hugging Face dataset that can be loaded ({reason}); "
-            "check data.sources, the source's name and split, and the network"
+            "check the source's name and split, and the network"
         ) from None
     if source.text_field not in dataset.column_names:
         raise DataError(

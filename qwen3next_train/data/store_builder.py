@@ -128,7 +128,7 @@ def build_stores(
             record(finished=False)
         written = [part for part in parts if part.writer.num_documents]
         if not written:
-            raise DataError(f"{source.label}: no documents ({format_left_out(skipped)}); check data.sources")
+            raise DataError(f"{source.label}: no documents ({format_left_out(skipped)}); check the source")
         for part, name in zip(written, ("train", "validation"), strict=False):
             part.writer.finish(
                 source=source.label,

@@ -98,7 +98,7 @@ def _output(preparer: Preparer, source: SourceConfig, prefix: Path) -> _Output:
     """What there is to write at ``prefix``."""
     files = resolve(source)
     if not isinstance(files, FileSource):
-        raise ConfigError(f"data.sources: {source.source} is a token store already; name text to tokenize")
+        raise ConfigError(f"{source.source} is a token store already; name text to tokenize")
     log_passed_over(files)
     return _Output(source, files, prefix, preparer.key(files))
 

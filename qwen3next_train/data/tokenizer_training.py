@@ -117,9 +117,7 @@ def text_sources(sources: Sequence[SourceConfig]) -> tuple[FileSource, ...]:
     for source in sources:
         files = resolve(source)
         if not isinstance(files, FileSource):
-            raise ConfigError(
-                f"data.sources: {source.source} is a token store; a tokenizer is trained on text, name it"
-            )
+            raise ConfigError(f"{source.source} is a token store; a tokenizer is trained on text, name it")
         found.append(files)
     return tuple(found)
 
@@ -181,7 +179,7 @@ class _Reader:
         finally:
             progress.close()
         if not num_documents:
-            raise DataError(f"{source.label}: no documents ({format_left_out(left_out)}); check data.sources")
+            raise DataError(f"{source.label}: no documents ({format_left_out(left_out)}); check the source")
         log_left_out(source, left_out)
         self.num_documents += num_documents
         self.num_bytes += num_bytes

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen3next_train.batch import IGNORE_INDEX, PackedBatch, PackedRow
 from qwen3next_train.config.schema import Config
+from qwen3next_train.data.digests import digest_of
 from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.data.rows import read_row, read_tokens
 from qwen3next_train.errors import DataError
@@ -79,6 +80,15 @@ class ValidationData:
         ]
         self.bytes_per_token = _bytes_per_token(self._sources, chosen)
         """UTF-8 bytes per token of the documents the rows are from, exact over each source; None if unknown."""
+        self.digest = digest_of(
+            self._sequence_length,
+            self._isolate_documents,
+            *(
+                [source.fingerprint, source.documents.documents.start, source.documents.documents.stop, wanted]
+                for source, wanted in zip(self._sources, chosen, strict=True)
+            ),
+        )
+        """Of the rows: losses compare where it is the same."""
 
     @property
     def num_rows(self) -> int:

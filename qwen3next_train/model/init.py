@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,8 @@ def initialize(
     """Give every parameter memory on ``device`` and its initial value.
 
     Values are drawn in fp32 on the CPU, each tensor (each expert of a stacked one) from its own generator, and rounded
-    to the parameter's dtype there. As many are drawn at a time as torch has threads: a generator uses one.
+    to the parameter's dtype there. A generator uses one thread, so this process' share of the cores draws, however few
+    threads torch has: torchrun gives it one, on which twelve billion elements take nearly two minutes.
 
     Args:
         model: usually on the meta device.
@@ -59,7 +61,7 @@ def initialize(
         device: where the parameters will live.
         dtype: of the parameters, except those the table keeps in fp32.
     """
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(_num_threads(topology)) as pool:
         for spec, value in _drawn_ahead(pool, table, seed=seed, topology=topology, dtype=dtype):
             module_name, _, attribute = spec.name.rpartition(".")
             module = model.get_submodule(module_name)
@@ -69,6 +71,12 @@ def initialize(
             new.__dict__.update(old.__dict__)
             setattr(module, attribute, new)
     model.tie_weights()
+
+
+def _num_threads(topology: Topology) -> int:
+    """Draws at a time: as many as torch has threads, or this process' share of the cores that it may use."""
+    num_local = min(topology.world_size, topology.ranks_per_node)
+    return max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // num_local)
 
 
 def initial_value(spec: ParamSpec, *, seed: int, experts: range | None = None) -> torch.Tensor:

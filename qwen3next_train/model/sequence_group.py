@@ -81,9 +81,9 @@ class SlicedSequences:
 
     def extended(self, x_TD: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` to ``[X, D]``: before each row's slice the last positions of the slice before."""
-        rows, halo = self.plan.num_rows, self.plan.part.halo
-        tails_rhD = x_TD.unflatten(0, (rows, -1))[:, -halo:]
-        before_rhD = self.group.from_previous(tails_rhD.flatten(0, 1)).unflatten(0, (rows, -1))
+        rows = self.plan.num_rows
+        x_TD, tails_rhD = _WithTails.apply(x_TD, rows, self.plan.part.halo)
+        before_rhD = self.group.from_previous(tails_rhD)
 
         def join(x_TD: torch.Tensor, before_rhD: torch.Tensor) -> torch.Tensor:
             return torch.cat((before_rhD, x_TD.unflatten(0, (rows, -1))), dim=1).flatten(0, 1)
@@ -102,6 +102,24 @@ class SlicedSequences:
     def own(self, y_XD: torch.Tensor) -> torch.Tensor:
         """``[X, D]`` to ``[T, D]``: without the halos."""
         return y_XD.unflatten(0, (self.plan.num_rows, -1))[:, self.plan.part.halo :].flatten(0, 1)
+
+
+class _WithTails(torch.autograd.Function):
+    """A tensor ``[T, D]`` and besides the last positions of each of its rows ``[r, halo, D]``, contiguous.
+
+    Their gradient is added where they stand: that of a slice is as large as the tensor, and zero elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, num_rows: int, halo: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.num_rows, ctx.halo = num_rows, halo
+        return x_TD.view_as(x_TD), x_TD.unflatten(0, (num_rows, -1))[:, -halo:].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor, grad_rhD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total_TD = grad_TD.clone(memory_format=torch.contiguous_format)
+        total_TD.unflatten(0, (ctx.num_rows, -1))[:, -ctx.halo :] += grad_rhD
+        return total_TD, None, None
 
 
 def _ranges(x: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -132,16 +150,25 @@ def attend_by_heads(
     """
     size, rows = slices.group.size, slices.plan.num_rows
     repeats = max(1, size // k_TGH.shape[1])
-    k_TGH, v_TGH = (x_TGH.repeat_interleave(repeats, dim=1) if repeats > 1 else x_TGH for x_TGH in (k_TGH, v_TGH))
-    # The heads of each rank next to each other: query heads, then their key heads, then their value heads.
-    parts = [x_TNH.unflatten(1, (size, -1)).transpose(0, 1) for x_TNH in (q_TNH, k_TGH, v_TGH)]
-    heads = [part.shape[2] for part in parts]
+    # The heads of each rank next to each other: query heads, then their key heads, then their value heads. Runs of
+    # ``repeats`` ranks have the same of these, which are repeated as they are copied.
+    by_run = (
+        q_TNH.unflatten(1, (size // repeats, repeats, -1)),
+        *(_repeated(x, size, repeats) for x in (k_TGH, v_TGH)),
+    )
+    heads = [part.shape[3] for part in by_run]
+    packed = torch.cat([part.permute(1, 2, 0, 3, 4) for part in by_run], dim=3).flatten(0, 1)
     # Rank p sends slice p of every row: [P, r L, ...] arrives, and [r, P L, ...] are the rows.
-    arrived = slices.group.exchange(torch.cat(parts, dim=2)).unflatten(1, (rows, -1))
+    arrived = slices.group.exchange(packed).unflatten(1, (rows, -1))
     q_UNH, k_UGH, v_UGH = arrived.transpose(0, 1).flatten(0, 2).split(heads, dim=1)
     out_UNH = attention(q_UNH, k_UGH, v_UGH, sequences=slices.whole)
     by_rank = out_UNH.unflatten(0, (rows, size, -1)).transpose(0, 1).flatten(1, 2)
     return slices.group.exchange(by_rank).transpose(0, 1).flatten(1, 2)
+
+
+def _repeated(x_TGH: torch.Tensor, size: int, repeats: int) -> torch.Tensor:
+    """Key or value heads ``[T, P / repeats, repeats, G', H]``, a view: G' heads for each of P ranks."""
+    return x_TGH.unflatten(1, (size // repeats, 1, -1)).expand(-1, -1, repeats, -1, -1)
 
 
 def pass_state(
@@ -177,7 +204,7 @@ def pass_state(
     operands = (q_XHK, k_XHK, v_XNV, g_XN, beta_XN)
     arriving_rNKV, transition_rNKK = _arriving_state(rule.summary, *operands[1:], slices=slices)
     if not torch.is_grad_enabled():
-        return _scan(rule.scan, operands, _spread(arriving_rNKV, slices), slices)[0]
+        return _scan(rule.scan, operands, _initial(arriving_rNKV, slices), slices)[0]
     return _PassedState.apply(rule, slices, arriving_rNKV, transition_rNKK, *operands)
 
 
@@ -195,16 +222,16 @@ def arriving_states(
     """
     arriving = []
     for row in range(plan.num_rows):
-        state_NKV = torch.zeros_like(states_PrNKV[0, row])
+        state_NKV = None
         for before in range(rank):
             if not plan.continues[before + 1][row]:
-                state_NKV = torch.zeros_like(state_NKV)
-            elif plan.passes[before][row]:
-                state_NKV = states_PrNKV[before, row] + transitions_PrNKK[before, row] @ state_NKV
+                state_NKV = None
+            elif plan.passes[before][row] and state_NKV is not None:
+                state_NKV = torch.baddbmm(states_PrNKV[before, row], transitions_PrNKK[before, row], state_NKV)
             else:
                 state_NKV = states_PrNKV[before, row]
         arriving.append(state_NKV)
-    return torch.stack(arriving)
+    return _stacked(arriving, like=states_PrNKV)
 
 
 def leaving_gradients(
@@ -221,16 +248,24 @@ def leaving_gradients(
     """
     leaving = []
     for row in range(plan.num_rows):
-        grad_NKV = torch.zeros_like(grads_PrNKV[0, row])
+        grad_NKV = None
         for behind in range(plan.part.count - 1, rank, -1):
             if not plan.continues[behind][row]:
-                grad_NKV = torch.zeros_like(grad_NKV)
-            elif plan.passes[behind][row]:
-                grad_NKV = grads_PrNKV[behind, row] + transitions_PrNKK[behind, row].mT @ grad_NKV
+                grad_NKV = None
+            elif plan.passes[behind][row] and grad_NKV is not None:
+                grad_NKV = torch.baddbmm(grads_PrNKV[behind, row], transitions_PrNKK[behind, row].mT, grad_NKV)
             else:
                 grad_NKV = grads_PrNKV[behind, row]
         leaving.append(grad_NKV)
-    return torch.stack(leaving)
+    return _stacked(leaving, like=grads_PrNKV)
+
+
+def _stacked(rows_NKV: Sequence[torch.Tensor | None], *, like: torch.Tensor) -> torch.Tensor:
+    """``[r, N, K, V]``, zero where there is None; by itself in memory, unlike what ranks have gathered."""
+    if len(rows_NKV) > 1:
+        return torch.stack([like.new_zeros(like.shape[2:]) if row is None else row for row in rows_NKV])
+    (row_NKV,) = rows_NKV
+    return like.new_zeros(like.shape[1:]) if row_NKV is None else row_NKV.unsqueeze(0).contiguous()
 
 
 @torch.no_grad()
@@ -246,10 +281,10 @@ def _arriving_state(
     """The state that arrives here ``[r, N, K, V]``, and this rank's transitions ``[r, N, K, K]``."""
     last = slices.last_pieces
     own_rNKX = summary(last(k_XHK), last(v_XNV), g_TN=last(g_XN), beta_TN=last(beta_XN), sequences=slices.last)
-    state_rNKV, transition_rNKK = own_rNKX.split((v_XNV.shape[-1], k_XHK.shape[-1]), dim=-1)
-    states_PrNKV, transitions_PrNKK = _gathered(state_rNKV, transition_rNKK, slices)
+    dims = v_XNV.shape[-1], k_XHK.shape[-1]
+    states_PrNKV, transitions_PrNKK = slices.group.gather(own_rNKX).split(dims, dim=-1)
     arriving_rNKV = arriving_states(states_PrNKV, transitions_PrNKK, slices.plan, rank=slices.group.rank)
-    return arriving_rNKV, transition_rNKK.contiguous()
+    return arriving_rNKV, own_rNKX[..., dims[0] :].contiguous()
 
 
 def _scan(
@@ -258,7 +293,7 @@ def _scan(
     initial_DNKV: torch.Tensor,
     slices: SlicedSequences,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs ``[X, N, V]`` and the states at the slices' ends ``[r, N, K, V]``."""
+    """Outputs ``[X, N, V]`` and the states at the pieces' ends ``[D, N, K, V]``."""
     q_XHK, k_XHK, v_XNV, g_XN, beta_XN = operands
     out_XNV, final_DNKV = rule(
         q_XHK,
@@ -271,15 +306,18 @@ def _scan(
         output_final_state=True,
     )
     assert final_DNKV is not None
-    # A slice's last piece is the one before the next row's halo.
-    ends = [*(piece - 2 for piece in slices.plan.first[1:]), len(final_DNKV) - 1]
-    return out_XNV, torch.stack([final_DNKV[end] for end in ends])
+    return out_XNV, final_DNKV
 
 
-def _spread(states_rNKV: torch.Tensor, slices: SlicedSequences) -> torch.Tensor:
-    """One state by row to one by piece, zero for those that begin empty."""
-    states_DNKV = states_rNKV.new_zeros(slices.scanned.num_documents, *states_rNKV.shape[1:])
-    for row, piece in enumerate(slices.plan.first):
+def _initial(arriving_rNKV: torch.Tensor, slices: SlicedSequences) -> torch.Tensor:
+    """The state with which each piece begins ``[D, N, K, V]``."""
+    return _spread(arriving_rNKV, slices.plan.first, slices.scanned.num_documents)
+
+
+def _spread(states_rNKV: torch.Tensor, pieces: Sequence[int], num_pieces: int) -> torch.Tensor:
+    """One state by row to one by piece, zero for those that are not named."""
+    states_DNKV = states_rNKV.new_zeros(num_pieces, *states_rNKV.shape[1:])
+    for row, piece in enumerate(pieces):
         states_DNKV[piece] = states_rNKV[row]
     return states_DNKV
 
@@ -302,16 +340,16 @@ class _PassedState(torch.autograd.Function):
         transition_rNKK: torch.Tensor,
         *operands: torch.Tensor,
     ) -> torch.Tensor:
-        initial_DNKV = _spread(arriving_rNKV, slices)
+        initial_DNKV = _initial(arriving_rNKV, slices)
         saved = _Saved(initial_DNKV)
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            inputs = [_Root.apply(anchor, x.detach()) for x in operands]
+            inputs = _Roots.apply(anchor, *(x.detach() for x in operands))
             with saved_tensors_hooks(saved.pack, saved.unpack):
-                out_XNV, ends_rNKV = _scan(rule.scan, inputs, initial_DNKV, slices)
+                out_XNV, final_DNKV = _scan(rule.scan, inputs, initial_DNKV, slices)
         ctx.rule, ctx.slices, ctx.saved = rule, slices, saved
         ctx.inputs = list(map(get_gradient_edge, inputs))
-        ctx.outputs = get_gradient_edge(out_XNV), get_gradient_edge(ends_rNKV)
+        ctx.outputs = get_gradient_edge(out_XNV), get_gradient_edge(final_DNKV)
         q_XHK, k_XHK, _, g_XN, beta_XN = operands
         ctx.save_for_backward(arriving_rNKV, transition_rNKK, q_XHK, k_XHK, g_XN, beta_XN, *saved.take())
         return out_XNV.detach()
@@ -330,35 +368,28 @@ class _PassedState(torch.autograd.Function):
             beta_TN=first(beta_XN),
             sequences=slices.first,
         )
-        grads_PrNKV, transitions_PrNKK = _gathered(of_arriving_rNKV, transition_rNKK, slices)
+        # One message: it takes hardly longer than its latency.
+        message = torch.cat((of_arriving_rNKV, transition_rNKK.to(of_arriving_rNKV.dtype)), dim=-1)
+        dims = of_arriving_rNKV.shape[-1], transition_rNKK.shape[-1]
+        grads_PrNKV, transitions_PrNKK = slices.group.gather(message).split(dims, dim=-1)
         leaving_rNKV = leaving_gradients(grads_PrNKV, transitions_PrNKK, slices.plan, rank=slices.group.rank)
-        ctx.saved.put(tensors, _spread(arriving_rNKV, slices))
-        grads = torch.autograd.grad(ctx.outputs, ctx.inputs, (grad_XNV, leaving_rNKV))
+        leaving_DNKV = _spread(leaving_rNKV, slices.plan.last_pieces, slices.scanned.num_documents)
+        ctx.saved.put(tensors, _initial(arriving_rNKV, slices))
+        grads = torch.autograd.grad(ctx.outputs, ctx.inputs, (grad_XNV, leaving_DNKV))
         ctx.saved.take()
         return None, None, None, None, *grads
 
 
-def _gathered(
-    states_rNKV: torch.Tensor, transitions_rNKK: torch.Tensor, slices: SlicedSequences
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """States and transitions of every rank, in one message: it takes hardly longer than its latency."""
-    message = torch.cat((states_rNKV, transitions_rNKK.to(states_rNKV.dtype)), dim=-1)
-    states_PrNKV, transitions_PrNKK = slices.group.gather(message).split(
-        (states_rNKV.shape[-1], transitions_rNKK.shape[-1]), dim=-1
-    )
-    return states_PrNKV, transitions_PrNKK
-
-
-class _Root(torch.autograd.Function):
+class _Roots(torch.autograd.Function):
     """Where a graph begins that is to hold none of its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, anchor: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(grads))
 
 
 class _Saved:
@@ -378,7 +409,9 @@ class _Saved:
         assert initial_DNKV is not None
         if tensor.data_ptr() == initial_DNKV.data_ptr() and tensor.shape == initial_DNKV.shape:
             return None
-        self._tensors.append(tensor.detach())
+        # Not to hold the graph. What needs no gradient stays the object it is: a kernel may know the document starts by
+        # it, with what it has derived from them, and would else derive it again in every layer, waiting for the device.
+        self._tensors.append(tensor.detach() if tensor.requires_grad else tensor)
         return len(self._tensors) - 1
 
     def unpack(self, index: int | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qwen3next_train.model.router_losses import Summed
-from qwen3next_train.parallel.transfers import Exchange, Gather, UnevenAllToAll, begin_sum
+from qwen3next_train.parallel.transfers import Exchange, Gather, Shift, UnevenAllToAll, begin_sum
 from qwen3next_train.topology import Topology
 
 
@@ -34,18 +34,14 @@ class ContextGroup:
 
     def exchange(self, parts_PX: torch.Tensor) -> torch.Tensor:
         """See :class:`SequenceGroup`."""
-        to_each = [1] * self.size
-        return self._sent(parts_PX, to_each, to_each)
+        one_each = [1] * self.size
+        there, back = (UnevenAllToAll(self._group, one_each, one_each) for _ in range(2))
+        return Exchange(there, back).start(parts_PX).finish()
 
     def from_previous(self, rows_X: torch.Tensor) -> torch.Tensor:
         """See :class:`SequenceGroup`."""
-        num_rows = rows_X.shape[0]
-        to_each = [num_rows * (rank == self.rank + 1) for rank in range(self.size)]
-        from_each = [num_rows * (rank == self.rank - 1) for rank in range(self.size)]
         # The same nodes on every rank, the first and the last included, so that backward passes meet in one order.
-        arrived = self._sent(rows_X[: sum(to_each)], to_each, from_each)
-        nothing = rows_X.new_zeros(num_rows - sum(from_each), *rows_X.shape[1:])
-        return torch.cat((arrived, nothing))
+        return Exchange(Shift(self._group, 1), Shift(self._group, -1)).start(rows_X).finish()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """See :class:`SequenceGroup`."""
@@ -55,10 +51,6 @@ class ContextGroup:
     def begin_sum(self, values: torch.Tensor) -> Summed:
         """Begin to sum over the ranks, in place; not differentiable (``model.router_losses.ReduceCounts``)."""
         return begin_sum(values, self._group)
-
-    def _sent(self, rows: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
-        there = UnevenAllToAll(self._group, to_each, from_each)
-        return Exchange(there, UnevenAllToAll(self._group, from_each, to_each)).start(rows).finish()
 
 
 def make_context_group(topology: Topology, *, timeout_s: float) -> ContextGroup | None:

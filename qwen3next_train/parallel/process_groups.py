@@ -122,8 +122,10 @@ def process_context(
     """
     process = LaunchedProcess.from_environment(os.environ)
     rank, world_size, local_rank = process.rank, process.world_size, process.local_rank
-    # DeepSpeed reads these even when torch.distributed is already initialised.
+    # DeepSpeed reads these even when torch.distributed is already initialised. Without LOCAL_SIZE its ZeRO-3 on CPUs
+    # starts numactl at every reduction, to count what it takes for devices.
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    defaults["LOCAL_SIZE"] = str(process.local_world_size)
     added = [variable for variable in defaults if variable not in os.environ]
     os.environ.update({variable: defaults[variable] for variable in added})
     problem = None

@@ -84,6 +84,34 @@ class UnevenAllToAll(_Collective):
         return arriving.view_as(arriving)
 
 
+class Shift(_Collective):
+    """All rows of a rank to the one ``by`` places behind it: ``[X, ...]`` to ``[X, ...]``, zeros where none is before.
+
+    Args:
+        group: the ranks.
+        by: places, negative towards the first rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, by: int) -> None:
+        super().__init__(group)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self._to, self._from = ([int(rank + way == other) for other in range(size)] for way in (by, -by))
+
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        """See :class:`Transfer`."""
+        rows = rows.contiguous()
+        arriving = torch.empty_like(rows) if any(self._from) else torch.zeros_like(rows)
+        from_each, to_each = ([rows.shape[0] * part for part in parts] for parts in (self._from, self._to))
+        inside, outside = _bytes(arriving)[: sum(from_each)], _bytes(rows)[: sum(to_each)]
+        work = dist.all_to_all_single(inside, outside, from_each, to_each, group=self._group, async_op=True)
+        return self._post(work, arriving, rows)
+
+    def finish(self, arriving: torch.Tensor) -> torch.Tensor:
+        """The rows of the rank before."""
+        self.wait()
+        return arriving.view_as(arriving)
+
+
 class Gather(_Collective):
     """All ranks' rows to all ranks: ``[T, ...]`` to ``[N, ...]``, row ``s T + t`` from rank s. T is the same on all."""
 

@@ -15,7 +15,7 @@ from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
 from qwen3next_train.config.batch_size import common_batch_size
 from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
 from qwen3next_train.config.validate import MAX_BF16_BETA
-from qwen3next_train.config.validate_layout import context_fits
+from qwen3next_train.config.validate_layout import context_fits, tensor_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
 
 CHEAP_PARTS: tuple[RecomputePart, ...] = ("norms", "activations", "gdn_prologue")
@@ -30,6 +30,7 @@ _EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too sm
 _LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchanges than other ways to save memory
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
+_TENSOR_FACTORS = (1, 2, 4)
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 """All of them."""
 
@@ -105,7 +106,7 @@ def fastest_layouts(
 ) -> tuple[TimedLayout, ...]:
     """The fastest layouts on the same GPUs that fit, the fastest first.
 
-    They differ in what changes neither results nor what is stored: expert-parallel and context-parallel size, ZeRO
+    They differ in what changes neither results nor what is stored: expert-, context- and tensor-parallel size, ZeRO
     stage, micro-batch, micro-batches in flight and recompute. Of each expert-parallel size, stage and number in flight
     the best one is named, and the best under stage 1 in any case. With bf16 gradients all are of stage 1.
 
@@ -176,16 +177,15 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
 def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[RecomputePart]]) -> Iterator[Layout]:
     """Layouts on as many GPUs, with any expert-parallel size, ZeRO stage and micro-batches that work."""
     common = math.gcd(layout.world_size, config.model.num_experts)
-    for (context_parallel_size, micro_batch_size), expert_parallel_size, zero_stage, in_flight, parts in product(
+    for (context, tensor, micro_batch_size), expert_parallel_size, zero_stage, in_flight, parts in product(
         _shares(config, layout),
         (size for size in range(1, common + 1) if common % size == 0),
         ZERO_STAGES,
         (1, 2),
         recompute,
     ):
-        ranks_per_row = context_parallel_size * layout.tensor_parallel_size
         # Without an exchange there is nothing to hide; config.validate rejects the other two.
-        micro_batches = config.run.global_batch_size * ranks_per_row // (layout.world_size * micro_batch_size)
+        micro_batches = config.run.global_batch_size * context * tensor // (layout.world_size * micro_batch_size)
         if in_flight > 1 and (expert_parallel_size == 1 or zero_stage == 3 or micro_batches < in_flight):
             continue
         if layout.offload_optimizer and zero_stage == 3:
@@ -193,7 +193,8 @@ def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[R
         near = replace(
             layout,
             expert_parallel_size=expert_parallel_size,
-            context_parallel_size=context_parallel_size,
+            context_parallel_size=context,
+            tensor_parallel_size=tensor,
             zero_stage=zero_stage,
             micro_batch_size=micro_batch_size,
             micro_batches_in_flight=in_flight,
@@ -207,24 +208,27 @@ def _with_possible_gradients(layout: Layout) -> Layout:
     return layout if layout.sums_in_buckets else replace(layout, gradient_dtype="fp32")
 
 
-def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int]]:
-    """Context-parallel sizes, no smaller than the layout's, and micro-batch sizes. Only single rows are cut further."""
-    batch = common_batch_size(config)
+def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int, int]]:
+    """Context- and tensor-parallel sizes, no smaller than the layout's, and micro-batch sizes. Only single rows are
+    shared further.
+    """
+    batch, row = common_batch_size(config), layout.sequence_length
     sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
-    for factor in (1, *_FACTORS[:-1]):
-        context = layout.context_parallel_size * factor
-        tensor = layout.tensor_parallel_size
+    for context_factor, tensor_factor in product((1, *_FACTORS[:-1]), _TENSOR_FACTORS):
+        context = layout.context_parallel_size * context_factor
+        tensor = layout.tensor_parallel_size * tensor_factor
         ranks, rest = divmod(layout.world_size, context * tensor)
         if rest or batch % ranks:
             continue
-        if not context_fits(config.model, layout.sequence_length, context, tensor=tensor):
+        if not (tensor_fits(config.model, row, tensor) and context_fits(config.model, row, context, tensor=tensor)):
             continue
-        if factor > 1 and layout.sequence_length // (context * tensor) < _LEAST_SLICE:
+        as_given = context_factor == tensor_factor == 1
+        if not as_given and row // (context * tensor) < _LEAST_SLICE:
             continue
         rows = batch // ranks
-        for size in sorted(sizes) if factor == 1 else (1,):
+        for size in sorted(sizes) if as_given else (1,):
             if rows % size == 0:
-                yield context, size
+                yield context, tensor, size
 
 
 def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[MomentsDtype]:

@@ -113,6 +113,7 @@ def _fastest_as_json(plan: Plan, timed: TimedLayout) -> dict[str, Any]:
     return {
         "expert_parallel_size": layout.expert_parallel_size,
         "context_parallel_size": layout.context_parallel_size,
+        "tensor_parallel_size": layout.tensor_parallel_size,
         "zero_stage": layout.zero_stage,
         "micro_batch_size": layout.micro_batch_size,
         "micro_batches_in_flight": layout.micro_batches_in_flight,
@@ -266,12 +267,12 @@ def _fastest_lines(plan: Plan) -> list[str]:
         if plan.layout.gradient_dtype == "bf16":
             terms = f"with bf16 gradients and {terms}"
         return _row("fastest", f"no layout fits {plan.layout.world_size} {plan.gpu} {terms}")
-    lines = [f"EP  CP  ZeRO  micro-batch  in flight  s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
+    lines = [f"EP  CP  TP  ZeRO  micro-batch  in flight  s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
     for each in plan.fastest:
         layout = each.layout
         lines.append(
-            f"{layout.expert_parallel_size:>2}{layout.context_parallel_size:>4}{layout.zero_stage:>6}"
-            f"{layout.micro_batch_size:>13}{layout.micro_batches_in_flight:>11}{each.step.total_s:>10.3g}"
+            f"{layout.expert_parallel_size:>2}{layout.context_parallel_size:>4}{layout.tensor_parallel_size:>4}"
+            f"{layout.zero_stage:>6}{layout.micro_batch_size:>13}{layout.micro_batches_in_flight:>11}{each.step.total_s:>10.3g}"
             f"{_tflops(plan, each.step.total_s):>15.0f}{each.memory_bytes / 1e9:>8.1f}  {_parts_list(layout.recompute)}"
         )
     rows = [
@@ -293,10 +294,9 @@ def _stages_line(plan: Plan, best: TimedLayout) -> str:
     verdict = "stage 1 fits" if stage == 1 else f"stage 1 {'is slower' if has_stage_1 else 'does not fit'}"
     if best is not plan.fastest[0]:
         verdict += f" and is within {TIME_ERROR:.0%} of the fastest, the error of these times"
-    sizes = f"EP {best.layout.expert_parallel_size}"
-    if best.layout.context_parallel_size > 1:
-        sizes += f" and CP {best.layout.context_parallel_size}"
-    where = f"take stage {stage} with {sizes}: {best.step.total_s:.3g} s a step"
+    shared = {"CP": best.layout.context_parallel_size, "TP": best.layout.tensor_parallel_size}
+    sizes = [f"EP {best.layout.expert_parallel_size}", *(f"{name} {size}" for name, size in shared.items() if size > 1)]
+    where = f"take stage {stage} with {' and '.join(sizes)}: {best.step.total_s:.3g} s a step"
     return f"{verdict} · {where} · the same layout would take under {others}"
 
 
@@ -318,6 +318,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
         ("GPUs", old.world_size, new.world_size),
         ("parallel.expert_parallel_size", old.expert_parallel_size, new.expert_parallel_size),
         ("parallel.context_parallel_size", old.context_parallel_size, new.context_parallel_size),
+        ("parallel.tensor_parallel_size", old.tensor_parallel_size, new.tensor_parallel_size),
         ("parallel.zero_stage", old.zero_stage, new.zero_stage),
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),

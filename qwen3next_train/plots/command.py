@@ -35,7 +35,7 @@ def plot_command(
         axis: what is to the right.
         rate: what speed is counted in.
         smoothing: weight of what came before, 0 for none.
-        output: prefix of the files; None: ``curves`` in the first run's folder.
+        output: prefix of the files, with or without one of their suffixes; None: ``curves`` in the first run's folder.
 
     Returns:
         The exit code.
@@ -98,6 +98,8 @@ def _write(
     svg = render(figure, "svg")
     contents = {"html": html_report(runs, svg)} if kind == "html" else {"png": render(figure, "png"), "svg": svg}
     prefix = runs[0].folder / ("report" if kind == "html" else "curves") if output is None else output
+    if prefix.suffix in (".html", ".png", ".svg"):
+        prefix = prefix.with_suffix("")
     for suffix, content in contents.items():
         path = prefix.with_name(f"{prefix.name}.{suffix}")
         _write_file(path, content)

@@ -76,7 +76,8 @@ def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: 
     axes.set_xlabel(axis)
     axes.grid(visible=True, alpha=0.3)
     if many:
-        axes.legend(fontsize="small")
+        # The best place of many long curves takes seconds to find, and matplotlib says so.
+        axes.legend(fontsize="small", loc="upper right")
 
 
 def _draw_map(figure: Figure, axes: Axes, balance: BalanceMap, axis: Axis, fullest: float) -> None:

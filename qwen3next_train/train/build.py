@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -31,6 +32,7 @@ from qwen3next_train.parameters import parameter_table
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.selftest.at_startup import checks_meanwhile, reject_wrong_gated_delta_net
 from qwen3next_train.topology import Topology
+from qwen3next_train.train.disk_check import warn_of_small_disk
 from qwen3next_train.train.loop import Run
 from qwen3next_train.train.memory_check import check_memory, has_host_room
 from qwen3next_train.train.opening import opened_with, opening_lines
@@ -42,7 +44,7 @@ from qwen3next_train.train.samples import EncodedPrompts, TrainingSamples
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
 from qwen3next_train.train.signals import StopRequest
 from qwen3next_train.train.sinks import open_sinks, peak_flops
-from qwen3next_train.train.validation import validation_sets
+from qwen3next_train.train.validation import validation_sets, without_other_rows
 from qwen3next_train.versions import software_versions
 
 
@@ -78,6 +80,7 @@ def build_run(
     seed_everything(config.run.seed)
     use_deterministic_kernels(context.device)
     with opened_with(opening_lines(config, layout, context.device)):
+        prompts = EncodedPrompts.of(config)
         prepared = first_on_each_node(context, lambda: prepare_stores(config))
         checkpoints = CheckpointManager(
             run_dir.checkpoints_path,
@@ -88,10 +91,11 @@ def build_run(
         restored = restore_state(config, checkpoints, prepared, run_dir, context.control, resume)
         # Also where no save will follow: a run killed behind its last one has nothing left to do.
         checkpoints.remove_unfinished()
+        if context.rank == 0:
+            warn_of_small_disk(config, run_dir.checkpoints_path)
         samples = TrainingData(prepared, config, restored.data)
         log_data(prepared, config)
         validation = validation_sets(open_validation(prepared, config), config, topology, part)
-        prompts = EncodedPrompts.of(config)
     engine = _build_engine(config, topology, context, checkpoints, restored)
     loader = stack.enter_context(
         StepLoader(
@@ -130,7 +134,7 @@ def build_run(
             has_room=lambda num_bytes: has_host_room(num_bytes, num_local=context.local_world_size),
         ),
         header=_header(config, context),
-        state=restored.state,
+        state=without_other_rows(restored.state, validation),
         sinks=sinks.sinks,
         progress=sinks.progress,
         sync_metrics=sinks.sync_metrics,
@@ -172,13 +176,15 @@ def _build_engine(
             clock=StepClock(context.device) if config.logging.step_parts else None,
         )
     reject_wrong_gated_delta_net(checks(), context.control)
-    if restored.found is not None:
-        reader = FragmentReader(restored.found.path, restored.found.manifest)
+    if (found := restored.found) is not None:
+        started_at = time.monotonic()
+        reader = FragmentReader(found.path, found.manifest)
         reader.check_parameters(parameter_table(config.model))
         engine.load_state(reader.read, restored.state.optimizer_step)
-        checkpoints.restore_rng(restored.found, reader)
-        get_logger().info("resumed from step %d: %s", restored.found.step, restored.found.path)
-        _log_other_moments(restored.found.manifest.config, config)
+        checkpoints.restore_rng(found, reader)
+        read_s = time.monotonic() - started_at
+        get_logger().info("resumed from step %d: %s, read in %.1f s", found.step, found.path, read_s)
+        _log_other_moments(found.manifest.config, config)
         if config.checkpoint.init_from:
             get_logger().info("checkpoint.init_from is not read: run.dir has a checkpoint")
     elif restored.initial is not None:

@@ -28,7 +28,7 @@ from qwen3next_train.data.left_out import LeftOuts
 from qwen3next_train.data.prepare import log_left_out, log_passed_over, prepare_evaluation
 from qwen3next_train.data.prepared import PreparedSource
 from qwen3next_train.data.rows import read_tokens
-from qwen3next_train.data.sources import FileSource, resolve
+from qwen3next_train.data.sources import FileSource, StoreSource, resolve
 from qwen3next_train.data.store_writer import StoreWriter, storage_errors
 from qwen3next_train.data.token_store import DocumentRange, token_dtype
 from qwen3next_train.errors import ConfigError, DataError, DivergedError, ExitCode
@@ -100,13 +100,16 @@ def evaluate_command(
         raise ConfigError(f"eval: {sequence_length} tokens a sequence; give at least 1")
     target = select_device(device, 0)
     dtype = DTYPES[precision or ("bf16" if target.type == "cuda" else "fp32")]
+    source = SourceConfig(source=data, text_field=text_field)
+    # Before every byte of the weights is verified.
+    resolved = resolve(source)
     weights = weights_of_checkpoint(checkpoint) if checkpoint is not None else weights_of_hf(Path(hf or ""))
     config = _config(weights, sequence_length=sequence_length, tokenizer=tokenizer)
     with ExitStack() as stack:
-        source = _prepare(config, SourceConfig(source=data, text_field=text_field), stack)
+        prepared = _prepare(config, source, resolved, stack)
         try:
             model = load_model(weights, device=target, dtype=dtype, command="eval")
-            evaluation = evaluate(model, source, sequence_length=config.data.sequence_length, device=target)
+            evaluation = evaluate(model, prepared, sequence_length=config.data.sequence_length, device=target)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"eval: {weights.path}: out of memory on {target}; use precision bf16, a shorter sequence or the CPU"
@@ -164,9 +167,10 @@ def _config(weights: Weights, *, sequence_length: int | None, tokenizer: str | N
     return Config(model=weights.model, data=weights.data.model_copy(update=changes))
 
 
-def _prepare(config: Config, source: SourceConfig, stack: ExitStack) -> PreparedSource:
+def _prepare(
+    config: Config, source: SourceConfig, resolved: FileSource | StoreSource, stack: ExitStack
+) -> PreparedSource:
     """Tokenise and open the data; what is written for that alone is removed when ``stack`` is closed."""
-    resolved = resolve(source)
     if isinstance(resolved, FileSource):
         documents = read_documents(resolved, {})
         first = next(documents, None)

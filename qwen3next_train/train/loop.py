@@ -137,7 +137,7 @@ def _train(run: Run) -> str | None:
         run.progress(step)
         _check_divergence(run)
         if run.samples is not None:
-            run.samples.take(step)
+            run.samples.take(step, is_last=_is_done(run))
         stopped_by = _end_step(run)
         is_last = stopped_by is not None or _is_done(run)
         if is_last or _save_due(run.config, step):
@@ -313,7 +313,7 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
         # Rank 0's values: an end that the ranks see differently would leave some waiting for the others.
         found: dict[str, float] = run.control.broadcast_json(validate(run.engine, run.validation))
         record |= found
-        run.state = with_validation(state, found, run.config)
+        run.state = with_validation(state, found, run.validation, run.config)
         if run.config.logging.step_parts:
             record["perf/eval_s"] = time.monotonic() - evaluating_since
     for sink in run.sinks:

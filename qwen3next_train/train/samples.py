@@ -66,7 +66,6 @@ class TrainingSamples:
 
     def __init__(self, config: Config, prompts: EncodedPrompts, engine: Engine, log: LogSamples) -> None:
         self._settings = config.eval.samples
-        self._last_step = config.run.steps
         self._prompts = prompts
         self._engine = engine
         self._log = log
@@ -79,9 +78,9 @@ class TrainingSamples:
             seed=config.run.seed,
         )
 
-    def take(self, step: int) -> None:
-        """Let every prompt go on, if samples are due behind ``step``."""
-        if step % self._settings.interval and step != self._last_step:
+    def take(self, step: int, *, is_last: bool) -> None:
+        """Let every prompt go on, if samples are due behind ``step``; behind the last one they always are."""
+        if step % self._settings.interval and not is_last:
             return
         coder = self._prompts.coder
         continuations = self._engine.continue_prompts(

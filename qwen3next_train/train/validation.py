@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.train_state import Lowest, TrainState
-from qwen3next_train.config.metric_names import validation_prefix
+from qwen3next_train.config.metric_names import prefix_of, validation_prefix
 from qwen3next_train.config.schema import Config
 from qwen3next_train.data.validation import ValidationData
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.errors import ConfigError
+from qwen3next_train.log import get_logger
 from qwen3next_train.row_slices import RowSlice
 from qwen3next_train.topology import Topology
 
@@ -25,11 +26,13 @@ class ValidationSet:
         prefix: of its metrics, ``eval/`` or ``eval/NAME/``.
         batches: this rank's micro-batches, as many as every other rank's.
         bytes_per_token: of its text, None where unknown (no bits per byte then).
+        rows: digest of the set's rows, on all ranks the same.
     """
 
     prefix: str
     batches: Sequence[PackedBatch]
     bytes_per_token: float | None
+    rows: str
 
 
 def check_metrics(data: Mapping[str, ValidationData], config: Config) -> None:
@@ -80,6 +83,7 @@ def validation_sets(
                 part=part,
             ),
             rows.bytes_per_token,
+            rows.digest,
         )
         for name, rows in data.items()
     ]
@@ -96,14 +100,37 @@ def validate(engine: Engine, sets: Sequence[ValidationSet]) -> dict[str, float]:
     return metrics
 
 
-def with_validation(state: TrainState, metrics: Mapping[str, float], config: Config) -> TrainState:
-    """The state after a validation at its step."""
+def without_other_rows(state: TrainState, sets: Sequence[ValidationSet]) -> TrainState:
+    """The state that a run begins with, without a lowest value of other rows than it looks at from now on.
+
+    Args:
+        state: of the checkpoint.
+        sets: of the run.
+    """
+    before = state.validation_rows
+    for each in sets:
+        if before.get(each.prefix, each.rows) != each.rows:
+            get_logger().info(
+                "%sloss: of other rows than before; checkpoint.best and eval.patience go by validations from now on",
+                each.prefix,
+            )
+    if state.lowest is None:
+        return state
+    prefix = prefix_of(state.lowest.metric)
+    is_same = any(each.prefix == prefix and before.get(prefix) == each.rows for each in sets)
+    return state if is_same else replace(state, lowest=None)
+
+
+def with_validation(
+    state: TrainState, metrics: Mapping[str, float], sets: Sequence[ValidationSet], config: Config
+) -> TrainState:
+    """The state after a validation of ``sets`` at its step."""
     lowest = None
     if config.eval.patience:
         metric = config.eval.patience_metric
         lowest = _lowest(state.lowest, metric, metrics[metric], state.step)
     found = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return replace(state, validation=found, lowest=lowest)
+    return replace(state, validation=found, validation_rows={each.prefix: each.rows for each in sets}, lowest=lowest)
 
 
 def end_for_want_of_progress(state: TrainState, config: Config) -> str | None:

@@ -10,19 +10,19 @@ overridden, for one micro-batch of 4 x 4096 tokens.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from bench_command import run_main
 from device_timing import device_name, measure
 from op_cases import OpCase, Work, op_cases
 
 from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
-from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import KernelSet, format_choices, reference_kernels, select_kernels
 from qwen3next_train.selftest.case import Inputs, Outputs, RandomInputs, compare
 from qwen3next_train.versions import software_versions
@@ -188,8 +188,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

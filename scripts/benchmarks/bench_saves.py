@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -27,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from bench_command import count, run_main
 from bench_shapes import random_batch
 from device_timing import GIB, synchronize
 
@@ -40,7 +40,7 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Engine
-from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.metrics.sinks import JsonlSink
 from qwen3next_train.metrics.throughput import Throughput
@@ -262,7 +262,8 @@ def main(argv: list[str]) -> int:
     name = args.last("--config")
     overrides = [("model.num_experts", "128")] if name is None else []
     config = load_config([find_config(name or "bench_slice4_e512.yaml")], [*overrides, *args.overrides]).config
-    interval, num_intervals = _count(args.last("--interval") or "5"), _count(args.last("--intervals") or "2")
+    interval = count("--interval", args.last("--interval") or "5")
+    num_intervals = count("--intervals", args.last("--intervals") or "2")
     with (
         tempfile.TemporaryDirectory(dir=args.last("--dir"), prefix="bench_saves-") as folder,
         process_context(config.run.device) as context,
@@ -275,7 +276,7 @@ def main(argv: list[str]) -> int:
         report = bench.save_once()
         num_parameters = sum(spec.numel for spec in parameter_table(config.model))
         accumulation = (
-            _count(given)
+            count("--accumulation", given)
             if (given := args.last("--accumulation"))
             else math.ceil(_SLACK * report.duration_s / (interval * micro_batch_s))
         )
@@ -306,15 +307,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"give a whole number > 0 (got {text})")
-    return int(text)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from bench_command import run_main
 from bench_profile import top_kernels
 from bench_shapes import Routing, model_flops, random_batch, random_model
 from device_timing import GIB, AdamWTimer, Timing, device_name, measure
@@ -328,8 +329,4 @@ def _free(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

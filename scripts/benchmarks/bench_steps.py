@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_command import run_main
 from bench_shapes import model_flops, random_batch
 from device_timing import GIB, measure, synchronize
 
@@ -41,7 +42,7 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Report, StepTotals
-from qwen3next_train.errors import ConfigError, TrainError
+from qwen3next_train.errors import ConfigError
 from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context
 from qwen3next_train.row_slices import RowSlice
@@ -334,8 +335,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

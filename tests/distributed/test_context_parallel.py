@@ -51,10 +51,10 @@ CASES = [(sizes, setting) for sizes, settings in LAYOUTS.items() for setting in 
 
 
 def _config(settings: dict[str, Any], sizes: Sizes) -> Config:
-    """Three steps of four rows, two MTP depths, clipped."""
+    """Two steps of four rows, two MTP depths, clipped."""
     values = small_config(
         micro_batch_size=settings.get("micro_batch_size", 1),
-        steps=3,
+        steps=2,
         clip_grad=0.5,
         scope=settings.get("scope", "sequence"),
     ).model_dump()

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.launching import arguments, run, write_corpus
-from tests.integration.test_memory_knobs_gpu import ON_CUDA
+from tests.integration.gpu_curves import STEPS, losses_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 BAND = 0.01
 """Relative difference of the loss at any step: as between one GPU with and without recompute, by rounding in bf16."""
-HEADS = {
+SHARED = {
+    # Enough for four ranks.
     "model__num_attention_heads": 4,
     "model__num_key_value_heads": 2,
     "model__linear_num_key_heads": 2,
     "model__linear_num_value_heads": 4,
+    # A state that lasts as long as a row, so that it matters whether it is passed.
+    "model__linear_dt_init": "log_uniform",
+    "run__global_batch_size": 8,
+    "run__micro_batch_size": 1,
 }
-"""Enough for four ranks."""
 FOUR = {"parallel__expert_parallel_size": 2, "parallel__recompute": "[layer]"}
-LAYOUTS = {
+RUNS: dict[str, tuple[int, dict[str, object]]] = {
+    "one GPU": (1, {}),
     "2 slices": (2, {"parallel__context_parallel_size": 2}),
     "4 slices": (4, {"parallel__context_parallel_size": 4, **FOUR}),
     "2 shares of heads": (2, {"parallel__tensor_parallel_size": 2}),
@@ -34,21 +37,12 @@ LAYOUTS = {
 }
 
 
-def _losses(corpus: Path, run_dir: Path, num_gpus: int, **overrides: object) -> list[float]:
-    # A state that lasts as long as a row, so that it matters whether it is passed.
-    lasting = {"model__linear_dt_init": "log_uniform", "run__global_batch_size": 8, "run__micro_batch_size": 1}
-    words = arguments(corpus, run_dir, **ON_CUDA, **HEADS, **lasting, **overrides)
-    done = run("module", words, num_processes=num_gpus)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line)["loss/lm"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(("num_gpus", "layout"), LAYOUTS.values(), ids=LAYOUTS)
-def test_the_curve_is_that_of_one_gpu(tmp_path: Path, num_gpus: int, layout: dict[str, object]) -> None:
-    if torch.cuda.device_count() < num_gpus:
-        pytest.skip(f"needs {num_gpus} GPUs")
-    corpus = write_corpus(tmp_path)
-    expected = _losses(corpus, tmp_path / "one", 1)
-    found = _losses(corpus, tmp_path / "several", num_gpus, **layout)
+def test_the_curves_are_that_of_one_gpu(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs, for all layouts 4")
+    losses = losses_of(tmp_path, RUNS, **SHARED)
+    expected = losses["one GPU"]
+    assert len(expected) == STEPS
     assert expected[-1] < 0.98 * expected[0]
-    assert found == pytest.approx(expected, rel=BAND)
+    for name, found in losses.items():
+        assert found == pytest.approx(expected, rel=BAND), name

@@ -51,7 +51,9 @@ def test_killed_rank_is_named_and_the_same_line_goes_on(
     code: int,
 ) -> None:
     run_dir = tmp_path / "run"
-    args = arguments(shared_corpus, run_dir, **TWO_RANKS, checkpoint__interval=1 if moment == "save" else 3)
+    # What is saved beside training may not be there yet, steps later.
+    beside = {"checkpoint__async_save": moment == "save"}
+    args = arguments(shared_corpus, run_dir, **TWO_RANKS, **beside, checkpoint__interval=1 if moment == "save" else 3)
     process = _start(form, args)
     wait_until(lambda: num_steps(run_dir) >= 5, "step 5")
     victim = workers_of(run_dir)[rank]

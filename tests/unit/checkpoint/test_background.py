@@ -272,7 +272,7 @@ def test_a_buffer_keeps_every_tensor_in_its_dtype_and_place() -> None:
 def test_a_gpu_changes_its_state_only_when_that_is_copied() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     values = torch.arange(1 << 27).float()
-    state = [Fragment("a", 0, {"master": values.to(device)})]
+    state = [Fragment("a", Runs(0, values.numel()), {"master": values.to(device)})]
     buffer = SnapshotBuffer(snapshot_bytes(state), device)
     for _ in range(2):
         state[0].tensors["master"].copy_(values)

@@ -60,14 +60,19 @@ def save(
     rank: int = 0,
     world_size: int = 1,
     consecutive_skips: int = 0,
+    rows: str = "rows",
 ) -> None:
-    """A checkpoint whose step had a validation that found ``value``."""
+    """A checkpoint whose step had a validation that found ``value`` on ``rows``."""
     found = {} if value is None else {METRIC: value, "eval/loss": -value}
     head = header(world_size)
     checkpoints.save(
         step=step,
         fragments=fragments_of(step, rank, world_size),
-        train_state=replace(train_state(step, consecutive_skips=consecutive_skips), validation=found),
+        train_state=replace(
+            train_state(step, consecutive_skips=consecutive_skips),
+            validation=found,
+            validation_rows={"eval/code/": rows},
+        ),
         rank_tensors={"rng": torch.tensor([step, rank])},
         header=replace(head, config=head.config | {"checkpoint": {"best": best}}),
     )
@@ -138,6 +143,21 @@ def test_a_step_that_is_saved_again_counts_by_its_new_value(tmp_path: Path) -> N
     save(checkpoints, 3, 3.0)
     assert (tmp_path / "best").read_text() == "step_00000002\n"
     assert steps(tmp_path) == [2, 3]
+
+
+def test_values_of_other_rows_do_not_compare(tmp_path: Path) -> None:
+    """A resume has changed the set: what was easier before is not the best of what follows."""
+    save_all(tmp_path, [1.0, 2.0])
+    assert steps(tmp_path) == [1, 2]
+    later = manager(tmp_path)
+    # A stop before the first validation of the other rows.
+    save(later, 3, None, rows="rows")
+    assert (steps(tmp_path), find_checkpoint(tmp_path / "best", SingleProcess()).step) == ([1, 3], 1)
+    save(later, 4, 8.0, rows="other")
+    assert (steps(tmp_path), (tmp_path / "best").read_text()) == ([4], "step_00000004\n")
+    for step, value in ((5, 9.0), (6, 7.0), (7, 7.5)):
+        save(later, step, value, rows="other")
+    assert (steps(tmp_path), find_checkpoint(tmp_path / "best", SingleProcess()).step) == ([6, 7], 6)
 
 
 def test_another_metric_is_another_best(tmp_path: Path) -> None:

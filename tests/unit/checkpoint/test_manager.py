@@ -225,6 +225,23 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path, rank: in
     assert names(tmp_path) == {"step_00000001"}
 
 
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    written: list[str] = []
+
+    class Small(HookedFilesystem):
+        """A disk with 1000 bytes left."""
+
+        def free_bytes(self, path: Path) -> int:
+            return 1000
+
+    filesystem = Small(lambda name, arguments: written.append(name))
+    save(manager(tmp_path), 1)
+    with pytest.raises(StorageError, match=r"No space left on device; needed 1\.\d+ KiB, available 1000 B"):
+        save(manager(tmp_path, filesystem=filesystem), 2)
+    assert "write" not in written
+    assert names(tmp_path) == {"step_00000001"}
+
+
 def test_several_failing_ranks_are_counted(tmp_path: Path) -> None:
     first, second = (FailingFilesystem(0, errno.EIO, once=False, only=("create",)) for _ in range(2))
     errors = _on_two(tmp_path, 2, (first, second))

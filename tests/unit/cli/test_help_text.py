@@ -119,7 +119,17 @@ def test_a_section_and_a_subcommand_of_one_name_are_both_shown(name):
     assert f"  --{name}." in text
 
 
-@pytest.mark.parametrize("topic", ["modle", "model.hidden_size", "x" * 5000, "a\nb", "\udcff"])
+@pytest.mark.parametrize(
+    ("topic", "named"),
+    [("run.steps", ["run.steps"]), ("logging.profile", ["logging.profile.steps", "logging.profile.memory"])],
+)
+def test_a_key_or_a_section_of_a_section_is_a_topic_too(unwrapped, topic, named):
+    lines = help_text(["--help", topic]).splitlines()
+    assert all(line.startswith(f"  --{topic}") for line in lines)
+    assert set(named) <= {line.split()[0].removeprefix("--") for line in lines}
+
+
+@pytest.mark.parametrize("topic", ["modle", "model.hidden_siz", "x" * 5000, "a\nb", "\udcff"])
 def test_unknown_section_is_one_line_that_names_the_sections(capsys, topic):
     assert main(["--help", topic]) == 2
     captured = capsys.readouterr()

@@ -271,3 +271,11 @@ def test_they_are_one_process(capsys, monkeypatch, argv):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(argv) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_eval_looks_for_its_data_before_it_reads_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", str(tmp_path / "no-run"), "--data", str(tmp_path / "no.txt"), "--device=cpu"]
+    assert main(["eval", *words]) == 65
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/no.txt: no such file, folder or token store; check the source's name\n"
+    )

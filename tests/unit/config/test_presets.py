@@ -24,7 +24,9 @@ def num_parameters(config):
 
 def test_every_shipped_file_is_a_preset_a_shape_to_measure_or_a_spelling_and_loads():
     models = [f"qwen3next_{name}.yaml" for name in sorted(PRESETS)]
-    assert ["bench_ep8_proxy.yaml", "bench_slice4_e512.yaml", "megatron_arguments.yaml", *models] == SHIPPED
+    shapes = ["bench_ep8_proxy.yaml", "bench_slice4_e512.yaml", MEGATRON]
+    # The 80B on one node is a layout of a preset's model, not one of its own.
+    assert sorted([*shapes, "qwen3next_80b_8xh200.yaml", *models]) == SHIPPED
     for name in SHIPPED:
         load(name)
 
@@ -60,6 +62,16 @@ def test_megatron_arguments_say_the_80b():
     of_model = [{key for key in loaded.origins if key.startswith("model.")} for loaded in (native, megatron)]
     assert of_model[0] == of_model[1]
     assert {key.partition(".")[0] for key in megatron.origins} >= {"run", "data", "parallel"}
+
+
+def test_80b_on_one_node_is_the_whole_model():
+    config, whole = load("qwen3next_80b_8xh200.yaml"), load("qwen3next_80b.yaml")
+    assert config.model == whole.model
+    rows = config.run.global_batch_size // 8
+    assert (rows, config.run.micro_batch_size, config.data.sequence_length) == (4, 2, 4096)
+    # The rate goes with the square root of the batch.
+    share = (config.run.global_batch_size / whole.run.global_batch_size) ** 0.5
+    assert config.optimizer.lr == pytest.approx(whole.optimizer.lr * share, rel=0.06)
 
 
 def test_1b_has_about_a_billion_parameters():

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
 from qwen3next_train.config.schema import Config
@@ -50,6 +51,26 @@ def test_the_header_is_what_plan_says(name: str) -> None:
     assert len(shown) == 5
     said = format_plan(make_plan(config, gpus=int(gpus[1]), gpu=gpus[2], mfu=None, tokens=None)).splitlines()
     assert [line for line in shown if line not in said] == []
+
+
+def test_the_header_of_the_80b_on_one_node_is_what_plan_says_of_both_lengths() -> None:
+    path = shipped_folder() / "qwen3next_80b_8xh200.yaml"
+    text = path.read_text()
+    commands = re.findall(r"`qwen3next-train (plan [^`]*)` says:\n((?:#   .*\n)+)", text)
+    assert len(commands) == 2
+    for command, shown in commands:
+        words = command.replace("\n#", " ").split()
+        args = parse_arguments(words[1:], {name: Option(name, "X", "") for name in ("--config", "--gpus", "--gpu")})
+        config = load_config([path], args.overrides).config
+        gpus, gpu = int(args.options["--gpus"][0]), args.options["--gpu"][0]
+        plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
+        said = format_plan(plan).splitlines()
+        lines = [line.removeprefix("#   ") for line in shown.splitlines()]
+        assert len(lines) == 9
+        assert [line for line in lines if line not in said] == []
+        assert plan.fits
+        # 32768 tokens a GPU in the second, 4 x 4096 in the first, and eight of them.
+        assert plan.workload.num_tokens // 8 in (4 * 4096, 32768)
 
 
 @recipes

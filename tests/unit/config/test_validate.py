@@ -155,7 +155,8 @@ RULES = [
         "a divisor of both the experts and the world size",
     ),
     (
-        {"parallel__context_parallel_size": "3", "data__sequence_length": "300"},
+        # Nor does it divide the row, which would be no help to know.
+        {"parallel__context_parallel_size": "3"},
         "--parallel.context_parallel_size: parallel.context_parallel_size 3 does not divide model.num_attention_heads "
         "4, which its ranks share in attention; choose 2, 4 or 1",
     ),
@@ -317,8 +318,8 @@ def test_world_size():
     with pytest.raises(ConfigError) as caught:
         validate_for_world(config, 3)
     assert str(caught.value).splitlines() == [
-        "parallel.expert_parallel_size: 2 does not divide the world size 3; choose a divisor or start another number "
-        "of processes",
+        "parallel.expert_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or start a multiple of "
+        "2 processes",
         "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 3 x run.micro_batch_size 4 = "
         "12; choose a multiple of 12, a smaller micro batch or another number of processes",
     ]
@@ -359,13 +360,13 @@ def test_world_size_with_context_parallelism():
         "parallel.context_parallel_size 2 x run.micro_batch_size 4 = 12; choose a multiple of 12, a smaller micro "
         "batch or another number of processes",
     ]
-    for world_size in (1, 5):
+    for world_size, fitting in ((1, "1"), (5, "1, 5")):
         with pytest.raises(ConfigError) as caught:
             validate_for_world(config, world_size)
         # Nothing can be said of rows then.
         assert str(caught.value) == (
-            f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose a divisor or start "
-            "another number of processes"
+            f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose one of {fitting} "
+            "or start a multiple of 2 processes"
         )
 
 
@@ -374,11 +375,12 @@ def test_world_size_with_divided_heads():
     config = load_config([TINY], [*sizes, ("run.micro_batch_size", "4")]).config
     validate_for_world(config, 16)
     expected = {
-        3: "parallel.context_parallel_size: 2 does not divide the world size 3; choose a divisor or start another "
-        "number of processes\nparallel.tensor_parallel_size: 2 does not divide the world size 3; choose a divisor or "
-        "start another number of processes",
+        3: "parallel.context_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or start a multiple "
+        "of 2 processes\nparallel.tensor_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or "
+        "start a multiple of 2 processes",
         6: "parallel.context_parallel_size: parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2 = 4 "
-        "does not divide the world size 6; choose smaller sizes or start another number of processes",
+        "does not divide the world size 6; for their product choose one of 1, 2, 3, 6 or start a multiple of 4 "
+        "processes",
         12: "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 12 / "
         "(parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2) x run.micro_batch_size 4 = 12; choose a "
         "multiple of 12, a smaller micro batch or another number of processes",

@@ -247,3 +247,14 @@ def test_a_source_that_cannot_be_looked_up_now(
 def test_no_source_asks_for_the_users_data(prepare: Callable[[Config], object], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.sources: no source .*name your text and its tokenizer"):
         prepare(make_config(tmp_path, []))
+
+
+@pytest.mark.parametrize("key", ["validation_sources", "validation_sets"])
+def test_a_missing_source_is_said_before_any_is_tokenised(tmp_path: Path, corpus: Path, key: str) -> None:
+    missing = [SourceConfig(source=str(tmp_path / "missing.txt"))]
+    config = config_of(tmp_path, corpus)
+    data = config.data.model_copy(update={key: {"a": missing} if key == "validation_sets" else missing})
+    with pytest.raises(DataError) as caught:
+        prepare_stores(config.model_copy(update={"data": data}))
+    assert str(caught.value) == f"{tmp_path}/missing.txt: no such file, folder or token store; check the source's name"
+    assert not (tmp_path / "cache").exists()

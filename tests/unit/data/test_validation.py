@@ -35,6 +35,29 @@ def test_rows_are_distinct_fixed_and_spread(tmp_path: Path) -> None:
     assert ValidationData(prepared, config, num_rows=1).num_rows == 1
 
 
+def test_the_digest_is_that_of_the_rows(tmp_path: Path) -> None:
+    prepared, config = prepared_of(tmp_path, {"a": [200], "b": [40]})
+    counting_store(tmp_path / "moved", [200])
+    counting_store(tmp_path / "longer", [201])
+
+    def digest(*sources: str, num_rows: int = 7, **data: object) -> str:
+        paths = [{"source": str(tmp_path / name)} for name in sources]
+        other = make_config(tmp_path / "cache", paths[:1], validation_sources=paths, **data)
+        return ValidationData(prepare_stores(other), other, num_rows=num_rows).digest
+
+    same = ValidationData(prepared, config, num_rows=7).digest
+    assert digest("a", "b") == digest("moved", "b") == same
+    assert digest("a", "b", num_rows=1000) == digest("a", "b", num_rows=2000)
+    others = [
+        digest("longer", "b"),
+        digest("a"),
+        digest("a", "b", num_rows=8),
+        digest("a", "b", sequence_length=8),
+        digest("a", "b", isolate_documents=False),
+    ]
+    assert len({same, *others}) == 6
+
+
 def test_sources_take_turns(tmp_path: Path) -> None:
     prepared, config = prepared_of(tmp_path, {"a": [200], "b": [40], "c": [9]})
     data = ValidationData(prepared, config, num_rows=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -162,3 +163,13 @@ def test_marks_on_parameters_survive() -> None:
     initialize(model, parameter_table(config), seed=0, topology=Topology(), device=CPU)
     assert model.lm_head.weight.group_name == "ep_size_2"  # type: ignore[attr-defined]
     assert not model.lm_head.weight.is_meta
+
+
+@pytest.mark.parametrize(("cores", "ranks", "torch_threads", "expected"), [(128, 8, 1, 16), (2, 4, 1, 1), (4, 1, 8, 8)])
+def test_a_rank_draws_on_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, torch_threads: int, expected: int
+) -> None:
+    """Torchrun gives torch one thread; the bits do not depend on how many draw."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    assert init._num_threads(Topology(ranks, 0)) == expected

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from qwen3next_train.batch import BatchSlices
-from qwen3next_train.config.schema import KernelsConfig, ModelConfig
+from qwen3next_train.config.schema import KernelsConfig, ModelConfig, RecomputePart
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.gated_delta_rule import DeltaRule, gated_delta_rule_reference
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.selection import KernelSet, reference_kernels, select_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
+from qwen3next_train.model.recompute import recomputing
 from qwen3next_train.model.sequence_group import SlicedSequences, pass_state
 from qwen3next_train.row_slices import RowSlice, plan_slices
 from qwen3next_train.selftest.case import RandomInputs, relative_error
@@ -88,6 +91,43 @@ def test_plain_torch_in_fp64(lengths: tuple[int, ...], size: int) -> None:
     found = in_slices(inputs, lengths, reference_kernels(), size=size)
     for name, right in expected.items():
         assert relative_error(found[name], right) < 1e-10, name
+
+
+class _Identity(torch.autograd.Function):
+    """Saves a tensor beside, as a kernel its document starts, and notes which one it gets back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, saved: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(saved)
+        ctx.seen = seen
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.seen += ctx.saved_tensors
+        return grad, None, None
+
+
+@pytest.mark.parametrize("recompute", [(), ("norms", "activations", "gdn_prologue")])
+def test_the_rule_gets_back_the_document_starts_it_saved(recompute: tuple[RecomputePart, ...]) -> None:
+    """Not a copy: FlashQLA keeps what it derives from them at the tensor object, and without waits for the device."""
+    size, seen = 2, list[torch.Tensor]()
+    inputs = operands((40,), torch.device("cpu"), head_dim=8)
+    plan = plan_slices(np.array([0, 40]), num_rows=1, part=RowSlice(0, size, HALO))
+    slices = SlicedSequences.of(BatchSlices.of(plan), ReplayedGroup(0, {}, size))
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, final = gated_delta_rule_reference(q, k, v, **named)
+        assert final is not None
+        return _Identity.apply(out, named["sequences"].cu_seqlens, seen), final
+
+    passed = DeltaRule(rule, *DeltaRule.by(gated_delta_rule_reference)[1:])
+    *leaves, g_XN, beta_XN = [extended(inputs[name], 0, size).requires_grad_() for name in NAMES]
+    with recomputing(recompute):
+        out = pass_state(passed, *leaves, g_XN=g_XN, beta_XN=beta_XN, slices=slices)
+    out.sum().backward()
+    assert len(seen) == 1
+    assert seen[0] is slices.scanned.cu_seqlens
 
 
 @pytest.mark.gpu

@@ -38,8 +38,10 @@ def test_one_process_without_a_launcher_gets_a_group_of_its_own(monkeypatch: pyt
         assert (context.rank, context.world_size, context.local_rank) == (0, 1, 0)
         assert context.control.sum_ints([3, 4]) == [3, 4]
         assert os.environ["DS_ACCELERATOR"] == "cpu"
+        assert os.environ["LOCAL_SIZE"] == "1"
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
+    assert "LOCAL_SIZE" not in os.environ
 
 
 @pytest.mark.slow

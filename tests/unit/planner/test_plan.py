@@ -144,6 +144,19 @@ def test_long_rows_are_proposed_to_be_shared_before_they_are_shortened() -> None
         assert proposed.memory_bytes > 0
 
 
+def test_heads_are_proposed_to_be_divided_too() -> None:
+    """Each layout with divided heads, planned for itself, is accepted and takes what it is listed with."""
+    config = config_80b(sequence_length=131_072, expert_parallel_size=16, global_batch_size=16)
+    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    divided = [each for each in plan.fastest if each.layout.tensor_parallel_size > 1]
+    assert divided
+    for each in divided:
+        own = make_plan(config_of(each.layout, global_batch_size=16), gpus=16, gpu="h200", mfu=None, tokens=None)
+        assert own.layout == each.layout
+        assert own.fits is True
+        assert (own.step, own.memory_bytes) == (each.step, each.memory_bytes)
+
+
 @pytest.mark.parametrize(
     ("gpus", "context_parallel_size", "rampup"),
     [(64, 1, [64, 64, 1000]), (64, 4, [16, 16, 1000]), (16, 1, [16, 16, 1000])],

@@ -37,6 +37,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
         assert layout.keys() == {
             "expert_parallel_size",
             "context_parallel_size",
+            "tensor_parallel_size",
             "zero_stage",
             "micro_batch_size",
             "micro_batches_in_flight",
@@ -86,7 +87,7 @@ def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert "953,675 steps" in out
     assert "% MFU, by the table of rates" in out
     assert "\nstep time    model " in out
-    assert "\nfastest      EP  CP  ZeRO  micro-batch  in flight" in out
+    assert "\nfastest      EP  CP  TP  ZeRO  micro-batch  in flight" in out
     assert "\nZeRO         stage 1 fits · take stage 1 with EP " in out
     assert "975.90 GB" in out
     assert "\ndata         WARNING builtin:python-stdlib: " in out
@@ -168,15 +169,17 @@ def test_fast_layouts_that_share_rows_say_so() -> None:
     plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
     lines = format_plan(plan).splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("fastest"))
-    shown = [tuple(map(int, line.split()[:3])) for line in lines[first + 1 : first + 1 + len(plan.fastest)]]
+    shown = [tuple(map(int, line.split()[:4])) for line in lines[first + 1 : first + 1 + len(plan.fastest)]]
     assert shown == [
-        (each.layout.expert_parallel_size, each.layout.context_parallel_size, each.layout.zero_stage)
-        for each in plan.fastest
+        (layout.expert_parallel_size, layout.context_parallel_size, layout.tensor_parallel_size, layout.zero_stage)
+        for layout in (each.layout for each in plan.fastest)
     ]
     assert plan.recommended is not None
     best = plan.recommended.layout
     assert best.context_parallel_size > 1
-    assert f"with EP {best.expert_parallel_size} and CP {best.context_parallel_size}: " in format_plan(plan)
+    sizes = f"EP {best.expert_parallel_size} and CP {best.context_parallel_size}"
+    sizes += f" and TP {best.tensor_parallel_size}" if best.tensor_parallel_size > 1 else ""
+    assert f"with {sizes}: " in format_plan(plan)
 
 
 def test_layouts_that_only_fit_offloaded_are_not_called_fast() -> None:

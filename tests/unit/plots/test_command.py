@@ -27,9 +27,10 @@ def test_two_files_are_written_beside_the_first_run(tmp_path: Path, capsys: pyte
     assert sorted(path.name for path in two.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
-def test_output_names_the_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["v1.2", "v1.2.png", "v1.2.svg"])
+def test_output_names_the_files(tmp_path: Path, output: str) -> None:
     run = write_run(tmp_path / "one", ROWS)
-    assert main(["plot", str(run), "--output", str(tmp_path / "v1.2")]) == 0
+    assert main(["plot", str(run), "--output", str(tmp_path / output)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "v1.2.png", "v1.2.svg"]
 
 

@@ -301,10 +301,11 @@ def test_samples_are_taken_behind_the_row_of_a_step_and_before_its_checkpoint(tm
     run = run_of(tmp_path, "..", keep=9)
     told: list[tuple[str, Any]] = []
     run.sinks = [cast(Any, SimpleNamespace(log=lambda record: told.append(("row", record["step"]))))]
-    run.samples = cast(Any, SimpleNamespace(take=lambda step: told.append(("samples", step))))
+    run.samples = cast(Any, SimpleNamespace(take=lambda step, *, is_last: told.append(("samples", is_last))))
     run.sync_metrics = lambda: told.append(("sync", run.state.step))
     train(run)
-    assert told == [(what, step) for step in (1, 2) for what in ("row", "samples", "sync")]
+    first, last = [[("row", step), ("samples", step == 2), ("sync", step)] for step in (1, 2)]
+    assert told == [*first, *last]
 
 
 def test_the_time_of_a_save_is_in_the_row_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

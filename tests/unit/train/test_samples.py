@@ -45,7 +45,7 @@ def test_samples_are_taken_at_the_interval_and_behind_the_last_step() -> None:
     logged: list[tuple[int, list[Sample]]] = []
     samples = TrainingSamples(config, prompts, cast(Any, engine), lambda *row: logged.append(cast(Any, row)))
     for step in range(1, 8):
-        samples.take(step)
+        samples.take(step, is_last=step == 7)
     count = len(next(Tokenizer(BUILTIN).encode_documents([" = x"]))) - 1
     taken = [Sample("def f", " = x", count, "length"), Sample("y", "", 0, "stop")]
     assert logged == [(3, taken), (6, taken), (7, taken)]

@@ -28,11 +28,13 @@ from qwen3next_train.train.validation import (
     validate,
     validation_sets,
     with_validation,
+    without_other_rows,
 )
 from tests.unit.checkpoint.support import fragments_of, names, train_state
 from tests.unit.data.corpus import counting_store, make_config
 from tests.unit.train.test_loop import run_of
 
+SET = ValidationSet("eval/", [], None, "rows")
 PATIENT = Config(eval=EvalConfig(interval=1, patience=2))
 
 
@@ -57,13 +59,13 @@ def states(losses: Sequence[float], config: Config = PATIENT, state: TrainState 
     found = []
     state = state or train_state(0)
     for loss in losses:
-        state = with_validation(replace(state, step=state.step + 1), {"eval/loss": loss}, config)
+        state = with_validation(replace(state, step=state.step + 1), {"eval/loss": loss}, [SET], config)
         found.append(state)
     return found
 
 
 def test_each_set_has_its_loss_and_bits() -> None:
-    sets = [ValidationSet("eval/", [], 4.0), ValidationSet("eval/code/", [], None), ValidationSet("eval/b/", [], 2.0)]
+    sets = [ValidationSet(f"eval/{name}", [], size, "") for name, size in (("", 4.0), ("code/", None), ("b/", 2.0))]
     assert validate(cast(Any, ScriptedEngine([1.0, 2.0, 3.0])), sets) == {
         "eval/loss": 1.0,
         "eval/bpb": 1 / math.log(2) / 4,
@@ -113,6 +115,20 @@ def test_the_count_is_part_of_the_state_and_of_its_metric() -> None:
     assert states([9.0], Config(), state)[-1].lowest is None
 
 
+def test_a_count_is_of_the_rows_it_was_made_on(capsys: pytest.CaptureFixture[str]) -> None:
+    state = states([3.0, 4.0, 5.0])[-1]
+    assert state.validation_rows == {"eval/": "rows"}
+    code = ValidationSet("eval/code/", [], None, "code")
+    assert without_other_rows(state, [SET, code]) == state
+    assert capsys.readouterr().err == ""
+    other = replace(SET, rows="other")
+    assert without_other_rows(state, [other, code]) == replace(state, lowest=None)
+    assert capsys.readouterr().err == (
+        "eval/loss: of other rows than before; checkpoint.best and eval.patience go by validations from now on\n"
+    )
+    assert without_other_rows(state, [code]).lowest is None
+
+
 def run_with_losses(path: Path, losses: Sequence[float], *, start: TrainState | None = None, patience: int = 2) -> Run:
     """A run of six steps, each with a validation and a checkpoint."""
     run = run_of(path, "......", keep=1)
@@ -123,7 +139,7 @@ def run_with_losses(path: Path, losses: Sequence[float], *, start: TrainState | 
         }
     )
     run.engine = cast(Any, ScriptedEngine(losses))
-    run.validation = [ValidationSet("eval/", [], None)]
+    run.validation = [SET]
     if start is not None:
         run.state, run.saved_step = start, start.step
     return run
@@ -133,8 +149,11 @@ def test_a_run_ends_early_with_a_checkpoint(tmp_path: Path) -> None:
     run = run_with_losses(tmp_path, [3.0, 2.0, 2.5, 2.0])
     rows: list[Any] = []
     run.sinks = [cast(Any, SimpleNamespace(log=rows.append))]
+    ends: list[tuple[int, bool]] = []
+    run.samples = cast(Any, SimpleNamespace(take=lambda step, is_last: ends.append((step, is_last))))
     assert train(run) is None
     assert run.state.step == 4
+    assert ends == [(1, False), (2, False), (3, False), (4, True)]
     assert [row["eval/loss"] for row in rows] == [3.0, 2.0, 2.5, 2.0]
     found = run.checkpoints.find_latest()
     assert found is not None

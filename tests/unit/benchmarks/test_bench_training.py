@@ -1,0 +1,50 @@
+"""The benchmark of training on real rows, on a model of a few seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen3next_train.errors import ConfigError
+from tests.integration.launching import SMALL_MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_train_and_report_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_training import main
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {**SMALL_MODEL, "run.device": "cpu", "run.global_batch_size": "4", "run.micro_batch_size": "1"}
+    settings |= {"parallel.expert_parallel_size": "2", "data.sequence_length": "64"}
+    overrides = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    target = tmp_path / "report.json"
+    options = ["--config", "qwen3next_tiny.yaml", "--gpus", "2", "--steps", "7", "--json", str(target)]
+    assert main([*options, *overrides]) == 0
+    report = json.loads(target.read_text())
+    assert (report["num_gpus"], report["tokens"], report["skipped"]) == (2, 4 * 64, 0)
+    assert len(report["loss"]) == len(report["grad_norm"]) == len(report["step_s"]) == 7
+    # Uniform over the vocabulary before the first step.
+    assert report["loss"][0] == pytest.approx(8.318, abs=0.05)
+    assert report["loss"][-1] < report["loss"][0]
+    # The first five steps are left out of rate and median.
+    assert report["median_s"] == pytest.approx(sum(report["step_s"][5:]) / 2)
+    assert report["tflops"] == pytest.approx(report["flops"] / 2 / report["median_s"] / 2 / 1e12)
+    assert report["parts"]["AdamW"] > 0
+    assert report["plan_bytes"] > 4 * report["num_parameters"] / 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "--config: name a configuration"),
+        (["--config", "qwen3next_tiny.yaml", "--steps", "x"], "--steps: give a whole number > 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(argv: list[str], line: str) -> None:
+    from bench_training import main
+
+    with pytest.raises(ConfigError, match=line):
+        main(argv)
