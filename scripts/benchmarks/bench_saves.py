@@ -4,11 +4,11 @@
 80B with 128 experts; ``--config`` and overrides for others) through the loop of ``train``, on random tokens, with
 a save every ``--interval`` steps. It needs room for two checkpoints below ``--dir``, 54 GB, and for one in host memory.
 
-First one checkpoint is written and waited for. Unless ``--accumulation`` says otherwise, a step then gets as many
-micro-batches as make an interval a quarter longer than that: nothing hides a save that takes longer than the steps
-until the next. Times are means over the steps of whole intervals; saves beside training are timed from their second
-on, as the first takes the memory. ``stopped`` is how long a save has kept training from going on, ``written`` from its
-begin until it was published, ``GB/s`` the size of a checkpoint by that.
+Unless ``--accumulation`` says how many micro-batches a step has, one checkpoint is first written and waited for, and a
+step then gets as many as make an interval a quarter longer than that: nothing hides a save that takes longer than the
+steps until the next. Times are means over the steps of whole intervals; saves beside training are timed from their
+second on, as the first takes the memory. ``stopped`` is how long a save has kept training from going on, ``written``
+from its begin until it was published, ``GB/s`` the size of a checkpoint by that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ OPTIONS = {
         Option("--interval", "N", "steps between saves (default 5)"),
         Option("--intervals", "N", "timed intervals with saves beside training (default 2); of the others one"),
         Option("--accumulation", "N", "micro-batches a step (default: from the time of one save)"),
-        Option("--json", "FILE", "write everything as JSON too"),
+        Option("--json", "FILE", "write everything as JSON too, after each row"),
     )
 }
 _SLACK = 1.25
@@ -75,6 +75,7 @@ class Outcome:
         step_s: seconds of each timed step, what stopped training behind it included.
         stopped_s: seconds for which each timed save has stopped training.
         written_s: seconds from a save's begin until it was published.
+        num_bytes: of one checkpoint, 0 without saves.
         peak_bytes: device memory in tensors at the worst moment.
     """
 
@@ -82,6 +83,7 @@ class Outcome:
     step_s: list[float]
     stopped_s: list[float]
     written_s: list[float]
+    num_bytes: int
     peak_bytes: int
 
     @property
@@ -169,12 +171,12 @@ class Bench:
         shutil.rmtree(self._folder / saves.replace(" ", "_"))
         steps = [after - before for before, after in itertools.pairwise(ends)][first:]
         if saves == "none":
-            return Outcome(saves, steps, [], [], peak)
+            return Outcome(saves, steps, [], [], 0, peak)
         # What stopped training behind a step is known at the end of the next.
         behind = stopped[first + 1 :]
         per_save = [sum(behind[start : start + interval]) for start in range(0, len(behind), interval)]
         written = [report.duration_s for report in reports[-num_intervals:]]
-        return Outcome(saves, steps, per_save, written, peak)
+        return Outcome(saves, steps, per_save, written, reports[-1].num_bytes, peak)
 
     def _run(
         self, name: str, accumulation: int, *, num_steps: int, async_save: bool, interval: int
@@ -243,14 +245,15 @@ class _Reported(CheckpointManager):
         return self.reports[-1]
 
 
-def format_outcome(outcome: Outcome, without: Outcome, num_bytes: int) -> str:
+def format_outcome(outcome: Outcome, without: Outcome) -> str:
     """One line of the table."""
     line = f"{outcome.saves:<16}{1e3 * outcome.mean_s:10.1f}{100 * (outcome.mean_s / without.mean_s - 1):9.1f}"
     if not outcome.stopped_s:
         return f"{line}{'-':>11}{'-':>10}{'-':>7}{outcome.peak_bytes / GIB:7.1f}"
     stopped = sum(outcome.stopped_s) / len(outcome.stopped_s)
     written = sum(outcome.written_s) / len(outcome.written_s)
-    return f"{line}{stopped:11.3f}{written:10.2f}{num_bytes / written / 1e9:7.2f}{outcome.peak_bytes / GIB:7.1f}"
+    rate = outcome.num_bytes / written / 1e9
+    return f"{line}{stopped:11.3f}{written:10.2f}{rate:7.2f}{outcome.peak_bytes / GIB:7.1f}"
 
 
 HEADER = f"{'saves':<16}{'mean ms':>10}{'% more':>9}{'stopped s':>11}{'written s':>10}{'GB/s':>7}{'GiB':>7}"
@@ -273,37 +276,32 @@ def main(argv: list[str]) -> int:
         print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
         bench = Bench(config, context, Path(folder), interval)
         micro_batch_s = bench.micro_batch_s()
-        report = bench.save_once()
+        if given := args.last("--accumulation"):
+            accumulation = count("--accumulation", given)
+        else:
+            alone_s = bench.save_once().duration_s
+            accumulation = math.ceil(_SLACK * alone_s / (interval * micro_batch_s))
+            print(f"a save alone {alone_s:.2f} s")
         num_parameters = sum(spec.numel for spec in parameter_table(config.model))
-        accumulation = (
-            count("--accumulation", given)
-            if (given := args.last("--accumulation"))
-            else math.ceil(_SLACK * report.duration_s / (interval * micro_batch_s))
-        )
-        print(
-            f"{num_parameters:,} parameters, checkpoints of {report.num_bytes / 1e9:.2f} GB "
-            f"(alone {report.duration_s:.2f} s), one every {interval} steps of {accumulation} micro-batches"
-        )
+        print(f"{num_parameters:,} parameters, a save every {interval} steps of {accumulation} micro-batches")
         print(HEADER, flush=True)
         outcomes: list[Outcome] = []
         for saves in ("none", "beside training", "waited for"):
             outcomes.append(
                 bench.measure(saves, accumulation, num_intervals=num_intervals if saves == "beside training" else 1)
             )
-            print(format_outcome(outcomes[-1], outcomes[0], report.num_bytes), flush=True)
-    if (target := args.last("--json")) is not None:
-        found = {
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": software_versions(),
-            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
-            "num_parameters": num_parameters,
-            "checkpoint_bytes": report.num_bytes,
-            "alone_s": report.duration_s,
-            "interval": interval,
-            "accumulation": accumulation,
-            "results": [{**asdict(each), "mean_s": each.mean_s} for each in outcomes],
-        }
-        Path(target).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            print(format_outcome(outcomes[-1], outcomes[0]), flush=True)
+            if (target := args.last("--json")) is not None:
+                found = {
+                    "date": time.strftime("%Y-%m-%d"),
+                    "versions": software_versions(),
+                    "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+                    "num_parameters": num_parameters,
+                    "interval": interval,
+                    "accumulation": accumulation,
+                    "results": [{**asdict(each), "mean_s": each.mean_s} for each in outcomes],
+                }
+                Path(target).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

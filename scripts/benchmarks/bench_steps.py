@@ -12,8 +12,8 @@ kernels by kind (the dense exchange's gathers of tokens are part of ``gather``).
 beside it, ``idle`` the time in which nothing runs, ``waits`` how often the host waits for the device in a step.
 ``plan`` is what ``plan`` says the peak is.
 
-With ``--long`` rows are long instead: twelve layers on four GPUs at every length and context-parallel size of
-:data:`LONG_ROWS`, one row a micro-batch, so that tokens per GPU are equal along a diagonal of the two.
+With ``--long`` rows are long instead: twelve layers on all GPUs (``--gpus``) at every length and context-parallel size
+of :data:`LONG_ROWS`, one row a micro-batch, so that tokens per GPU are equal along a diagonal of the two.
 
 Letters: EP ranks that share one set of experts, Z the ZeRO stage, CP ranks that share the tokens of a row.
 """
@@ -105,7 +105,11 @@ class Row:
         ).config
 
 
-LAYOUTS = ((1, 1, 1), (2, 2, 1), (2, 1, 1), (4, 4, 1), (4, 2, 1), (4, 4, 2), (4, 4, 3))
+LAYOUTS = (
+    (1, 1, 1),
+    *((2, 2, 1), (2, 1, 1), (2, 2, 2), (2, 2, 3)),
+    *((4, 4, 1), (4, 2, 1), (4, 4, 2), (4, 4, 3)),
+)
 """GPUs, expert-parallel size, ZeRO stage. The first is the proxy."""
 _EXPERTS_OF_A_RANK = {"slice4_e512": 128, "ep8_proxy": 64}
 """At an expert-parallel size of four, and in the proxy."""
@@ -143,15 +147,20 @@ LONG_ROWS = tuple((length, size) for length in (16, 32, 64, 128) for size in (1,
 """Thousands (1024) of tokens in a row, context-parallel size."""
 
 
-def long_rows() -> Iterator[Row]:
-    """Twelve layers of the 80B with 64 experts to each of four ranks, rows of one document.
+def long_rows(num_gpus: int) -> Iterator[Row]:
+    """Twelve layers of the 80B with 64 experts to each rank, rows of one document.
 
     Gradients and moments are narrow, which leaves 20 GiB more for the tokens.
+
+    Args:
+        num_gpus: 2 or 4; sizes of context parallelism that do not divide them are left out.
     """
     for length, context_parallel_size in LONG_ROWS:
+        if num_gpus % context_parallel_size:
+            continue
         overrides = {
-            "model.num_experts": 256,
-            "parallel.expert_parallel_size": 4,
+            "model.num_experts": 64 * num_gpus,
+            "parallel.expert_parallel_size": num_gpus,
             "parallel.context_parallel_size": context_parallel_size,
             "parallel.recompute": "[norms, activations, gdn_prologue]",
             "parallel.gradient_dtype": "bf16",
@@ -160,7 +169,7 @@ def long_rows() -> Iterator[Row]:
             "data.sequence_length": 1024 * length,
         }
         pairs = tuple((key, str(value)) for key, value in overrides.items())
-        yield Row("ep8_proxy", f"{length}kxCP{context_parallel_size}", 4, 1, pairs)
+        yield Row("ep8_proxy", f"{length}kxCP{context_parallel_size}", num_gpus, 1, pairs)
 
 
 @dataclass(frozen=True)
@@ -309,7 +318,7 @@ def main(argv: list[str]) -> int:
         return 0
     num_gpus = int(args.last("--gpus") or torch.cuda.device_count())
     words = [word for word in (args.last("--only") or "").replace("/", ",").split(",") if word]
-    known = long_rows() if "--long" in args.options else all_rows()
+    known = long_rows(num_gpus) if "--long" in args.options else all_rows()
     rows = [row for row in known if row.num_gpus <= num_gpus and all(word in row.name for word in words)]
     if not rows:
         raise ConfigError(f"nothing to measure with {num_gpus} GPUs and --only {','.join(words)}")

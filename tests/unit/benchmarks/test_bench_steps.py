@@ -30,15 +30,18 @@ def test_every_rank_has_the_micro_batches_of_the_row() -> None:
         assert run.global_batch_size == run.micro_batch_size * row.accumulation * row.num_gpus
 
 
-def test_long_rows_are_as_many_tokens_a_gpu_along_the_diagonals() -> None:
+@pytest.mark.parametrize(
+    ("num_gpus", "expected"), [(4, ["32kxCP1", "64kxCP2", "128kxCP4"]), (2, ["32kxCP1", "64kxCP2"])]
+)
+def test_long_rows_are_as_many_tokens_a_gpu_along_the_diagonals(num_gpus: int, expected: list[str]) -> None:
     from bench_steps import long_rows
 
     tokens: dict[int, list[str]] = {}
-    for row in long_rows():
+    for row in long_rows(num_gpus):
         config = row.config
         slices = config.parallel.context_parallel_size
-        assert config.run.global_batch_size == 4 // slices
+        assert config.run.global_batch_size == num_gpus // slices
         assert config.model.num_experts // config.parallel.expert_parallel_size == 64
         tokens.setdefault(config.data.sequence_length // slices, []).append(row.label)
-    assert tokens[32 * 1024] == ["32kxCP1", "64kxCP2", "128kxCP4"]
+    assert tokens[32 * 1024] == expected
     assert max(tokens) == 64 * 1024
