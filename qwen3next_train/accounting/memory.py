@@ -41,8 +41,8 @@ ADAM_STATE_BYTES = 12
 
 # Input, position and targets of a token are 64-bit.
 _BATCH_BYTES = 8
-# DeepSpeed's default under stage 3: at most so many are gathered at once.
-_STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
+# DeepSpeed's default of the elements that stage 3 keeps gathered. Fewer would save memory and cost gathering.
+_STAGE3_LIVE_NUMEL = 1_000_000_000
 
 
 class ParameterKind(NamedTuple):
@@ -61,6 +61,20 @@ class ParameterKind(NamedTuple):
     num_heads: int
     fp32: bool
     decays: bool
+
+
+class Stage3Limits(NamedTuple):
+    """What stage 3 is told of gathering, in elements of weights.
+
+    Args:
+        layer: of the largest decoder layer, which is gathered and reduced as a whole; gathered ahead of its use.
+        reuse: gathered weights that are used again before so many others are kept.
+        live: nothing is gathered ahead while so many are there.
+    """
+
+    layer: int
+    reuse: int
+    live: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,43 @@ class _Shard:
 def persistent_numel(model: ModelConfig) -> int:
     """Elements up to which stage 3 keeps a parameter whole on every rank: vectors and convolutions, no matrices."""
     return 16 * model.hidden_size
+
+
+def stage3_limits(model: ModelConfig, *, expert_parallel_size: int, tensor_parallel_size: int) -> Stage3Limits:
+    """Limits under which the next layer can always be gathered while one computes.
+
+    What is in no layer (embedding, head) stays gathered for the whole pass: DeepSpeed 0.19.8 counts how far off its
+    next use is without the layers between. So there has to be room for it, the layer at work and the next one.
+
+    Args:
+        model: shape of the model.
+        expert_parallel_size: ranks that share one set of experts.
+        tensor_parallel_size: ranks that divide the mixers' heads.
+    """
+    layers = [*model.layer_types, *["full_attention"] * model.mtp_num_layers]
+    # One layer of each type says it all, and the table of the others takes time.
+    types = sorted(set(layers))
+    table = parameter_table(
+        model.model_copy(update={"num_hidden_layers": len(types), "layer_types": types, "mtp_num_layers": 0})
+    )
+    topology = Topology(
+        expert_parallel_size * tensor_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    held: Counter[str] = Counter()
+    for spec in table:
+        shares = 1
+        if spec.expert:
+            shares = expert_parallel_size
+        elif spec.heads is not None:
+            shares = topology.head_shares(spec.heads.count)
+        _, _, behind = spec.name.partition("layers.")
+        held[behind.split(".")[0]] += spec.numel // shares
+    others = held.pop("") + (2 * model.hidden_size**2 if model.mtp_num_layers else 0)
+    layer = max(held.values())
+    live = max(_STAGE3_LIVE_NUMEL, others + 2 * layer)
+    return Stage3Limits(layer, reuse=live - others - layer, live=live)
 
 
 def parameter_kinds(model: ModelConfig) -> Counter[ParameterKind]:
@@ -143,7 +194,7 @@ def memory_per_gpu(
     kinds = parameter_kinds(model) if kinds is None else kinds
     activations = activation_bytes(model, layout)
     parts = {
-        **_model_states(kinds, layout, persistent_numel(model)),
+        **(_stage3_states(model, kinds, layout) if layout.zero_stage == 3 else _model_states(kinds, layout)),
         **activations,
         "optimizer_step": max(0, _step_copy(kinds, layout) - sum(activations.values())),
     }
@@ -224,11 +275,9 @@ def adam_state_bytes(layout: Layout) -> int:
     return FP32_BYTES + 2 * bytes_of(layout.moments_dtype)
 
 
-def _model_states(kinds: Counter[ParameterKind], layout: Layout, persistent_numel: int) -> dict[str, int]:
-    """Weights, gradients, optimizer and ZeRO's buffers."""
+def _model_states(kinds: Counter[ParameterKind], layout: Layout) -> dict[str, int]:
+    """Weights, gradients, optimizer and ZeRO's buffers, under stages 1 and 2."""
     gradient_in_flight = _largest_gradient(kinds, layout)
-    if layout.zero_stage == 3:
-        return _stage3_states(kinds, gradient_in_flight, layout, persistent_numel)
     shards = _flat_groups(kinds, layout)
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
@@ -284,9 +333,12 @@ def _step_copy(kinds: Counter[ParameterKind], layout: Layout) -> int:
     return FP32_BYTES * _partition_numel(kinds, layout)
 
 
-def _stage3_states(
-    kinds: Counter[ParameterKind], gradient_in_flight: int, layout: Layout, persistent_numel: int
-) -> dict[str, int]:
+def _stage3_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: Layout) -> dict[str, int]:
+    limits = stage3_limits(
+        model, expert_parallel_size=layout.expert_parallel_size, tensor_parallel_size=layout.tensor_parallel_size
+    )
+    # A layer's gradients wait for one another before they go into the bucket.
+    gradients_in_flight = max(limits.layer * layout.element_bytes, _largest_gradient(kinds, layout))
     shards = [(_shard(kind, kind.numel, layout), count) for kind, count in kinds.items()]
     partitions = sum(count * shard.stage3_partition for shard, count in shards)
     weights = sum(count * shard.stage3_partition * shard.element_bytes for shard, count in shards)
@@ -295,16 +347,17 @@ def _stage3_states(
     persistent = sum(
         count * shard.stage3_partition * shard.num_ranks * shard.element_bytes
         for shard, count in spread
-        if shard.numel <= persistent_numel
+        if shard.numel <= persistent_numel(model)
     )
     largest = max((shard.numel for shard, _ in spread), default=0)
     whole = sum(count * shard.numel for shard, count in spread)
-    gathered = min(whole, max(_STAGE3_MAX_LIVE_PARAMETERS, largest)) * layout.element_bytes
+    # A layer that was not gathered ahead is gathered beyond the limit.
+    gathered = min(whole, limits.live + max(limits.layer, largest)) * layout.element_bytes
     return {
         "weights": weights + persistent,
         "gradients": FP32_BYTES * partitions,
         "optimizer": adam_state_bytes(layout) * partitions,
-        "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradient_in_flight + gathered,
+        "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradients_in_flight + gathered,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, persistent_numel
+from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, persistent_numel, stage3_limits
 from qwen3next_train.config.schema import Config
 
 
@@ -31,7 +31,18 @@ def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
         "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
     }
     if config.parallel.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = persistent_numel(config.model)
+        limits = stage3_limits(
+            config.model,
+            expert_parallel_size=config.parallel.expert_parallel_size,
+            tensor_parallel_size=config.parallel.tensor_parallel_size,
+        )
+        zero |= {
+            "stage3_param_persistence_threshold": persistent_numel(config.model),
+            "stage3_max_reuse_distance": limits.reuse,
+            "stage3_max_live_parameters": limits.live,
+            # The whole next layer travels while one computes.
+            "stage3_prefetch_bucket_size": limits.layer,
+        }
     if config.parallel.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {

@@ -7,9 +7,10 @@ class, are in ``engine.expert_block``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.fp16 import loss_scaler
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
@@ -43,6 +44,9 @@ def quiet_start() -> None:
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
     # A skipped step is said by the run's own line. The scale is 1 and stays.
     loss_scaler.LossScalerBase.update_scale = lambda self, overflow: None
+
+    # What a rank has to itself is there. The original waits until the device has done all its work so far.
+    partition_parameters._no_gather_coalesced = _WholeAlready
 
 
 def _mark_non_finite(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
@@ -84,6 +88,45 @@ def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[No
     finally:
         deepspeed_engine.DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer
         stage3.defragment = defragment
+
+
+def gather_one_by_one(parameters: Iterable[Any]) -> None:
+    """Let stage 3 gather each weight into its place, in one order on all ranks.
+
+    Weights that DeepSpeed gathers together are copied once more, by the host in as many pieces a weight as there are
+    ranks, and are there twice meanwhile. Its ``stage3_allgather_sequential`` would gather a single weight ahead, and
+    copy small ones of which a rank has the whole.
+
+    It also hands them over as a Python set, and begins with the process group of whichever comes first. A layer has
+    weights of several groups (dense, experts, divided heads), and ranks that start collectives of several NCCL
+    communicators in different orders may wait for one another for ever.
+
+    Args:
+        parameters: that stage 3 has partitioned.
+    """
+    for parameter in parameters:
+        parameter.all_gather_coalesced = partial(_gather_each, parameter.all_gather_coalesced)
+
+
+def _gather_each(gather: Callable[..., Any], parameters: Iterable[Any], **settings: bool) -> Any:
+    in_order = sorted(parameters, key=lambda parameter: parameter.ds_id)
+    return partition_parameters.MultipleAllGatherHandles([gather([parameter], **settings) for parameter in in_order])
+
+
+class _WholeAlready:
+    """Gathering weights that a rank has to itself: where it ends, DeepSpeed's own has the host wait for the device."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self._parameters = list(parameters)
+        for parameter in self._parameters:
+            parameter.ds_status = partition_parameters.ZeroParamStatus.INFLIGHT
+            parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
+
+    def wait(self, **settings: bool) -> None:
+        """Nothing has to arrive; asked again, for another weight's sake, it leaves what was released since."""
+        for parameter in self._parameters:
+            parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+        self._parameters.clear()
 
 
 class PartitionedOptimizer(DeepSpeedZeroOptimizer):

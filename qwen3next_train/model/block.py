@@ -88,12 +88,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = FusedAddRmsNorm(hidden, eps, kernels.rms_norm)
 
     def forward(
-        self, xs_TD: Sequence[torch.Tensor], contexts: Sequence[BatchContext]
-    ) -> tuple[list[torch.Tensor], list[RouterStats]]:
-        """``[T, D]`` to ``[T, D]`` and the router's statistics, of each micro-batch in flight."""
+        self, contexts: Sequence[BatchContext], *xs_TD: torch.Tensor
+    ) -> tuple[*tuple[torch.Tensor, ...], list[RouterStats]]:
+        """``[T, D]`` to ``[T, D]`` of each micro-batch in flight, and at the end their routers' statistics.
+
+        Activations are arguments and results of their own, not in lists: torch's module hooks, by which ZeRO-3 knows
+        when the layer's backward pass begins and ends, look no further.
+        """
         works = [self._stages(x_TD, context) for x_TD, context in zip(xs_TD, contexts, strict=True)]
         outputs, stats = zip(*interleaved(works), strict=True)
-        return list(outputs), list(stats)
+        return (*outputs, list(stats))
 
     def _stages(self, x_TD: torch.Tensor, context: BatchContext) -> Stages[tuple[torch.Tensor, RouterStats]]:
         # x = x + mixer(norm(x)): x comes through the first norm unchanged, the second norm adds.

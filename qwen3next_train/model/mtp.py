@@ -98,7 +98,7 @@ class MultiTokenPredictor(nn.Module):
             contexts: the micro-batches.
         """
         xs_TD = [self._joined(*parts) for parts in zip(embeddings_TD, hiddens_TD, strict=True)]
-        outs_TD, stats = recomputed_layer(self.layers[depth - 1], xs_TD, contexts)
+        outs_TD, stats = recomputed_layer(self.layers[depth - 1], contexts, *xs_TD)
         return [self.norm(out_TD) for out_TD in outs_TD], stats
 
     def _joined(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:

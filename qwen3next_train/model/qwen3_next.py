@@ -117,7 +117,7 @@ class Qwen3NextModel(nn.Module):
         xs_TD = [self.embed_tokens(input_ids_T) for input_ids_T in inputs_T]
         stats = []
         for layer in self.layers:
-            xs_TD, layer_stats = recomputed_layer(layer, xs_TD, contexts)
+            xs_TD, layer_stats = recomputed_layer(layer, contexts, *xs_TD)
             stats.append(layer_stats)
         return [self.norm(x_TD) for x_TD in xs_TD], stats
 

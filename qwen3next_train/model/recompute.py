@@ -78,18 +78,21 @@ def is_recomputed(part: RecomputePart) -> bool:
     return current is not None and part in current.parts and torch.is_grad_enabled()
 
 
-def recomputed_layer(layer: Callable[..., tuple[list[torch.Tensor], R]], *inputs: Any) -> tuple[list[torch.Tensor], R]:
-    """``layer(*inputs)``, activations first; if ``layer`` is recomputed, of all it computes only its inputs are kept.
+def recomputed_layer(
+    layer: Callable[..., tuple[*tuple[torch.Tensor, ...], R]], *inputs: Any
+) -> tuple[list[torch.Tensor], R]:
+    """``layer(*inputs)``: activations, and what it returns behind them.
 
-    All of the layer runs again, its collectives in their order on every rank: stopping at the last tensor that is
-    needed could leave one of them out on some ranks.
+    If ``layer`` is recomputed, of all it computes only its inputs are kept. All of it runs again, its collectives in
+    their order on every rank: stopping at the last tensor that is needed could leave one of them out on some ranks.
     """
     current = _active.get()
     if current is None or "layer" not in current.parts or not torch.is_grad_enabled():
-        return layer(*inputs)
+        *xs_TD, rest = layer(*inputs)
+        return xs_TD, rest
 
     def layer_to_be_recomputed(*inputs: Any) -> tuple[list[torch.Tensor], R]:
-        xs_TD, rest = layer(*inputs)
+        *xs_TD, rest = layer(*inputs)
         return [_RecomputeFirst.apply(x_TD) for x_TD in xs_TD], rest
 
     token = _active.set(None)

@@ -9,7 +9,8 @@ Letters: T tokens, r rows of the micro-batch, S = T / r tokens per row, E expert
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,8 +26,11 @@ def own_counts(counts: torch.Tensor) -> Summed:
     return lambda: counts
 
 
-class RouterStats(NamedTuple):
+@dataclass(frozen=True)
+class RouterStats:
     """What one layer's router did with one micro-batch.
+
+    No tuple, in which ZeRO-3 would look for tensors: at the gradient of each it would ask for the layer's weights.
 
     Args:
         mean_prob_rE: fp32 ``[r, E]``, mean softmax probability of each expert over the row; differentiable.

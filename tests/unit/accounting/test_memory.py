@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
@@ -17,6 +19,7 @@ from qwen3next_train.accounting.memory import (
     memory_per_gpu,
     persistent_numel,
     snapshot_bytes_per_gpu,
+    stage3_limits,
 )
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
@@ -136,6 +139,32 @@ def test_stage3_partitions_every_parameter() -> None:
     assert memory["weights"] == 4 * (pieces + whole)
     assert memory["gradients"] == 4 * pieces
     assert memory["optimizer"] == 12 * pieces
+    # The largest layer's gradients at once, and all weights gathered: they are fewer than stage 3 keeps.
+    layer = GDN + GATES + 5 + 4 * 8 + EXPERTS // 6 + SHARED // 3 + 2 * 8
+    assert memory["zero_buffers"] == 4 * (REDUCE_BUCKET_NUMEL + layer + DENSE + EXPERTS // 2)
+
+
+@pytest.mark.parametrize(("expert_parallel", "tensor_parallel"), [(1, 1), (8, 1), (8, 2)])
+def test_stage3_has_room_for_two_layers_beside_what_is_in_none(expert_parallel: int, tensor_parallel: int) -> None:
+    """Counted over the whole table of the 80B, of which experts and heads are divided."""
+    layers: Counter[str] = Counter()
+    for spec in parameter_table(QWEN3_NEXT_80B):
+        shares = expert_parallel if spec.expert else tensor_parallel if spec.heads else 1
+        in_layer = re.match(r"(model|mtp)\.layers\.\d+", spec.name)
+        layers[in_layer.group() if in_layer else ""] += spec.numel // shares
+    others = layers.pop("")
+    found = stage3_limits(QWEN3_NEXT_80B, expert_parallel_size=expert_parallel, tensor_parallel_size=tensor_parallel)
+    assert found.layer == max(layers.values())
+    # MTP's norms outside of its layer are too small to be partitioned.
+    others -= 3 * QWEN3_NEXT_80B.hidden_size
+    assert found.live == max(1_000_000_000, others + 2 * found.layer)
+    assert found.reuse == found.live - others - found.layer
+    layout = Layout(64, expert_parallel, 3, "bf16", 1, 16, tensor_parallel_size=tensor_parallel)
+    # Embedding and head, or the experts' larger matrix.
+    largest = max(QWEN3_NEXT_80B.vocab_size, 2 * 512 * 512 // expert_parallel) * QWEN3_NEXT_80B.hidden_size
+    buffers = memory_per_gpu(QWEN3_NEXT_80B, layout)["zero_buffers"]
+    # Gradients of a layer or of the head at once, and either may be gathered beyond the limit.
+    assert buffers == 4 * REDUCE_BUCKET_NUMEL + 2 * (2 * max(found.layer, largest) + found.live)
 
 
 @pytest.mark.parametrize(

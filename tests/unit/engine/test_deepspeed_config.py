@@ -1,5 +1,7 @@
+from qwen3next_train.accounting.memory import stage3_limits
 from qwen3next_train.config.schema import Config, OptimizerConfig, ParallelConfig, RunConfig
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
+from tests.unit.accounting.shapes import TINY
 
 
 def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
@@ -23,6 +25,18 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
             "allgather_bucket_size": 200_000_000,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
+    config = Config(model=TINY, parallel=ParallelConfig(zero_stage=3, expert_parallel_size=2))
+    found = deepspeed_config(config, num_passes=1)["zero_optimization"]
+    limits = stage3_limits(TINY, expert_parallel_size=2, tensor_parallel_size=1)
+    assert {key: value for key, value in found.items() if key.startswith("stage3_")} == {
+        "stage3_param_persistence_threshold": 128,
+        "stage3_max_reuse_distance": limits.reuse,
+        "stage3_max_live_parameters": limits.live,
+        "stage3_prefetch_bucket_size": limits.layer,
     }
 
 

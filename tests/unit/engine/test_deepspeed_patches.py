@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 
 from qwen3next_train.config.schema import OptimizerConfig
-from qwen3next_train.engine.deepspeed_patches import quiet_start
+from qwen3next_train.engine.deepspeed_patches import gather_one_by_one, quiet_start
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.optim.adamw import build_adamw
 
@@ -41,3 +44,42 @@ def test_a_skipped_step_is_not_said_by_deepspeed(said: list[str]) -> None:
     scaler.update_scale(overflow=True)
     assert said == ["heard"]
     assert scaler.loss_scale == 1.0
+
+
+def test_weights_are_gathered_one_by_one_in_one_order_on_all_ranks() -> None:
+    gathered: list[tuple[int, dict[str, bool]]] = []
+    arrived: list[int] = []
+
+    def gather(parameters: list[SimpleNamespace], **settings: bool) -> SimpleNamespace:
+        (parameter,) = parameters
+        gathered.append((parameter.ds_id, settings))
+        return SimpleNamespace(wait=lambda **_: arrived.append(parameter.ds_id))
+
+    parameters = [SimpleNamespace(ds_id=number, all_gather_coalesced=gather) for number in (4, 2, 7)]
+    gather_one_by_one(parameters)
+    handle = parameters[0].all_gather_coalesced(parameters, quantize=False)
+    assert gathered == [(number, {"quantize": False}) for number in (2, 4, 7)]
+    assert arrived == []
+    handle.wait()
+    assert arrived == [2, 4, 7]
+
+
+def test_what_a_rank_has_to_itself_is_gathered_without_a_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet_start()
+    monkeypatch.setattr(partition_parameters, "get_accelerator", lambda: pytest.fail("asked for the device"))
+    kept = torch.arange(6.0)
+    parameters = [
+        SimpleNamespace(ds_tensor=kept, ds_shape=(2, 3), ds_status=ZeroParamStatus.NOT_AVAILABLE, data=None)
+        for _ in range(2)
+    ]
+    handle = partition_parameters._no_gather_coalesced(parameters)
+    assert all(parameter.ds_status == ZeroParamStatus.INFLIGHT for parameter in parameters)
+    handle.wait(handle_dependency=True)
+    for parameter in parameters:
+        assert parameter.ds_status == ZeroParamStatus.AVAILABLE
+        assert parameter.data.shape == (2, 3)
+        assert parameter.data.data_ptr() == kept.data_ptr()
+    # Of two weights gathered together the first may be released before the second is asked for.
+    parameters[0].ds_status = ZeroParamStatus.NOT_AVAILABLE
+    handle.wait()
+    assert parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE

@@ -66,7 +66,7 @@ def test_a_depth_reads_embedding_then_hidden_state() -> None:
     for depth, read in enumerate((batch.labels_T, batch.mtp_targets[0])):
         embedding = embed(input_ids(read))
         joined = torch.cat((mtp.pre_fc_norm_embedding(embedding), mtp.pre_fc_norm_hidden(hidden)), dim=1)
-        (out,), _ = mtp.layers[depth]([mtp.fc(joined)], [context])
+        out, _ = mtp.layers[depth]([context], mtp.fc(joined))
         hidden = mtp.norm(out)
         sums.append(F.cross_entropy(model.lm_head(hidden), batch.mtp_targets[depth], reduction="sum"))
     torch.testing.assert_close(model([batch], scales_of(batch))[0].nll_mtp_sums, torch.stack(sums))

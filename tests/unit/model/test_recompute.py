@@ -139,11 +139,11 @@ def test_a_layer_runs_again_before_anything_of_it_runs_backward() -> None:
     """Weights that are gathered for a module's backward must not be released by a forward in the middle of it."""
     events = []
 
-    def layer(x: torch.Tensor) -> tuple[list[torch.Tensor], None]:
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, None]:
         events.append("forward")
         y = x.exp() * x
         y.register_hook(lambda _: events.append("backward"))
-        return [y], None
+        return y, None
 
     x = torch.ones(3, requires_grad=True)
     with recomputing(["layer"]):
