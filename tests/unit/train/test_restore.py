@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(tmp_p
     assert due_steps({}, restored) == []
     with pytest.raises(ConfigError, match=rf"optimizer\.lr: was 0\.0003, now 0\.0001: {fork.start} belongs to"):
         restore(tmp_path / "two", config_of(lr=1e-4), fork)
-    with pytest.raises(ConfigError, match=r"^--resume\.from: .*nowhere: not a directory; name a run directory"):
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .*nowhere: no such directory; name a run directory"):
         restore(tmp_path / "two", resume=Resume(start=tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"^run\.steps: 4 are fewer than the 5 steps of "):
         restore(tmp_path / "two", config_of(4), fork)
