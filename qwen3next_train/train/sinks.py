@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
-from qwen3next_train.metrics.history import keep_aside
+from qwen3next_train.metrics.history import Row, keep_aside
 from qwen3next_train.metrics.samples import Sample, SampleSink, samples_row, say_samples
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
@@ -31,6 +31,7 @@ from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
 from qwen3next_train.train.restore import Restored, due_steps, start_record
 from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.run_info import ValidatedRows
 from qwen3next_train.versions import software_versions
 
 LogSamples = Callable[[int, Sequence[Sample]], None]
@@ -56,9 +57,22 @@ def open_sinks(
     throughput: Throughput,
     layout: dict[str, int],
     data: list[dict[str, Any]],
+    validation_rows: Mapping[str, str],
     stack: ExitStack,
 ) -> RunSinks:
-    """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
+    """Rank 0's destinations of records, in the order they are told.
+
+    Args:
+        config: the resolved configuration.
+        context: this process.
+        run_dir: the opened run directory.
+        restored: where the attempt starts.
+        throughput: knows how long the rest takes.
+        layout: the world, for ``run.json``.
+        data: what ``run.json`` says of sources.
+        validation_rows: digests of the rows that are validated on, by the prefix of their metrics.
+        stack: takes what has to be closed.
+    """
     if context.rank != 0:
         return RunSinks((), lambda step, samples: None, lambda step: None, lambda: None, lambda step: None)
     state = restored.state
@@ -73,8 +87,15 @@ def open_sinks(
     )
     if isinstance(restored.start, int):
         _keep_aside(run_dir, restored.start)
+    own = {"first_step": state.step, "validation_rows": validation_rows}
+    rows = ValidatedRows([*info.get("attempts", []), own])
+
+    def take_earlier(row: Row) -> None:
+        step = row["step"]
+        summary.take_earlier({name: value for name, value in row.items() if rows.compares(name, step)})
+
     metrics = JsonlSink(
-        run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=summary.take_earlier
+        run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=take_earlier
     )
     stack.callback(metrics.close)
     samples_file = _open_samples(config, run_dir, state.step, stack)
@@ -88,6 +109,7 @@ def open_sinks(
         forked=isinstance(restored.start, Path),
         start=None if restored.start is None else start_record(restored.start, config),
         changes=[asdict(change) for change in state.changes],
+        validation_rows=validation_rows,
     )
     console = ConsoleSink(
         total_steps=config.run.steps,
