@@ -31,7 +31,15 @@ from qwen3next_train.checkpoint.filesystem import (
 )
 from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_file
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, encode_manifest, parse_manifest
-from qwen3next_train.checkpoint.names import MAX_STEP, CheckpointInfo, list_checkpoints, list_names, step_name
+from qwen3next_train.checkpoint.names import (
+    BEST_NAME,
+    MAX_STEP,
+    CheckpointInfo,
+    list_checkpoints,
+    list_names,
+    list_steps,
+    step_name,
+)
 from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -240,10 +248,7 @@ class CheckpointManager:
         known = self._list()
         named = next((checkpoint for checkpoint in known if checkpoint.step == step), None)
         if named is None:
-            steps = ", ".join(str(checkpoint.step) for checkpoint in known if checkpoint.published) or "none"
-            raise ConfigError(
-                f"--resume.from: {self._directory} has no checkpoint of step {step}; give a step that it has: {steps}"
-            )
+            raise ConfigError(f"--resume.from: {self._directory} has no checkpoint of step {step}; {list_steps(known)}")
         return self.find(named)
 
     def find_last_good(self) -> int | None:
@@ -271,7 +276,7 @@ class CheckpointManager:
         step = self._on_rank_0(step_of_best)
         if step is None:
             raise ConfigError(
-                f"{self._directory / publication.BEST_NAME}: no checkpoint is the best: the run had no "
+                f"{self._directory / BEST_NAME}: no checkpoint is the best: the run had no "
                 "checkpoint.best, or no validation at a saved step; name a checkpoint by its step"
             )
         return next(checkpoint for checkpoint in known if checkpoint.step == step and checkpoint.published)

@@ -14,8 +14,13 @@ from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, Glance, VerifiedCheckpoint
-from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, MANIFEST_NAME, CheckpointInfo, list_checkpoints
-from qwen3next_train.checkpoint.publication import BEST_NAME
+from qwen3next_train.checkpoint.names import (
+    CHECKPOINTS_NAME,
+    MANIFEST_NAME,
+    CheckpointInfo,
+    directory_of_best,
+    list_checkpoints,
+)
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -131,24 +136,6 @@ def name_checkpoint(path: Path, control: ControlGroup) -> NamedCheckpoint:
 def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     """The checkpoint that a path names, every byte of it verified: see :func:`name_checkpoint`. Collective."""
     return name_checkpoint(path, control).verify()
-
-
-def directory_of_best(path: Path) -> Path | None:
-    """The checkpoints directory whose best one a path names; None where the path names something else.
-
-    Raises:
-        StorageError: it cannot be told now.
-    """
-    if path.name != BEST_NAME:
-        return None
-    try:
-        if path.is_dir() or not path.parent.is_dir():
-            return None
-        parent = path.parent.resolve()
-        inner = parent / CHECKPOINTS_NAME
-        return inner if inner.is_dir() else parent
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
 
 
 def sections_of_checkpoint(path: Path) -> tuple[ModelConfig, DataConfig] | None:

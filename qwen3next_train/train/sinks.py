@@ -29,9 +29,10 @@ from qwen3next_train.metrics.tensorboard_sink import FOLDER_NAME, TensorBoardSin
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.train.restore import Restored, due_steps, start_record
+from qwen3next_train.train.restore import Restored, due_steps
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.run_info import ValidatedRows
+from qwen3next_train.train.start import start_record
 from qwen3next_train.versions import software_versions
 
 LogSamples = Callable[[int, Sequence[Sample]], None]

@@ -67,7 +67,10 @@ def test_resume_options_go_to_training_and_are_checked_before(fake, capsys):
     assert (
         run(capsys, *TINY, "--resume.accept=optimizer.lr", "--resume.accept", "run.steps", "--resume.from", "3")[0] == 0
     )
-    assert calls[0][0][2] == Resume(("optimizer.lr", "run.steps"), 3)
+    _, check, resume = calls[0][0]
+    assert resume == Resume(("optimizer.lr", "run.steps"), 3)
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .* has no checkpoint of step 3; it has none at all"):
+        check()
     code, out, err = run(capsys, *TINY, "--resume.accept", "run.stepz")
     assert (code, out, len(calls)) == (2, "", 1)
     assert err == (
