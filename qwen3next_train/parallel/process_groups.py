@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,7 @@ from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
-from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks
+from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks, describe_lost
 from qwen3next_train.topology import Topology
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
@@ -172,7 +172,9 @@ def process_context(
             "check the master address and port and that every node started"
         ) from error
     try:
-        control = _control_group(world_size, timeout)
+        with _named_when_lost(rank_infos, rank):
+            control, saving = _control_group(world_size, timeout), _control_group(world_size, timeout)
+            preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         yield ProcessContext(
             rank,
             world_size,
@@ -180,8 +182,8 @@ def process_context(
             process.local_world_size,
             device,
             control=control,
-            saving=_control_group(world_size, timeout),
-            preparation=_control_group(world_size, _PREPARATION_TIMEOUT),
+            saving=saving,
+            preparation=preparation,
             rank_infos=rank_infos,
         )
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
@@ -269,6 +271,20 @@ def _said_when_slow(process: LaunchedProcess) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None]:
+    """While the groups are formed, for which a rank waits until every other one has come or the connection ends."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if is_out_of_memory(error) or is_out_of_files(error):
+            raise
+        lost = describe_lost(rank_infos, rank) or "another rank was lost"
+        raise PeerLostError(
+            f"rank {rank}: {lost}, while the process groups were formed: {_first_line(error)}; run the same line again"
+        ) from error
 
 
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
