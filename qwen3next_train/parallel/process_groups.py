@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from qwen3next_train.config.schema import ParallelConfig, RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
@@ -28,6 +29,8 @@ from qwen3next_train.topology import Topology
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
+_FORMING_TIMEOUT = datetime.timedelta(minutes=2)
+"""To form a group takes a moment once all ranks have met; for one that has died meanwhile the others wait so long."""
 _SAID_AFTER_S = 10.0
 _NO_INTERFACE = re.compile(r"Unable to find address for: (\S+)")
 _CANNOT_LISTEN = re.compile(r"failed to listen.*name: (E[A-Z]+)", re.DOTALL)
@@ -290,7 +293,9 @@ def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
     if world_size == 1:
         return SingleProcess()
-    return GlooControlGroup(dist.new_group(backend="gloo", timeout=timeout))
+    group = dist.new_group(backend="gloo", timeout=min(timeout, _FORMING_TIMEOUT))
+    _set_pg_timeout(timeout, group)
+    return GlooControlGroup(group)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,3 +1,4 @@
+import datetime
 import errno
 import os
 
@@ -65,6 +66,26 @@ def test_a_rank_that_is_lost_while_groups_are_formed_is_said(monkeypatch: pytest
         "/process_group/0/1; run the same line again"
     )
     assert not dist.is_initialized()
+
+
+def test_a_group_that_is_patient_is_not_formed_patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would wait a week for a rank that has died before its groups are there."""
+    formed: list[tuple[datetime.timedelta, dist.ProcessGroup]] = []
+    new_group = dist.new_group
+
+    def form(*, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+        group = new_group(backend=backend, timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        formed.append((timeout, group))
+        return group
+
+    monkeypatch.setattr(dist, "new_group", form)
+    with process_context("cpu"):
+        for wanted in (datetime.timedelta(days=7), datetime.timedelta(seconds=20)):
+            process_groups._control_group(2, wanted)
+        assert [timeout.total_seconds() for timeout, _ in formed] == [120, 20]
+        kept = [group._get_backend(torch.device("cpu")).options._timeout for _, group in formed]
+        assert kept == [datetime.timedelta(days=7), datetime.timedelta(seconds=20)]
 
 
 @pytest.mark.slow
