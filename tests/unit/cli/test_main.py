@@ -370,6 +370,8 @@ PATH_OPTIONS = (
     ("path", "reason"),
     [
         ("a\0b", "has a NUL byte"),
+        ("a\nb", "has a line break or another control character"),
+        ("a\u2028b", "has a line break or another control character"),
         ("a\udcfe", "has bytes that are no UTF-8"),
         ("x/" + "n" * 256, "has a name of more than 255 bytes"),
         ("~no-such-user/x", "names a home folder that is not known"),
