@@ -88,16 +88,7 @@ def open_sinks(
     )
     if isinstance(restored.start, int):
         _keep_aside(run_dir, restored.start)
-    own = {"first_step": state.step, "validation_rows": validation_rows}
-    rows = ValidatedRows([*info.get("attempts", []), own])
-
-    def take_earlier(row: Row) -> None:
-        step = row["step"]
-        summary.take_earlier({name: value for name, value in row.items() if rows.compares(name, step)})
-
-    metrics = JsonlSink(
-        run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=take_earlier
-    )
+    metrics = _open_metrics(run_dir, restored, validation_rows, summary)
     stack.callback(metrics.close)
     samples_file = _open_samples(config, run_dir, state.step, stack)
     run_dir.record_attempt(
@@ -155,6 +146,20 @@ def open_sinks(
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
     sinks: tuple[Sink, ...] = (metrics, console, summary, wandb, *tensorboard)
     return RunSinks(sinks, log_samples, advance, sync, run_dir.record_save)
+
+
+def _open_metrics(
+    run_dir: RunDirectory, restored: Restored, validation_rows: Mapping[str, str], summary: SummarySink
+) -> JsonlSink:
+    """``metrics.jsonl``, cut to where the run goes on; the summary is told of what stays and compares with now."""
+    info, step = run_dir.read_info(), restored.state.step
+    own = {"first_step": step, "validation_rows": validation_rows}
+    rows = ValidatedRows([*info.get("attempts", []), own])
+
+    def take_earlier(row: Row) -> None:
+        summary.take_earlier({name: value for name, value in row.items() if rows.compares(name, row["step"])})
+
+    return JsonlSink(run_dir.metrics_path, resume_step=step, due=due_steps(info, restored), on_kept=take_earlier)
 
 
 def _open_samples(config: Config, run_dir: RunDirectory, step: int, stack: ExitStack) -> JsonlSink | None:
