@@ -9,8 +9,13 @@ from qwen3next_train.checkpoint.best import best_of
 from qwen3next_train.checkpoint.discovery import VerifyResult, verify
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, describe_os_error, format_bytes
 from qwen3next_train.checkpoint.manifest import Manifest
-from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, CheckpointInfo, list_checkpoints, list_names
-from qwen3next_train.checkpoint.weights import directory_of_best
+from qwen3next_train.checkpoint.names import (
+    CHECKPOINTS_NAME,
+    CheckpointInfo,
+    directory_of_best,
+    list_checkpoints,
+    list_names,
+)
 from qwen3next_train.errors import ConfigError, ExitCode, StorageError
 
 _HEADINGS = ("step", "size", "written by", "saved at (UTC)", "state")

@@ -31,7 +31,15 @@ from qwen3next_train.checkpoint.filesystem import (
 )
 from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_file
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, encode_manifest, parse_manifest
-from qwen3next_train.checkpoint.names import MAX_STEP, CheckpointInfo, list_checkpoints, list_names, step_name
+from qwen3next_train.checkpoint.names import (
+    BEST_NAME,
+    MAX_STEP,
+    CheckpointInfo,
+    list_checkpoints,
+    list_names,
+    list_steps,
+    step_name,
+)
 from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -76,12 +84,16 @@ class Glance:
     """What a checkpoint says of itself, before its files are hashed.
 
     Args:
+        path: its directory.
         config: the configuration it was written under.
         state: its progress.
+        kinds: what it holds of every parameter.
     """
 
+    path: Path
     config: dict[str, Any]
     state: TrainState
+    kinds: tuple[str, ...]
 
 
 class CheckpointManager:
@@ -200,24 +212,30 @@ class CheckpointManager:
         """
         return next((checkpoint.step for checkpoint in self._list()), None)
 
-    def glance(self) -> Glance | None:
-        """The newest checkpoint as its manifest describes it; None without one, or where that is not whole.
+    def glance(self, checkpoint: CheckpointInfo | None = None) -> Glance | None:
+        """A checkpoint as its manifest describes it; None without one, or where that is not whole.
+
+        Args:
+            checkpoint: which one; None: the newest.
 
         Raises:
             StorageError: the directory cannot be listed.
         """
-        newest = next(iter(self._list()), None)
-        if newest is None:
+        named = checkpoint or next(iter(self._list()), None)
+        if named is None:
             return None
 
         def read() -> Json:
-            result = verify(self._fs, self._directory, newest, hashes=False)
-            if result.reason is not None or result.manifest is None:
+            result = verify(self._fs, self._directory, named, hashes=False)
+            if result.reason is not None or (manifest := result.manifest) is None:
                 return None
-            return {"config": result.manifest.config, "state": asdict(result.manifest.train_state)}
+            return {"config": manifest.config, "state": asdict(manifest.train_state), "kinds": manifest.kinds}
 
         found = self._on_rank_0(read)
-        return None if found is None else Glance(found["config"], TrainState(**found["state"]))
+        if found is None:
+            return None
+        path = self._directory / named.name
+        return Glance(path, found["config"], TrainState(**found["state"]), tuple(found["kinds"]))
 
     def find_step(self, step: int) -> VerifiedCheckpoint:
         """The checkpoint of a step, verified.
@@ -230,10 +248,7 @@ class CheckpointManager:
         known = self._list()
         named = next((checkpoint for checkpoint in known if checkpoint.step == step), None)
         if named is None:
-            steps = ", ".join(str(checkpoint.step) for checkpoint in known if checkpoint.published) or "none"
-            raise ConfigError(
-                f"--resume.from: {self._directory} has no checkpoint of step {step}; give a step that it has: {steps}"
-            )
+            raise ConfigError(f"--resume.from: {self._directory} has no checkpoint of step {step}; {list_steps(known)}")
         return self.find(named)
 
     def find_last_good(self) -> int | None:
@@ -245,13 +260,12 @@ class CheckpointManager:
         published = (checkpoint for checkpoint in self._list() if checkpoint.published)
         return next((each.step for each in published if self._is_counted(each)), None)
 
-    def find_best(self) -> VerifiedCheckpoint:
-        """The checkpoint that the run's ``checkpoint.best`` calls the best, verified; the same on every rank.
+    def name_best(self) -> CheckpointInfo:
+        """The checkpoint that the run's ``checkpoint.best`` calls the best; the same on every rank.
 
         Raises:
             ConfigError: the run names no metric, or no checkpoint has a value of it.
-            CheckpointError: it is damaged or of a newer format.
-            StorageError: the directory cannot be listed, or the checkpoint cannot be read.
+            StorageError: the directory cannot be listed.
         """
         known = self._list()
 
@@ -262,10 +276,10 @@ class CheckpointManager:
         step = self._on_rank_0(step_of_best)
         if step is None:
             raise ConfigError(
-                f"{self._directory / publication.BEST_NAME}: no checkpoint is the best: the run had no "
+                f"{self._directory / BEST_NAME}: no checkpoint is the best: the run had no "
                 "checkpoint.best, or no validation at a saved step; name a checkpoint by its step"
             )
-        return self.find(next(checkpoint for checkpoint in known if checkpoint.step == step and checkpoint.published))
+        return next(checkpoint for checkpoint in known if checkpoint.step == step and checkpoint.published)
 
     def find(self, checkpoint: CheckpointInfo) -> VerifiedCheckpoint:
         """One checkpoint, verified; the same on every rank.

@@ -11,21 +11,26 @@ Time stamps and the ``latest`` hint are never consulted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3next_train.checkpoint.filesystem import Filesystem
+from qwen3next_train.checkpoint.filesystem import Filesystem, describe_os_error
+from qwen3next_train.errors import StorageError
 
 CHECKPOINTS_NAME = "checkpoints"
 """Of the directory, in a run directory."""
 
 MANIFEST_NAME = "MANIFEST.json"
+BEST_NAME = "best"
+"""Of the file, beside the checkpoints, that tells people which is the best."""
 FORMAT = "qwen3next_train checkpoint"
 MANIFEST_START = f'{{\n"format": "{FORMAT}"'.encode()
 """What every version's manifest begins with."""
 
 MAX_STEP = 10**8 - 1
+
+_MAX_LISTED = 20
 
 _PUBLISHED = re.compile(r"step_([0-9]{8})")
 _REPLACED = re.compile(r"\.replaced-step_([0-9]{8})-[0-9a-f]{8}")
@@ -66,6 +71,33 @@ def list_checkpoints(names: Iterable[str]) -> list[CheckpointInfo]:
         elif match := _REPLACED.fullmatch(name):
             found.append(CheckpointInfo(name, int(match[1]), published=False))
     return sorted(found, key=lambda checkpoint: (-checkpoint.step, not checkpoint.published, checkpoint.name))
+
+
+def directory_of_best(path: Path) -> Path | None:
+    """The checkpoints directory whose best one a path names; None where the path names something else.
+
+    Raises:
+        StorageError: it cannot be told now.
+    """
+    if path.name != BEST_NAME:
+        return None
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            return None
+        parent = path.parent.resolve()
+        inner = parent / CHECKPOINTS_NAME
+        return inner if inner.is_dir() else parent
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
+
+
+def list_steps(checkpoints: Sequence[CheckpointInfo]) -> str:
+    """What to give where a step is not there: those that are, the newest first."""
+    steps = [str(checkpoint.step) for checkpoint in checkpoints if checkpoint.published]
+    if not steps:
+        return "it has none at all; leave --resume.from out to start at step 0, or give the path of another run"
+    more = f" and {len(steps) - _MAX_LISTED} older ones" if len(steps) > _MAX_LISTED else ""
+    return f"give a step that it has: {', '.join(steps[:_MAX_LISTED])}{more}"
 
 
 def is_leftover(name: str) -> bool:

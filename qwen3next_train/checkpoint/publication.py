@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwen3next_train.checkpoint.filesystem import Filesystem, remove_tree, write_file
 from qwen3next_train.checkpoint.names import (
+    BEST_NAME,
     MANIFEST_NAME,
     is_leftover,
     is_unfinished,
@@ -24,7 +25,6 @@ from qwen3next_train.checkpoint.names import (
 from qwen3next_train.log import get_logger
 
 LATEST_NAME = "latest"
-BEST_NAME = "best"
 ASIDE_NAME = "aside"
 """Of the folders, with a number, in which the checkpoints are that a run went back from."""
 

@@ -13,9 +13,14 @@ from pydantic import BaseModel, ValidationError
 from qwen3next_train.accounting.hardware import Precision
 from qwen3next_train.checkpoint.filesystem import describe_os_error
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
-from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, MANIFEST_NAME, list_checkpoints
-from qwen3next_train.checkpoint.publication import BEST_NAME
+from qwen3next_train.checkpoint.manager import CheckpointManager, Glance, VerifiedCheckpoint
+from qwen3next_train.checkpoint.names import (
+    CHECKPOINTS_NAME,
+    MANIFEST_NAME,
+    CheckpointInfo,
+    directory_of_best,
+    list_checkpoints,
+)
 from qwen3next_train.config.resolve import with_layer_types
 from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.errors import CheckpointError, ConfigError, StorageError
@@ -54,8 +59,48 @@ class Weights:
     precision: Precision
 
 
-def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
-    """The checkpoint that a path names, every byte of it verified. Collective.
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """The checkpoint that a path names, of which nothing is verified yet.
+
+    Args:
+        path: as it was given.
+        manager: of the directory that it lies in.
+        info: which one; None: the newest intact one.
+    """
+
+    path: Path
+    manager: CheckpointManager
+    info: CheckpointInfo | None
+
+    def glance(self) -> Glance | None:
+        """What its manifest says: enough to refuse it before every byte is read. Collective.
+
+        Returns:
+            None where the manifest is not whole. Of the newest checkpoint, which need not be the newest intact one.
+
+        Raises:
+            StorageError: the directory cannot be listed.
+        """
+        return self.manager.glance(self.info)
+
+    def verify(self) -> VerifiedCheckpoint:
+        """It, every byte verified. Collective.
+
+        Raises:
+            ConfigError: there is none.
+            CheckpointError: damaged, or of a newer format.
+            StorageError: the directory cannot be listed, or a checkpoint cannot be read.
+        """
+        if self.info is not None:
+            return self.manager.find(self.info)
+        if (found := self.manager.find_latest()) is None:
+            raise ConfigError(f"{self.path}: no checkpoint in it; name a run directory or one of its checkpoints")
+        return found
+
+
+def name_checkpoint(path: Path, control: ControlGroup) -> NamedCheckpoint:
+    """The checkpoint that a path names. Collective.
 
     Args:
         path: a checkpoint (``step_00001000``), a run directory or its ``checkpoints``: the newest intact one. ``best``
@@ -63,15 +108,16 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
         control: the ranks, which share the verification.
 
     Raises:
-        ConfigError: no such directory, or no checkpoint in it.
-        CheckpointError: damaged, or of a newer format.
-        StorageError: the directory cannot be listed, or a checkpoint cannot be read.
+        ConfigError: no such directory, or it has another name than a checkpoint's.
+        StorageError: the directory cannot be listed.
     """
     if (of_best := directory_of_best(path)) is not None:
-        return CheckpointManager(of_best, control=control, keep=1).find_best()
+        manager = CheckpointManager(of_best, control=control, keep=1)
+        return NamedCheckpoint(path, manager, manager.name_best())
     try:
         if not path.is_dir():
-            raise ConfigError(f"{path}: not a directory; name a run directory or one of its checkpoints")
+            problem = "not a directory" if path.exists() else "no such directory"
+            raise ConfigError(f"{path}: {problem}; name a run directory or one of its checkpoints")
         # The name of `.` or of a link may say nothing about the step.
         path = path.resolve()
         is_checkpoint = (path / MANIFEST_NAME).exists()
@@ -80,32 +126,31 @@ def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
     if not is_checkpoint:
-        found = CheckpointManager(directory, control=control, keep=1).find_latest()
-        if found is None:
-            raise ConfigError(f"{path}: no checkpoint in it; name a run directory or one of its checkpoints")
-        return found
+        return NamedCheckpoint(path, CheckpointManager(directory, control=control, keep=1), None)
     named = list_checkpoints([path.name])
     if not named:
         raise ConfigError(f"{path}: a checkpoint under another name; call it step_ and its step in eight digits")
-    return CheckpointManager(path.parent, control=control, keep=1).find(named[0])
+    return NamedCheckpoint(path, CheckpointManager(path.parent, control=control, keep=1), named[0])
 
 
-def directory_of_best(path: Path) -> Path | None:
-    """The checkpoints directory whose best one a path names; None where the path names something else.
+def find_checkpoint(path: Path, control: ControlGroup) -> VerifiedCheckpoint:
+    """The checkpoint that a path names, every byte of it verified: see :func:`name_checkpoint`. Collective."""
+    return name_checkpoint(path, control).verify()
+
+
+def sections_of_checkpoint(path: Path) -> tuple[ModelConfig, DataConfig] | None:
+    """Model, ``layer_types`` filled in, and data section of the checkpoint that a path names; nothing is verified.
+
+    Returns:
+        None where that takes the verification: there is none, or its manifest is not whole.
 
     Raises:
-        StorageError: it cannot be told now.
+        ConfigError: as :func:`name_checkpoint`.
+        CheckpointError: its configuration does not describe its weights.
+        StorageError: as :func:`name_checkpoint`.
     """
-    if path.name != BEST_NAME:
-        return None
-    try:
-        if path.is_dir() or not path.parent.is_dir():
-            return None
-        parent = path.parent.resolve()
-        inner = parent / CHECKPOINTS_NAME
-        return inner if inner.is_dir() else parent
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
+    glance = name_checkpoint(path, SingleProcess()).glance()
+    return None if glance is None else _sections(glance.path, glance.config)
 
 
 def weights_of_checkpoint(path: Path) -> Weights:
@@ -120,11 +165,11 @@ def weights_of_checkpoint(path: Path) -> Weights:
         StorageError: as :func:`find_checkpoint`.
     """
     found = find_checkpoint(path, SingleProcess())
-    model = with_layer_types(_section(found, "model", ModelConfig))
+    model, data = _sections(found.path, found.manifest.config)
     parameters = parameter_table(model)
     reader = _Reader(found)
     reader.check_parameters(parameters)
-    data, run = _section(found, "data", DataConfig), found.manifest.config.get("run")
+    run = found.manifest.config.get("run")
     precision = run.get("precision") if isinstance(run, dict) else None
     return Weights(found.path, model, data, parameters, reader.read, "fp32" if precision == "fp32" else "bf16")
 
@@ -151,13 +196,16 @@ class _Reader:
         return self._fragments.read(name, "master", start, stop)
 
 
-def _section(found: VerifiedCheckpoint, name: str, section: type[SectionT]) -> SectionT:
-    value: Any = found.manifest.config.get(name)
+def _sections(path: Path, config: dict[str, Any]) -> tuple[ModelConfig, DataConfig]:
+    return with_layer_types(_section(path, config, "model", ModelConfig)), _section(path, config, "data", DataConfig)
+
+
+def _section(path: Path, config: dict[str, Any], name: str, section: type[SectionT]) -> SectionT:
     try:
-        return section.model_validate(value)
+        return section.model_validate(config.get(name))
     except ValidationError as error:
         detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ascii(".".join(map(str, (name, *detail["loc"]))))[1:-1]
         raise CheckpointError(
-            f"{found.path}: {where}: {detail['msg']}; use the version of qwen3next_train that wrote the checkpoint"
+            f"{path}: {where}: {detail['msg']}; use the version of qwen3next_train that wrote the checkpoint"
         ) from error

@@ -14,6 +14,9 @@ from qwen3next_train.config.describe import keys
 from qwen3next_train.config.error_lines import meant, raise_errors, show, show_name
 from qwen3next_train.errors import ConfigError
 
+_TRUTHS = ("true", "false", "1", "0", "yes", "no", "on", "off")
+"""Words that no subcommand or path is called, and that people write behind a switch."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -74,7 +77,7 @@ def parse_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> Argum
             elif not has_value:
                 if position == len(argv) or argv[position].startswith("--"):
                     raise ConfigError(f"{show_name(name)}: no value; write {show_name(name)} VALUE")
-                end = position + _num_values(name, options)
+                end = position + _num_values(name, argv[position:], options)
                 value = " ".join(argv[position:end])
                 position = end
             _take(args, name, value, options)
@@ -121,9 +124,17 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
     if name in options:
         return not options[name].metavar
     if name.startswith("--") and "." in name:
+        if name.startswith("--no-") and name.removeprefix("--no-") in keys():
+            key = name.removeprefix("--no-")
+            raise ConfigError(f"{show_name(name)}: unknown option; write --{key} false")
         return False
     argument = megatron.find(name) if name.startswith("--") else None
     if argument is None:
+        if (opposite := megatron.find_opposite(name)) is not None:
+            raise ConfigError(
+                f"{show_name(name)}: unknown option; it would be the opposite of {opposite.flag} ({opposite.effect}); "
+                "leave it out, or give our own key; --help all lists every option"
+            )
         known = [*options, *(entry.flag for entry in megatron.arguments()), *(f"--{key}" for key in keys())]
         raise ConfigError(
             f"{show_name(name)}: unknown option; {meant(name, known, prefix='--')} --help all lists every option"
@@ -131,13 +142,13 @@ def _is_switch(name: str, options: Mapping[str, Option]) -> bool:
     return argument.is_switch
 
 
-def _num_values(name: str, options: Mapping[str, Option]) -> int:
+def _num_values(name: str, words: Sequence[str], options: Mapping[str, Option]) -> int:
     argument = None if name in options or "." in name else megatron.find(name)
-    return 1 if argument is None else argument.num_values
+    return 1 if argument is None else argument.num_values(words)
 
 
 def _check_switch(name: str, value: str, attached: bool, options: Mapping[str, Option]) -> None:
-    if not attached and value.lower() not in ("true", "false"):
+    if not attached and value.lower() not in _TRUTHS:
         return
     hint = "leave the value out"
     if name not in options and (argument := megatron.find(name)):

@@ -30,6 +30,7 @@ from qwen3next_train.config.validate import fewest_processes
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.launcher import MAX_PROCESSES
 from qwen3next_train.train.resume import parse_resume
+from qwen3next_train.train.start import require_start
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]
@@ -73,8 +74,14 @@ def _train(args: Arguments) -> int:
     resume = parse_resume(args.options.get("--resume.accept", []), args.last("--resume.from"))
     loaded = load(args)
     if "--dry-run" in args.options:
+        require_start(resume, loaded.config)
         return _dry_run(loaded.config, world_size(args))
-    check_world = partial(loaded.check_world, world_size(args))
+    num_processes = world_size(args)
+
+    def check_world() -> None:
+        loaded.check_world(num_processes)
+        require_start(resume, loaded.config)
+
     if (processes := processes_to_start(args)) is not None:
         from qwen3next_train.cli.launch import run_processes
 

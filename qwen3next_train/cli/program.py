@@ -10,7 +10,7 @@ from qwen3next_train.cli.command import Command
 from qwen3next_train.cli.commands import COMMANDS, OPTIONS, TRAIN, load
 from qwen3next_train.cli.help_text import help_text
 from qwen3next_train.config.describe import to_yaml
-from qwen3next_train.config.error_lines import nearest, show
+from qwen3next_train.config.error_lines import meant, show
 from qwen3next_train.errors import ConfigError, ExitCode
 from qwen3next_train.imports import import_numpy
 from qwen3next_train.train.held_signals import release_stop_signals
@@ -56,7 +56,9 @@ def _take_command(args: Arguments) -> Command:
         command = COMMANDS[args.positional.pop(0)]
     if len(args.positional) > command.max_positional:
         extra = args.positional[command.max_positional]
-        hint = f"did you mean {nearest(extra, COMMANDS)}?"
+        hint = meant(extra, COMMANDS)
+        if hint.startswith("no key"):
+            hint = "an option takes one value, a list as '[a, b]';"
         if extra.endswith((".yaml", ".yml")):
             hint = "name a configuration with --config"
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import PurePath
 from typing import Annotated, Final
@@ -22,6 +23,7 @@ UNUSABLE = (_UNUSABLE_TEXT, _UNUSABLE_PATH)
 _MAX_PATH_BYTES = 4095
 _MAX_NAME_BYTES = 255
 _MAX_SHOWN = 60
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 class UnusableText(ValueError):
@@ -59,6 +61,9 @@ def usable_path(text: str) -> str:
         UnusableText: it cannot be a path, or there is no such home folder.
     """
     path = usable_text(text)
+    if _CONTROL.search(path):
+        # Messages are lines, and so are lists of names.
+        raise UnusableText("has a line break or another control character")
     if path.startswith("~"):
         path = os.path.expanduser(path)
         if not path.startswith("/") or os.environ.get("HOME") == "":

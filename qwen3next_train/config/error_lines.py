@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pydantic_core import ErrorDetails
 
 from qwen3next_train.config.bounds import UNUSABLE
-from qwen3next_train.config.foreign_names import answer, own_key
+from qwen3next_train.config.foreign_names import answer, family_answer, own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
 
@@ -23,6 +23,8 @@ _MAX_SHOWN = 60
 _MAX_PROBLEM = 200
 _LEAST_LIKENESS = 0.5
 """Of names, 0 to 1: one of two letters is right. What is less alike is no misspelling."""
+_TYPING_ERROR = 0.9
+"""Likeness from which on a name is a misspelling rather than another trainer's."""
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -118,6 +120,8 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     if (instead := answer(name)) is not None:
         return f"{instead};"
     likeness, candidate = _most_alike(name, candidates)
+    if likeness < _TYPING_ERROR and (instead := family_answer(name)) is not None:
+        return f"{instead};"
     return f"did you mean {candidate}?" if likeness >= _LEAST_LIKENESS else "no key is called anything like it;"
 
 

@@ -6,6 +6,7 @@ From transformers' ``TrainingArguments`` and ``config.json`` files, and from the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 _WORLD = "the world size follows from the number of processes, see --nproc-per-node"
@@ -21,6 +22,17 @@ _SETTINGS = "the configuration alone says the settings of a run, leave it out"
 _EXIT = "SIGTERM or SIGUSR1 saves and stops a run, and run.steps says how long it is"
 _RESUME = "the newest checkpoint of run.dir is taken when the same line is run again"
 
+_FUSED = "the kernels section chooses between implementations, leave it out"
+_SENT = "what ranks send and when follows from the parallel section, leave it out"
+_LOGGED = "what is logged stands in metrics.jsonl and wandb, leave it out"
+_ONE_FORMAT = "checkpoints have one format, leave it out"
+_NO_PIPELINE = "layers are not divided over stages of a pipeline, leave it out"
+_ROPE = "Qwen3-Next uses RoPE as it is, leave it out"
+_ROUTER = "every token goes to its likeliest experts and none is dropped, leave it out"
+_SWIGLU = "experts are SwiGLU, leave it out"
+_SOFTMAX = "every softmax layer is Qwen3-Next's gated attention, leave it out"
+_ALWAYS = "a run does what is right by itself there, leave it out"
+
 _TEXT_FIELDS = ("text_column", "dataset_text_field", "text_key", "json_keys")
 
 KEYS: Mapping[str, str] = {
@@ -29,7 +41,10 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(("beta_1", "b1"), "optimizer.beta1"),
     **dict.fromkeys(("beta_2", "b2"), "optimizer.beta2"),
     **dict.fromkeys(("adam_epsilon", "epsilon", "adamw_eps", "optimizer_eps"), "optimizer.eps"),
-    **dict.fromkeys(("wd", "decay", "l2"), "optimizer.weight_decay"),
+    **dict.fromkeys(
+        ("wd", "decay", "l2", "weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
+        "optimizer.weight_decay",
+    ),
     **dict.fromkeys(
         ("max_grad_norm", "grad_clip", "gradient_clipping", "gradient_clip_val", "clip_grad_norm", "max_norm"),
         "optimizer.clip_grad",
@@ -50,7 +65,9 @@ KEYS: Mapping[str, str] = {
         "run.steps",
     ),
     **dict.fromkeys(("train_samples", "num_train_samples"), "run.steps"),
-    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "logging_dir", "save"), "run.dir"),
+    **dict.fromkeys(
+        ("output_dir", "out_dir", "save_dir", "log_dir", "logging_dir", "save", "wandb_save_dir"), "run.dir"
+    ),
     **dict.fromkeys(("data_seed", "random_seed", "manual_seed"), "run.seed"),
     **dict.fromkeys(("train_batch_size", "batch_size", "total_batch_size", "gbs"), "run.global_batch_size"),
     **dict.fromkeys(
@@ -73,7 +90,7 @@ KEYS: Mapping[str, str] = {
             "dataset_path",
             "train_data_path",
             "data_dir",
-            "data_cache",
+            *("data_cache", "mock_data", "per_split_data_args_path", "data_args_path"),
         ),
         "data.sources",
     ),
@@ -83,7 +100,11 @@ KEYS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("validation_split", "validation_split_percentage", "val_fraction"), "data.validation_fraction"),
     **dict.fromkeys(
-        ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "vocab_file", "merge_file"), "data.tokenizer"
+        (
+            *("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "vocab_file", "merge_file"),
+            *("legacy_tokenizer", "tokenizer_metadata", "tiktoken_pattern", "vocab_extra_ids"),
+        ),
+        "data.tokenizer",
     ),
     **dict.fromkeys(
         ("max_seq_length", "max_length", "block_size", "seq_len", "context_length", "max_seq_len", "n_ctx"),
@@ -100,7 +121,10 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(_TEXT_FIELDS, "text_field"),
     # Checkpoints, validation, logging.
     **dict.fromkeys(("save_steps", "save_every", "checkpoint_interval", "checkpointing_steps"), "checkpoint.interval"),
-    **dict.fromkeys(("save_total_limit", "keep_last", "max_checkpoints", "checkpoints_total_limit"), "checkpoint.keep"),
+    **dict.fromkeys(
+        ("save_total_limit", "keep_last", "max_checkpoints", "checkpoints_total_limit", "save_retain_interval"),
+        "checkpoint.keep",
+    ),
     **dict.fromkeys(
         (
             "model_name_or_path",
@@ -116,6 +140,11 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end", "monitor"), "checkpoint.best"),
     **dict.fromkeys(("early_stopping_patience", "early_stopping"), "eval.patience"),
     **dict.fromkeys(("logging_steps", "log_every", "log_every_n_steps", "log_steps"), "logging.interval"),
+    **dict.fromkeys(
+        ("profile", "profile_step_start", "profile_step_end", "use_pytorch_profiler"), "logging.profile.steps"
+    ),
+    **dict.fromkeys(("profile_ranks",), "logging.profile.all_ranks"),
+    **dict.fromkeys(("record_memory_history", "memory_snapshot_path"), "logging.profile.memory"),
     **dict.fromkeys(("report_to", "wandb_mode", "use_wandb"), "logging.wandb.mode"),
     **dict.fromkeys(("run_name", "experiment_name", "wandb_name", "exp_name", "wandb_run_name"), "logging.wandb.name"),
     **dict.fromkeys(("wandb_tags",), "logging.wandb.tags"),
@@ -130,20 +159,30 @@ KEYS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("tp_size", "tp", "tensor_parallel", "autotp_size"), "parallel.tensor_parallel_size"),
     **dict.fromkeys(
-        ("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
+        (
+            *("zero", "stage", "zero_optimization", "deepspeed", "fsdp", "data_parallel_sharding_strategy"),
+            *("use_torch_fsdp2", "use_custom_fsdp", "use_megatron_fsdp", "num_distributed_optimizer_instances"),
+        ),
         "parallel.zero_stage",
     ),
     **dict.fromkeys(
         (
             *("gradient_checkpointing", "activation_checkpointing", "recompute_granularity", "recompute_method"),
             *("recompute_num_layers", "recompute_modules", "recompute_activations", "use_checkpoint"),
+            "moe_layer_recompute",
         ),
         "parallel.recompute",
     ),
     **dict.fromkeys(
         ("cpu_offload", "offload", "optimizer_cpu_offload", "optimizer_offload_fraction"), "parallel.offload_optimizer"
     ),
-    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "optim_state_dtype"), "optimizer.moments_dtype"),
+    **dict.fromkeys(
+        ("exp_avg_dtype", "exp_avg_sq_dtype", "optim_state_dtype", "use_precision_aware_optimizer"),
+        "optimizer.moments_dtype",
+    ),
+    **dict.fromkeys(
+        ("accumulate_allreduce_grads_in_fp32", "grad_reduce_in_bf16", "main_grads_dtype"), "parallel.gradient_dtype"
+    ),
     **dict.fromkeys(
         ("attn_implementation", "attention_backend", "use_flash_attn", "use_flash_attention_2"),
         "kernels.varlen_attention",
@@ -160,7 +199,13 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps"), "model.rms_norm_eps"),
     **dict.fromkeys(("rope_base", "rotary_emb_base"), "model.rope_theta"),
     **dict.fromkeys(("rotary_pct", "rope_percent"), "model.partial_rotary_factor"),
-    **dict.fromkeys(("init_std", "initializer_std", "init_method_std_dev"), "model.initializer_range"),
+    **dict.fromkeys(
+        (
+            *("init_std", "initializer_std", "init_method_std_dev"),
+            *("embedding_init_method_std", "init_method_xavier_uniform"),
+        ),
+        "model.initializer_range",
+    ),
     **dict.fromkeys(("tie_embeddings", "tied_embeddings", "weight_tying"), "model.tie_word_embeddings"),
     **dict.fromkeys(("n_routed_experts", "num_local_experts", "n_experts", "num_moe_experts"), "model.num_experts"),
     **dict.fromkeys(
@@ -183,7 +228,11 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(("conv_kernel", "conv_kernel_size", "d_conv", "conv_size"), "model.linear_conv_kernel_dim"),
     **dict.fromkeys(("attn_layer_period", "attn_interval"), "model.full_attention_interval"),
     **dict.fromkeys(
-        ("layer_type", "layer_pattern", "hybrid_override_pattern", "layers_block_type"), "model.layer_types"
+        (
+            *("layer_type", "layer_pattern", "hybrid_override_pattern", "layers_block_type"),
+            *("is_hybrid_model", "hybrid_attention_ratio", "hybrid_mlp_ratio"),
+        ),
+        "model.layer_types",
     ),
     **dict.fromkeys(("attn_output_gate",), "model.attention_output_gate"),
 }
@@ -196,7 +245,8 @@ ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(
         ("num_gpus", "world_size", "nproc_per_node", "data_parallel_size", "dp_size", "num_processes"), _WORLD
     ),
-    **dict.fromkeys(("local_rank", "rank", "ddp_backend", "distributed_backend"), _WORLD),
+    **dict.fromkeys(("local_rank", "rank"), _WORLD),
+    **dict.fromkeys(("ddp_backend", "distributed_backend"), "it follows from run.device, leave it out"),
     **dict.fromkeys(("fp16_full_eval", "half", "loss_scale", "initial_loss_scale", "min_loss_scale", "tf32"), _NO_FP16),
     **dict.fromkeys(("use_bias", "mlp_bias", "qkv_bias", "bias", "add_bias_linear"), _NO_BIAS),
     **dict.fromkeys(("dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob"), _NO_DROPOUT),
@@ -227,23 +277,46 @@ ANSWERS: Mapping[str, str] = {
         ("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "exit_signal", "max_time"), _EXIT
     ),
     **dict.fromkeys(
-        ("ckpt_format", "dist_ckpt_format", "use_dist_ckpt", "save_safetensors"),
-        "checkpoints have one format, leave it out",
+        ("use_dist_ckpt", "save_safetensors", "auto_detect_ckpt_format", "async_strategy"),
+        _ONE_FORMAT,
     ),
+    "lr_warmup_init": "warm-up begins at 0, leave it out",
+    "lr_wsd_decay_style": "wsd decays linearly, leave it out",
+    "main_params_dtype": "master weights are fp32, leave it out",
+    "iterations_to_skip": "steps whose gradients are not finite are skipped by themselves, leave it out",
     "split": "data.validation_fraction says how much is held out, split of a source which of its splits is read",
     **dict.fromkeys(
         ("dataloader_type", "shuffle", "no_shuffle"), "run.seed alone says the order of the data, leave it out"
     ),
     **dict.fromkeys(
-        ("tensorboard_dir", "log_throughput", "log_params_norm", "log_num_zeros_in_grad", "log_timers_to_tensorboard"),
-        "what is logged stands in metrics.jsonl and wandb, leave it out",
+        ("optim", "optimizer_type", "optimizer_name", "sgd_momentum", "decoupled_lr"),
+        "the optimizer is AdamW, leave it out",
     ),
-    **dict.fromkeys(("optim", "optimizer_type", "optimizer_name"), "the optimizer is AdamW, leave it out"),
     **dict.fromkeys(
         ("trust_remote_code", "remote_code"), "no code of a checkpoint or a dataset is ever run, leave it out"
     ),
 }
 """By foreign name, as in :data:`KEYS`: what to do where no one key is meant."""
+
+FAMILIES: tuple[tuple[str, str], ...] = (
+    (r"fp[48]_.*|.*_fp[48]_.*|(te|transformer_engine)_precision.*", _NO_FP16),
+    (r".*_fusion(_impl)?|no_persist_layer_norm|apply_query_key_layer_scaling|.*_softmax_in_fp32", _FUSED),
+    (r"(enable_|external_)?cuda_graph.*|moe_use_.*|use_kitchen.*|use_fused_.*", _FUSED),
+    (r"(moe_)?(overlap|delay|defer|tp_comm|ddp|nccl|high_priority|moe_flex|moe_enable_deepep|cp_comm)_.*", _SENT),
+    (r"moe_enable_deepep|moe_shared_expert_overlap|moe_extended_tp|moe_hybridep.*|.*_in_collective", _SENT),
+    (r"log_.*|logging_level|timing_log_.*|tensorboard_.*|one_logger.*|.*straggler.*|moe_per_layer_logging", _LOGGED),
+    (r"(dist_)?ckpt_.*|non_persistent_.*", _ONE_FORMAT),
+    (r".*pipeline.*|.*virtual_stage.*", _NO_PIPELINE),
+    (r"(use_)?(rotary|rope|mrope|yarn)_.*|use_rotary_.*|no_position_embedding|no_rope_.*", _ROPE),
+    (r"moe_(router_)?(num_groups|group_topk|topk_.*|bias_update_rate|force_.*)|moe_input_jitter_eps", _ROUTER),
+    (r"moe_expert_capacity_.*|moe_pad_expert_.*|moe_token_drop.*|moe_apply_probs_.*", _ROUTER),
+    (r"squared_relu|openai_gelu|gelu|quick_geglu|geglu|hidden_act|activation_func.*", _SWIGLU),
+    (r"multi_latent_attention|(kv|q)_lora_rank|window_size|window_attn_.*|softmax_type|qk_clip.*|qk_l2_norm", _SOFTMAX),
+    (r"(no_)?check_.*|manual_gc.*|empty_unused_.*|use_cpu_init.*|te_rng_.*|rerun_.*|inprocess_.*", _ALWAYS),
+    (r"deterministic_mode|batch_invariant_mode|calculate_per_token_loss|enable_experimental|no_mmap_.*", _ALWAYS),
+    (r"no_create_attention_mask.*|num_dataset_builder_.*|fp32_residual_connection|result_rejected_.*", _ALWAYS),
+)
+"""Patterns of whole names for Megatron-LM's many switches of one purpose, and what to do instead."""
 
 
 def own_key(name: str, candidates: Collection[str]) -> str | None:
@@ -262,6 +335,12 @@ def own_key(name: str, candidates: Collection[str]) -> str | None:
 def answer(name: str) -> str | None:
     """What to do instead of giving another trainer's argument that no one key stands for; None when it is unknown."""
     return ANSWERS.get(_leaf(name))
+
+
+def family_answer(name: str) -> str | None:
+    """The same by the pattern of the name; None when it fits none of :data:`FAMILIES`."""
+    leaf = _leaf(name)
+    return next((text for names, text in FAMILIES if re.fullmatch(names, leaf)), None)
 
 
 def _leaf(name: str) -> str:

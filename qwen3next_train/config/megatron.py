@@ -8,7 +8,8 @@ between implementations that compute the same (accepted, without effect).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen3next_train.config.error_lines import Converted, RejectedValue, show
@@ -32,7 +33,7 @@ class MegatronArgument:
         is_switch: takes no value on the command line.
         is_text: the command line word is taken as it stands, not read as a YAML scalar.
         section: section of the YAML in which the spelling may stand besides the top level.
-        num_values: words that it takes on the command line.
+        num_values: how many of the words behind it on the command line it takes.
     """
 
     flag: str
@@ -41,12 +42,19 @@ class MegatronArgument:
     is_switch: bool = False
     is_text: bool = False
     section: str = "model"
-    num_values: int = 1
+    num_values: Callable[[Sequence[str]], int] = lambda words: 1
 
 
 def find(name: str) -> MegatronArgument | None:
     """The argument of a name in any of its forms: ``--num-layers``, ``num-layers``, ``num_layers``."""
     return _BY_NAME.get(_bare(name))
+
+
+def find_opposite(name: str) -> MegatronArgument | None:
+    """The switch that ``--no-NAME`` would turn off; None where there is no such switch."""
+    bare = _bare(name)
+    argument = _BY_NAME.get(bare.removeprefix("no-"))
+    return argument if bare.startswith("no-") and argument is not None and argument.is_switch else None
 
 
 def arguments() -> Iterator[MegatronArgument]:
@@ -170,6 +178,36 @@ def _rampup(value: Value) -> Converted:
     return {"schedule.rampup_batch_size": numbers}
 
 
+def _all_layers(value: Value) -> Converted:
+    try:
+        parsed = parse_pattern(value) if isinstance(value, str) else value
+    except PatternError:
+        parsed = None
+    if type(parsed) is int and parsed == 1:
+        return {}
+    if isinstance(parsed, list | tuple) and parsed and all(type(item) is int and item == 1 for item in parsed):
+        return {}
+    raise RejectedValue(f"only 1 or a list of 1 is supported (got {show(value)}); {_ALL_EXPERTS}")
+
+
+def _num_weighted(words: Sequence[str]) -> int:
+    """Words of ``WEIGHT NAME WEIGHT NAME ...``, or 1 for a name alone."""
+    count = 0
+    while count + 1 < len(words) and _WEIGHT.fullmatch(words[count]) and not words[count + 1].startswith("--"):
+        count += 2
+    return max(count, 1)
+
+
+def _data_path(value: Value) -> Converted:
+    words = value.split() if isinstance(value, str) else []
+    if len(words) > 1 and _num_weighted(words) == len(words):
+        weighted = zip(words[::2], words[1::2], strict=True)
+        return {"data.sources": [{"source": name, "weight": float(weight)} for weight, name in weighted]}
+    return {"data.sources": value}
+
+
+_ALL_EXPERTS = "every layer is a mixture of experts"
+_WEIGHT = re.compile(r"[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")
 _ONE_MODEL_RANK = "a rank holds all layers, and its experts whole; see parallel.expert_parallel_size"
 _NO_BIAS = "Qwen3-Next has no biases"
 _NO_DROPOUT = "Qwen3-Next is trained without dropout"
@@ -225,8 +263,8 @@ _TABLE: tuple[MegatronArgument, ...] = (
     _renamed("--num-experts", "model.num_experts"),
     _renamed("--moe-router-topk", "model.num_experts_per_tok"),
     _renamed("--moe-ffn-hidden-size", "model.moe_intermediate_size"),
-    _without_effect("--ffn-hidden-size", "every layer is a mixture of experts; see --moe-ffn-hidden-size"),
-    _fixed("--moe-layer-freq", 1, "every layer is a mixture of experts"),
+    _without_effect("--ffn-hidden-size", f"{_ALL_EXPERTS}; see --moe-ffn-hidden-size"),
+    MegatronArgument("--moe-layer-freq", _all_layers, f"only 1 or ([1]*N): {_ALL_EXPERTS}", is_text=True),
     _renamed("--moe-shared-expert-intermediate-size", "model.shared_expert_intermediate_size"),
     _switch("--moe-shared-expert-gate", "model.shared_expert_gate"),
     _choice(
@@ -278,13 +316,20 @@ _TABLE: tuple[MegatronArgument, ...] = (
         "schedule.rampup_batch_size (START INCREMENT SAMPLES)",
         is_text=True,
         section="schedule",
-        num_values=3,
+        num_values=lambda words: 3,
     ),
     _renamed("--seed", "run.seed"),
     _switch("--bf16", "run.precision", on="bf16", off="fp32"),
     _fixed_switch("--fp16", False, "run.precision is bf16 or fp32", section="run"),
     _renamed("--seq-length", "data.sequence_length"),
-    _renamed("--data-path", "data.sources", is_text=True),
+    MegatronArgument(
+        "--data-path",
+        _data_path,
+        "data.sources (NAME, or WEIGHT NAME WEIGHT NAME ...)",
+        is_text=True,
+        section="data",
+        num_values=_num_weighted,
+    ),
     _renamed("--tokenizer-model", "data.tokenizer", is_text=True),
     _fixed("--tokenizer-type", "HuggingFaceTokenizer", "tokenizers are tokenizer.json files", section="data"),
     _renamed("--expert-model-parallel-size", "parallel.expert_parallel_size"),

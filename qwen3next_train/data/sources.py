@@ -97,6 +97,11 @@ def _resolve(source: SourceConfig) -> FileSource | StoreSource:
     label = source.source
     if not label:
         raise ConfigError("a source's name is empty (got ''); name a file, a folder or a dataset")
+    if not re.fullmatch(r"[\w.+-]+", source.split):
+        raise ConfigError(
+            f"{label}: split {source.split!r}: not the name of a split, and parts of one are not read; name a whole "
+            "split, and hold text out by data.validation_fraction"
+        )
     found = resolve_local(source)
     if found is None:
         return _hub_source(source)
@@ -243,8 +248,6 @@ def _hub_source(source: SourceConfig) -> FileSource:
 
     ``datasets`` runs no code from the hub (script datasets are gone since 4.0), and none is allowed here.
     """
-    if not re.fullmatch(r"[\w.+-]+", source.split):
-        raise ConfigError(f"{source.source}: split {source.split!r}: slices are not supported; name whole splits")
     import datasets
 
     get_logger().info("%s: no such path; loading the Hugging Face dataset of that name", source.source)

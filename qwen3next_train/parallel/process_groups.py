@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from qwen3next_train.config.schema import ParallelConfig, RunConfig
 from qwen3next_train.errors import ConfigError, PeerLostError, TrainError
@@ -23,11 +24,13 @@ from qwen3next_train.exhaustion import is_out_of_files, is_out_of_memory
 from qwen3next_train.launcher import LaunchedProcess
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup, GlooControlGroup, SingleProcess
-from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks
+from qwen3next_train.parallel.rank_check import RankInfo, RunFingerprint, check_ranks, describe_lost
 from qwen3next_train.topology import Topology
 
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
+_FORMING_TIMEOUT = datetime.timedelta(minutes=2)
+"""To form a group takes a moment once all ranks have met; for one that has died meanwhile the others wait so long."""
 _SAID_AFTER_S = 10.0
 _NO_INTERFACE = re.compile(r"Unable to find address for: (\S+)")
 _CANNOT_LISTEN = re.compile(r"failed to listen.*name: (E[A-Z]+)", re.DOTALL)
@@ -172,7 +175,9 @@ def process_context(
             "check the master address and port and that every node started"
         ) from error
     try:
-        control = _control_group(world_size, timeout)
+        with _named_when_lost(rank_infos, rank):
+            control, saving = _control_group(world_size, timeout), _control_group(world_size, timeout)
+            preparation = _control_group(world_size, _PREPARATION_TIMEOUT)
         yield ProcessContext(
             rank,
             world_size,
@@ -180,8 +185,8 @@ def process_context(
             process.local_world_size,
             device,
             control=control,
-            saving=_control_group(world_size, timeout),
-            preparation=_control_group(world_size, _PREPARATION_TIMEOUT),
+            saving=saving,
+            preparation=preparation,
             rank_infos=rank_infos,
         )
         # All leave together: torchrun kills the others 30 s after the first that leaves with a code other than 0.
@@ -271,10 +276,26 @@ def _said_when_slow(process: LaunchedProcess) -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None]:
+    """While the groups are formed, for which a rank waits until every other one has come or the connection ends."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if is_out_of_memory(error) or is_out_of_files(error):
+            raise
+        lost = describe_lost(rank_infos, rank) or "another rank was lost"
+        raise PeerLostError(
+            f"rank {rank}: {lost}, while the process groups were formed: {_first_line(error)}; run the same line again"
+        ) from error
+
+
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
     if world_size == 1:
         return SingleProcess()
-    return GlooControlGroup(dist.new_group(backend="gloo", timeout=timeout))
+    group = dist.new_group(backend="gloo", timeout=min(timeout, _FORMING_TIMEOUT))
+    _set_pg_timeout(timeout, group)
+    return GlooControlGroup(group)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, UnusableFile
 from qwen3next_train.metrics.step_line import format_si
 from qwen3next_train.plots.runs import LoggedRun
 from qwen3next_train.train.run_files import MAX_EXIT_BYTES
+from qwen3next_train.train.run_info import ValidatedRows
 
 _MAX_CONFIG_BYTES = 4 << 20
 _STYLE = """
@@ -72,11 +73,13 @@ def _summary(run: LoggedRun) -> Iterable[tuple[str, str]]:
     yield "tokens", f"{int(run.tokens[-1]):,}" if np.isfinite(run.tokens[-1]) else "unknown"
     labels = {"loss/lm": "loss", "eval/loss": "validation loss", "eval/bpb": "bits per byte"}
     named = {metric: metric for metric in run.values if metric.startswith("eval/") and metric not in labels}
+    rows = ValidatedRows(run.info.get("attempts", []))
     for metric, label in (labels | named).items():
         values = run.values.get(metric)
-        if values is not None and np.isfinite(values).any():
-            logged = np.flatnonzero(np.isfinite(values))
-            last, best = logged[-1], int(np.nanargmin(values))
+        finite = np.flatnonzero([] if values is None else np.isfinite(values))
+        logged = [row for row in finite if rows.compares(metric, int(run.steps[row]))]
+        if values is not None and logged:
+            last, best = logged[-1], min(logged, key=values.__getitem__)
             at_last, at_best = int(run.steps[last]), int(run.steps[best])
             yield label, f"{values[last]:.4f} at step {at_last:,}, best {values[best]:.4f} at step {at_best:,}"
     flops = run.values.get("perf/flops_total")

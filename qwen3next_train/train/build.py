@@ -114,7 +114,8 @@ def build_run(
     )
     processes = {"world_size": context.world_size, "cpu_threads": num_threads, **config.parallel.model_dump()}
     data = data_as_json(prepared, config)
-    sinks = open_sinks(config, context, run_dir, restored, throughput, processes, data, stack)
+    validation_rows = {each.prefix: each.rows for each in validation}
+    sinks = open_sinks(config, context, run_dir, restored, throughput, processes, data, validation_rows, stack)
     profiler = open_profiler(config, context, run_dir.path, first_step=restored.state.step + 1)
     if profiler is not None:
         stack.callback(profiler.close)

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from qwen3next_train.accounting.hardware import Precision
-from qwen3next_train.checkpoint.weights import NO_TOKENIZER, Weights, weights_of_checkpoint
+from qwen3next_train.checkpoint.weights import NO_TOKENIZER, sections_of_checkpoint, weights_of_checkpoint
+from qwen3next_train.config.schema import DataConfig, ModelConfig
 from qwen3next_train.data.reading import read_small_file
 from qwen3next_train.data.tokenization import Tokenizer
 from qwen3next_train.errors import ConfigError, DataError, DivergedError, ExitCode
@@ -62,20 +63,14 @@ def generate_command(
     """
     labelled = _read_prompts(prompts_file) if prompts_file is not None else _labelled(prompts)
     target = select_device(device, 0)
+    # Before every byte of the weights is verified.
+    sections = None if checkpoint is None else sections_of_checkpoint(checkpoint)
+    if sections is not None:
+        coder, encoded = _encode(labelled, *sections, tokenizer, sampling)
     weights = weights_of_checkpoint(checkpoint) if checkpoint is not None else weights_of_hf(Path(hf or ""))
-    coder = Coder(_tokenizer(weights, tokenizer), weights.model.vocab_size)
-    encoded = []
-    for label, prompt in labelled:
-        ids = coder.encode(prompt, label)
-        require_room(
-            ids,
-            sampling.max_new_tokens,
-            weights.model.max_position_embeddings,
-            label=label,
-            limit_name="max_position_embeddings",
-            setting="--max-new-tokens",
-        )
-        encoded.append(ids)
+    # The newest intact checkpoint may be an older one.
+    if sections != (weights.model, weights.data):
+        coder, encoded = _encode(labelled, weights.model, weights.data, tokenizer, sampling)
     try:
         dtype = DTYPES[precision or weights.precision]
         model = load_model(weights, device=target, dtype=dtype, command="generate")
@@ -108,9 +103,24 @@ def _joined(prompt: str, text: str, coder: Coder) -> str:
     return prompt + text if coder.end_token_id is not None else f"{prompt.strip()} {text}".strip()
 
 
-def _tokenizer(weights: Weights, name: str | None) -> Tokenizer | None:
-    name = weights.data.tokenizer if name is None else name
-    return None if name == NO_TOKENIZER else Tokenizer(name, weights.data.eos_token)
+def _encode(
+    labelled: Sequence[tuple[str, str]], model: ModelConfig, data: DataConfig, tokenizer: str | None, sampling: Sampling
+) -> tuple[Coder, list[list[int]]]:
+    """The prompts as tokens of a model, each with room for what is to come."""
+    name = data.tokenizer if tokenizer is None else tokenizer
+    coder = Coder(None if name == NO_TOKENIZER else Tokenizer(name, data.eos_token), model.vocab_size)
+    encoded = []
+    for label, prompt in labelled:
+        encoded.append(coder.encode(prompt, label))
+        require_room(
+            encoded[-1],
+            sampling.max_new_tokens,
+            model.max_position_embeddings,
+            label=label,
+            limit_name="max_position_embeddings",
+            setting="--max-new-tokens",
+        )
+    return coder, encoded
 
 
 def _labelled(prompts: Sequence[str]) -> list[tuple[str, str]]:

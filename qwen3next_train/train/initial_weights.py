@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwen3next_train.checkpoint.fragments import FragmentReader
-from qwen3next_train.checkpoint.weights import find_checkpoint
+from qwen3next_train.checkpoint.weights import name_checkpoint
 from qwen3next_train.config.describe import compare_configs
 from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config
@@ -59,20 +61,17 @@ def find_initial_weights(config: Config, control: ControlGroup) -> InitialWeight
     if not config.checkpoint.init_from:
         return None
     try:
-        found = find_checkpoint(Path(config.checkpoint.init_from), control)
+        named = name_checkpoint(Path(config.checkpoint.init_from), control)
+        # Before a terabyte is verified for nothing.
+        if (glance := named.glance()) is not None:
+            _require_same_model(glance.path, glance.config, config)
+        found = named.verify()
+        _require_same_model(found.path, found.manifest.config, config)
         reader = FragmentReader(found.path, found.manifest)
         reader.check_parameters(parameter_table(config.model))
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"checkpoint.init_from: {error}") from error
-    changes = compare_configs(found.manifest.config, config)
-    if changes.shape:
-        # Equal tensors can be cut into heads in more than one way.
-        change = changes.shape[0]
-        raise CheckpointError(
-            f"checkpoint.init_from: {found.path}: checkpoint of another model: {change.key} was "
-            f"{show_stored(change.old)}, now {show_stored(change.new)}; use the model section of the run that wrote it"
-        )
-    for change in changes.trajectory:
+    for change in compare_configs(found.manifest.config, config).trajectory:
         if change.key in _MEANING_OF_WEIGHTS:
             get_logger().warning(
                 "checkpoint.init_from: the weights were trained with %s %s, now %s",
@@ -81,3 +80,13 @@ def find_initial_weights(config: Config, control: ControlGroup) -> InitialWeight
                 change.new,
             )
     return InitialWeights(found.path, reader)
+
+
+def _require_same_model(path: Path, recorded: Mapping[str, Any], config: Config) -> None:
+    # Equal tensors can be cut into heads in more than one way.
+    if changes := compare_configs(recorded, config).shape:
+        change = changes[0]
+        raise CheckpointError(
+            f"{path}: checkpoint of another model: {change.key} was {show_stored(change.old)}, now "
+            f"{show_stored(change.new)}; use the model section of the run that wrote it"
+        )

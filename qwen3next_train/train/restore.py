@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from pydantic import ValidationError
 
 from qwen3next_train.checkpoint.manager import CheckpointManager, VerifiedCheckpoint
 from qwen3next_train.checkpoint.train_state import AcceptedChange, TrainState
-from qwen3next_train.checkpoint.weights import directory_of_best, find_checkpoint
+from qwen3next_train.checkpoint.weights import name_checkpoint
 from qwen3next_train.config.curve import CURVE_KEYS
-from qwen3next_train.config.describe import Change, config_hash, flatten
+from qwen3next_train.config.describe import Change, flatten
 from qwen3next_train.config.error_lines import show_stored
 from qwen3next_train.config.schema import Config, DataConfig
 from qwen3next_train.data.position import DataStart, change_start, content_of, is_same_stream, new_start
@@ -29,6 +30,7 @@ from qwen3next_train.train.initial_weights import InitialWeights, find_initial_w
 from qwen3next_train.train.resume import ACCEPT, FROM, NEWEST, DataChange, Resume, accepted_changes
 from qwen3next_train.train.run_directory import RunDirectory
 from qwen3next_train.train.run_info import due_ranges
+from qwen3next_train.train.start import find_start
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def restore_state(
     """
     info = run_dir.read_info()
     newest = checkpoints.newest_step()
-    start = _start(resume, config, run_dir, control, newest)
+    start = find_start(resume, config, run_dir, control, newest)
     target = start if isinstance(start, int) else newest
     if target is not None and target > config.run.steps:
         raise ConfigError(
@@ -94,7 +96,7 @@ def restore_state(
         found: VerifiedCheckpoint | None = checkpoints.find_step(start)
     elif isinstance(start, Path):
         _reject_lost_checkpoints(run_dir, info, recorded)
-        found = _of_another_run(start, config, control)
+        found = _of_another_run(start, config, resume, prepared, control)
     else:
         # Before a terabyte is verified for nothing.
         if (glance := checkpoints.glance()) is not None:
@@ -134,59 +136,40 @@ def restore_state(
     return Restored(state, found, None, _as_accepted(changes, found.step), start)
 
 
-def _start(
-    resume: Resume, config: Config, run_dir: RunDirectory, control: ControlGroup, newest: int | None
-) -> int | Path | None:
-    """Where this attempt has to start; None for the newest checkpoint. The same line goes on, so it acts once."""
-    start = resume.start
-    if isinstance(start, Path):
-        if directory_of_best(start) == run_dir.checkpoints_path.resolve():
-            raise ConfigError(
-                f"{FROM}: {start}: the best of run.dir may be another checkpoint at the next start; give its step, "
-                "which `checkpoint list` marks"
-            )
-        if start.absolute().parent == run_dir.checkpoints_path and start.name.startswith("step_"):
-            number = start.name.removeprefix("step_")
-            start = int(number) if number.isascii() and number.isdigit() else start
-        elif newest is not None:
-            get_logger().info("%s is not read: run.dir has a checkpoint", FROM)
-            return None
-    if isinstance(start, int) and control.broadcast_json(is_repeated(run_dir.read_info(), start, config)):
-        get_logger().info(
-            "%s %d: an earlier attempt with this configuration went back there; it is gone on with", FROM, start
-        )
-        return None
-    return start
+def _of_another_run(
+    path: Path, config: Config, resume: Resume, prepared: PreparedData, control: ControlGroup
+) -> VerifiedCheckpoint:
+    with _said_of_from():
+        named = name_checkpoint(path, control)
+        glance = named.glance()
+    # Before a terabyte is verified for nothing.
+    if glance is not None:
+        _require_gone_on_from(glance.path, glance.kinds, glance.state.step, config)
+        _go_on(glance.config, glance.state, config, resume, prepared, glance.path)
+    with _said_of_from():
+        found = named.verify()
+    _require_gone_on_from(found.path, found.manifest.kinds, found.step, config)
+    return found
 
 
-def is_repeated(info: Mapping[str, Any], step: int, config: Config) -> bool:
-    """Whether the newest attempt that went back went to ``step``, with the same configuration."""
-    asked = [attempt["resume_from"] for attempt in info.get("attempts", []) if "resume_from" in attempt]
-    return bool(asked) and asked[-1] == start_record(step, config)
-
-
-def start_record(start: int | Path, config: Config) -> dict[str, Any]:
-    """What ``run.json`` says of an attempt that started at ``Resume.start``."""
-    place: dict[str, Any] = {"step": start} if isinstance(start, int) else {"path": str(start)}
-    return place | {"config_sha256": config_hash(config), "rewarmup_steps": config.schedule.rewarmup_steps}
-
-
-def _of_another_run(path: Path, config: Config, control: ControlGroup) -> VerifiedCheckpoint:
+@contextmanager
+def _said_of_from() -> Iterator[None]:
     try:
-        found = find_checkpoint(path, control)
+        yield
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{FROM}: {error}") from error
-    if set(found.manifest.kinds) != set(FRAGMENT_KINDS):
+
+
+def _require_gone_on_from(path: Path, kinds: Iterable[str], step: int, config: Config) -> None:
+    if set(kinds) != set(FRAGMENT_KINDS):
         raise ConfigError(
-            f"{FROM}: {found.path} has weights but no optimizer state; start from the weights alone by "
-            "--checkpoint.init_from"
+            f"{FROM}: {path} has weights but no optimizer state; start from the weights alone by --checkpoint.init_from"
         )
-    if found.step > config.run.steps:
+    if step > config.run.steps:
         raise ConfigError(
-            f"run.steps: {config.run.steps} are fewer than the {found.step} steps of {found.path}; give more, or start "
-            "from its weights alone by --checkpoint.init_from"
+            f"run.steps: {config.run.steps} are fewer than the {step} steps of {path}; give more, or start from its "
+            "weights alone by --checkpoint.init_from"
         )
-    return found
 
 
 def _wandb_id(info: Mapping[str, Any], control: ControlGroup) -> str:

@@ -156,7 +156,8 @@ def _classify(error: Exception, rank: int, attempt: _Attempt) -> tuple[ExitCode,
     if _is_lost_peer(error):
         from qwen3next_train.parallel.rank_check import describe_lost
 
-        lost = describe_lost(attempt.rank_infos, rank) or "lost another rank"
+        # Where the others live is known once all have found each other.
+        lost = (attempt.rank_infos and describe_lost(attempt.rank_infos, rank)) or "lost another rank"
         collectives = write_collectives(attempt.run_dir.path, rank)
         seen = f"; its last collectives: {collectives}" if collectives is not None else ""
         return PeerLostError.exit_code, f"rank {rank}: {lost}: {_for_users(text)}{seen}"
@@ -176,6 +177,7 @@ def _is_lost_peer(error: Exception) -> bool:
         return False
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+    # The store's too: what a rank waits for there, another one has to bring.
+    if isinstance(error, dist.DistError):
         return True
     return any(sign in str(error) for sign in _LOST_PEER_SIGNS)

@@ -189,6 +189,7 @@ class RunDirectory:
         forked: bool = False,
         start: Mapping[str, Any] | None = None,
         changes: Sequence[Mapping[str, Any]] = (),
+        validation_rows: Mapping[str, str] | None = None,
     ) -> None:
         """Write ``config.yaml`` and ``run.json``; to be called on rank 0, once all checks of the attempt have passed.
 
@@ -202,6 +203,7 @@ class RunDirectory:
             forked: that checkpoint is another run's.
             start: where the attempt was told to start, if it did start there.
             changes: all changes that resumes of the run have made, this one's included.
+            validation_rows: digests of the rows that are validated on, by the prefix of their metrics.
 
         Raises:
             StorageError: they cannot be written.
@@ -212,6 +214,7 @@ class RunDirectory:
             "command": Redactor(os.environ).argv(command),
             "first_step": step,
             "logging_interval": config.logging.interval,
+            "validation_rows": dict(validation_rows or {}),
             **({} if start is None else {"resume_from": dict(start)}),
         }
         self._info = {

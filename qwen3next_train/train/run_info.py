@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen3next_train.checkpoint.filesystem import Filesystem, UnusableFileError, read_file
 from qwen3next_train.checkpoint.names import MAX_STEP
+from qwen3next_train.config.metric_names import prefix_of
 from qwen3next_train.config.strict_yaml import is_shallow
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.names import WANDB_ID
@@ -75,12 +76,44 @@ def due_ranges(attempts: Sequence[Mapping[str, Any]], last_step: int) -> list[ra
     """
     found: list[range] = []
     for attempt in attempts:
-        first, interval = attempt.get("first_step"), attempt.get("logging_interval")
-        first = first if isinstance(first, int) and _is_step(first) else 0
+        first, interval = _first_step(attempt), attempt.get("logging_interval")
         found = [_up_to(steps, first) for steps in found]
         if isinstance(interval, int) and _is_step(interval) and interval:
             found.append(range(first - first % interval + interval, MAX_STEP + 1, interval))
     return [steps for steps in (_up_to(steps, last_step) for steps in found) if steps]
+
+
+class ValidatedRows:
+    """Which rows each validation of a run has looked at: losses of other rows do not compare.
+
+    Args:
+        attempts: those of ``run.json`` in order; each one's rows of ``metrics.jsonl`` replace the earlier ones' after
+            its first step. An attempt of a version that did not record them says nothing of its rows.
+    """
+
+    def __init__(self, attempts: Sequence[Mapping[str, Any]]) -> None:
+        self._attempts = [(_first_step(attempt), _validation_rows(attempt)) for attempt in attempts]
+        self._newest: dict[str, Any] = {}
+        for _, rows in self._attempts:
+            self._newest.update(rows)
+
+    def compares(self, metric: str, step: int) -> bool:
+        """Whether a validation's metric at a step is of the rows that its set had last, as far as anything is known."""
+        prefix = prefix_of(metric)
+        if prefix not in self._newest:
+            return True
+        then: Mapping[str, Any] = next((rows for first, rows in reversed(self._attempts) if first < step), {})
+        return bool(then.get(prefix) == self._newest[prefix])
+
+
+def _validation_rows(attempt: Mapping[str, Any]) -> Mapping[str, Any]:
+    rows = attempt.get("validation_rows")
+    return rows if isinstance(rows, dict) else {}
+
+
+def _first_step(attempt: Mapping[str, Any]) -> int:
+    first = attempt.get("first_step")
+    return first if isinstance(first, int) and _is_step(first) else 0
 
 
 def _up_to(steps: range, last: int) -> range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.errors import StorageError
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.console import ConsoleSink
-from qwen3next_train.metrics.history import keep_aside
+from qwen3next_train.metrics.history import Row, keep_aside
 from qwen3next_train.metrics.samples import Sample, SampleSink, samples_row, say_samples
 from qwen3next_train.metrics.sinks import JsonlSink, Sink
 from qwen3next_train.metrics.summary import SummarySink
@@ -29,8 +29,10 @@ from qwen3next_train.metrics.tensorboard_sink import FOLDER_NAME, TensorBoardSin
 from qwen3next_train.metrics.throughput import Throughput
 from qwen3next_train.metrics.wandb_sink import WandbSink
 from qwen3next_train.parallel.process_groups import ProcessContext
-from qwen3next_train.train.restore import Restored, due_steps, start_record
+from qwen3next_train.train.restore import Restored, due_steps
 from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.run_info import ValidatedRows
+from qwen3next_train.train.start import start_record
 from qwen3next_train.versions import software_versions
 
 LogSamples = Callable[[int, Sequence[Sample]], None]
@@ -56,9 +58,22 @@ def open_sinks(
     throughput: Throughput,
     layout: dict[str, int],
     data: list[dict[str, Any]],
+    validation_rows: Mapping[str, str],
     stack: ExitStack,
 ) -> RunSinks:
-    """Rank 0's destinations of records, in the order they are told; ``data`` is what ``run.json`` says of sources."""
+    """Rank 0's destinations of records, in the order they are told.
+
+    Args:
+        config: the resolved configuration.
+        context: this process.
+        run_dir: the opened run directory.
+        restored: where the attempt starts.
+        throughput: knows how long the rest takes.
+        layout: the world, for ``run.json``.
+        data: what ``run.json`` says of sources.
+        validation_rows: digests of the rows that are validated on, by the prefix of their metrics.
+        stack: takes what has to be closed.
+    """
     if context.rank != 0:
         return RunSinks((), lambda step, samples: None, lambda step: None, lambda: None, lambda step: None)
     state = restored.state
@@ -73,9 +88,7 @@ def open_sinks(
     )
     if isinstance(restored.start, int):
         _keep_aside(run_dir, restored.start)
-    metrics = JsonlSink(
-        run_dir.metrics_path, resume_step=state.step, due=due_steps(info, restored), on_kept=summary.take_earlier
-    )
+    metrics = _open_metrics(run_dir, restored, validation_rows, summary)
     stack.callback(metrics.close)
     samples_file = _open_samples(config, run_dir, state.step, stack)
     run_dir.record_attempt(
@@ -88,6 +101,7 @@ def open_sinks(
         forked=isinstance(restored.start, Path),
         start=None if restored.start is None else start_record(restored.start, config),
         changes=[asdict(change) for change in state.changes],
+        validation_rows=validation_rows,
     )
     console = ConsoleSink(
         total_steps=config.run.steps,
@@ -132,6 +146,20 @@ def open_sinks(
     stack.push(lambda kind, error, trace: wandb.close(failed=kind is not None))
     sinks: tuple[Sink, ...] = (metrics, console, summary, wandb, *tensorboard)
     return RunSinks(sinks, log_samples, advance, sync, run_dir.record_save)
+
+
+def _open_metrics(
+    run_dir: RunDirectory, restored: Restored, validation_rows: Mapping[str, str], summary: SummarySink
+) -> JsonlSink:
+    """``metrics.jsonl``, cut to where the run goes on; the summary is told of what stays and compares with now."""
+    info, step = run_dir.read_info(), restored.state.step
+    own = {"first_step": step, "validation_rows": validation_rows}
+    rows = ValidatedRows([*info.get("attempts", []), own])
+
+    def take_earlier(row: Row) -> None:
+        summary.take_earlier({name: value for name, value in row.items() if rows.compares(name, row["step"])})
+
+    return JsonlSink(run_dir.metrics_path, resume_step=step, due=due_steps(info, restored), on_kept=take_earlier)
 
 
 def _open_samples(config: Config, run_dir: RunDirectory, step: int, stack: ExitStack) -> JsonlSink | None:

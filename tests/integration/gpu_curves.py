@@ -42,7 +42,7 @@ def losses_of(
     num_gpus = torch.cuda.device_count()
     # The processes get the path of the one that starts them.
     with patch("sys.path", [str(ROOT / "scripts" / "benchmarks"), *sys.path]):
-        from bench_curves import Part, Training, train_all
+        from curve_training import Part, Training, train_all
 
         command = arguments(write_corpus(folder), folder, **ON_CUDA, **shared)
         trainings = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen3next_train.checkpoint import discovery
 from qwen3next_train.checkpoint.weights import weights_of_checkpoint
 from qwen3next_train.cli.main import main
 from qwen3next_train.data.tokenization import BUILTIN
@@ -161,7 +163,7 @@ class TestFaults:
 
     def test_no_such_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (line,) = run(capsys, "--checkpoint", tmp_path / "x", "--prompt=1", code=2)
-        assert line == f"{tmp_path / 'x'}: not a directory; name a run directory or one of its checkpoints"
+        assert line == f"{tmp_path / 'x'}: no such directory; name a run directory or one of its checkpoints"
 
     def test_a_damaged_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         import_hf(folder, tmp_path / "ours")
@@ -169,6 +171,33 @@ class TestFaults:
             path.write_bytes(path.read_bytes()[:-1])
         *_, line = run(capsys, "--checkpoint", tmp_path / "ours", "--prompt=1", code=ExitCode.DATA)
         assert "safetensors" in line
+
+    def test_a_bad_prompt_is_refused_before_a_byte_of_the_weights_is_read(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import_hf(folder, tmp_path / "ours")
+        monkeypatch.setattr(discovery, "hash_file", lambda *arguments: pytest.fail("a file of weights was read"))
+        (tmp_path / "empty").touch()
+        for words, line in (
+            (["--prompt", "1 " * 253], "--prompt: 253 tokens and 4 new ones are more than max_position_embeddings 256"),
+            (["--prompt", "4096"], "--prompt: token 4096 is not below the model's vocab_size 4096"),
+            (["--prompt=1", "--prompt=x"], "--prompt 2: the model came without a tokenizer"),
+            (["--prompt", "def", "--tokenizer", "none"], "data.tokenizer: "),
+            (["--prompts", tmp_path / "empty"], f"--prompts: {tmp_path}/empty: empty"),
+            (["--prompts", tmp_path / "none"], f"--prompts: {tmp_path}/none: cannot be read (No such file"),
+        ):
+            (found,) = run(capsys, "--checkpoint", tmp_path / "ours", "--max-new-tokens=4", *words, code=2)
+            assert found.startswith(line)
+
+    def test_prompts_are_of_the_checkpoint_that_is_intact(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        import_hf(folder, tmp_path / "ours")
+        checkpoints = tmp_path / "ours" / "checkpoints"
+        shutil.copytree(checkpoints / "step_00000000", checkpoints / "step_00000001")
+        (checkpoints / "step_00000001" / "MANIFEST.json").write_text("{}")
+        found = run(capsys, "--checkpoint", tmp_path / "ours", "--prompt=1 2")
+        assert found == run(capsys, "--checkpoint", checkpoints / "step_00000000", "--prompt=1 2")
 
     def test_a_damaged_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         broken = write_folder(tmp_path / "hf", MODEL, random_tensors(MODEL))

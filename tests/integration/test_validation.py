@@ -100,6 +100,18 @@ def test_the_best_is_exported_and_evaluated_by_its_name(corpus: Path, ended: Pat
     assert all((tmp_path / "hf" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in names)
 
 
+def test_the_summary_compares_losses_of_the_same_rows(corpus: Path, tmp_path: Path) -> None:
+    # A rate at which the last step makes the loss higher, of one row and of six.
+    for steps, rows, rate in ((2, 1, "1e-3"), (3, 6, "10")):
+        args = settings(corpus, tmp_path, run__steps=steps, eval__rows=rows, optimizer__lr=rate, eval__patience=0)
+        done = run_forked([*args, "--resume.accept", "optimizer.lr"])
+        assert done.returncode == 0, done.stderr
+    losses = [row["eval/numbers/loss"] for row in metrics(tmp_path)]
+    assert losses[1] < losses[2], "or the summary is right whatever it compares"
+    lines = [line.partition("eval numbers ")[2] for line in done.stderr.splitlines() if "eval numbers " in line]
+    assert f"best {losses[2]:.4f} at step 3" in lines[-1]
+
+
 @pytest.mark.dist
 def test_two_ranks_log_what_one_does(corpus: Path, tmp_path: Path) -> None:
     """Within the 1e-6 by which layouts differ; two steps, before the large steps multiply it."""

@@ -34,7 +34,7 @@ TINY = load_config([find_config("qwen3next_tiny.yaml")]).config
     ],
 )
 def test_a_name_says_ranks_and_settings(name: str, num_gpus: int, rows: int, sizes: dict[str, str]) -> None:
-    from bench_curves import Part
+    from curve_training import Part
 
     part = Part.of(name, TINY)
     assert part.num_gpus == num_gpus
@@ -43,7 +43,8 @@ def test_a_name_says_ranks_and_settings(name: str, num_gpus: int, rows: int, siz
 
 
 def test_every_layout_fits_four_gpus_and_the_presets() -> None:
-    from bench_curves import LAYOUTS, Part
+    from bench_curves import LAYOUTS
+    from curve_training import Part
 
     parts = [Part.of(word, TINY) for name in LAYOUTS for word in name.split("+")]
     assert {part.num_gpus for part in parts} == {1, 2, 4}
@@ -55,14 +56,14 @@ def test_every_layout_fits_four_gpus_and_the_presets() -> None:
 
 @pytest.mark.parametrize("name", ["", "EP", "EP0", "PP2", "EP2xEP2", "2", "EP2,CP2"])
 def test_what_is_no_layout_is_refused(name: str) -> None:
-    from bench_curves import Part
+    from curve_training import Part
 
     with pytest.raises(ConfigError, match=f"^--layouts: '{name}' is no layout; join sizes by x: "):
         Part.of(name, TINY)
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
-    from bench_curves import Part
+    from curve_training import Part
 
     with pytest.raises(ConfigError) as caught:
         Part.of("DP3", TINY)
@@ -136,7 +137,7 @@ def test_curves_of_two_ranks_are_one_rank_s(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_a_failed_run_says_why_and_the_next_is_trained(tmp_path: Path) -> None:
-    from bench_curves import Part, Training, train_all
+    from curve_training import Part, Training, train_all
 
     words = {**SMALL_MODEL, "data.sources": str(write_corpus(tmp_path)), "schedule.warmup_steps": "0"}
     command = ["--config", "qwen3next_tiny.yaml", *(f"--{key}={value}" for key, value in words.items())]

@@ -127,7 +127,7 @@ def test_ranks_agree_and_a_later_process_goes_on(tmp_path: Path) -> None:
         checkpoints = manager(tmp_path, control=control)
         for step, value in ((1, 5.0), (2, 1.5), (3, 3.0)):
             save(checkpoints, step, value, rank=control.rank, world_size=2)
-        return checkpoints.find_best().step
+        return checkpoints.name_best().step
 
     assert list(on_ranks(2, act)) == [2, 2]
     save(manager(tmp_path), 4, 1.75)

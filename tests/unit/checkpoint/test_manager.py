@@ -14,9 +14,10 @@ import torch
 
 from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport, VerifiedCheckpoint
+from qwen3next_train.checkpoint.names import list_checkpoints
 from qwen3next_train.checkpoint.publication import set_aside
 from qwen3next_train.checkpoint.train_state import rng_state
-from qwen3next_train.engine.base import Fragment
+from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment
 from qwen3next_train.errors import CheckpointError, ConfigError, DivergedError, PeerLostError, StorageError
 from qwen3next_train.parallel.control import SingleProcess
 from tests.unit.checkpoint.support import (
@@ -429,6 +430,10 @@ def test_a_glance_reads_the_newest_manifest_and_no_more(tmp_path: Path) -> None:
     assert (found.state, found.config) == (train_state(2), header().config)
     file.write_bytes(b"cut")
     assert manager(tmp_path / "c").glance() is None
+    (older,) = list_checkpoints(["step_00000001"])
+    named = manager(tmp_path / "c").glance(older)
+    assert named is not None
+    assert (named.path, named.state.step, named.kinds) == (tmp_path / "c" / "step_00000001", 1, FRAGMENT_KINDS)
 
 
 def test_a_step_is_found_by_its_number(tmp_path: Path) -> None:
@@ -440,7 +445,7 @@ def test_a_step_is_found_by_its_number(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"--resume.from: {tmp_path}/c has no checkpoint of step 3; give a step that it has: 2, 1"
     )
-    with pytest.raises(ConfigError, match=r"give a step that it has: none$"):
+    with pytest.raises(ConfigError, match=r"it has none at all; leave --resume\.from out to start"):
         manager(tmp_path / "other").find_step(3)
 
 

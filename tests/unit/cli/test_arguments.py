@@ -77,3 +77,44 @@ def test_several_faults_are_several_lines():
 def test_without_option():
     argv = ["--nproc-per-node", "2", "--a", "b", "--nproc-per-node=4", "c"]
     assert without_option(argv, "--nproc-per-node") == ["--a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--no-async-save", "--async-save (checkpoint.async_save true)"),
+        (
+            "--no_untie_embeddings_and_output_weights",
+            "--untie-embeddings-and-output-weights (model.",
+        ),
+        ("--no-swiglu", "--swiglu (accepted: experts are SwiGLU)"),
+        ("--no-fp16", "--fp16 (rejected: run.precision is bf16 or fp32)"),
+    ],
+)
+def test_the_opposite_of_a_switch_is_not_taken_for_it(word, meant):
+    (line,) = fault(word)
+    assert line.startswith(f"{word}: unknown option; it would be the opposite of {meant}")
+
+
+def test_the_opposite_of_a_key_is_written_as_its_value():
+    line = "--no-checkpoint.async_save: unknown option; write --checkpoint.async_save false"
+    assert fault("--no-checkpoint.async_save") == [line]
+
+
+@pytest.mark.parametrize("value", ["1", "0", "yes", "No", "on", "OFF", "True"])
+def test_a_truth_behind_a_switch_is_no_word_of_its_own(value):
+    (line,) = fault("--bf16", value)
+    assert line.startswith(f"--bf16: takes no value (got '{value}'); leave the value out")
+
+
+def test_weights_and_names_of_sources_are_words_of_one_option():
+    words = parse_arguments(["plan", "--data-path", "0.3", "a", "7e-1", "b", "--seed", "5"], OPTIONS)
+    assert (words.positional, words.overrides) == (["plan"], [("data-path", "0.3 a 7e-1 b"), ("seed", "5")])
+    for argv, value, rest in (
+        (["--data-path", "a", "plan"], "a", ["plan"]),
+        (["--data-path", "1", "a", "plan"], "1 a", ["plan"]),
+        (["--data-path", "7"], "7", []),
+        (["--data-path=0.3", "a"], "0.3", ["a"]),
+    ):
+        words = parse_arguments(argv, OPTIONS)
+        assert (words.overrides, words.positional) == ([("data-path", value)], rest)

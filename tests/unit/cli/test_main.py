@@ -67,7 +67,10 @@ def test_resume_options_go_to_training_and_are_checked_before(fake, capsys):
     assert (
         run(capsys, *TINY, "--resume.accept=optimizer.lr", "--resume.accept", "run.steps", "--resume.from", "3")[0] == 0
     )
-    assert calls[0][0][2] == Resume(("optimizer.lr", "run.steps"), 3)
+    _, check, resume = calls[0][0]
+    assert resume == Resume(("optimizer.lr", "run.steps"), 3)
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .* has no checkpoint of step 3; it has none at all"):
+        check()
     code, out, err = run(capsys, *TINY, "--resume.accept", "run.stepz")
     assert (code, out, len(calls)) == (2, "", 1)
     assert err == (
@@ -177,6 +180,7 @@ def test_doctor(fake, capsys):
         (["checkpoint", "remove"], "checkpoint: which action? (got 'remove'); give list or verify"),
         (["checkpoint", "list", "a", "b"], "unexpected argument 'b'"),
         (["trian"], "unexpected argument 'trian'; did you mean train?"),
+        (["--moe-aux-loss-coeff", "1e-3", "0.1"], "unexpected argument '0.1'; an option takes one value, a list as '["),
         (["my.yaml"], "unexpected argument 'my.yaml'; name a configuration with --config"),
         (["--config", "a.yaml", "b.yaml"], "unexpected argument 'b.yaml'; name a configuration with --config"),
         ([*TINY, "--gpus", "3"], "--gpus: not an option of train; it belongs to plan"),
@@ -366,6 +370,8 @@ PATH_OPTIONS = (
     ("path", "reason"),
     [
         ("a\0b", "has a NUL byte"),
+        ("a\nb", "has a line break or another control character"),
+        ("a\u2028b", "has a line break or another control character"),
         ("a\udcfe", "has bytes that are no UTF-8"),
         ("x/" + "n" * 256, "has a name of more than 255 bytes"),
         ("~no-such-user/x", "names a home folder that is not known"),

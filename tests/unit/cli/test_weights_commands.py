@@ -248,7 +248,7 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
         (["--hf", "a"], "--hf: not an option of train; it belongs to eval, generate, import-hf"),
         (
             [*IMPORT, "more"],
-            "qwen3next-train: unexpected argument 'more'; did you mean import-hf? "
+            "qwen3next-train: unexpected argument 'more'; an option takes one value, a list as '[a, b]'; "
             "--help lists subcommands and sections",
         ),
     ],

@@ -6,7 +6,7 @@ from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.cli.commands import OPTIONS
 from qwen3next_train.config import huggingface, megatron
 from qwen3next_train.config.describe import keys
-from qwen3next_train.config.foreign_names import ANSWERS, KEYS
+from qwen3next_train.config.foreign_names import ANSWERS, FAMILIES, KEYS, answer, family_answer, own_key
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.errors import ConfigError
@@ -86,3 +86,53 @@ def test_fields_of_a_source():
 def test_config_json_of_qwen3_next_needs_no_hint():
     published = ("rope_scaling", "hidden_act", "attention_bias", "mlp_only_layers", "decoder_sparse_step", "use_cache")
     assert all(huggingface.tolerates(name) for name in published)
+
+
+FUSED, SENT = "the kernels section chooses between implementations", "what ranks send and when follows from the par"
+LOGGED, PIPELINE = "what is logged stands in metrics.jsonl", "layers are not divided over stages of a pipeline"
+ROUTER, ROPE = "every token goes to its likeliest experts", "Qwen3-Next uses RoPE as it is"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("no-masked-softmax-fusion cross-entropy-fusion-impl moe-router-fusion enable-cuda-graph", FUSED),
+        ("overlap-grad-reduce delay-wgrad-compute ddp-bucket-size cp-comm-type moe-enable-deepep nccl-ub", SENT),
+        ("log-progress timing-log-level one-logger-project log-straggler tensorboard-queue-size", LOGGED),
+        ("num-layers-per-virtual-pipeline-stage decoder-first-pipeline-num-layers", PIPELINE),
+        ("moe-router-num-groups moe-expert-capacity-factor moe-token-drop-policy moe-input-jitter-eps", ROUTER),
+        ("use-rotary-position-embeddings rope-scaling-factor no-position-embedding", ROPE),
+        ("fp8-format keep-fp8-weight-transpose-cache", "run.precision is bf16 or fp32"),
+        ("manual-gc-interval deterministic-mode no-check-for-nan-in-loss-and-grad", "a run does what is right by"),
+        ("ckpt-format dist-ckpt-strictness non-persistent-save-interval", "checkpoints have one format"),
+        ("squared-relu hidden-act", "experts are SwiGLU"),
+        ("multi-latent-attention window-size qk-clip-alpha", "every softmax layer is Qwen3-Next's gated attention"),
+        ("distributed-backend", "it follows from run.device"),
+    ],
+)
+def test_switches_of_megatron_that_have_no_place_here_say_why(names, text):
+    for name in names.split():
+        with pytest.raises(ConfigError) as raised:
+            parse_arguments([f"--{name}", "1"], OPTIONS)
+        assert str(raised.value).startswith(f"--{name}: unknown option; {text}"), name
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--log-intervall", "--log-interval"),
+        ("--rotary-bsae", "--rotary-base"),
+        ("--moe-permute-fuson", "--moe-permute-fu"),
+    ],
+)
+def test_a_typing_error_is_no_switch_of_megatron(word, meant):
+    with pytest.raises(ConfigError) as raised:
+        parse_arguments([word, "1"], OPTIONS)
+    assert f"unknown option; did you mean {meant}" in str(raised.value)
+
+
+def test_no_pattern_stands_for_a_name_of_the_tables():
+    assert not [
+        name for name in (*KEYS, *ANSWERS) if family_answer(name) and not (answer(name) or own_key(name, keys()))
+    ]
+    assert all(text.endswith(", leave it out") or "run.precision" in text for _, text in FAMILIES)

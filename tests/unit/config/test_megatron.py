@@ -108,7 +108,7 @@ FIXED = [
     ("--position-embedding-type", ["rope"], ["none", "learned_absolute"]),
     ("--hidden-dropout", ["0", "0.0"], ["0.1", "false"]),
     ("--attention-dropout", ["0", "0.0"], ["0.1"]),
-    ("--moe-layer-freq", ["1"], ["2", "true"]),
+    ("--moe-layer-freq", ["1", "([1]*48)", "[1, 1]"], ["2", "true", "([0]*1+[1]*47)", "[]", "x"]),
     ("--moe-router-score-function", ["softmax"], ["sigmoid"]),
     ("--moe-router-dtype", ["fp32"], ["fp64"]),
     ("--moe-token-dispatcher-type", ["alltoall"], ["flex"]),
@@ -357,3 +357,13 @@ def test_a_ramp_up_that_is_not_three_numbers_is_one_line(text):
     assert str(caught.value) == (
         f"--rampup-batch-size: not three whole numbers > 0 (got '{text}'); give START, INCREMENT and SAMPLES"
     )
+
+
+def test_the_data_path_of_a_blend_has_weights():
+    (first, second) = load_config([], [("data-path", "0.3 a.jsonl 7e-1 b")]).config.data.sources
+    assert [(each.source, each.weight) for each in (first, second)] == [("a.jsonl", 0.3), ("b", 0.7)]
+    for name in ("a b", "2", "2 a 3", "a 2"):
+        (source,) = load_config([], [("data-path", name)]).config.data.sources
+        assert (source.source, source.weight) == (name, 1.0)
+    with pytest.raises(ConfigError, match=r"^--data-path\[0\]\.weight \(data\.sources\[0\]\.weight\): too small"):
+        load_config([], [("data-path", "0 a 1 b")])

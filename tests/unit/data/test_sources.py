@@ -175,7 +175,7 @@ def test_hugging_face_dataset_that_cannot_be_loaded_is_one_line() -> None:
     with pytest.raises(DataError, match="neither a path nor a Hugging Face dataset") as caught:
         find("nobody/no-such-dataset")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="slices are not supported"):
+    with pytest.raises(ConfigError, match="parts of one are not read"):
         find("nobody/no-such-dataset", split="train[:10%]")
 
 
@@ -209,3 +209,15 @@ def test_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     for source in (*sources, tmp_path / "store.bin", PYTHON_STDLIB):
         with pytest.raises(DataError, match="no split 'dev', its files name no split; set split to train"):
             find(source, split="dev")
+
+
+@pytest.mark.parametrize("split", ["train[:90%]", "train[10:20]", "train[", "train[:50%]+test", "a b", " train"])
+def test_a_part_of_a_split_is_refused_wherever_the_source_lies(tmp_path: Path, split: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for source in (str(tmp_path / "a.jsonl"), str(tmp_path), "no/such-dataset"):
+        with pytest.raises(ConfigError) as caught:
+            resolve(SourceConfig(source=source, split=split))
+        assert str(caught.value) == (
+            f"{source}: split {split!r}: not the name of a split, and parts of one are not read; name a whole split, "
+            "and hold text out by data.validation_fraction"
+        )

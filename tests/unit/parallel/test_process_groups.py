@@ -1,3 +1,4 @@
+import datetime
 import errno
 import os
 
@@ -6,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from qwen3next_train.errors import ConfigError, PeerLostError
-from qwen3next_train.parallel.control import SingleProcess
+from qwen3next_train.parallel import process_groups
+from qwen3next_train.parallel.control import ControlGroup, SingleProcess
 from qwen3next_train.parallel.process_groups import ProcessContext, process_context, select_device
 from qwen3next_train.parallel.rank_check import RankInfo
 from tests.distributed.engine import build_engine
@@ -42,6 +44,48 @@ def test_one_process_without_a_launcher_gets_a_group_of_its_own(monkeypatch: pyt
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
     assert "LOCAL_SIZE" not in os.environ
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rank_that_is_lost_while_groups_are_formed_is_said(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    formed: list[object] = []
+
+    def form(*arguments: object) -> ControlGroup:
+        formed.append(arguments)
+        if len(formed) == number:
+            raise dist.DistStoreError("wait timeout after 5ms, keys: /process_group/0/1\nException raised from wait")
+        return SingleProcess()
+
+    monkeypatch.setattr(process_groups, "_control_group", form)
+    with pytest.raises(PeerLostError) as caught, process_context("cpu"):
+        pass
+    assert str(caught.value) == (
+        "rank 0: another rank was lost, while the process groups were formed: wait timeout after 5ms, keys: "
+        "/process_group/0/1; run the same line again"
+    )
+    assert not dist.is_initialized()
+
+
+def test_a_group_that_is_patient_is_not_formed_patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would wait a week for a rank that has died before its groups are there."""
+    formed: list[tuple[datetime.timedelta, dist.ProcessGroup]] = []
+    new_group = dist.new_group
+
+    def form(*, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+        group = new_group(backend=backend, timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        formed.append((timeout, group))
+        return group
+
+    monkeypatch.setattr(dist, "new_group", form)
+    with process_context("cpu"):
+        for wanted in (datetime.timedelta(days=7), datetime.timedelta(seconds=20)):
+            process_groups._control_group(2, wanted)
+        assert [timeout.total_seconds() for timeout, _ in formed] == [120, 20]
+        kept = [group._get_backend(torch.device("cpu")).options._timeout for _, group in formed]
+        assert kept == [datetime.timedelta(days=7), datetime.timedelta(seconds=20)]
 
 
 @pytest.mark.slow

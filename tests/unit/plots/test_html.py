@@ -87,6 +87,27 @@ def test_a_report_says_what_is_known_of_a_run(folder: Path) -> None:
     assert report.references == []
 
 
+def test_the_best_validation_is_of_the_rows_that_were_looked_at_last(tmp_path: Path) -> None:
+    rows = [row(step, eval_loss=loss) for step, loss in ((1, 2.0), (2, 4.0), (3, 5.0))]
+    folder = write_run(tmp_path / "run", rows, first_steps=(0, 1))
+    for digests, line in (
+        (("a", "a"), "5.0000 at step 3, best 2.0000 at step 1"),
+        (("a", "b"), "5.0000 at step 3, best 4.0000 at step 2"),
+        ((None, "b"), "5.0000 at step 3, best 4.0000 at step 2"),
+        ((None, None), "5.0000 at step 3, best 2.0000 at step 1"),
+    ):
+        info = json.loads((folder / "run.json").read_text())
+        for attempt, digest in zip(info["attempts"], digests, strict=True):
+            attempt["validation_rows"] = None if digest is None else {"eval/": digest}
+        (folder / "run.json").write_text(json.dumps(info))
+        report = Reader(html_report(read_runs([folder]), SVG).decode())
+        assert [cells[1] for cells in report.rows if cells[0] == "validation loss"] == [line]
+    # An attempt that has not validated its other rows yet.
+    info["attempts"].append({"first_step": 3, "validation_rows": {"eval/": "c"}})
+    (folder / "run.json").write_text(json.dumps(info))
+    assert "validation loss" not in html_report(read_runs([folder]), SVG).decode()
+
+
 def test_a_run_of_which_little_is_known_has_a_report(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()

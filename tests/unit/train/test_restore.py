@@ -11,17 +11,26 @@ from typing import Any, cast
 
 import pytest
 
+from qwen3next_train.checkpoint import discovery
 from qwen3next_train.checkpoint.manifest import config_hash
 from qwen3next_train.checkpoint.train_state import Lowest
-from qwen3next_train.config.schema import CheckpointConfig, Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.config.schema import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from qwen3next_train.data.position import SourcePosition, new_start
 from qwen3next_train.data.prepared import PreparedData, PreparedSource
 from qwen3next_train.errors import CheckpointError, ConfigError
 from qwen3next_train.optim.schedule import Rewarmup
 from qwen3next_train.parallel.control import SingleProcess
-from qwen3next_train.train.restore import Restored, due_steps, restore_state, start_record
+from qwen3next_train.train.restore import Restored, due_steps, restore_state
 from qwen3next_train.train.resume import NEWEST, Resume
 from qwen3next_train.train.run_directory import RunDirectory
+from qwen3next_train.train.start import start_record
 from tests.unit.checkpoint.support import collected_log, header, manager, rewrite_manifest, train_state
 
 DOCUMENTS = cast(Any, SimpleNamespace(documents=range(9), num_tokens=100_000))
@@ -249,7 +258,9 @@ def test_going_back_to_a_step_happens_once_for_a_configuration(tmp_path: Path) -
     )
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(tmp_path / "one", logged=10, saved=(5, 10))
     fork = Resume(start=tmp_path / "one" / "checkpoints" / "step_00000005")
     restored = restore(tmp_path / "two", resume=fork)
@@ -258,10 +269,15 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_with_step_and_changes(tmp_p
     assert due_steps({}, restored) == []
     with pytest.raises(ConfigError, match=rf"optimizer\.lr: was 0\.0003, now 0\.0001: {fork.start} belongs to"):
         restore(tmp_path / "two", config_of(lr=1e-4), fork)
-    with pytest.raises(ConfigError, match=r"^--resume\.from: .*nowhere: not a directory; name a run directory"):
+    with pytest.raises(ConfigError, match=r"^--resume\.from: .*nowhere: no such directory; name a run directory"):
         restore(tmp_path / "two", resume=Resume(start=tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"^run\.steps: 4 are fewer than the 5 steps of "):
         restore(tmp_path / "two", config_of(4), fork)
+    wider = config_of().model_copy(update={"model": ModelConfig(hidden_size=64)})
+    with monkeypatch.context() as patch:
+        patch.setattr(discovery, "hash_file", lambda *arguments: pytest.fail("a file of weights was read"))
+        with pytest.raises(ConfigError, match=r"^model\.hidden_size: was 2048, now 64: .*: the checkpoint's tensors"):
+            restore(tmp_path / "two", wider, fork)
     trained(tmp_path / "two", logged=7, saved=(7,))
     assert restore(tmp_path / "two", resume=fork).state.step == 7
 

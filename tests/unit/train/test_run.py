@@ -7,6 +7,7 @@ import types
 from contextlib import contextmanager
 
 import pytest
+from torch.distributed import DistStoreError
 
 from qwen3next_train.config.schema import Config, RunConfig
 from qwen3next_train.errors import ConfigError, DataError, PeerLostError
@@ -99,6 +100,7 @@ TO_GO_ON = "run the same line to go on"
         (9, lambda run: None, 0, "finished at step 9", 9),
         (0, fails_at(3, DataError("cut")), 65, "cut", 3),
         (0, fails_at(3, RuntimeError(GLOO)), 69, f"rank 0: lost another rank: {LOST}", 3),
+        (0, fails_at(3, DistStoreError("wait timeout")), 69, "rank 0: lost another rank: wait timeout", 3),
         # Of a collective that another one's failure has torn down before it was waited for.
         (0, fails_at(3, RuntimeError(TORN_DOWN)), 69, f"rank 0: lost another rank: {TORN_DOWN}", 3),
     ],
@@ -154,6 +156,18 @@ def test_dead_rank_is_named(attempt, tmp_path):
     assert code == 69
     collectives = f"its last collectives: {tmp_path}/flight_recorder_rank_0"
     assert record["reason"] == f"rank 0: rank 1 (process {dead} on {own.host}) has died: {LOST}; {collectives}"
+
+
+def test_a_rank_lost_before_it_is_known_where_the_others_live(attempt, monkeypatch):
+    @contextmanager
+    def fails(device, *, fingerprint, peer_timeout_s):
+        raise RuntimeError(GLOO)
+        yield
+
+    monkeypatch.setattr(process_groups, "process_context", fails)
+    code, record = attempt()
+    assert (code, record["code"], record["step"]) == (69, 69, None)
+    assert record["reason"].startswith(f"rank 0: lost another rank: {LOST}")
 
 
 def test_failure_before_there_is_a_state(attempt):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM
-from qwen3next_train.train.run_info import due_ranges, is_run_info, read_info
+from qwen3next_train.train.run_info import ValidatedRows, due_ranges, is_run_info, read_info
 
 WHOLE = {"wandb_id": "abcd1234", "attempts": [{"first_step": 0}], "checkpoint_step": 7, "versions": {}, "more": [1]}
 
@@ -84,3 +84,34 @@ def attempt(first: object, interval: object) -> dict:
 )
 def test_steps_that_must_have_been_logged(attempts, last, due):
     assert [step for steps in due_ranges(attempts, last) for step in steps] == due
+
+
+def validated(first: object, **rows: object) -> dict:
+    return {
+        "first_step": first,
+        "validation_rows": {prefix.replace("_", "/"): digest for prefix, digest in rows.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("attempts", "steps"),
+    [
+        ([validated(0, eval_="a")], [1, 2, 3, 4, 5, 6]),
+        ([validated(0, eval_="a"), validated(3, eval_="a")], [1, 2, 3, 4, 5, 6]),
+        ([validated(0, eval_="a"), validated(3, eval_="b")], [4, 5, 6]),
+        # Back to the first rows: what was measured on them counts again.
+        ([validated(0, eval_="a"), validated(2, eval_="b"), validated(4, eval_="a")], [1, 2, 5, 6]),
+        # A later attempt that went back has replaced the rows behind its first step.
+        ([validated(0, eval_="a"), validated(4, eval_="b"), validated(2, eval_="a")], [1, 2, 3, 4, 5, 6]),
+        # Of versions that recorded none; and where nobody did, all that is known is that they are of one metric.
+        ([{"first_step": 0}, validated(3, eval_="a")], [4, 5, 6]),
+        ([{"first_step": 0}, {"first_step": 3, "validation_rows": 7}, {}], [1, 2, 3, 4, 5, 6]),
+        # Other sets say nothing of this one; a set that is gone is compared with itself.
+        ([validated(0, eval_="a", eval_code_="x"), validated(3, eval_code_="y")], [1, 2, 3]),
+        ([], [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_which_validations_compare(attempts, steps):
+    rows = ValidatedRows(attempts)
+    assert [step for step in range(1, 7) if rows.compares("eval/loss", step)] == steps
+    assert all(rows.compares("loss/lm", step) for step in range(1, 7))

@@ -32,7 +32,7 @@ from qwen3next_train.train.validation import (
 )
 from tests.unit.checkpoint.support import fragments_of, names, train_state
 from tests.unit.data.corpus import counting_store, make_config
-from tests.unit.train.test_loop import run_of
+from tests.unit.train.loop_runs import run_of
 
 SET = ValidationSet("eval/", [], None, "rows")
 PATIENT = Config(eval=EvalConfig(interval=1, patience=2))
