@@ -138,7 +138,7 @@ def test_two_ranks_start_together_and_fail_together(
     assert record["code"] == 65
     assert record["reason"].startswith(
         f"checkpoint.init_from: {imported}/checkpoints/step_00000000: checkpoint of another model: "
-        "mtp.pre_fc_norm_embedding.weight is not part of the model"
+        "model.mtp_num_layers was 1, now 0; use the model section of the run that wrote it"
     )
 
 
