@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -175,13 +174,12 @@ def squares_of_slice(cu_seqlens: npt.NDArray[np.integer], *, num_rows: int, part
     """
     length = int(cu_seqlens[-1]) // num_rows
     size = length // part.count
-    total = 0
-    for start, end in pairwise(cu_seqlens.tolist()):
-        begin = start // length * length + part.index * size
-        inside_from, inside_to = max(start, begin) - start, min(end, begin + size) - start
-        if inside_to > inside_from:
-            total += inside_to**2 - inside_from**2
-    return total
+    # At once: a row may be hundreds of thousands of documents. Squares of a long one are beyond 32 bits.
+    starts, ends = cu_seqlens[:-1].astype(np.int64), cu_seqlens[1:].astype(np.int64)
+    begins = starts // length * length + part.index * size
+    inside_from = np.maximum(starts, begins) - starts
+    inside_to = np.maximum(np.minimum(ends, begins + size) - starts, inside_from)
+    return int((inside_to**2 - inside_from**2).sum())
 
 
 def _any_in(starts: npt.NDArray[np.integer], first: int, stop: int) -> bool:

@@ -11,6 +11,7 @@ a kind than ranks, neighbours have the same one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwen3next_train.errors import ConfigError
@@ -147,7 +148,14 @@ class Topology:
         return range(first, first + num_local)
 
 
-def what_divides(world_size: int, size: int) -> str:
-    """What to do about a size that does not divide the number of processes."""
-    fitting = ", ".join(str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0)
-    return f"choose one of {fitting} or start a multiple of {size} processes"
+def what_divides(world_size: int, size: int, fits: Callable[[int], bool] = lambda divisor: True) -> str:
+    """What to do about a size that does not divide the number of processes.
+
+    Args:
+        world_size: number of processes.
+        size: what does not divide it.
+        fits: whether another size would be accepted; of none that divides it nothing is said.
+    """
+    fitting = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0 and fits(divisor)]
+    choose = f"choose {'one of ' if len(fitting) > 1 else ''}{', '.join(fitting)} or " if fitting else ""
+    return f"{choose}start a multiple of {size} processes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from qwen3next_train.config.metric_names import name_problems, validation_problems
 from qwen3next_train.config.rule_violation import RuleViolation
@@ -17,7 +18,13 @@ from qwen3next_train.config.schema import (
     SamplesConfig,
     ScheduleConfig,
 )
-from qwen3next_train.config.validate_layout import bf16_gradient_violations, context_violations, tensor_violations
+from qwen3next_train.config.validate_layout import (
+    bf16_gradient_violations,
+    context_fits,
+    context_violations,
+    tensor_fits,
+    tensor_violations,
+)
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.topology import what_divides
 
@@ -131,7 +138,8 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             violations.append(
                 RuleViolation(
                     (f"parallel.{name}_parallel_size",),
-                    f"{size} does not divide the world size {world_size}; {what_divides(world_size, size)}",
+                    f"{size} does not divide the world size {world_size}; "
+                    f"{what_divides(world_size, size, fits=partial(_fits, config, world_size, name))}",
                 )
             )
     ranks_per_row = sizes["context"] * sizes["tensor"]
@@ -143,7 +151,7 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
                 RuleViolation(
                     tuple(f"parallel.{name}_parallel_size" for name in shared),
                     f"{product} = {ranks_per_row} does not divide the world size {world_size}; for their product "
-                    f"{what_divides(world_size, ranks_per_row)}",
+                    f"{what_divides(world_size, ranks_per_row, fits=partial(_row_is_shared_by, config))}",
                 )
             )
         return violations
@@ -181,6 +189,29 @@ def world_violations(config: Config, world_size: int) -> list[RuleViolation]:
             )
         )
     return violations
+
+
+def _fits(config: Config, world_size: int, name: str, size: int) -> bool:
+    """Whether model, rows and world go with ``parallel.<name>_parallel_size`` of ``size``, the others as they are."""
+    model, row, parallel = config.model, config.data.sequence_length, config.parallel
+    if name == "expert":
+        return model.num_experts % size == 0
+    sizes = {"context": parallel.context_parallel_size, "tensor": parallel.tensor_parallel_size} | {name: size}
+    product = sizes["context"] * sizes["tensor"]
+    if world_size % product and world_size % (product // size) == 0:
+        return False
+    fits_heads = tensor_fits(model, row, sizes["tensor"])
+    return fits_heads and context_fits(model, row, sizes["context"], tensor=sizes["tensor"])
+
+
+def _row_is_shared_by(config: Config, num_ranks: int) -> bool:
+    """Whether so many ranks can share a row, by slices, heads or both."""
+    model, row = config.model, config.data.sequence_length
+    return any(
+        tensor_fits(model, row, tensor) and context_fits(model, row, num_ranks // tensor, tensor=tensor)
+        for tensor in range(1, num_ranks + 1)
+        if num_ranks % tensor == 0
+    )
 
 
 def validate_for_world(config: Config, world_size: int) -> None:

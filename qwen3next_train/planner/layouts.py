@@ -26,7 +26,7 @@ MAX_FASTEST = 5
 """Layouts that :func:`fastest_layouts` names."""
 
 _WHOLE_LAYERS: frozenset[RecomputePart] = frozenset(("layer",))
-_EVEN_EXPERTS = 8  # with fewer on a rank, the allowance for imbalance is too small
+_EVEN_EXPERTS = 8  # with fewer of them on a rank, but not all, the allowance for imbalance is too small
 _LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchanges than other ways to save memory
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
@@ -239,7 +239,8 @@ def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[M
 
 
 def _is_uneven(config: Config, layout: Layout) -> bool:
-    return config.model.num_experts // layout.expert_parallel_size < _EVEN_EXPERTS
+    ranks = layout.expert_parallel_size
+    return ranks > 1 and config.model.num_experts // ranks < _EVEN_EXPERTS
 
 
 def _rank(config: Config, layout: Layout, near: Layout, clock: StepClock) -> tuple[bool, bool, bool, float, int]:

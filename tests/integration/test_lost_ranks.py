@@ -79,10 +79,17 @@ def test_killed_rank_is_named_and_the_same_line_goes_on(
     assert metrics(run_dir) == two_ranks
 
 
-def test_killed_rank_of_a_context_group_is_named(tmp_path: Path, shared_corpus: Path) -> None:
-    """The others wait for heads or states of it, not for gradients."""
+@pytest.mark.parametrize(
+    "shared",
+    [{"parallel__context_parallel_size": 2}, {"parallel__tensor_parallel_size": 2, "model__linear_num_key_heads": 2}],
+    ids=["slices", "heads"],
+)
+def test_killed_rank_of_a_group_that_shares_rows_is_named(
+    tmp_path: Path, shared_corpus: Path, shared: dict[str, int]
+) -> None:
+    """The others wait for heads, states or tokens of it, not for gradients."""
     run_dir = tmp_path / "run"
-    args = arguments(shared_corpus, run_dir, run__steps=100_000, parallel__context_parallel_size=2)
+    args = arguments(shared_corpus, run_dir, run__steps=100_000, **shared)
     ranks = start_ranks([args, args])
     wait_until(lambda: num_steps(run_dir) >= 2, "step 2")
     ranks[1].kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_shares_of_the_squared_lengths_add_up_to_them(rows: tuple) -> None:
 def test_the_later_slice_of_one_document_has_the_larger_share() -> None:
     shares = [squares_of_slice(np.array([0, 8]), num_rows=1, part=RowSlice(index, 2, 1)) for index in range(2)]
     assert shares == [16, 48]
+
+
+@pytest.mark.parametrize(
+    ("starts", "squares"),
+    [([0, 2**18], 4**18 * (64 - 49) // 64), (range(2**18 + 1), 2**15), ([0, 7 * 2**15 - 1, 2**18], 2**30 + 2**16)],
+    ids=["one document", "single tokens", "from before the cut"],
+)
+def test_squares_of_the_last_slice_of_a_long_row(starts: Sequence[int], squares: int) -> None:
+    """Of 262,144 tokens over eight ranks; what a batch has is of 32 bits, which the squares are not."""
+    cu_seqlens = np.array(starts, dtype=np.int32)
+    assert squares_of_slice(cu_seqlens, num_rows=1, part=RowSlice(7, 8, 3)) == squares
 
 
 def test_part_of_a_rank_has_the_halo_of_the_models_convolution() -> None:

@@ -14,6 +14,7 @@ from qwen3next_train.config.validate import (
     rotary_dim,
     validate,
     validate_for_world,
+    world_violations,
 )
 from qwen3next_train.errors import ConfigError
 
@@ -318,8 +319,8 @@ def test_world_size():
     with pytest.raises(ConfigError) as caught:
         validate_for_world(config, 3)
     assert str(caught.value).splitlines() == [
-        "parallel.expert_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or start a multiple of "
-        "2 processes",
+        "parallel.expert_parallel_size: 2 does not divide the world size 3; choose 1 or start a multiple of 2 "
+        "processes",
         "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 3 x run.micro_batch_size 4 = "
         "12; choose a multiple of 12, a smaller micro batch or another number of processes",
     ]
@@ -360,13 +361,13 @@ def test_world_size_with_context_parallelism():
         "parallel.context_parallel_size 2 x run.micro_batch_size 4 = 12; choose a multiple of 12, a smaller micro "
         "batch or another number of processes",
     ]
-    for world_size, fitting in ((1, "1"), (5, "1, 5")):
+    for world_size in (1, 5):
         with pytest.raises(ConfigError) as caught:
             validate_for_world(config, world_size)
         # Nothing can be said of rows then.
         assert str(caught.value) == (
-            f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose one of {fitting} "
-            "or start a multiple of 2 processes"
+            f"parallel.context_parallel_size: 2 does not divide the world size {world_size}; choose 1 or start a "
+            "multiple of 2 processes"
         )
 
 
@@ -375,12 +376,11 @@ def test_world_size_with_divided_heads():
     config = load_config([TINY], [*sizes, ("run.micro_batch_size", "4")]).config
     validate_for_world(config, 16)
     expected = {
-        3: "parallel.context_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or start a multiple "
-        "of 2 processes\nparallel.tensor_parallel_size: 2 does not divide the world size 3; choose one of 1, 3 or "
-        "start a multiple of 2 processes",
+        3: "parallel.context_parallel_size: 2 does not divide the world size 3; choose 1 or start a multiple of 2 "
+        "processes\nparallel.tensor_parallel_size: 2 does not divide the world size 3; choose 1 or start a multiple of "
+        "2 processes",
         6: "parallel.context_parallel_size: parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2 = 4 "
-        "does not divide the world size 6; for their product choose one of 1, 2, 3, 6 or start a multiple of 4 "
-        "processes",
+        "does not divide the world size 6; for their product choose one of 1, 2 or start a multiple of 4 processes",
         12: "run.global_batch_size: run.global_batch_size 16 is not a multiple of world size 12 / "
         "(parallel.context_parallel_size 2 x parallel.tensor_parallel_size 2) x run.micro_batch_size 4 = 12; choose a "
         "multiple of 12, a smaller micro batch or another number of processes",
@@ -389,6 +389,35 @@ def test_world_size_with_divided_heads():
         with pytest.raises(ConfigError) as caught:
             validate_for_world(config, world_size)
         assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "fitting"),
+    [
+        # Eight heads, two of keys and values, eight experts; 3, 6 and 12 divide the world and nothing of the model.
+        ({"expert": 8}, 12, [1, 2, 4]),
+        ({"context": 8}, 12, [1, 2, 4]),
+        ({"tensor": 8}, 12, [1, 2, 4]),
+        # What the other size leaves of heads and processes.
+        ({"context": 4, "tensor": 2}, 6, [1]),
+        ({"context": 8, "tensor": 1}, 20, [1, 2, 4]),
+        ({"context": 2, "tensor": 4}, 6, [1]),
+    ],
+)
+def test_sizes_that_a_world_is_offered_are_accepted(sizes: dict[str, int], world_size: int, fitting: list[int]) -> None:
+    shape = {"num_attention_heads": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 8, "num_experts": 8}
+
+    def config_of(**sizes: int) -> Config:
+        given = {f"model.{key}": value for key, value in shape.items()} | {"run.global_batch_size": 240}
+        given |= {f"parallel.{name}_parallel_size": size for name, size in sizes.items()} | {"run.micro_batch_size": 1}
+        return load_config([TINY], [(key, str(value)) for key, value in given.items()]).config
+
+    (violation,) = world_violations(config_of(**sizes), world_size)
+    name = violation.keys[0].removeprefix("parallel.").removesuffix("_parallel_size")
+    listed = ", ".join(map(str, fitting))
+    assert f"choose {'one of ' if len(fitting) > 1 else ''}{listed} or start a multiple of " in violation.message
+    for size in fitting:
+        assert world_violations(config_of(**sizes | {name: size}), world_size) == []
 
 
 def test_every_batch_of_a_ramp_up_has_to_fit_the_world():

@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.config.schema import CheckpointConfig, Config, OptimizerConfig, RunConfig, ScheduleConfig
+from qwen3next_train.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from qwen3next_train.config.validate import validate, validate_for_world
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import MAX_FASTEST, USABLE_FRACTION, changed_fields
@@ -355,3 +363,15 @@ def test_needs_no_torch() -> None:
         f"{imports} import qwen3next_train.parameters, qwen3next_train.versions, qwen3next_train.planner.report"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("expert_parallel_size", "num_experts"), [(1, 4), (2, 4), (1, 8), (8, 16)])
+def test_a_model_of_few_experts_has_layouts_that_fit(expert_parallel_size: int, num_experts: int) -> None:
+    """Experts that are all on every rank get the same rows however tokens choose: nothing is uneven."""
+    model = TINY.model_copy(update={"num_experts": num_experts})
+    parallel = ParallelConfig(expert_parallel_size=expert_parallel_size, context_parallel_size=2)
+    config = Config(model=model, run=RunConfig(global_batch_size=8), data=DataConfig(sequence_length=64))
+    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus=8, gpu="h100", mfu=None, tokens=None)
+    assert plan.fits
+    assert {each.layout.expert_parallel_size for each in plan.fastest} == ({1, 2} if num_experts == 16 else {1})
+    assert "no layout fits" not in format_plan(plan)
