@@ -9,6 +9,12 @@ step then gets as many as make an interval a quarter longer than that: nothing h
 steps until the next. Times are means over the steps of whole intervals; saves beside training are timed from their
 second on, as the first takes the memory. ``stopped`` is how long a save has kept training from going on, ``written``
 from its begin until it was published, ``GB/s`` the size of a checkpoint by that.
+
+``--read-back`` times one checkpoint alone instead: written, verified (every byte is read from the disk and hashed) and,
+after a further step, loaded into the engine, from what verifying has left in host memory. What the engine then holds is
+compared with what was saved. A rank of the 80B over eight GPUs has 64 experts: ``--config qwen3next_80b_8xh200.yaml
+--parallel.expert_parallel_size 1 --model.num_experts 64``, with ``--model.num_hidden_layers`` as GPU and disk allow.
+All that is not an expert is then one process's, not an eighth.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -32,6 +39,7 @@ from device_timing import GIB, synchronize
 
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.checkpoint.background import BackgroundSaver
+from qwen3next_train.checkpoint.fragments import FragmentReader
 from qwen3next_train.checkpoint.manager import CheckpointManager, SaveReport
 from qwen3next_train.checkpoint.manifest import Header, WorldLayout
 from qwen3next_train.checkpoint.train_state import TrainState
@@ -59,11 +67,14 @@ OPTIONS = {
         Option("--interval", "N", "steps between saves (default 5)"),
         Option("--intervals", "N", "timed intervals with saves beside training (default 2); of the others one"),
         Option("--accumulation", "N", "micro-batches a step (default: from the time of one save)"),
+        Option("--read-back", "", "time one checkpoint: written, verified, loaded; nothing beside training"),
         Option("--json", "FILE", "write everything as JSON too, after each row"),
     )
 }
 _SLACK = 1.25
 """Time of an interval over that of a save that is waited for."""
+_BITS = {2: torch.int16, 4: torch.int32}
+"""Whole numbers as wide as an element of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,29 @@ class Outcome:
         return sum(self.step_s) / len(self.step_s)
 
 
+@dataclass(frozen=True)
+class ReadBack:
+    """One checkpoint alone.
+
+    Args:
+        num_bytes: its size.
+        written_s: seconds from the save's begin until it was published.
+        verified_s: seconds of reading and hashing it.
+        loaded_s: seconds until the engine had its state, after that.
+    """
+
+    num_bytes: int
+    written_s: float
+    verified_s: float
+    loaded_s: float
+
+
 class _Enough(Exception):
     """Ends the loop before the save of its last step, which is waited for."""
+
+
+def _stop(step: int) -> None:
+    raise _Enough
 
 
 class Bench:
@@ -132,6 +164,45 @@ class Bench:
         train(run)
         shutil.rmtree(self._folder / "once")
         return saves[0]
+
+    def read_back(self) -> ReadBack:
+        """A checkpoint written, verified and loaded after a further step.
+
+        Raises:
+            AssertionError: the engine does not hold what was saved.
+        """
+        run, saves = self._run("back", 1, num_steps=1, async_save=False, interval=1)
+        train(run)
+        saved = self._digests()
+        onward, unsaved = self._run("on", 1, num_steps=1, async_save=False, interval=0)
+        onward.progress = _stop
+        with suppress(_Enough):
+            train(onward)
+        assert not unsaved, "the disk may have no room for a second checkpoint"
+        assert self._digests() != saved, "a step has changed nothing"
+        for path in saves[0].path.rglob("*"):
+            if path.is_file():
+                _forget(path)
+        started = time.monotonic()
+        found = run.checkpoints.find_latest()
+        assert found is not None
+        verified = time.monotonic()
+        reader = FragmentReader(found.path, found.manifest)
+        self._engine.load_state(reader.read, found.manifest.train_state.optimizer_step)
+        synchronize(self._context.device)
+        loaded = time.monotonic()
+        assert self._digests() == saved, "what was loaded is not what was saved"
+        for name in ("back", "on"):
+            shutil.rmtree(self._folder / name)
+        return ReadBack(saves[0].num_bytes, saves[0].duration_s, verified - started, loaded - verified)
+
+    def _digests(self) -> dict[tuple[str, str], int]:
+        """Sum of the bits of each part of the state, by parameter and kind."""
+        return {
+            (fragment.name, kind): int(tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+            for fragment in self._engine.fragments()
+            for kind, tensor in fragment.tensors.items()
+        }
 
     def micro_batch_s(self) -> float:
         """Seconds of a step of one micro-batch, kernels compiled."""
@@ -232,6 +303,15 @@ class Bench:
         return run, checkpoints.reports
 
 
+def _forget(path: Path) -> None:
+    """Have the host drop a file's pages, which are on the disk, so that they are read from there."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
 class _Reported(CheckpointManager):
     """Keeps the reports of its saves."""
 
@@ -256,6 +336,14 @@ def format_outcome(outcome: Outcome, without: Outcome) -> str:
     return f"{line}{stopped:11.3f}{written:10.2f}{rate:7.2f}{outcome.peak_bytes / GIB:7.1f}"
 
 
+def format_read_back(back: ReadBack, num_parameters: int) -> str:
+    """The lines of a checkpoint alone."""
+    size = back.num_bytes / 1e9
+    times = {"written": back.written_s, "verified": back.verified_s, "loaded": back.loaded_s}
+    lines = [f"{name:<16}{seconds:10.2f} s{size / seconds:7.2f} GB/s" for name, seconds in times.items()]
+    return "\n".join([f"{num_parameters:,} parameters, {size:.2f} GB", *lines])
+
+
 HEADER = f"{'saves':<16}{'mean ms':>10}{'% more':>9}{'stopped s':>11}{'written s':>10}{'GB/s':>7}{'GiB':>7}"
 
 
@@ -275,6 +363,20 @@ def main(argv: list[str]) -> int:
             raise ConfigError("measures one process; start it without a launcher")
         print(", ".join(f"{name} {version}" for name, version in software_versions().items() if version))
         bench = Bench(config, context, Path(folder), interval)
+        num_parameters = sum(spec.numel for spec in parameter_table(config.model))
+        heading = {
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": software_versions(),
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+            "num_parameters": num_parameters,
+        }
+        target = args.last("--json")
+        if "--read-back" in args.options:
+            back = bench.read_back()
+            print(format_read_back(back, num_parameters))
+            if target is not None:
+                Path(target).write_text(json.dumps(heading | asdict(back), indent=2) + "\n", encoding="utf-8")
+            return 0
         micro_batch_s = bench.micro_batch_s()
         if given := args.last("--accumulation"):
             accumulation = count("--accumulation", given)
@@ -282,7 +384,6 @@ def main(argv: list[str]) -> int:
             alone_s = bench.save_once().duration_s
             accumulation = math.ceil(_SLACK * alone_s / (interval * micro_batch_s))
             print(f"a save alone {alone_s:.2f} s")
-        num_parameters = sum(spec.numel for spec in parameter_table(config.model))
         print(f"{num_parameters:,} parameters, a save every {interval} steps of {accumulation} micro-batches")
         print(HEADER, flush=True)
         outcomes: list[Outcome] = []
@@ -291,12 +392,9 @@ def main(argv: list[str]) -> int:
                 bench.measure(saves, accumulation, num_intervals=num_intervals if saves == "beside training" else 1)
             )
             print(format_outcome(outcomes[-1], outcomes[0]), flush=True)
-            if (target := args.last("--json")) is not None:
+            if target is not None:
                 found = {
-                    "date": time.strftime("%Y-%m-%d"),
-                    "versions": software_versions(),
-                    "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
-                    "num_parameters": num_parameters,
+                    **heading,
                     "interval": interval,
                     "accumulation": accumulation,
                     "results": [{**asdict(each), "mean_s": each.mean_s} for each in outcomes],

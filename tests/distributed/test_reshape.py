@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import find_config
 from qwen3next_train.parameters import parameter_table
 from tests.distributed.layout_matrix import Layout
 from tests.distributed.layouts import Job, Outcome, train_all
@@ -136,3 +138,44 @@ def test_the_same_layout_goes_on_bit_for_bit(reshaped: Reshaped, tmp_path: Path)
         assert continued.metrics == outcome.metrics[SAVED_AT:]
         for key, tensor in outcome.state.items():
             assert tensor.equal(continued.state[key]), (layout, key)
+
+
+def test_the_80b_of_one_node_goes_on_with_its_experts_over_four_ranks(tmp_path: Path) -> None:
+    """The shipped file in small: saved at EP 8, resumed at EP 4 x 2; bf16 moments, whole layers recomputed."""
+    narrow = {
+        "model.num_hidden_layers": 4,
+        "model.hidden_size": 32,
+        "model.vocab_size": 256,
+        "model.num_experts": 32,
+        "model.num_experts_per_tok": 4,
+        "model.moe_intermediate_size": 16,
+        "model.shared_expert_intermediate_size": 16,
+        "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 1,
+        "model.head_dim": 16,
+        "model.linear_num_key_heads": 2,
+        "model.linear_num_value_heads": 4,
+        "model.linear_key_head_dim": 8,
+        "model.linear_value_head_dim": 8,
+        "data.sequence_length": 24,
+        "run.device": "cpu",
+        "run.precision": "fp32",
+        "parallel.gradient_dtype": "fp32",
+        "schedule.kind": "constant",
+        "schedule.warmup_steps": 0,
+    }
+
+    def job(steps: int, size: int, **folders: Path) -> Job:
+        settings = narrow | {"run.steps": steps, "parallel.expert_parallel_size": size}
+        overrides = [(key, str(value)) for key, value in settings.items()]
+        return Job(load_config([find_config("qwen3next_80b_8xh200.yaml")], overrides).config, **folders)
+
+    folder = tmp_path / "checkpoints"
+    saved, whole = train_all([job(1, 8, save=folder), job(2, 8)], tmp_path / "eight", num_processes=8)
+    assert len(saved.state) == 3 * len(parameter_table(job(1, 8).config.model))
+    (resumed,) = train_all([job(2, 4, load=folder)], tmp_path / "four", num_processes=8)
+    for key, tensor in saved.state.items():
+        assert tensor.equal(resumed.loaded[key]), key
+    assert len(resumed.metrics) == 1
+    for name in ("loss/lm", "loss/mtp", "loss/load_balancing"):
+        assert resumed.metrics[0][name] == pytest.approx(whole.metrics[1][name], rel=1e-6), name

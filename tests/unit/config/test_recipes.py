@@ -71,6 +71,11 @@ def test_the_header_of_the_80b_on_one_node_is_what_plan_says_of_both_lengths() -
         assert plan.fits
         # 32768 tokens a GPU in the second, 4 x 4096 in the first, and eight of them.
         assert plan.workload.num_tokens // 8 in (4 * 4096, 32768)
+        exact = load_config([path], [*args.overrides, ("parallel.token_exchange", "exact")]).config
+        other = make_plan(exact, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
+        assert plan.step_time_s is not None
+        assert other.step_time_s is not None
+        assert plan.step_time_s < other.step_time_s
 
 
 @recipes
