@@ -8,6 +8,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 # A library asks for GPUs when it is imported. CUDA's own answer would keep forked processes from using one.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+import tokenizers  # noqa: F401 - the text's; imported when a run reads it
 import torch._dynamo  # noqa: F401 - what ZeRO stage 3 imports when it is built
 
 import qwen3next_train.cli.outcome
