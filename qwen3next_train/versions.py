@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -19,12 +20,16 @@ def software_versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "qwen3next_train": qwen3next_train.__version__,
     }
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return versions | {name: _installed_version(name) for name in _DISTRIBUTIONS}
+
+
+@functools.cache
+def _installed_version(distribution: str) -> str | None:
+    """Parsed once a process: a start of training asks for all of them four times."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_revision() -> str | None:

@@ -1,4 +1,4 @@
-"""Measure a step of the tiny model as the benchmark of whole steps does; a task of :mod:`tests.distributed.ranks`."""
+"""Measure a step of a small model as the benchmark of whole steps does; a task of :mod:`tests.distributed.ranks`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.parallel.process_groups import ProcessContext
 from tests.architecture.tree import ROOT
+from tests.integration.launching import SMALL_MODEL
 
 
 def perform(context: ProcessContext, zero_stage: str, context_parallel_size: str, report: str) -> None:
@@ -19,6 +20,7 @@ def perform(context: ProcessContext, zero_stage: str, context_parallel_size: str
     from bench_steps import Row, measure_row
 
     overrides = {
+        **SMALL_MODEL,
         "parallel.zero_stage": zero_stage,
         "parallel.expert_parallel_size": context.world_size,
         "parallel.context_parallel_size": context_parallel_size,

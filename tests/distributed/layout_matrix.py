@@ -53,17 +53,21 @@ class Layout:
     tensor_parallel_size: int = 1
 
     @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that have rows of their own."""
+        return self.world_size // (self.context_parallel_size * self.tensor_parallel_size)
+
+    @property
     def job(self) -> Job:
         """The tiny configuration at half its width and an eighth of its vocabulary, with short rows and a z-loss.
 
         And with a third of its learning rate: at the full one twenty steps multiply differences in rounding by up to
         ten.
         """
-        data_parallel_size = self.world_size // (self.context_parallel_size * self.tensor_parallel_size)
         overrides = {
             "run.steps": self.steps,
             "run.global_batch_size": GLOBAL_BATCH_SIZE,
-            "run.micro_batch_size": GLOBAL_BATCH_SIZE // data_parallel_size // self.accumulation,
+            "run.micro_batch_size": GLOBAL_BATCH_SIZE // self.data_parallel_size // self.accumulation,
             "data.sequence_length": 24,
             "model.vocab_size": 512,
             "model.hidden_size": 64,
@@ -107,9 +111,38 @@ def all_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
     ]
 
 
+_CHOSEN = (
+    # Data-, context-, tensor- and expert-parallel size, ZeRO stage, accumulation, whether rows are packed.
+    (2, 1, 1, 1, 1, 1, True),
+    (2, 1, 1, 2, 1, 3, False),
+    (1, 1, 2, 1, 2, 3, True),
+    (1, 2, 1, 1, 3, 3, True),
+    (4, 1, 1, 1, 1, 1, False),
+    (4, 1, 1, 2, 2, 3, False),
+    (4, 1, 1, 4, 3, 1, True),
+    (2, 2, 1, 4, 2, 1, False),
+    (1, 4, 1, 1, 2, 1, True),
+    (1, 4, 1, 2, 3, 1, True),
+    (1, 4, 1, 4, 1, 3, False),
+    (2, 1, 2, 4, 3, 1, False),
+    (1, 2, 2, 2, 1, 1, True),
+)
+
+
 def covering_layouts(world_size: int, steps: int = STEPS) -> list[Layout]:
-    """A few of :func:`all_layouts`, in which every pair of two settings occurs."""
-    return covering(all_layouts(world_size, steps))
+    """Those of :func:`all_layouts` of 2 and 4 ranks whose steps cost least among which every pair of settings occurs.
+
+    A setting counts wherever it stands: experts over 2 ranks with ZeRO-3 among 2 ranks or among 4. What the number of
+    ranks decides is in the data-parallel size.
+
+    Returns:
+        The part of one number of ranks.
+    """
+    layouts = [
+        Layout(data * context * tensor, expert, zero_stage, accumulation, packed, steps, context, tensor)
+        for data, context, tensor, expert, zero_stage, accumulation, packed in _CHOSEN
+    ]
+    return [layout for layout in layouts if layout.world_size == world_size]
 
 
 def covering(layouts: Sequence[Layout]) -> list[Layout]:

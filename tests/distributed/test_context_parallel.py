@@ -39,14 +39,16 @@ class Sizes(NamedTuple):
 
 ONE = Sizes()
 LAYOUTS = {
-    Sizes(ranks=2, context=2, expert=2): list(SETTINGS),
-    Sizes(ranks=4, context=4, expert=2): list(SETTINGS),
+    Sizes(ranks=2, context=2, expert=2): ["loads of a row", "loads of a micro-batch", "dense exchange"],
+    Sizes(ranks=4, context=4, expert=2): [setting for setting in SETTINGS if setting != "loads of a micro-batch"],
     Sizes(ranks=2, tensor=2, expert=2): ["loads of a row", "dense exchange", "recompute"],
     # More ranks than key and value heads.
     Sizes(ranks=4, tensor=4): ["loads of a step, two rows", "long memory"],
     Sizes(ranks=4, context=2, tensor=2, expert=4): ["loads of a row", "whole layers again, two rows"],
 }
-"""Every setting with slices; with divided heads those that tell the ways of sharing apart."""
+"""Every setting with slices, most with four, which have slices in between; what adds over all of a row with two as
+well, and the exchange that does not wait for the host with experts over one group of slices and over half of one. With
+divided heads those that tell the ways of sharing apart."""
 CASES = [(sizes, setting) for sizes, settings in LAYOUTS.items() for setting in settings]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,20 @@ from tests.distributed.test_layout_equality import small_config
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-_PLACES = [(1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu")]
-_RUNS = [("bf16", 1), ("bf16", 2), ("fp32", 2)]
 CASES = [
-    *(
-        (zero_stage, precision, expert_parallel_size, offload, 1)
-        for (zero_stage, offload), (precision, expert_parallel_size) in product(_PLACES, _RUNS)
-    ),
-    *((zero_stage, "fp32", 1, "none", 2) for zero_stage in (1, 2, 3)),
+    # ZeRO stage, precision, expert-parallel size, offload, context-parallel size.
+    (1, "bf16", 2, "none", 1),
+    (1, "fp32", 1, "none", 2),
+    (2, "bf16", 2, "none", 1),
+    (2, "fp32", 1, "none", 2),
+    (3, "bf16", 2, "none", 1),
+    (3, "fp32", 1, "none", 2),
+    (1, "bf16", 1, "cpu", 1),
+    (1, "fp32", 2, "cpu", 1),
+    (2, "bf16", 1, "cpu", 1),
+    (2, "fp32", 2, "cpu", 1),
 ]
+"""Every pair of a place of the state (stage and offload) and a precision or expert-parallel size, and of these two."""
 
 
 def _config(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -58,12 +57,11 @@ def _job(layout: Layout, steps: int, *, load: Path | None = None, save: Path | N
 
 
 def _goes_on(origin: Layout, layout: Layout) -> bool:
-    """From its own layout's checkpoint, from one rank's and from the next one's.
+    """From its own layout's checkpoint and from the next one's.
 
     That the others' arrive bit for bit is all there is to see: the state is the same, whoever wrote it.
     """
-    index = LAYOUTS.index(layout)
-    return origin in (layout, LAYOUTS[0], LAYOUTS[(index + 1) % len(LAYOUTS)])
+    return origin in (layout, LAYOUTS[(LAYOUTS.index(layout) + 1) % len(LAYOUTS)])
 
 
 @pytest.fixture(scope="module")
@@ -93,37 +91,28 @@ def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
     return Reshaped(saved, loaded, {pair: outcome for pair, outcome in loaded.items() if _goes_on(*pair)})
 
 
-def _expert_hashes(state: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, int], str]:
-    """Digest of each expert's master weights and moments, by layer tensor and expert."""
-    hashes = {}
-    for spec in parameter_table(LAYOUTS[0].job.config.model):
-        if spec.expert:
-            for expert in range(spec.shape[0]):
-                digest = hashlib.sha256()
-                for kind in ("master", "exp_avg", "exp_avg_sq"):
-                    rows = state[spec.name, kind].view(spec.shape[0], -1)
-                    digest.update(rows[expert].numpy().tobytes())
-                hashes[spec.name, expert] = digest.hexdigest()
-    return hashes
-
-
-def test_every_expert_keeps_its_weights_and_moments(reshaped: Reshaped) -> None:
-    assert len(reshaped.loaded) == len(LAYOUTS) ** 2
-    for (origin, layout), outcome in reshaped.loaded.items():
-        written = _expert_hashes(reshaped.saved[origin].state)
-        assert len(set(written.values())) == len(written)
-        assert _expert_hashes(outcome.loaded) == written, (origin, layout)
-
-
 def test_the_whole_state_arrives_bit_for_bit(reshaped: Reshaped) -> None:
+    """Every expert's weights and moments among it."""
+    assert len(reshaped.loaded) == len(LAYOUTS) ** 2
     for (origin, layout), outcome in reshaped.loaded.items():
         for key, tensor in reshaped.saved[origin].state.items():
             assert tensor.equal(outcome.loaded[key]), (origin, layout, key)
 
 
+def test_no_two_experts_of_a_saved_state_are_alike(reshaped: Reshaped) -> None:
+    """Or those that have changed places would not be seen."""
+    experts = [spec for spec in parameter_table(LAYOUTS[0].job.config.model) if spec.expert]
+    assert experts
+    for spec, saved in product(experts, reshaped.saved.values()):
+        kept = torch.cat(
+            [saved.state[spec.name, kind].view(spec.shape[0], -1) for kind in ("master", "exp_avg", "exp_avg_sq")], 1
+        )
+        assert len(kept.unique(dim=0)) == spec.shape[0], spec.name
+
+
 def test_the_curve_goes_on_as_if_never_interrupted(reshaped: Reshaped, tmp_path: Path) -> None:
     (whole,) = train_all([_job(LAYOUTS[0], STEPS)], tmp_path / "whole", num_processes=1)
-    assert len(reshaped.continued) == 3 * len(LAYOUTS) - 2
+    assert len(reshaped.continued) == 2 * len(LAYOUTS)
     for (origin, layout), outcome in reshaped.continued.items():
         for expected, found in zip(whole.metrics[SAVED_AT:], outcome.metrics, strict=True):
             for name in ("loss/lm", "loss/mtp", "loss/load_balancing", "loss/z", "loss/total"):

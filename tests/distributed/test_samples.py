@@ -16,9 +16,8 @@ pytestmark = pytest.mark.dist
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "experts, dense exchange": {"expert_parallel_size": 2, "token_exchange": "dense"},
-    "zero 2": {"zero_stage": 2},
     "context": {"context_parallel_size": 2},
-    "tensor, experts": {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+    "tensor, experts, zero 2": {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 2},
     "context, experts, zero 3": {"context_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3},
     "two in flight": {"micro_batches_in_flight": 2, "recompute": ["norms", "activations", "gdn_prologue"]},
 }

@@ -23,6 +23,7 @@ from qwen3next_train.selftest.environment import (
     version_check,
     wandb_check,
 )
+from qwen3next_train.versions import _installed_version
 from tests.architecture.tree import ROOT
 
 
@@ -39,6 +40,8 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    # As it is behind the cache, which may hold the real ones.
+    monkeypatch.setattr("qwen3next_train.versions._installed_version", _installed_version.__wrapped__)
     return pretended
 
 
