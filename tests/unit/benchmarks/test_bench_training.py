@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_train.errors import ConfigError
-from tests.integration.launching import SMALL_MODEL
+from tests.integration.launching import SMALL_MODEL, write_corpus
 
 
 @pytest.mark.slow
@@ -19,6 +19,7 @@ def test_two_ranks_train_and_report_what_a_run_would(tmp_path: Path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {**SMALL_MODEL, "run.device": "cpu", "run.global_batch_size": "4", "run.micro_batch_size": "1"}
     settings |= {"parallel.expert_parallel_size": "2", "data.sequence_length": "64"}
+    settings["data.sources"] = str(write_corpus(tmp_path))
     overrides = [word for key, value in settings.items() for word in (f"--{key}", value)]
     target = tmp_path / "report.json"
     options = ["--config", "qwen3next_tiny.yaml", "--gpus", "2", "--steps", "7", "--json", str(target)]
