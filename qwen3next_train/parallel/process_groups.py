@@ -31,6 +31,8 @@ _JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 _PREPARATION_TIMEOUT = datetime.timedelta(days=7)
 _FORMING_TIMEOUT = datetime.timedelta(minutes=2)
 """To form a group takes a moment once all ranks have met; for one that has died meanwhile the others wait so long."""
+_FORMING_TIMEOUT_PER_RANK = datetime.timedelta(seconds=1)
+"""More than that: gloo connects every rank with every other, which of a thousand takes minutes."""
 _SAID_AFTER_S = 10.0
 _NO_INTERFACE = re.compile(r"Unable to find address for: (\S+)")
 _CANNOT_LISTEN = re.compile(r"failed to listen.*name: (E[A-Z]+)", re.DOTALL)
@@ -293,7 +295,8 @@ def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
     if world_size == 1:
         return SingleProcess()
-    group = dist.new_group(backend="gloo", timeout=min(timeout, _FORMING_TIMEOUT))
+    forming = _FORMING_TIMEOUT + world_size * _FORMING_TIMEOUT_PER_RANK
+    group = dist.new_group(backend="gloo", timeout=min(timeout, forming))
     _set_pg_timeout(timeout, group)
     return GlooControlGroup(group)
 

@@ -81,11 +81,13 @@ def test_a_group_that_is_patient_is_not_formed_patiently(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(dist, "new_group", form)
     with process_context("cpu"):
-        for wanted in (datetime.timedelta(days=7), datetime.timedelta(seconds=20)):
-            process_groups._control_group(2, wanted)
-        assert [timeout.total_seconds() for timeout, _ in formed] == [120, 20]
+        for world_size, wanted in ((2, datetime.timedelta(days=7)), (2, datetime.timedelta(seconds=20))):
+            process_groups._control_group(world_size, wanted)
+        # Gloo connects every rank with every other.
+        process_groups._control_group(1024, datetime.timedelta(days=7))
+        assert [timeout.total_seconds() for timeout, _ in formed] == [120 + 2, 20, 120 + 1024]
         kept = [group._get_backend(torch.device("cpu")).options._timeout for _, group in formed]
-        assert kept == [datetime.timedelta(days=7), datetime.timedelta(seconds=20)]
+        assert kept == [datetime.timedelta(days=7), datetime.timedelta(seconds=20), datetime.timedelta(days=7)]
 
 
 @pytest.mark.slow
