@@ -35,9 +35,9 @@ from qwen3next_train.checkpoint.names import (
     BEST_NAME,
     MAX_STEP,
     CheckpointInfo,
+    describe_missing_step,
     list_checkpoints,
     list_names,
-    list_steps,
     step_name,
 )
 from qwen3next_train.checkpoint.train_state import TrainState, restore_rng
@@ -248,7 +248,7 @@ class CheckpointManager:
         known = self._list()
         named = next((checkpoint for checkpoint in known if checkpoint.step == step), None)
         if named is None:
-            raise ConfigError(f"--resume.from: {self._directory} has no checkpoint of step {step}; {list_steps(known)}")
+            raise ConfigError(f"--resume.from: {describe_missing_step(self._directory, step, known)}")
         return self.find(named)
 
     def find_last_good(self) -> int | None:

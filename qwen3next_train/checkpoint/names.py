@@ -91,13 +91,15 @@ def directory_of_best(path: Path) -> Path | None:
         raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
 
 
-def list_steps(checkpoints: Sequence[CheckpointInfo]) -> str:
-    """What to give where a step is not there: those that are, the newest first."""
+def describe_missing_step(directory: Path, step: int, checkpoints: Sequence[CheckpointInfo]) -> str:
+    """That a step is not among the checkpoints of a directory, and what to give: those that are, the newest first."""
+    problem = f"{directory} has no checkpoint of step {step}"
     steps = [str(checkpoint.step) for checkpoint in checkpoints if checkpoint.published]
     if not steps:
-        return "it has none at all; leave --resume.from out to start at step 0, or give the path of another run"
+        hint = "it has none at all; leave --resume.from out to start at step 0, or give the path of another run"
+        return f"{problem}; {hint}"
     more = f" and {len(steps) - _MAX_LISTED} older ones" if len(steps) > _MAX_LISTED else ""
-    return f"give a step that it has: {', '.join(steps[:_MAX_LISTED])}{more}"
+    return f"{problem}; give a step that it has: {', '.join(steps[:_MAX_LISTED])}{more}"
 
 
 def is_leftover(name: str) -> bool:

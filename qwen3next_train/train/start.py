@@ -14,10 +14,10 @@ from qwen3next_train.checkpoint.names import (
     CHECKPOINTS_NAME,
     MANIFEST_NAME,
     CheckpointInfo,
+    describe_missing_step,
     directory_of_best,
     list_checkpoints,
     list_names,
-    list_steps,
 )
 from qwen3next_train.config.describe import config_hash
 from qwen3next_train.config.schema import Config
@@ -131,7 +131,7 @@ def _checkpoints_in(directory: Path) -> list[CheckpointInfo]:
 def _problem_of_step(step: int, directory: Path, known: list[CheckpointInfo]) -> str | None:
     if any(checkpoint.step == step for checkpoint in known):
         return None
-    return f"{directory} has no checkpoint of step {step}; {list_steps(known)}"
+    return describe_missing_step(directory, step, known)
 
 
 def _problem_of_path(path: Path, known: list[CheckpointInfo]) -> str | None:
