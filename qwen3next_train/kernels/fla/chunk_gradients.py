@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen3next_train.kernels.triton.row_programs import next_power_of_2
+
 
 class ChunkStates(NamedTuple):
     """What the pass along the chunks leaves behind.
@@ -111,7 +113,7 @@ def output_gradients(inputs: ChunkInputs, states: ChunkStates) -> OutputGradient
         inputs.cu_seqlens,
         inputs.chunk_indices,
         k_THK.shape[2] ** -0.5,
-        BLOCK_K=triton.next_power_of_2(k_THK.shape[2]),
+        BLOCK_K=next_power_of_2(k_THK.shape[2]),
         **_sizes(inputs, _OUTPUT_LAUNCH),
     )
     return found
@@ -135,7 +137,7 @@ def write_gradients(inputs: ChunkInputs, states: ChunkStates, outputs: OutputGra
         *found,
         inputs.cu_seqlens,
         inputs.chunk_indices,
-        BLOCK_K=min(_WRITE_LAUNCH.block, triton.next_power_of_2(k_THK.shape[2])),
+        BLOCK_K=min(_WRITE_LAUNCH.block, next_power_of_2(k_THK.shape[2])),
         **_sizes(inputs, _WRITE_LAUNCH),
     )
     return found
@@ -168,7 +170,7 @@ def _sizes(inputs: ChunkInputs, launch: _Launch) -> dict[str, int]:
         "K": key_dim,
         "V": value_dim,
         "C": inputs.A_TNC.shape[-1],
-        "BLOCK_V": min(launch.block, triton.next_power_of_2(value_dim)),
+        "BLOCK_V": min(launch.block, next_power_of_2(value_dim)),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

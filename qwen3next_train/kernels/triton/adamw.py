@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen3next_train.kernels.triton.row_programs import ceil_div
+
 _BLOCK = 2048
 
 
@@ -30,7 +32,7 @@ def adamw_update_triton(
 ) -> None:
     """One program a block; nothing is asked of the device on the host."""
     numel = master.numel()
-    _adamw_update[(triton.cdiv(numel, _BLOCK),)](
+    _adamw_update[(ceil_div(numel, _BLOCK),)](
         master,
         grad,
         exp_avg,

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen3next_train.kernels.triton.row_programs import ceil_div
+
 NUM_PARTS = 3
 """Terms of a logit: its product with the low, the high and the middle part of the weights."""
 
@@ -26,7 +28,7 @@ def split_weight(weight_ED: torch.Tensor) -> torch.Tensor:
     weight_ED = weight_ED.contiguous()
     parts = torch.empty(4 * weight_ED.shape[0], weight_ED.shape[1], dtype=torch.bfloat16, device=weight_ED.device)
     size = weight_ED.numel()
-    _split[(triton.cdiv(size, 1024),)](weight_ED, parts, size, BLOCK=1024)
+    _split[(ceil_div(size, 1024),)](weight_ED, parts, size, BLOCK=1024)
     return parts
 
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2
+
 _BLOCK_R = 16
 _BACKWARD_PROGRAMS = 2048
 """At most so many partial sums of the weight's gradient; a number of its own, so that every device adds up alike."""
@@ -29,7 +31,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         x, gate = x.contiguous(), _readable(gate)
         num_rows = x.numel() // x.shape[-1]
         out = torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-        _forward_kernel[(triton.cdiv(num_rows, _BLOCK_R),)](x, gate, weight, out, num_rows, eps, **_constants(gate))
+        _forward_kernel[(ceil_div(num_rows, _BLOCK_R),)](x, gate, weight, out, num_rows, eps, **_constants(gate))
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
         return out
@@ -39,7 +41,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         x, gate, weight = ctx.saved_tensors
         size = x.shape[-1]
         num_rows = x.numel() // size
-        num_programs = min(triton.cdiv(num_rows, _BLOCK_R), _BACKWARD_PROGRAMS)
+        num_programs = min(ceil_div(num_rows, _BLOCK_R), _BACKWARD_PROGRAMS)
         dx = torch.empty_like(x)
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         partial_PV = torch.empty(num_programs, size, dtype=torch.float32, device=x.device)
@@ -66,7 +68,7 @@ def _constants(gate: torch.Tensor) -> dict[str, Any]:
         "INNER_STRIDE": strides[2],
         "SIZE": shape[3],
         "BLOCK_R": _BLOCK_R,
-        "BLOCK_V": triton.next_power_of_2(shape[3]),
+        "BLOCK_V": next_power_of_2(shape[3]),
         "num_warps": 4,
     }
 

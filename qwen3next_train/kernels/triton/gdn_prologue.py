@@ -14,12 +14,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.gdn_prologue import L2_NORM_EPS, GdnPrologueOutputs, HeadShape
 from qwen3next_train.kernels.triton.convolution_kernels import convolve_backward_kernel, convolve_kernel
 from qwen3next_train.kernels.triton.gate_kernels import gates_backward_kernel, gates_kernel, place_gate_kernel
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2
 from qwen3next_train.kernels.varlen import VarlenMetadata
 
 _TAPS = 4
@@ -81,7 +81,7 @@ class _GdnPrologue(torch.autograd.Function):
         gate_dtype = torch.promote_types(qkvz_TP.dtype, torch.float32)
         g_TN = torch.empty(num_tokens, heads.value_heads, dtype=gate_dtype, device=qkvz_TP.device)
         beta_TN = qkvz_TP.new_empty(num_tokens, heads.value_heads)
-        gates_kernel[(triton.cdiv(num_tokens, _GATE_TOKENS),)](
+        gates_kernel[(ceil_div(num_tokens, _GATE_TOKENS),)](
             ba_TM, A_log_N, dt_bias_N, g_TN, beta_TN, num_tokens, **_gate_constants(heads)
         )
         ctx.save_for_backward(qkvz_TP, ba_TM, weight_CW, A_log_N, dt_bias_N, starts_T)
@@ -113,7 +113,7 @@ def _backward_convolution(
     """Fill all columns of ``dqkvz_TP`` but those of z; return the gradient of the filters."""
     num_tokens = qkvz_TP.shape[0]
     block = _BACKWARD_TOKENS if num_tokens > _FEW_TOKENS else _FORWARD_TOKENS
-    num_blocks = triton.cdiv(num_tokens, block)
+    num_blocks = ceil_div(num_tokens, block)
     partial_BSC = torch.empty(num_blocks, _TAPS, heads.channels, dtype=torch.float32, device=qkvz_TP.device)
     dq_THK, dk_THK, dv_TNV = (gradient.contiguous() for gradient in gradients)
     for normed, upstream in ((True, (dq_THK, dk_THK)), (False, (dv_TNV, dv_TNV))):
@@ -137,9 +137,9 @@ def _backward_convolution(
 def _place_gate(dz_THRV: torch.Tensor, dqkvz_TP: torch.Tensor, heads: HeadShape) -> None:
     """Fill z's columns of ``dqkvz_TP``; a kernel of our own, as torch copies such columns at a third of the speed."""
     columns, num_pairs = heads.group_sizes[-1], dz_THRV.shape[0] * heads.key_heads
-    width = triton.next_power_of_2(columns)
+    width = next_power_of_2(columns)
     height = max(1, _PLACED_ELEMENTS // width)
-    place_gate_kernel[(triton.cdiv(num_pairs, height),)](
+    place_gate_kernel[(ceil_div(num_pairs, height),)](
         dz_THRV.contiguous(),
         dqkvz_TP,
         num_pairs,
@@ -160,7 +160,7 @@ def _backward_gates(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the small projection, of ``A_log`` and of ``dt_bias``."""
     num_tokens = ba_TM.shape[0]
-    num_blocks = triton.cdiv(num_tokens, _GATE_TOKENS)
+    num_blocks = ceil_div(num_tokens, _GATE_TOKENS)
     dba_TM = torch.empty_like(ba_TM)
     partial_B2N = torch.empty(num_blocks, 2, heads.value_heads, dtype=torch.float32, device=ba_TM.device)
     gates_backward_kernel[(num_blocks,)](
@@ -186,7 +186,7 @@ def _gate_columns(qkvz_TP: torch.Tensor, heads: HeadShape) -> torch.Tensor:
 
 def _grid(heads: HeadShape, normed: bool, num_tokens: int, block: int) -> tuple[int, int]:
     """Heads side by side first, so that programs that run together read whole rows of the projection."""
-    return (2 * heads.key_heads if normed else heads.value_heads, triton.cdiv(num_tokens, block))
+    return (2 * heads.key_heads if normed else heads.value_heads, ceil_div(num_tokens, block))
 
 
 def _constants(heads: HeadShape, normed: bool, weight_CW: torch.Tensor) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _constants(heads: HeadShape, normed: bool, weight_CW: torch.Tensor) -> dict[
         "WIDTH": weight_CW.shape[1],
         # Offsets are sums of head sizes, which the compiler cannot see through.
         "ALIGNMENT": math.gcd(heads.key_dim, heads.value_dim, 16),
-        "BLOCK_C": triton.next_power_of_2(size),
+        "BLOCK_C": next_power_of_2(size),
     }
 
 
@@ -214,6 +214,6 @@ def _gate_constants(heads: HeadShape) -> dict[str, Any]:
         "NUM_HEADS": heads.value_heads,
         "GROUP": heads.group,
         "BLOCK_T": _GATE_TOKENS,
-        "BLOCK_N": triton.next_power_of_2(heads.value_heads),
+        "BLOCK_N": next_power_of_2(heads.value_heads),
         "num_warps": 4,
     }

@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
-from qwen3next_train.kernels.triton.row_programs import num_processors
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2, num_processors
 
 _TILE_ROWS = 128
 
@@ -63,7 +63,7 @@ class _GroupedMatmul(torch.autograd.Function):
         x_RI, weight_eOI = x_RI.contiguous(), weight_eOI.contiguous()
         experts = counts_e.numel()
         ends_2e = torch.empty(2, experts, dtype=torch.int32, device=x_RI.device)
-        block = triton.next_power_of_2(experts)
+        block = next_power_of_2(experts)
         _find_ends[(1,)](counts_e, ends_2e, experts, EXPERTS=block, TILE_ROWS=_TILE_ROWS)
         ctx.save_for_backward(x_RI, weight_eOI, ends_2e)
         ctx.main_grad = main_grad
@@ -96,7 +96,7 @@ def _row_products(
     if num_rows == 0:
         return result
     # How many tiles there are at most: each expert's last one may overlap the one before.
-    tiles = (triton.cdiv(num_rows, _TILE_ROWS) + experts) * triton.cdiv(features, _ROWS.side[1])
+    tiles = (ceil_div(num_rows, _TILE_ROWS) + experts) * ceil_div(features, _ROWS.side[1])
     # Halves of a tile are stored one after the other: that leaves room for one more stage of loads.
     stored = [_TILE_ROWS, _ROWS.side[1] // 2]
     _multiply_rows[(min(tiles, num_processors(rows.device)),)](
@@ -106,11 +106,11 @@ def _row_products(
         experts,
         features,
         summed,
-        EXPERTS=triton.next_power_of_2(experts),
+        EXPERTS=next_power_of_2(experts),
         **_row_sizes(_ROWS, summed, to_output=to_output),
     )
     launch = _LESS_THAN_A_TILE
-    _multiply_few_rows[(experts, triton.cdiv(features, launch.side[1]))](
+    _multiply_few_rows[(experts, ceil_div(features, launch.side[1]))](
         *_row_operands(rows, weight_eOI, launch, to_output=to_output),
         result,
         ends_2e,
@@ -180,7 +180,7 @@ def _sum_rows(
     """A program for each tile of each expert's gradient."""
     num_out, num_in = grad_RO.shape[1], x_RI.shape[1]
     height, width = launch.side
-    _sum_over_rows[(triton.cdiv(num_out, height) * triton.cdiv(num_in, width), ends_2e.shape[1])](
+    _sum_over_rows[(ceil_div(num_out, height) * ceil_div(num_in, width), ends_2e.shape[1])](
         TensorDescriptor.from_tensor(grad_RO, [launch.step, height]),
         TensorDescriptor.from_tensor(x_RI, [launch.step, width]),
         grad_RO,

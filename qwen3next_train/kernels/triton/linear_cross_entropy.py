@@ -20,6 +20,7 @@ import triton.language as tl
 
 from qwen3next_train.kernels.cross_entropy import IGNORE_INDEX
 from qwen3next_train.kernels.main_grad import add_product, scaled_gradient
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2
 
 _CHUNK_LOGITS = 5 * 2**28
 """Logits of a chunk, at most (8,800 tokens at 150k of them; 2.7 GB in bf16): every chunk after the first reads and
@@ -79,7 +80,7 @@ def _chunk_rows(num_tokens: int, vocabulary: int, chunk_logits: int) -> int:
 def _launch(logits_cV: torch.Tensor, labels_c: torch.Tensor, losses_c: torch.Tensor, *, with_gradient: bool) -> None:
     """Fill ``losses_c``, and put the gradient in the place of the logits."""
     vocabulary = logits_cV.shape[1]
-    lanes = min(_LANES, triton.next_power_of_2(triton.cdiv(vocabulary, _PER_LANE * _PIECES)))
+    lanes = min(_LANES, next_power_of_2(ceil_div(vocabulary, _PER_LANE * _PIECES)))
     _cross_entropy[(logits_cV.shape[0],)](
         logits_cV,
         labels_c.contiguous(),
@@ -98,7 +99,7 @@ def _scaled(tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> t
     """Product with the scalar, unrounded until the end: as bf16, 1 / tokens would be off by up to 0.4 %."""
     out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     if out.numel():
-        _scale[(triton.cdiv(out.numel(), 4096),)](tensor, factor, out, out.numel(), BLOCK=4096, num_warps=8)
+        _scale[(ceil_div(out.numel(), 4096),)](tensor, factor, out, out.numel(), BLOCK=4096, num_warps=8)
     return out
 
 

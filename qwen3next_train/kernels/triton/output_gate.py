@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.triton.row_programs import row_warps
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2, row_warps
 
 _ELEMENTS = 4096
 """Elements of a program's block of heads, at most."""
@@ -59,10 +59,10 @@ def _strides(x_TNH: torch.Tensor) -> tuple[int, int]:
 def _layout(x_TNH: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and compile-time sizes."""
     head_dim = x_TNH.shape[2]
-    block = triton.next_power_of_2(head_dim)
+    block = next_power_of_2(head_dim)
     heads = max(1, min(16, _ELEMENTS // block))
     sizes = {"SIZE": head_dim, "BLOCK": block, "HEADS": heads, "num_warps": row_warps(heads * block)}
-    return (triton.cdiv(x_TNH.shape[0] * x_TNH.shape[1], heads),), sizes
+    return (ceil_div(x_TNH.shape[0] * x_TNH.shape[1], heads),), sizes
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.triton.row_programs import num_row_programs, row_warps
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2, num_row_programs, row_warps
 
 _ELEMENTS = 4096
 """Elements of a program's block of heads, at most."""
@@ -37,7 +37,7 @@ class _QkNormRope(torch.autograd.Function):
         out_TNH = torch.empty(x_TNH.shape, dtype=x_TNH.dtype, device=x_TNH.device)
         sizes = _sizes(x_TNH, cos_T1r)
         if out_TNH.numel():
-            _forward[(triton.cdiv(num_tokens * heads, sizes["HEADS"]),)](
+            _forward[(ceil_div(num_tokens * heads, sizes["HEADS"]),)](
                 x_TNH,
                 weight_H,
                 cos_T1r.contiguous(),
@@ -61,7 +61,7 @@ class _QkNormRope(torch.autograd.Function):
         if grad_x_TNH.numel() == 0:
             return grad_x_TNH, torch.zeros_like(weight_H), None, None, None
         sizes = _sizes(x_TNH, cos_T1r)
-        programs = num_row_programs(triton.cdiv(num_tokens * heads, sizes["HEADS"]), x_TNH.device)
+        programs = num_row_programs(ceil_div(num_tokens * heads, sizes["HEADS"]), x_TNH.device)
         partial_GH = torch.empty(programs, head_dim, dtype=torch.float32, device=x_TNH.device)
         _backward[(programs,)](
             x_TNH,
@@ -90,7 +90,7 @@ def _dense_heads(x_TNH: torch.Tensor) -> torch.Tensor:
 def _sizes(x_TNH: torch.Tensor, cos_T1r: torch.Tensor) -> dict[str, int]:
     """Compile-time sizes: a program's block is a power of two of heads and of their dims."""
     head_dim = x_TNH.shape[2]
-    block = triton.next_power_of_2(head_dim)
+    block = next_power_of_2(head_dim)
     heads = max(1, min(16, _ELEMENTS // block))
     return {
         "SIZE": head_dim,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.norms import RmsNorm
-from qwen3next_train.kernels.triton.row_programs import dense_rows, num_row_programs, row_warps
+from qwen3next_train.kernels.triton.row_programs import dense_rows, next_power_of_2, num_row_programs, row_warps
 
 
 class RmsNormTriton(RmsNorm):
@@ -116,7 +116,7 @@ def _launch_forward(
     num_rows, size = x_RD.shape
     if num_rows == 0:
         return
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     _forward[(num_rows,)](
         x_RD,
         y_RD,
@@ -141,7 +141,7 @@ def _launch_backward(
     grad_x_RD = torch.empty(x_RD.shape, dtype=x_RD.dtype, device=x_RD.device)
     if num_rows == 0:
         return grad_x_RD, torch.zeros_like(weight_D)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     programs = num_row_programs(num_rows, x_RD.device)
     partial_GD = torch.empty(programs, size, dtype=torch.float32, device=x_RD.device)
     _backward[(programs,)](

@@ -11,6 +11,19 @@ _ELEMENTS_PER_THREAD = 16
 _THREADS_PER_WARP = 32
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """Quotient of two positive whole numbers, rounded up.
+
+    ``triton.cdiv`` and ``triton.next_power_of_2``, which kernels may call too, take the host a tenth of a launch.
+    """
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not less than a positive whole number."""
+    return 1 << (number - 1).bit_length()
+
+
 def row_warps(elements: int) -> int:
     """Warps of a program that holds this many elements (a power of two) at once."""
     return min(16, max(1, elements // (_ELEMENTS_PER_THREAD * _THREADS_PER_WARP)))

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.triton.row_programs import dense_rows, num_row_programs, row_warps
+from qwen3next_train.kernels.triton.row_programs import dense_rows, next_power_of_2, num_row_programs, row_warps
 
 
 def shared_expert_combine_triton(
@@ -73,7 +73,7 @@ class _SharedExpertCombine(torch.autograd.Function):
 
 def _sizes(x: torch.Tensor) -> dict[str, int]:
     """Compile-time sizes: a program holds one row at a time."""
-    block = triton.next_power_of_2(x.shape[1])
+    block = next_power_of_2(x.shape[1])
     return {"COLUMNS": x.shape[1], "BLOCK": block, "num_warps": row_warps(block)}
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.gates import MAX_CONSUMERS, SharedInputFunction
-from qwen3next_train.kernels.triton.row_programs import row_warps
+from qwen3next_train.kernels.triton.row_programs import ceil_div, row_warps
 
 _BLOCK = 2048
 """Elements of a program."""
@@ -33,7 +33,7 @@ class _SharedInput(SharedInputFunction):
 def _total(terms: list[torch.Tensor]) -> torch.Tensor:
     total = torch.empty_like(terms[0])
     missing = [None] * (MAX_CONSUMERS - len(terms))
-    _add[(triton.cdiv(total.numel(), _BLOCK),)](
+    _add[(ceil_div(total.numel(), _BLOCK),)](
         *terms, *missing, total, total.numel(), COUNT=len(terms), BLOCK=_BLOCK, num_warps=row_warps(_BLOCK)
     )
     return total

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen3next_train.kernels.triton.row_programs import dense_rows
+from qwen3next_train.kernels.triton.row_programs import ceil_div, dense_rows, next_power_of_2
 
 _TILE = 4096
 """Outputs of a program."""
@@ -63,9 +63,9 @@ class _SwiGlu(torch.autograd.Function):
 
 def _tiles(rows: int, features: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and compile-time sizes: whole rows where they fit."""
-    columns = min(1024, triton.next_power_of_2(features))
+    columns = min(1024, next_power_of_2(features))
     height = _TILE // columns
-    return (triton.cdiv(rows, height), triton.cdiv(features, columns)), {"ROWS": height, "COLUMNS": columns}
+    return (ceil_div(rows, height), ceil_div(features, columns)), {"ROWS": height, "COLUMNS": columns}
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from qwen3next_train.kernels.routing import Permutation, TokenPermutation
-from qwen3next_train.kernels.triton.row_programs import dense_rows, row_warps
+from qwen3next_train.kernels.triton.row_programs import ceil_div, dense_rows, next_power_of_2, row_warps
 
 _PAIRS = 128
 """Pairs of a block; each is compared with each."""
@@ -36,14 +36,14 @@ class TokenPermutationTriton(TokenPermutation):
     def sort(self, expert_ids_TK: torch.Tensor, num_experts: int, num_rows: int) -> Permutation:
         """By counting, in three kernels."""
         ids_TK = expert_ids_TK.contiguous()
-        num_pairs, blocks = ids_TK.numel(), triton.cdiv(ids_TK.numel(), _PAIRS)
+        num_pairs, blocks = ids_TK.numel(), ceil_div(ids_TK.numel(), _PAIRS)
         before = torch.empty(blocks, num_experts, dtype=torch.int32, device=ids_TK.device)
         counts_E = torch.empty(num_experts, dtype=torch.int64, device=ids_TK.device)
         row_TK = torch.empty_like(ids_TK)
         token_R = torch.empty(num_rows, dtype=torch.int64, device=ids_TK.device)
         sizes = {"PAIRS": _PAIRS, "EXPERTS": _EXPERTS}
         _count[(blocks,)](ids_TK, before, num_pairs, num_experts, **sizes)
-        _scan[(triton.cdiv(num_experts, 16),)](before, counts_E, blocks, num_experts, BLOCKS=128, EXPERTS=16)
+        _scan[(ceil_div(num_experts, 16),)](before, counts_E, blocks, num_experts, BLOCKS=128, EXPERTS=16)
         _place[(blocks,)](
             ids_TK,
             before,
@@ -133,13 +133,13 @@ def _sum_rows(rows_RD: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
 
 def _pair_blocks(row_TK: torch.Tensor) -> tuple[int]:
     """Grid of the kernels that move one number a pair."""
-    return (triton.cdiv(row_TK.numel(), _MOVED_PAIRS),)
+    return (ceil_div(row_TK.numel(), _MOVED_PAIRS),)
 
 
 def _row_sizes(x: torch.Tensor, row_TK: torch.Tensor) -> dict[str, int]:
     """Compile-time sizes of the kernels that move rows: a program holds one row of D elements."""
     hidden = x.shape[1]
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     return {"HIDDEN": hidden, "TOP_K": row_TK.shape[1], "BLOCK": block, "num_warps": row_warps(block)}
 
 

@@ -25,6 +25,7 @@ from qwen3next_train.kernels.triton.exact_products import (
     logit_parts,
     split_in_three,
 )
+from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2
 
 _TILE = 512
 """Logits that a warp holds at once, as whole tokens."""
@@ -63,7 +64,7 @@ class _Route(torch.autograd.Function):
         weights_TK = parts.new_empty(num_tokens, top_k)
         ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x_TD.device)
         row_tokens = num_tokens // num_rows
-        blocks = triton.cdiv(row_tokens, _TOKENS_PER_PROGRAM)
+        blocks = ceil_div(row_tokens, _TOKENS_PER_PROGRAM)
         sums = (
             parts.new_empty(num_rows * blocks, num_experts),
             torch.empty(num_rows * blocks, num_experts, dtype=torch.int32, device=x_TD.device),
@@ -80,7 +81,7 @@ class _Route(torch.autograd.Function):
             row_tokens,
             num_experts,
             PARTS=NUM_PARTS if is_split else 1,
-            TILES=triton.cdiv(_TOKENS_PER_PROGRAM, sizes["TOKENS"]),
+            TILES=ceil_div(_TOKENS_PER_PROGRAM, sizes["TOKENS"]),
             **sizes,
         )
         stats = _add_up(sums, num_rows, blocks, row_tokens)
@@ -100,7 +101,7 @@ class _Route(torch.autograd.Function):
         grad_logits = x_TD.new_empty(num_tokens, (4 if is_split else 1) * num_experts)
         row_tokens = num_tokens // num_rows
         sizes = _sizes(num_experts, ids_TK.shape[1], renormalize)
-        _route_backward[(num_rows, triton.cdiv(row_tokens, sizes["TOKENS"]))](
+        _route_backward[(num_rows, ceil_div(row_tokens, sizes["TOKENS"]))](
             logits_TE,
             normalizer_T,
             weights_TK,
@@ -134,7 +135,7 @@ def _add_up(
     mean_prob_rE = probs.new_empty(num_rows, num_experts)
     counts_rE = torch.empty(num_rows, num_experts, dtype=torch.int64, device=probs.device)
     z, entropy = probs.new_empty(()), probs.new_empty(())
-    _sum_programs[(num_rows, triton.cdiv(num_experts, 32))](
+    _sum_programs[(num_rows, ceil_div(num_experts, 32))](
         probs,
         counts,
         scalars,
@@ -153,13 +154,13 @@ def _add_up(
 
 def _sizes(num_experts: int, top_k: int, renormalize: bool) -> dict[str, int]:
     """Compile-time sizes. One warp a program: no step of the search for the largest waits for another warp."""
-    experts = triton.next_power_of_2(num_experts)
+    experts = next_power_of_2(num_experts)
     return {
         "TOP_K": top_k,
         "RENORMALIZE": renormalize,
         "TOKENS": max(1, min(_TOKENS_PER_PROGRAM, _TILE // experts)),
         "EXPERTS": experts,
-        "CHOICES": triton.next_power_of_2(top_k),
+        "CHOICES": next_power_of_2(top_k),
         "num_warps": max(1, min(8, experts // _TILE)),
     }
 
