@@ -15,6 +15,7 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals, nothing
+from qwen3next_train.engine.collector import no_garbage_collection
 from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
     PartitionedOptimizer,
@@ -165,8 +166,9 @@ class ZeroEngine:
         scales = LossScales(num_targets=totals.num_targets, num_micro_batches=totals.num_micro_batches)
         self._engine.train()
         while True:
-            collected, loss = self._accumulate_and_update(batches, scales, report, before_update)
-            norm, skipped = self._outcome()
+            with no_garbage_collection():
+                collected, loss = self._accumulate_and_update(batches, scales, report, before_update)
+                norm, skipped = self._outcome()
             if not (skipped and self._makes_room(loss)):
                 break
         if report is Report.NONE:

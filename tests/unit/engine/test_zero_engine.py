@@ -1,5 +1,6 @@
 """The engine on one process: dtypes, clipping, skipping, and the state in and out of ZeRO."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -259,6 +260,36 @@ def test_steps_may_have_different_numbers_of_micro_batches(
     varying = of(4)
     found, expected = trained([varying] * 3), trained([of(1), of(3), of(4)])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_nothing_is_collected_within_a_step_and_nothing_needs_to_be(context: ProcessContext, zero_stage: int) -> None:
+    """The collector would stop one rank where others wait for it; a tensor in a cycle would be held until then."""
+    values = _bf16(zero_stage=zero_stage, clip_grad=1.0).model_dump()
+    values["parallel"]["recompute"] = ["layer"]
+    config = Config.model_validate(values)
+    engine = build_engine(config, context)
+    _step(engine, config, 0)
+    batches, totals = _batches(config, 1)
+    collects: list[bool] = []
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        engine.train_step(
+            batches,
+            totals=totals,
+            lr=1e-3,
+            report=Report.LAYERS,
+            before_update=lambda: collects.append(gc.isenabled()),
+        )
+        collects.append(gc.isenabled())
+        gc.collect()
+        found = [garbage for garbage in gc.garbage if isinstance(garbage, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert collects == [False, True]
+    assert found == []
 
 
 def test_times_of_the_parts_are_of_reported_steps_and_change_nothing(context: ProcessContext) -> None:
