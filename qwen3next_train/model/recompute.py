@@ -14,7 +14,7 @@ the residual stream: its recomputation would reach back through all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 from qwen3next_train.config.schema import RecomputePart
+from qwen3next_train.model.router_losses import RouterStats
 
 R = TypeVar("R")
 
@@ -79,48 +79,70 @@ def is_recomputed(part: RecomputePart) -> bool:
 
 
 def recomputed_layer(
-    layer: Callable[..., tuple[*tuple[torch.Tensor, ...], R]], *inputs: Any
-) -> tuple[list[torch.Tensor], R]:
-    """``layer(*inputs)``: activations, and what it returns behind them.
+    layer: Callable[..., tuple[*tuple[torch.Tensor, ...], list[RouterStats]]],
+    contexts: Sequence[Any],
+    *xs_TD: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[RouterStats]]:
+    """``layer(contexts, *xs)``: its activations, and its routers' statistics.
 
     If ``layer`` is recomputed, of all it computes only its inputs are kept. All of it runs again, its collectives in
-    their order on every rank: stopping at the last tensor that is needed could leave one of them out on some ranks.
+    their order on every rank, before anything of it runs backward: under ZeRO-3 a module's weights are gathered before
+    its backward and released after its forward, which must not lie within it.
+
+    Args:
+        layer: pure and deterministic, without random numbers.
+        contexts: what it needs to know of the micro-batches, without gradients.
+        xs_TD: ``[T, D]``, the micro-batches in flight.
     """
     current = _active.get()
     if current is None or "layer" not in current.parts or not torch.is_grad_enabled():
-        *xs_TD, rest = layer(*inputs)
-        return xs_TD, rest
-
-    def layer_to_be_recomputed(*inputs: Any) -> tuple[list[torch.Tensor], R]:
-        *xs_TD, rest = layer(*inputs)
-        return [_RecomputeFirst.apply(x_TD) for x_TD in xs_TD], rest
-
+        *outs_TD, stats = layer(contexts, *xs_TD)
+        return outs_TD, stats
     token = _active.set(None)
     try:
-        result: tuple[list[torch.Tensor], R] = checkpoint(
-            layer_to_be_recomputed, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False
-        )
+        results = _RecomputedLayer.apply(layer, contexts, *xs_TD)
     finally:
         _active.reset(token)
-    return result
+    return list(results[: len(xs_TD)]), _joined_stats(results[len(xs_TD) :])
 
 
-class _RecomputeFirst(torch.autograd.Function):
-    """The end of a layer: its backward asks for a saved tensor, so that the layer runs again before anything else.
+class _RecomputedLayer(torch.autograd.Function):
+    """A layer without a graph until its backward, which computes it again with one and runs backward through that.
 
-    Under ZeRO-3 a module's weights are gathered before its backward and released after its forward. If the layer ran
-    again in the middle of a module's backward, that module's weights would be gone behind it.
+    ``torch.utils.checkpoint`` would build the graph twice and call a hook for each tensor that is saved in either, at
+    a host's time that a GPU notices where its micro-batches are small. Parameters get their gradients in the inner
+    backward pass, while ZeRO-3 has their weights together.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_TD.new_empty(0))
-        return x_TD.view_as(x_TD)
+    def forward(
+        ctx: Any, layer: Callable[..., Any], contexts: Sequence[Any], *xs_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.contexts = layer, contexts
+        ctx.save_for_backward(*xs_TD)
+        *outs_TD, stats = layer(contexts, *xs_TD)
+        ctx.mark_non_differentiable(*(tensor for each in stats for tensor in (each.counts_rE, each.entropy)))
+        return (*outs_TD, *_tensors_of(stats))
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> torch.Tensor:
-        (_,) = ctx.saved_tensors
-        return grad_TD
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        xs_TD = [x_TD.detach().requires_grad_(x_TD.requires_grad) for x_TD in ctx.saved_tensors]
+        with torch.enable_grad():
+            *outs_TD, stats = ctx.layer(ctx.contexts, *xs_TD)
+        results = (*outs_TD, *_tensors_of(stats))
+        given = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
+        torch.autograd.backward([y for y, _ in given], [grad for _, grad in given])
+        return None, None, *(x_TD.grad for x_TD in xs_TD)
+
+
+def _tensors_of(stats: Sequence[RouterStats]) -> list[torch.Tensor]:
+    return [tensor for each in stats for tensor in (each.mean_prob_rE, each.counts_rE, each.z, each.entropy)]
+
+
+def _joined_stats(tensors: Sequence[torch.Tensor]) -> list[RouterStats]:
+    """The inverse of :func:`_tensors_of`."""
+    return [RouterStats(*tensors[start : start + 4]) for start in range(0, len(tensors), 4)]
 
 
 @dataclass(frozen=True, eq=False)

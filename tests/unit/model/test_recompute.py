@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -18,6 +18,7 @@ from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import ModelConfig, RecomputePart
 from qwen3next_train.model.qwen3_next import LossScales, ModelOutput, Qwen3NextForCausalLM
 from qwen3next_train.model.recompute import recomputed, recomputed_layer, recomputing
+from qwen3next_train.model.router_losses import RouterStats
 from tests.unit.model.live_storages import LiveStorages
 from tests.unit.model.small_models import batch_of, build, cpu_kernels, scales_of, small_config
 
@@ -139,19 +140,41 @@ def test_a_layer_runs_again_before_anything_of_it_runs_backward() -> None:
     """Weights that are gathered for a module's backward must not be released by a forward in the middle of it."""
     events = []
 
-    def layer(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def layer(contexts: Sequence[None], x: torch.Tensor) -> tuple[torch.Tensor, list[RouterStats]]:
         events.append("forward")
         y = x.exp() * x
-        y.register_hook(lambda _: events.append("backward"))
-        return y, None
+        if y.requires_grad:
+            y.register_hook(lambda _: events.append("backward"))
+        return y, []
 
     x = torch.ones(3, requires_grad=True)
     with recomputing(["layer"]):
-        (y,), _ = recomputed_layer(layer, x)
+        (y,), _ = recomputed_layer(layer, [], x)
     y.sum().backward()
     assert events == ["forward", "forward", "backward"]
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.full((3,), 2 * torch.e))
+
+
+def test_a_layer_that_runs_again_leaves_no_graph_but_its_inputs() -> None:
+    """Nothing else is saved in the forward pass; what the router's statistics carry is as without recompute."""
+    saved: list[torch.Tensor] = []
+
+    def layer(contexts: Sequence[None], x: torch.Tensor) -> tuple[torch.Tensor, list[RouterStats]]:
+        probability = x.softmax(-1)
+        return x.exp().sin(), [RouterStats(probability, x.argmax(-1), x.square().mean(), probability.detach().sum())]
+
+    x = torch.randn(3, 4, requires_grad=True)
+    with recomputing(["layer"]), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        (y,), (stats,) = recomputed_layer(layer, [], x)
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+    carries = [t.requires_grad for t in (stats.mean_prob_rE, stats.counts_rE, stats.z, stats.entropy)]
+    assert carries == [True, False, True, False]
+    weight = torch.randn(3, 4)
+    (found,) = torch.autograd.grad(y.sum() + (weight * stats.mean_prob_rE).sum() + stats.z, x)
+    plain, (stats,) = layer([], x)
+    (expected,) = torch.autograd.grad(plain.sum() + (weight * stats.mean_prob_rE).sum() + stats.z, x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_evaluation_recomputes_nothing() -> None:
