@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.fp16 import loss_scaler
@@ -88,6 +89,26 @@ def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[No
     finally:
         deepspeed_engine.DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer
         stage3.defragment = defragment
+
+
+def order_by_one_stream(accelerator: DeepSpeedAccelerator, *, is_ordered: bool) -> None:
+    """Let stage 3 not wait on the host for what the device's stream orders by itself.
+
+    Stage 3 lets three weights be under way, in gathering and in reducing, and then has the host wait for the device, so
+    that run-ahead on streams of its own does not pile up memory; behind every backward pass it waits for all
+    reductions. Without ``overlap_comm`` its streams are the one that computes: memory is used again in the order of the
+    program, and in a layer of more weights each wait is for all that was launched before the layer.
+
+    Args:
+        accelerator: DeepSpeed's, of this process, which its optimizers ask.
+        is_ordered: as under stage 3 without ``overlap_comm``; otherwise what DeepSpeed says by itself, for the other
+            stages' offload copies on another stream.
+    """
+    for answer in ("handles_memory_backpressure", "resolves_data_dependency"):
+        if is_ordered:
+            setattr(accelerator, answer, lambda: True)
+        else:
+            vars(accelerator).pop(answer, None)
 
 
 def gather_one_by_one(parameters: Iterable[Any]) -> None:

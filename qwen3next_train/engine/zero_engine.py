@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 
 from qwen3next_train.accounting.activations import expert_room, expert_rows
@@ -20,6 +21,7 @@ from qwen3next_train.engine.deepspeed_config import deepspeed_config
 from qwen3next_train.engine.deepspeed_patches import (
     PartitionedOptimizer,
     gather_one_by_one,
+    order_by_one_stream,
     patched_optimizers,
     quiet_start,
     set_group_timeouts,
@@ -358,6 +360,7 @@ def _wrap(
         )
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"
     set_group_timeouts(config.run.peer_timeout_s)
+    order_by_one_stream(get_accelerator(), is_ordered=config.parallel.zero_stage == 3)
     if config.parallel.zero_stage == 3:
         gather_one_by_one(model.parameters())
     return engine

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
@@ -14,7 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 
 from qwen3next_train.config.schema import OptimizerConfig
-from qwen3next_train.engine.deepspeed_patches import gather_one_by_one, quiet_start
+from qwen3next_train.engine.deepspeed_patches import gather_one_by_one, order_by_one_stream, quiet_start
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.optim.adamw import build_adamw
 
@@ -83,3 +84,14 @@ def test_what_a_rank_has_to_itself_is_gathered_without_a_wait_for_the_device(mon
     parameters[0].ds_status = ZeroParamStatus.NOT_AVAILABLE
     handle.wait()
     assert parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+
+def test_stage_3_has_the_host_wait_for_nothing_that_one_stream_orders() -> None:
+    """An engine of another stage behind it in the same process gets DeepSpeed's own answers again."""
+    accelerator = CUDA_Accelerator()
+    asked = (accelerator.handles_memory_backpressure, accelerator.resolves_data_dependency)
+    assert [ask() for ask in asked] == [False, False]
+    for is_ordered in (True, True, False, False):
+        order_by_one_stream(accelerator, is_ordered=is_ordered)
+        answers = [accelerator.handles_memory_backpressure(), accelerator.resolves_data_dependency()]
+        assert answers == [is_ordered] * 2
