@@ -17,6 +17,7 @@ from qwen3next_train.accounting.hardware import Device, Precision, find_device
 
 _PROFILED = "steps, 2026-11-27, one H100, slice4_e512 with 128 experts, four micro-batches, by kernel"
 _FOUR = "steps, 2026-11-27, four H100 of one host, slice4_e512"
+_TWO = "steps, 2026-11-28, two H200 of one host, slice4_e512, EP 2, dense, four micro-batches"
 _PARTS = "micro-batches, 2026-11-26, one H200, ep8_proxy, share of the layers' time"
 
 
@@ -89,12 +90,14 @@ TABLE: dict[str, Rate] = {
         45e9, "no", "not measured: 400 Gbit/s a GPU as DeepEP's users report it on two nodes"
     ),
     # DeepSpeed's own path: stages 2 and 3, and stage 1 with an offloaded optimizer.
-    "deepspeed_bytes": _alike(43, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes a parameter and micro-batch"),
+    "deepspeed_bytes": _alike(
+        17, "no", f"{_TWO}: ZeRO-2 against ZeRO-1, as bytes a parameter and micro-batch (counted they are 43)"
+    ),
     "deepspeed_step_bytes": _alike(
         62, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes an own parameter and step"
     ),
-    "stage3_bytes": _alike(72, "no", f"{_FOUR}, EP 4: ZeRO-3 against ZeRO-2, four micro-batches, as bytes a parameter"),
-    "memory_bytes_per_s": _of_memory(3.0e12, "expected of an H100's memory; ZeRO-2 of slice4_e512 fits it"),
+    "stage3_bytes": _alike(25, "no", f"{_TWO}: ZeRO-3 against ZeRO-2, as bytes a shared parameter and micro-batch"),
+    "memory_bytes_per_s": _of_memory(3.0e12, "expected of an H100's memory"),
     "host_bytes_per_s": _alike(30e9, "no", "not measured: a GPU's share of its host's memory and PCIe"),
 }
 """Every rate, by the name that :class:`Rates` has for it."""
@@ -133,9 +136,9 @@ class Rates:
         state_bytes_per_s: gradients and weights of ZeRO within a node.
         reduction_hidden: share of it behind backward and forward passes, as far as they are long enough.
         network_bytes_per_s: of one GPU's network link, one direction.
-        deepspeed_bytes: read and written a parameter and micro-batch on DeepSpeed's own path.
+        deepspeed_bytes: of memory, a parameter and micro-batch, that DeepSpeed's own path takes longer for.
         deepspeed_step_bytes: read and written a step and parameter that a rank updates.
-        stage3_bytes: what stage 3 adds a parameter and micro-batch.
+        stage3_bytes: what stage 3 adds a micro-batch and parameter that several ranks share.
         memory_bytes_per_s: of device memory.
         host_bytes_per_s: of an offloaded optimizer.
         is_estimate: nothing was measured on this device, or in this precision.

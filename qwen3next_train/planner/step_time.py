@@ -190,17 +190,19 @@ class StepClock:
 
     def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
         """Seconds of summing gradients, and of the update."""
-        rates, local, owned, dense = self.rates, 0.0, 0.0, 0.0
+        rates, local, owned, dense, shared = self.rates, 0.0, 0.0, 0.0, 0.0
         for kind, count in self._kinds.items():
             shares = num_shares(kind, layout)
             held = count * kind.numel / shares
             local, owned = local + held, owned + held * shares / layout.world_size
             dense += 0 if kind.num_experts else held
+            shared += held if layout.world_size > shares else 0
         if layout.sums_in_buckets:
             update_s = owned / rates.norm_per_s + owned / rates.adamw_per_s
             return micro_batches * dense / rates.summed_per_s, update_s
-        per_parameter = rates.deepspeed_bytes + (rates.stage3_bytes if layout.zero_stage == 3 else 0)
-        summing = micro_batches * local * per_parameter / rates.memory_bytes_per_s
+        gathered = shared if layout.zero_stage == 3 else 0.0
+        num_bytes = local * rates.deepspeed_bytes + gathered * rates.stage3_bytes
+        summing = micro_batches * num_bytes / rates.memory_bytes_per_s
         return (
             summing,
             0.0 if layout.offload_optimizer else owned * rates.deepspeed_step_bytes / rates.memory_bytes_per_s,

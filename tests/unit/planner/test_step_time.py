@@ -14,7 +14,6 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.parameters import parameter_table
-from qwen3next_train.planner.plan import TIME_ERROR
 from qwen3next_train.planner.rates import rates_of
 from qwen3next_train.planner.step_time import StepClock, StepTime
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B
@@ -59,16 +58,15 @@ MEASURED = [
     # Columns C and D, before the last changes, which took 3 % of a step.
     (4, 4, 1, "exact", 1, 173.3),
     (4, 2, 4, "dense", 1, 624.4),
-    # Stages 2 and 3, whose path is DeepSpeed's, on the machine whose stage 1 took 730 ms before the buckets.
-    (4, 4, 4, "exact", 2, 793.0),
-    (4, 4, 4, "exact", 3, 1022.0),
 ]
 
 
-def slice4(gpus: int, expert_parallel_size: int, micro_batches: int, exchange: str, zero_stage: int) -> Config:
+def slice4(
+    gpus: int, expert_parallel_size: int, micro_batches: int, exchange: str, zero_stage: int, *, num_experts: int = 0
+) -> Config:
     return bench(
         "slice4_e512",
-        model__num_experts=128 if gpus == 1 else 512,
+        model__num_experts=num_experts or (128 if gpus == 1 else 512),
         parallel__expert_parallel_size=expert_parallel_size,
         parallel__zero_stage=zero_stage,
         parallel__token_exchange=exchange,
@@ -76,12 +74,25 @@ def slice4(gpus: int, expert_parallel_size: int, micro_batches: int, exchange: s
     )
 
 
+# The same record, two H200, 128 experts a rank, dense exchange, four micro-batches: expert-parallel size, ZeRO stage,
+# milliseconds.
+MEASURED_H200 = [(2, 1, 529.1), (2, 1, 542.9), (1, 1, 519.5), (2, 2, 639.6), (2, 3, 657.5)]
+
+
+@pytest.mark.parametrize(("size", "stage", "ms"), MEASURED_H200)
+def test_measured_steps_of_two_h200(size: int, stage: int, ms: float) -> None:
+    """Within 6 %; machines differ by 3 %. Stages 2 and 3 go DeepSpeed's own way, whose rates are from these rows."""
+    config = slice4(2, size, 4, "dense", stage, num_experts=128 * size)
+    predicted = 1e3 * clock(config, "h200").step(Layout.of(config, 2, ranks_per_node=2)).total_s
+    assert predicted == pytest.approx(ms, rel=0.06)
+
+
 @pytest.mark.parametrize(("gpus", "size", "micro_batches", "exchange", "stage", "ms"), MEASURED)
 def test_measured_steps(gpus: int, size: int, micro_batches: int, exchange: str, stage: int, ms: float) -> None:
-    """Under ZeRO-1 within 4 % of what was measured, under all stages within what ``plan`` takes for its error."""
+    """Within 4 % of what was measured."""
     config = slice4(gpus, size, micro_batches, exchange, stage)
     predicted = 1e3 * clock(config).step(Layout.of(config, gpus, ranks_per_node=gpus)).total_s
-    assert predicted == pytest.approx(ms, rel=0.04 if stage == 1 else TIME_ERROR)
+    assert predicted == pytest.approx(ms, rel=0.04)
 
 
 @pytest.mark.parametrize(
