@@ -90,7 +90,12 @@ class Layout:
         size = self.expert_parallel_size
         if size == 1 or self.token_exchange != "auto":
             return size > 1 and self.token_exchange == "dense"
-        return size <= MAX_DENSE_RANKS and self.ranks_per_node % size == 0
+        return size <= MAX_DENSE_RANKS and self.shares_experts_in_a_node
+
+    @property
+    def shares_experts_in_a_node(self) -> bool:
+        """Whether all ranks that share a set of experts are of one node."""
+        return self.world_size <= self.ranks_per_node or self.ranks_per_node % self.expert_parallel_size == 0
 
     @property
     def num_tokens(self) -> int:

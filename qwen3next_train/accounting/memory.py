@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from qwen3next_train.accounting.activations import activation_bytes
@@ -158,14 +159,20 @@ def num_shares(kind: ParameterKind, layout: Layout) -> int:
     Raises:
         ConfigError: when the expert-parallel size divides neither the world size nor the experts.
     """
+    sizes = (layout.world_size, layout.expert_parallel_size, layout.tensor_parallel_size)
+    return _num_shares(kind.num_experts, kind.num_heads, *sizes)
+
+
+@cache
+def _num_shares(
+    num_experts: int, num_heads: int, world_size: int, expert_parallel_size: int, tensor_parallel_size: int
+) -> int:
     topology = Topology(
-        layout.world_size,
-        expert_parallel_size=layout.expert_parallel_size,
-        tensor_parallel_size=layout.tensor_parallel_size,
+        world_size, expert_parallel_size=expert_parallel_size, tensor_parallel_size=tensor_parallel_size
     )
-    if kind.num_experts:
-        return kind.num_experts // len(topology.local_experts(kind.num_experts))
-    return topology.head_shares(kind.num_heads) if kind.num_heads else 1
+    if num_experts:
+        return num_experts // len(topology.local_experts(num_experts))
+    return topology.head_shares(num_heads) if num_heads else 1
 
 
 def memory_per_gpu(
@@ -194,12 +201,23 @@ def memory_per_gpu(
     kinds = parameter_kinds(model) if kinds is None else kinds
     activations = activation_bytes(model, layout)
     parts = {
-        **(_stage3_states(model, kinds, layout) if layout.zero_stage == 3 else _model_states(kinds, layout)),
+        **state_bytes(model, layout, kinds=kinds),
         **activations,
         "optimizer_step": max(0, _step_copy(kinds, layout) - sum(activations.values())),
     }
     building = max(0, _whole_weights(kinds, layout) - sum(parts.values())) if layout.zero_stage == 3 else 0
     return {**parts, "building": building, "runtime": RUNTIME_BYTES}
+
+
+def state_bytes(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind]) -> dict[str, int]:
+    """Of :func:`memory_per_gpu` weights, gradients, optimizer and buffers, which micro-batches do not change.
+
+    Args:
+        model: shape of the model.
+        layout: as of :func:`memory_per_gpu`; micro-batches, rows, their slices, recompute and exchange do not matter.
+        kinds: as of :func:`memory_per_gpu`.
+    """
+    return _stage3_states(model, kinds, layout) if layout.zero_stage == 3 else _model_states(kinds, layout)
 
 
 def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:

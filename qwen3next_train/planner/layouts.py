@@ -11,9 +11,9 @@ from typing import Literal
 
 from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import Layout
-from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu
+from qwen3next_train.accounting.memory import ParameterKind, memory_per_gpu, state_bytes
 from qwen3next_train.config.batch_size import common_batch_size
-from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart
+from qwen3next_train.config.schema import Config, MomentsDtype, OptimizerConfig, RecomputePart, TokenExchange
 from qwen3next_train.config.validate import MAX_BF16_BETA
 from qwen3next_train.config.validate_layout import context_fits, tensor_fits
 from qwen3next_train.planner.step_time import StepClock, StepTime
@@ -31,6 +31,16 @@ _LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchang
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
 _TENSOR_FACTORS = (1, 2, 4)
+_OF_MICRO_BATCHES = frozenset(
+    {
+        "micro_batch_size",
+        "micro_batches_in_flight",
+        "sequence_length",
+        "context_parallel_size",
+        "recompute",
+        "token_exchange",
+    }
+)
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 """All of them."""
 
@@ -77,11 +87,12 @@ def layouts_that_fit(
         if layout.sequence_length >= factor
     )
     found: list[Layout] = []
+    room = _Room(config, device, kinds)
     for start in (*more_gpus, *shorter):
         fitting = [
             (_rank(config, layout, candidate, clock), index, candidate)
             for index, candidate in enumerate(_neighbours(config, start))
-            if fits_device(memory_per_gpu(config.model, candidate, kinds=kinds), device)
+            if room.memory_of(candidate) is not None
         ]
         ranked = [candidate for _, _, candidate in sorted(fitting)]
         if found:
@@ -106,9 +117,11 @@ def fastest_layouts(
 ) -> tuple[TimedLayout, ...]:
     """The fastest layouts on the same GPUs that fit, the fastest first.
 
-    They differ in what changes neither results nor what is stored: expert-, context- and tensor-parallel size, ZeRO
-    stage, micro-batch, micro-batches in flight and recompute. Of each expert-parallel size, stage and number in flight
-    the best one is named, and the best under stage 1 in any case. With bf16 gradients all are of stage 1.
+    They differ in what changes neither results nor what is stored: expert-, context- and tensor-parallel size (of the
+    latter two also smaller ones than the layout's), ZeRO
+    stage, micro-batch, micro-batches in flight, recompute and the exchange of tokens. Of each expert-parallel size,
+    stage and number in flight the best one is named, and the best under stage 1 in any case. With bf16 gradients all
+    are of stage 1.
 
     Args:
         config: the configuration; the batch of every step must divide.
@@ -119,9 +132,12 @@ def fastest_layouts(
         progress: is told how many of how many layouts have been looked at.
     """
     no_parts: frozenset[RecomputePart] = frozenset()
+    recompute = dict.fromkeys((layout.recompute, no_parts, no_parts.union(CHEAP_PARTS), _WHOLE_LAYERS))
+    whole_rows = replace(layout, context_parallel_size=1, tensor_parallel_size=1)
+    shares = {*_shares(config, layout), *_shares(config, whole_rows)}
     candidates = [
         near
-        for near in _same_states(config, layout, (no_parts, no_parts.union(CHEAP_PARTS), _WHOLE_LAYERS))
+        for near in _same_states(config, layout, shares, recompute)
         if not _is_uneven(config, near) and near.gradient_dtype == layout.gradient_dtype
     ]
     timed = sorted(
@@ -129,20 +145,42 @@ def fastest_layouts(
         key=lambda found: (found[0].total_s, *found[1:]),
     )
     found: dict[tuple[int, int, int], TimedLayout] = {}
+    room = _Room(config, device, kinds)
     for num_done, (step, _, index) in enumerate(timed):
         progress(num_done, len(timed))
         near = candidates[index]
         key = near.expert_parallel_size, near.zero_stage, near.micro_batches_in_flight
         if key in found:
             continue
-        memory = memory_per_gpu(config.model, near, kinds=kinds)
-        if fits_device(memory, device):
-            found[key] = TimedLayout(near, step, sum(memory.values()))
+        memory_bytes = room.memory_of(near)
+        if memory_bytes is not None:
+            found[key] = TimedLayout(near, step, memory_bytes)
     ranked = tuple(found.values())
     of_stage_1 = tuple(each for each in ranked[MAX_FASTEST:] if each.layout.zero_stage == 1)
     if of_stage_1 and not any(each.layout.zero_stage == 1 for each in ranked[:MAX_FASTEST]):
         return (*ranked[: MAX_FASTEST - 1], of_stage_1[0])
     return ranked[:MAX_FASTEST]
+
+
+class _Room:
+    """What layouts take on a device. States are counted once for all that differ in micro-batches alone: where nothing
+    fits, tens of thousands are looked at.
+    """
+
+    def __init__(self, config: Config, device: Device, kinds: Counter[ParameterKind]) -> None:
+        self._config, self._device, self._kinds = config, device, kinds
+        self._states_fit: dict[tuple[object, ...], bool] = {}
+
+    def memory_of(self, layout: Layout) -> int | None:
+        """Bytes on one GPU; None where they do not fit."""
+        states = tuple(value for name, value in vars(layout).items() if name not in _OF_MICRO_BATCHES)
+        if states not in self._states_fit:
+            by_part = state_bytes(self._config.model, layout, kinds=self._kinds)
+            self._states_fit[states] = fits_device(by_part, self._device)
+        if not self._states_fit[states]:
+            return None
+        by_part = memory_per_gpu(self._config.model, layout, kinds=self._kinds)
+        return sum(by_part.values()) if fits_device(by_part, self._device) else None
 
 
 def _distinct(layout: Layout, ranked: Sequence[Layout]) -> list[Layout]:
@@ -165,20 +203,27 @@ def _neighbours(config: Config, layout: Layout) -> Iterator[Layout]:
     """Layouts on as many GPUs, with no less done to save memory."""
     more = sorted({layout.recompute, layout.recompute.union(CHEAP_PARTS), layout.recompute | _WHOLE_LAYERS}, key=len)
     for near, moments_dtype, offload in product(
-        _same_states(config, layout, more),
+        _same_states(config, layout, _shares(config, layout), more),
         _moments_dtypes(config.optimizer, layout.moments_dtype),
         sorted({layout.offload_optimizer, True}),
     ):
         if offload and near.zero_stage == 3:
             continue  # a combination that config.validate rejects
+        if near.exchanges_densely and near.token_exchange != layout.token_exchange:
+            continue  # takes more room
         yield _with_possible_gradients(replace(near, moments_dtype=moments_dtype, offload_optimizer=offload))
 
 
-def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[RecomputePart]]) -> Iterator[Layout]:
-    """Layouts on as many GPUs, with any expert-parallel size, ZeRO stage and micro-batches that work."""
+def _same_states(
+    config: Config,
+    layout: Layout,
+    shares: Iterable[tuple[int, int, int]],
+    recompute: Iterable[frozenset[RecomputePart]],
+) -> Iterator[Layout]:
+    """Layouts on as many GPUs, with any expert-parallel size, exchange, ZeRO stage and micro-batches that work."""
     common = math.gcd(layout.world_size, config.model.num_experts)
     for (context, tensor, micro_batch_size), expert_parallel_size, zero_stage, in_flight, parts in product(
-        _shares(config, layout),
+        sorted(shares),
         (size for size in range(1, common + 1) if common % size == 0),
         ZERO_STAGES,
         (1, 2),
@@ -200,7 +245,20 @@ def _same_states(config: Config, layout: Layout, recompute: Iterable[frozenset[R
             micro_batches_in_flight=in_flight,
             recompute=parts,
         )
-        yield _with_possible_gradients(near)
+        for exchange in _exchanges(near):
+            yield _with_possible_gradients(replace(near, token_exchange=exchange))
+
+
+def _exchanges(layout: Layout) -> tuple[TokenExchange, ...]:
+    """The layout's own exchange and the other one. All tokens to all ranks only inside a node, unless that is asked
+    for: between nodes it sends several times what is needed.
+    """
+    own = layout.token_exchange
+    if layout.exchanges_densely:
+        return own, "exact"
+    if layout.expert_parallel_size > 1 and layout.shares_experts_in_a_node:
+        return own, "dense"
+    return (own,)
 
 
 def _with_possible_gradients(layout: Layout) -> Layout:
@@ -213,7 +271,7 @@ def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int, int]]:
     shared further.
     """
     batch, row = common_batch_size(config), layout.sequence_length
-    sizes = {*range(1, layout.micro_batch_size + 1), *(layout.micro_batch_size * factor for factor in _FACTORS)}
+    most_rows = layout.micro_batch_size * _FACTORS[-1]
     for context_factor, tensor_factor in product((1, *_FACTORS[:-1]), _TENSOR_FACTORS):
         context = layout.context_parallel_size * context_factor
         tensor = layout.tensor_parallel_size * tensor_factor
@@ -226,7 +284,7 @@ def _shares(config: Config, layout: Layout) -> Iterator[tuple[int, int, int]]:
         if not as_given and row // (context * tensor) < _LEAST_SLICE:
             continue
         rows = batch // ranks
-        for size in sorted(sizes) if as_given else (1,):
+        for size in range(1, min(rows, most_rows) + 1) if as_given else (1,):
             if rows % size == 0:
                 yield context, tensor, size
 

@@ -57,6 +57,7 @@ class Plan:
         step_is_estimate: the device's rates were not measured but scaled.
         fastest: the fastest layouts on the same GPUs that fit, the fastest first.
         other_stages: seconds of a step of :attr:`recommended` under every other ZeRO stage, whether it fits or not.
+        exact_exchange_s: seconds of a step of it with the exact exchange; None unless it exchanges densely.
     """
 
     config: Config
@@ -78,6 +79,7 @@ class Plan:
     step_is_estimate: bool
     fastest: tuple[TimedLayout, ...]
     other_stages: dict[int, float]
+    exact_exchange_s: float | None
 
     @property
     def memory_bytes(self) -> int:
@@ -153,6 +155,13 @@ def make_plan(
     if device is not None and clock is not None:
         fastest = fastest_layouts(config, layout, device, kinds, clock, progress)
         changes = () if fits else layouts_that_fit(config, layout, device, kinds, clock)
+    other_stages: dict[int, float] = {}
+    exact_exchange_s = None
+    if clock is not None and fastest:
+        best = recommended_of(fastest).layout
+        other_stages = _other_stages(best, clock)
+        if best.exchanges_densely:
+            exact_exchange_s = clock.step(replace(best, token_exchange="exact")).total_s
     return Plan(
         config=config,
         layout=layout,
@@ -172,7 +181,8 @@ def make_plan(
         step=None if clock is None else clock.step(layout),
         step_is_estimate=clock is not None and clock.rates.is_estimate,
         fastest=fastest,
-        other_stages={} if clock is None or not fastest else _other_stages(recommended_of(fastest).layout, clock),
+        other_stages=other_stages,
+        exact_exchange_s=exact_exchange_s,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any, get_args
 
 from qwen3next_train.accounting.hardware import DEVICES, find_device
-from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.layout import MAX_DENSE_RANKS, Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
@@ -117,6 +117,7 @@ def _fastest_as_json(plan: Plan, timed: TimedLayout) -> dict[str, Any]:
         "zero_stage": layout.zero_stage,
         "micro_batch_size": layout.micro_batch_size,
         "micro_batches_in_flight": layout.micro_batches_in_flight,
+        "token_exchange": layout.token_exchange,
         "recompute": [part for part in RECOMPUTE_PARTS if part in layout.recompute],
         "step_time_s": timed.step.total_s,
         "flops_per_gpu": plan.workload.flops_per_step / (layout.world_size * timed.step.total_s),
@@ -267,28 +268,47 @@ def _fastest_lines(plan: Plan) -> list[str]:
         if plan.layout.gradient_dtype == "bf16":
             terms = f"with bf16 gradients and {terms}"
         return _row("fastest", f"no layout fits {plan.layout.world_size} {plan.gpu} {terms}")
-    lines = [f"EP  CP  TP  ZeRO  micro-batch  in flight  s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
+    lines = [f"EP  CP  TP  ZeRO  micro-batch  in flight  exchange  s a step  TFLOP/s a GPU{'GB':>8}  recompute"]
     for each in plan.fastest:
         layout = each.layout
         lines.append(
             f"{layout.expert_parallel_size:>2}{layout.context_parallel_size:>4}{layout.tensor_parallel_size:>4}"
-            f"{layout.zero_stage:>6}{layout.micro_batch_size:>13}{layout.micro_batches_in_flight:>11}{each.step.total_s:>10.3g}"
-            f"{_tflops(plan, each.step.total_s):>15.0f}{each.memory_bytes / 1e9:>8.1f}  {_parts_list(layout.recompute)}"
+            f"{layout.zero_stage:>6}{layout.micro_batch_size:>13}{layout.micro_batches_in_flight:>11}"
+            f"{_exchange(layout):>10}{each.step.total_s:>10.3g}{_tflops(plan, each.step.total_s):>15.0f}"
+            f"{each.memory_bytes / 1e9:>8.1f}  {_parts_list(layout.recompute)}"
         )
     rows = [
         f"{label:<{_LABEL_WIDTH}}{line}" for label, line in zip(["fastest", *[""] * MAX_FASTEST], lines, strict=False)
     ]
     if any(each.layout.micro_batches_in_flight > 1 for each in plan.fastest):
         rows += _row("", "what two micro-batches in flight hide between nodes is expected, not measured")
+    if any(
+        each.layout.exchanges_densely and each.layout.expert_parallel_size > MAX_DENSE_RANKS for each in plan.fastest
+    ):
+        rows += _row(
+            "",
+            f"dense over more than {MAX_DENSE_RANKS} ranks goes by the rates of {MAX_DENSE_RANKS}, not measured; "
+            "parallel.token_exchange auto stops there",
+        )
     return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
 
 
+def _exchange(layout: Layout) -> str:
+    """Which tokens travel to other ranks' experts."""
+    if layout.expert_parallel_size == 1:
+        return "none"
+    return "dense" if layout.exchanges_densely else "exact"
+
+
 def _stages_line(plan: Plan, best: TimedLayout) -> str:
-    """Which stage to take, and what the others would take instead."""
+    """Which stage and exchange to take, and what the others would take instead."""
     stage = best.layout.zero_stage
+    seconds_of = {f"stage {other}": seconds for other, seconds in plan.other_stages.items()}
+    if plan.exact_exchange_s is not None:
+        seconds_of["parallel.token_exchange exact"] = plan.exact_exchange_s
     others = ", ".join(
-        f"stage {other} {abs(seconds / best.step.total_s - 1):.0%} {'more' if seconds > best.step.total_s else 'less'}"
-        for other, seconds in plan.other_stages.items()
+        f"{other} {abs(seconds / best.step.total_s - 1):.0%} {'more' if seconds > best.step.total_s else 'less'}"
+        for other, seconds in seconds_of.items()
     )
     has_stage_1 = any(each.layout.zero_stage == 1 for each in plan.fastest)
     verdict = "stage 1 fits" if stage == 1 else f"stage 1 {'is slower' if has_stage_1 else 'does not fit'}"
@@ -296,6 +316,8 @@ def _stages_line(plan: Plan, best: TimedLayout) -> str:
         verdict += f" and is within {TIME_ERROR:.0%} of the fastest, the error of these times"
     shared = {"CP": best.layout.context_parallel_size, "TP": best.layout.tensor_parallel_size}
     sizes = [f"EP {best.layout.expert_parallel_size}", *(f"{name} {size}" for name, size in shared.items() if size > 1)]
+    if best.layout.token_exchange != plan.layout.token_exchange:
+        sizes.append(f"parallel.token_exchange {best.layout.token_exchange}")
     where = f"take stage {stage} with {' and '.join(sizes)}: {best.step.total_s:.3g} s a step"
     return f"{verdict} · {where} · the same layout would take under {others}"
 
@@ -323,6 +345,7 @@ def _changed_settings(old: Layout, new: Layout) -> str:
         ("run.micro_batch_size", old.micro_batch_size, new.micro_batch_size),
         ("data.sequence_length", old.sequence_length, new.sequence_length),
         ("parallel.micro_batches_in_flight", old.micro_batches_in_flight, new.micro_batches_in_flight),
+        ("parallel.token_exchange", old.token_exchange, new.token_exchange),
         ("parallel.recompute", _parts_list(old.recompute), _parts_list(new.recompute)),
         ("parallel.gradient_dtype", old.gradient_dtype, new.gradient_dtype),
         ("optimizer.moments_dtype", old.moments_dtype, new.moments_dtype),

@@ -64,6 +64,7 @@ def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[
         update={
             "offload_optimizer": "cpu" if layout.offload_optimizer else "none",
             "gradient_dtype": layout.gradient_dtype,
+            "token_exchange": layout.token_exchange,
         }
     )
     return config.model_copy(
@@ -71,5 +72,32 @@ def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[
             "parallel": parallel,
             "optimizer": OptimizerConfig(moments_dtype=layout.moments_dtype),
             "schedule": ScheduleConfig(rampup_batch_size=list(rampup)),
+        }
+    )
+
+
+def with_layout(config: Config, layout: Layout) -> Config:
+    """The configuration as ``layout`` has it."""
+
+    def section(name: str, **values: object) -> object:
+        return getattr(config, name).model_copy(update=values)
+
+    return config.model_copy(
+        update={
+            "run": section("run", micro_batch_size=layout.micro_batch_size),
+            "data": section("data", sequence_length=layout.sequence_length),
+            "optimizer": section("optimizer", moments_dtype=layout.moments_dtype),
+            "parallel": section(
+                "parallel",
+                expert_parallel_size=layout.expert_parallel_size,
+                context_parallel_size=layout.context_parallel_size,
+                tensor_parallel_size=layout.tensor_parallel_size,
+                zero_stage=layout.zero_stage,
+                token_exchange=layout.token_exchange,
+                micro_batches_in_flight=layout.micro_batches_in_flight,
+                recompute=sorted(layout.recompute),
+                gradient_dtype=layout.gradient_dtype,
+                offload_optimizer="cpu" if layout.offload_optimizer else "none",
+            ),
         }
     )

@@ -41,6 +41,7 @@ def test_json_has_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> No
             "zero_stage",
             "micro_batch_size",
             "micro_batches_in_flight",
+            "token_exchange",
             "recompute",
             "step_time_s",
             "flops_per_gpu",
@@ -179,6 +180,7 @@ def test_fast_layouts_that_share_rows_say_so() -> None:
     assert best.context_parallel_size > 1
     sizes = f"EP {best.expert_parallel_size} and CP {best.context_parallel_size}"
     sizes += f" and TP {best.tensor_parallel_size}" if best.tensor_parallel_size > 1 else ""
+    sizes += f" and parallel.token_exchange {best.token_exchange}" if best.token_exchange != "exact" else ""
     assert f"with {sizes}: " in format_plan(plan)
 
 
