@@ -60,9 +60,9 @@ class TimedLayout:
     memory_bytes: int
 
 
-def fits_device(memory_by_part: dict[str, int], device: Device) -> bool:
-    """Whether the parts leave the device its margin."""
-    return sum(memory_by_part.values()) <= USABLE_FRACTION * device.memory_bytes
+def fits_device(memory_bytes: int, device: Device) -> bool:
+    """Whether so much leaves the device its margin."""
+    return memory_bytes <= USABLE_FRACTION * device.memory_bytes
 
 
 def layouts_that_fit(
@@ -176,11 +176,11 @@ class _Room:
         states = tuple(value for name, value in vars(layout).items() if name not in _OF_MICRO_BATCHES)
         if states not in self._states_fit:
             by_part = state_bytes(self._config.model, layout, kinds=self._kinds)
-            self._states_fit[states] = fits_device(by_part, self._device)
+            self._states_fit[states] = fits_device(sum(by_part.values()), self._device)
         if not self._states_fit[states]:
             return None
-        by_part = memory_per_gpu(self._config.model, layout, kinds=self._kinds)
-        return sum(by_part.values()) if fits_device(by_part, self._device) else None
+        memory_bytes = sum(memory_per_gpu(self._config.model, layout, kinds=self._kinds).values())
+        return memory_bytes if fits_device(memory_bytes, self._device) else None
 
 
 def _distinct(layout: Layout, ranked: Sequence[Layout]) -> list[Layout]:

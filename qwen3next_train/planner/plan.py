@@ -6,6 +6,7 @@ Pure arithmetic over the configuration; no torch, no GPU.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from qwen3next_train.accounting.hardware import Device, find_device
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import (
     ADAM_STATE_BYTES,
+    ParameterKind,
     host_bytes_per_gpu,
     memory_per_gpu,
     parameter_kinds,
@@ -56,7 +58,7 @@ class Plan:
         step: time of a step by the table of rates.
         step_is_estimate: the device's rates were not measured but scaled.
         fastest: the fastest layouts on the same GPUs that fit, the fastest first.
-        other_stages: seconds of a step of :attr:`recommended` under every other ZeRO stage, whether it fits or not.
+        other_stages: :attr:`recommended` under every other ZeRO stage, whether it fits or not.
         exact_exchange_s: seconds of a step of it with the exact exchange; None unless it exchanges densely.
     """
 
@@ -78,7 +80,7 @@ class Plan:
     step: StepTime | None
     step_is_estimate: bool
     fastest: tuple[TimedLayout, ...]
-    other_stages: dict[int, float]
+    other_stages: dict[int, TimedLayout]
     exact_exchange_s: float | None
 
     @property
@@ -149,17 +151,17 @@ def make_plan(
     length, num_steps = config.data.sequence_length, config.run.steps
     if tokens is not None:
         num_steps = steps_for(config, math.ceil(tokens / length))
-    fits = None if device is None else fits_device(memory, device)
+    fits = None if device is None else fits_device(sum(memory.values()), device)
     changes: tuple[Layout, ...] = ()
     fastest: tuple[TimedLayout, ...] = ()
     if device is not None and clock is not None:
         fastest = fastest_layouts(config, layout, device, kinds, clock, progress)
         changes = () if fits else layouts_that_fit(config, layout, device, kinds, clock)
-    other_stages: dict[int, float] = {}
+    other_stages: dict[int, TimedLayout] = {}
     exact_exchange_s = None
     if clock is not None and fastest:
         best = recommended_of(fastest).layout
-        other_stages = _other_stages(best, clock)
+        other_stages = _other_stages(config, best, clock, kinds)
         if best.exchanges_densely:
             exact_exchange_s = clock.step(replace(best, token_exchange="exact")).total_s
     return Plan(
@@ -193,14 +195,17 @@ def recommended_of(fastest: Sequence[TimedLayout]) -> TimedLayout:
     return best if best.step.total_s <= (1 + TIME_ERROR) * fastest[0].step.total_s else fastest[0]
 
 
-def _other_stages(layout: Layout, clock: StepClock) -> dict[int, float]:
-    """Seconds of a step by ZeRO stage; stage 3 has one micro-batch in flight, and no offload."""
-    stages: dict[int, float] = {}
+def _other_stages(
+    config: Config, layout: Layout, clock: StepClock, kinds: Counter[ParameterKind]
+) -> dict[int, TimedLayout]:
+    """The layout by ZeRO stage; stage 3 has one micro-batch in flight, and no offload."""
+    stages: dict[int, TimedLayout] = {}
     for stage in ZERO_STAGES:
         in_flight = 1 if stage == 3 else layout.micro_batches_in_flight
         if stage != layout.zero_stage and not (stage == 3 and layout.offload_optimizer):
             other = replace(layout, zero_stage=stage, micro_batches_in_flight=in_flight)
-            stages[stage] = clock.step(other).total_s
+            memory = memory_per_gpu(config.model, other, kinds=kinds)
+            stages[stage] = TimedLayout(other, clock.step(other), sum(memory.values()))
     return stages
 
 

@@ -39,7 +39,7 @@ def recompute_views(
     views = []
     for parts in _more_than(layout.recompute):
         memory = memory_per_gpu(config.model, replace(layout, recompute=frozenset(parts)), kinds=kinds)
-        fits = None if device is None else fits_device(memory, device)
+        fits = None if device is None else fits_device(sum(memory.values()), device)
         views.append(RecomputeView(parts, memory, extra_work(frozenset(parts), workload), fits))
     return tuple(views)
 

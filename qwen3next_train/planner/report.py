@@ -8,14 +8,14 @@ import time
 from collections.abc import Collection
 from typing import Any, get_args
 
-from qwen3next_train.accounting.hardware import DEVICES, find_device
+from qwen3next_train.accounting.hardware import DEVICES, Device, find_device
 from qwen3next_train.accounting.layout import MAX_DENSE_RANKS, Layout
 from qwen3next_train.accounting.memory import host_bytes_per_gpu
 from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.data.summary import planned_sets, planned_uses, set_lines, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
-from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout
+from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout, fits_device
 from qwen3next_train.planner.plan import TIME_ERROR, Plan, make_plan
 from qwen3next_train.planner.recompute import RecomputeView
 
@@ -290,7 +290,7 @@ def _fastest_lines(plan: Plan) -> list[str]:
             f"dense over more than {MAX_DENSE_RANKS} ranks goes by the rates of {MAX_DENSE_RANKS}, not measured; "
             "parallel.token_exchange auto stops there",
         )
-    return rows + _row("ZeRO", _stages_line(plan, plan.recommended))
+    return rows + _row("ZeRO", _stages_line(plan, plan.recommended, plan.device))
 
 
 def _exchange(layout: Layout) -> str:
@@ -300,16 +300,16 @@ def _exchange(layout: Layout) -> str:
     return "dense" if layout.exchanges_densely else "exact"
 
 
-def _stages_line(plan: Plan, best: TimedLayout) -> str:
+def _stages_line(plan: Plan, best: TimedLayout, device: Device) -> str:
     """Which stage and exchange to take, and what the others would take instead."""
     stage = best.layout.zero_stage
-    seconds_of = {f"stage {other}": seconds for other, seconds in plan.other_stages.items()}
+    costs = [
+        f"stage {other.layout.zero_stage} {_compared(other.step.total_s, best)}"
+        + ("" if fits_device(other.memory_bytes, device) else " and not fit")
+        for other in plan.other_stages.values()
+    ]
     if plan.exact_exchange_s is not None:
-        seconds_of["parallel.token_exchange exact"] = plan.exact_exchange_s
-    others = ", ".join(
-        f"{other} {abs(seconds / best.step.total_s - 1):.0%} {'more' if seconds > best.step.total_s else 'less'}"
-        for other, seconds in seconds_of.items()
-    )
+        costs.append(f"parallel.token_exchange exact {_compared(plan.exact_exchange_s, best)}")
     has_stage_1 = any(each.layout.zero_stage == 1 for each in plan.fastest)
     verdict = "stage 1 fits" if stage == 1 else f"stage 1 {'is slower' if has_stage_1 else 'does not fit'}"
     if best is not plan.fastest[0]:
@@ -319,7 +319,12 @@ def _stages_line(plan: Plan, best: TimedLayout) -> str:
     if best.layout.token_exchange != plan.layout.token_exchange:
         sizes.append(f"parallel.token_exchange {best.layout.token_exchange}")
     where = f"take stage {stage} with {' and '.join(sizes)}: {best.step.total_s:.3g} s a step"
-    return f"{verdict} · {where} · the same layout would take under {others}"
+    return f"{verdict} · {where} · the same layout would take under {', '.join(costs)}"
+
+
+def _compared(seconds: float, best: TimedLayout) -> str:
+    share = seconds / best.step.total_s - 1
+    return f"{abs(share):.0%} {'more' if share > 0 else 'less'}"
 
 
 def _change_lines(plan: Plan) -> list[str]:

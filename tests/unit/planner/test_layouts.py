@@ -127,7 +127,7 @@ def brute_force(config: Config, gpus: int, gpu: str) -> float:
         for seconds, index in by_time
         if not world_violations(with_layout(config, looked_at[index]), gpus)
         and not validate(with_layout(config, looked_at[index]))
-        and fits_device(memory_per_gpu(config.model, looked_at[index], kinds=kinds), device)
+        and fits_device(sum(memory_per_gpu(config.model, looked_at[index], kinds=kinds).values()), device)
     )
 
 

@@ -195,8 +195,22 @@ def test_other_stages_are_compared_in_the_same_layout() -> None:
     plan = make_plan(config_80b(global_batch_size=1024), gpus=64, gpu="h200", mfu=None, tokens=None)
     assert plan.recommended is not None
     best = plan.recommended.step.total_s
-    costs = [f"stage {stage} {seconds / best - 1:.0%} more" for stage, seconds in plan.other_stages.items()]
+    costs = [f"stage {stage} {each.step.total_s / best - 1:.0%} more" for stage, each in plan.other_stages.items()]
     assert f"the same layout would take under {costs[0]}, {costs[1]}" in format_plan(plan)
+
+
+def test_another_stage_that_does_not_fit_is_said_not_to() -> None:
+    """Stage 1 of what stage 3 makes room for would be faster."""
+    config = config_80b(global_batch_size=1024, micro_batch_size=4)
+    plan = make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)
+    assert plan.device is not None
+    assert plan.recommended is not None
+    assert plan.recommended.layout.zero_stage == 3
+    without = plan.other_stages[1]
+    assert without.memory_bytes > plan.device.memory_bytes
+    less = 1 - without.step.total_s / plan.recommended.step.total_s
+    assert less > 0
+    assert f"the same layout would take under stage 1 {less:.0%} less and not fit, stage 2 " in format_plan(plan)
 
 
 def test_table_of_a_layout_that_fits() -> None:
