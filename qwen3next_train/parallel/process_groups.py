@@ -154,28 +154,15 @@ def process_context(
                 timeout=_JOIN_TIMEOUT,
                 problem=problem,
             )
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("process_group", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
     except (RuntimeError, dist.DistError) as error:
         if is_out_of_memory(error) or is_out_of_files(error):
-            # It is this machine that lacks something, not another rank.
             raise
-        if (missing := _NO_INTERFACE.search(str(error))) is not None:
-            raise ConfigError(
-                f"GLOO_SOCKET_IFNAME: no network interface {missing[1]} here; name one that ip addr lists, or unset it"
-            ) from error
         raise PeerLostError(
             f"rank {rank}: the {world_size} processes did not find each other: {_first_line(error)}; "
             "check the master address and port and that every node started"
         ) from error
+    with _named_when_lost(rank_infos, rank):
+        _form_first_group(store, process, device, timeout)
     try:
         with _named_when_lost(rank_infos, rank):
             control, saving = _control_group(world_size, timeout), _control_group(world_size, timeout)
@@ -198,6 +185,23 @@ def process_context(
         # A later context of this process must not take our defaults for a launcher's.
         for variable in added:
             del os.environ[variable]
+
+
+def _form_first_group(
+    store: dist.Store, process: LaunchedProcess, device: torch.device, timeout: datetime.timedelta
+) -> None:
+    """Start torch.distributed with a group of all ranks, which have met, so that forming it is not waited for long."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process_group", store),
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=_forming_timeout(process.world_size, timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    _set_pg_timeout(timeout)
 
 
 def _destroy_process_groups() -> None:
@@ -285,8 +289,13 @@ def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None
         yield
     except (RuntimeError, dist.DistError) as error:
         if is_out_of_memory(error) or is_out_of_files(error):
+            # It is this machine that lacks something, not another rank.
             raise
-        lost = describe_lost(rank_infos, rank) or "another rank was lost"
+        if (missing := _NO_INTERFACE.search(str(error))) is not None:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME: no network interface {missing[1]} here; name one that ip addr lists, or unset it"
+            ) from error
+        lost = describe_lost(rank_infos, rank) or "another rank was lost or cannot be reached"
         raise PeerLostError(
             f"rank {rank}: {lost}, while the process groups were formed: {_first_line(error)}; run the same line again"
         ) from error
@@ -295,10 +304,14 @@ def _named_when_lost(rank_infos: Sequence[RankInfo], rank: int) -> Iterator[None
 def _control_group(world_size: int, timeout: datetime.timedelta) -> ControlGroup:
     if world_size == 1:
         return SingleProcess()
-    forming = _FORMING_TIMEOUT + world_size * _FORMING_TIMEOUT_PER_RANK
-    group = dist.new_group(backend="gloo", timeout=min(timeout, forming))
+    group = dist.new_group(backend="gloo", timeout=_forming_timeout(world_size, timeout))
     _set_pg_timeout(timeout, group)
     return GlooControlGroup(group)
+
+
+def _forming_timeout(world_size: int, timeout: datetime.timedelta) -> datetime.timedelta:
+    """How long to wait for a group to form that gives up after ``timeout`` once it is there."""
+    return min(timeout, _FORMING_TIMEOUT + world_size * _FORMING_TIMEOUT_PER_RANK)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,9 @@
 import datetime
 import errno
 import os
+import re
+from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from qwen3next_train.parallel.process_groups import ProcessContext, process_cont
 from qwen3next_train.parallel.rank_check import RankInfo
 from tests.distributed.engine import build_engine
 from tests.distributed.test_layout_equality import small_config
+from tests.forked import pipe, start
+from tests.integration.launching import free_port
 
 
 def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +67,8 @@ def test_a_rank_that_is_lost_while_groups_are_formed_is_said(monkeypatch: pytest
     with pytest.raises(PeerLostError) as caught, process_context("cpu"):
         pass
     assert str(caught.value) == (
-        "rank 0: another rank was lost, while the process groups were formed: wait timeout after 5ms, keys: "
-        "/process_group/0/1; run the same line again"
+        "rank 0: another rank was lost or cannot be reached, while the process groups were formed: wait timeout after "
+        "5ms, keys: /process_group/0/1; run the same line again"
     )
     assert not dist.is_initialized()
 
@@ -88,6 +93,68 @@ def test_a_group_that_is_patient_is_not_formed_patiently(monkeypatch: pytest.Mon
         assert [timeout.total_seconds() for timeout, _ in formed] == [120 + 2, 20, 120 + 1024]
         kept = [group._get_backend(torch.device("cpu")).options._timeout for _, group in formed]
         assert kept == [datetime.timedelta(days=7), datetime.timedelta(seconds=20), datetime.timedelta(days=7)]
+
+
+@pytest.mark.parametrize(("peer_timeout_s", "forming_s"), [(900.0, 121.0), (20.0, 20.0)])
+def test_the_first_group_is_not_formed_more_patiently(
+    monkeypatch: pytest.MonkeyPatch, peer_timeout_s: float, forming_s: float
+) -> None:
+    """Once it is there, it waits for its peers as long as it is told to."""
+    forming: list[datetime.timedelta] = []
+    init_process_group = dist.init_process_group
+
+    def form(*arguments: Any, **names: Any) -> None:
+        forming.append(names["timeout"])
+        init_process_group(*arguments, **names)
+
+    monkeypatch.setattr(dist, "init_process_group", form)
+    with process_context("cpu", peer_timeout_s=peer_timeout_s):
+        assert [timeout.total_seconds() for timeout in forming] == [forming_s]
+        assert dist.group.WORLD is not None
+        kept = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+        assert kept == datetime.timedelta(seconds=peer_timeout_s)
+
+
+def _dies_once_all_have_met(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    dist.init_process_group = lambda *arguments, **names: os._exit(9)
+    with process_context("cpu"):
+        pass
+
+
+def _waits_two_seconds_for_the_first_group(variables: dict[str, str], result: Connection) -> None:
+    os.environ.update(variables)
+    process_groups._FORMING_TIMEOUT = datetime.timedelta(0)
+    try:
+        with process_context("cpu", peer_timeout_s=3600.0):
+            result.send("formed")
+    except PeerLostError as error:
+        result.send(str(error))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_the_first_group_is_not_waited_for_long() -> None:
+    """Under two launchers, which tell each other nothing: the other rank gives up after the time to form a group."""
+    variables = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for rank in range(2)
+    ]
+    port = str(free_port())
+    ours, theirs = pipe()
+    waiting = start(_waits_two_seconds_for_the_first_group, variables[0] | {"MASTER_PORT": port}, theirs)
+    dying = start(_dies_once_all_have_met, variables[1] | {"MASTER_PORT": port})
+    try:
+        # An hour of patience would be seen.
+        assert ours.poll(120)
+        said = ours.recv()
+    finally:
+        for process in (waiting, dying):
+            process.kill()
+            process.join()
+    assert dying.exitcode == 9
+    assert re.match(r"rank 0: rank 1 \(process \d+ on .*\) has died, while the process groups were formed: ", said), (
+        said
+    )
 
 
 @pytest.mark.slow

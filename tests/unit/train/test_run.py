@@ -173,15 +173,16 @@ def test_a_rank_lost_before_it_is_known_where_the_others_live(attempt, monkeypat
 def test_failure_before_there_is_a_state(attempt):
     def build(*args):
         raise PeerLostError(
-            "rank 0: the 2 processes did not find each other: Gloo connectFullMesh failed with [/x/tcp/pair.cc:152] "
-            "timed out connecting: SO_ERROR: Connection refused; check the master address"
+            "rank 0: another rank was lost or cannot be reached, while the process groups were formed: Gloo "
+            "connectFullMesh failed with [/x/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused; "
+            "run the same line again"
         )
 
     code, record = attempt(build=build)
     assert (code, record["step"]) == (69, None)
     assert record["reason"] == (
-        "rank 0: the 2 processes did not find each other: Gloo connectFullMesh failed with "
-        "timed out connecting: SO_ERROR: Connection refused; check the master address"
+        "rank 0: another rank was lost or cannot be reached, while the process groups were formed: Gloo "
+        "connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused; run the same line again"
     )
 
 
