@@ -91,6 +91,30 @@ def directory_of_best(path: Path) -> Path | None:
         raise StorageError(f"{path}: cannot be read ({describe_os_error(error)}); make it readable") from error
 
 
+def describe_missing_directory(path: Path, *, alternative: str = "") -> str | None:
+    """That a path is no directory, and what to name instead; None where it is one.
+
+    Args:
+        path: where checkpoints should be.
+        alternative: what else may be named, behind the rest of the sentence.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    if path.is_dir():
+        return None
+    return _describe_place(path, "not a directory" if path.exists() else "no such directory", alternative)
+
+
+def describe_no_checkpoint(path: Path, *, alternative: str = "") -> str:
+    """That there is no checkpoint in a directory, and what to name instead (:func:`describe_missing_directory`)."""
+    return _describe_place(path, "no checkpoint in it", alternative)
+
+
+def _describe_place(path: Path, problem: str, alternative: str) -> str:
+    return f"{path}: {problem}; name a run directory or one of its checkpoints{alternative}"
+
+
 def describe_missing_step(directory: Path, step: int, checkpoints: Sequence[CheckpointInfo]) -> str:
     """That a step is not among the checkpoints of a directory, and what to give: those that are, the newest first."""
     problem = f"{directory} has no checkpoint of step {step}"

@@ -18,6 +18,8 @@ from qwen3next_train.checkpoint.names import (
     CHECKPOINTS_NAME,
     MANIFEST_NAME,
     CheckpointInfo,
+    describe_missing_directory,
+    describe_no_checkpoint,
     directory_of_best,
     list_checkpoints,
 )
@@ -95,7 +97,7 @@ class NamedCheckpoint:
         if self.info is not None:
             return self.manager.find(self.info)
         if (found := self.manager.find_latest()) is None:
-            raise ConfigError(f"{self.path}: no checkpoint in it; name a run directory or one of its checkpoints")
+            raise ConfigError(describe_no_checkpoint(self.path))
         return found
 
 
@@ -115,9 +117,8 @@ def name_checkpoint(path: Path, control: ControlGroup) -> NamedCheckpoint:
         manager = CheckpointManager(of_best, control=control, keep=1)
         return NamedCheckpoint(path, manager, manager.name_best())
     try:
-        if not path.is_dir():
-            problem = "not a directory" if path.exists() else "no such directory"
-            raise ConfigError(f"{path}: {problem}; name a run directory or one of its checkpoints")
+        if (problem := describe_missing_directory(path)) is not None:
+            raise ConfigError(problem)
         # The name of `.` or of a link may say nothing about the step.
         path = path.resolve()
         is_checkpoint = (path / MANIFEST_NAME).exists()

@@ -14,7 +14,9 @@ from qwen3next_train.checkpoint.names import (
     CHECKPOINTS_NAME,
     MANIFEST_NAME,
     CheckpointInfo,
+    describe_missing_directory,
     describe_missing_step,
+    describe_no_checkpoint,
     directory_of_best,
     list_checkpoints,
     list_names,
@@ -138,12 +140,11 @@ def _problem_of_path(path: Path, known: list[CheckpointInfo]) -> str | None:
     """Why there is no checkpoint at a path; None where there may be one."""
     steps = [str(checkpoint.step) for checkpoint in known if checkpoint.published]
     own = f", or a step of run.dir: {', '.join(steps)}" if steps else ""
-    advice = f"name a run directory or one of its checkpoints{own}"
     if directory_of_best(path) is not None:
         return None
-    if not path.is_dir():
-        return f"{path}: {'not a directory' if path.exists() else 'no such directory'}; {advice}"
+    if (problem := describe_missing_directory(path, alternative=own)) is not None:
+        return problem
     inner = path / CHECKPOINTS_NAME
     if (path / MANIFEST_NAME).exists() or _checkpoints_in(inner if inner.is_dir() else path):
         return None
-    return f"{path}: no checkpoint in it; {advice}"
+    return describe_no_checkpoint(path, alternative=own)
