@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, islice, product
 from typing import Literal
 
 from qwen3next_train.accounting.hardware import Device
@@ -68,7 +68,7 @@ def fits_device(memory_bytes: int, device: Device) -> bool:
 def layouts_that_fit(
     config: Config, layout: Layout, device: Device, kinds: Counter[ParameterKind], clock: StepClock
 ) -> tuple[Layout, ...]:
-    """A few layouts that fit, best first (:func:`_rank`).
+    """A few layouts that fit, best first (:func:`_ranked`).
 
     Layouts on the same GPUs are looked at first, then more GPUs, last shorter rows. An offloaded optimizer is slow
     enough for layouts on more GPUs to be named as well.
@@ -89,19 +89,15 @@ def layouts_that_fit(
     found: list[Layout] = []
     room = _Room(config, device, kinds)
     for start in (*more_gpus, *shorter):
-        fitting = [
-            (_rank(config, layout, candidate, clock), index, candidate)
-            for index, candidate in enumerate(_neighbours(config, start))
-            if room.memory_of(candidate) is not None
-        ]
-        ranked = [candidate for _, _, candidate in sorted(fitting)]
+        near = _neighbours(config, start)
         if found:
             # So far all are offloaded.
-            ranked = _distinct(layout, [candidate for candidate in ranked if not candidate.offload_optimizer])
-            if ranked or start.sequence_length != layout.sequence_length:
-                return (found[0], *ranked[: _MAX_LAYOUTS - 1])
+            near = (candidate for candidate in near if not candidate.offload_optimizer)
+            others = list(islice(_distinct(layout, _ranked(config, layout, near, room, clock)), _MAX_LAYOUTS - 1))
+            if others or start.sequence_length != layout.sequence_length:
+                return (found[0], *others)
             continue
-        found = _distinct(layout, ranked)[:_MAX_LAYOUTS]
+        found = list(islice(_distinct(layout, _ranked(config, layout, near, room, clock)), _MAX_LAYOUTS))
         if found and (layout.offload_optimizer or not found[0].offload_optimizer):
             return tuple(found)
     return tuple(found)
@@ -183,14 +179,32 @@ class _Room:
         return memory_bytes if fits_device(memory_bytes, self._device) else None
 
 
-def _distinct(layout: Layout, ranked: Sequence[Layout]) -> list[Layout]:
+def _ranked(
+    config: Config, layout: Layout, neighbours: Iterable[Layout], room: _Room, clock: StepClock
+) -> Iterator[Layout]:
+    """Those that fit, best first: an even load; no offload; moments as precise as asked for; then the time of a step,
+    where a tenth more or less does not count, for as much work on as many GPUs; then the number of changed settings.
+    """
+
+    def precedence(near: Layout) -> tuple[bool, bool, bool]:
+        return _is_uneven(config, near), near.offload_optimizer, near.moments_dtype != layout.moments_dtype
+
+    def cost(near: Layout) -> tuple[int, int]:
+        return round(math.log(clock.step(near).total_s, 1.1)), len(changed_fields(layout, near))
+
+    # Memory and time take long to tell: those of the next group only where the one before is not enough.
+    for _, alike in groupby(sorted(neighbours, key=precedence), precedence):
+        yield from sorted((near for near in alike if room.memory_of(near) is not None), key=cost)
+
+
+def _distinct(layout: Layout, ranked: Iterable[Layout]) -> Iterator[Layout]:
     """Those that do not merely change more than a better one does."""
-    chosen: list[Layout] = []
+    chosen: list[set[tuple[str, object]]] = []
     for candidate in ranked:
         changes = changed_fields(layout, candidate)
-        if not any(changed_fields(layout, better) <= changes for better in chosen):
-            chosen.append(candidate)
-    return chosen
+        if not any(better <= changes for better in chosen):
+            chosen.append(changes)
+            yield candidate
 
 
 def changed_fields(old: Layout, new: Layout) -> set[tuple[str, object]]:
@@ -299,13 +313,3 @@ def _moments_dtypes(optimizer: OptimizerConfig, current: MomentsDtype) -> list[M
 def _is_uneven(config: Config, layout: Layout) -> bool:
     ranks = layout.expert_parallel_size
     return ranks > 1 and config.model.num_experts // ranks < _EVEN_EXPERTS
-
-
-def _rank(config: Config, layout: Layout, near: Layout, clock: StepClock) -> tuple[bool, bool, bool, float, int]:
-    """Sort key: an even load first; no offload; moments as precise as asked for; then the time of a step, where a tenth
-    more or less does not count, for as much work on as many GPUs; then the number of changed settings.
-    """
-    tenths = round(math.log(clock.step(near).total_s, 1.1))
-    rougher = near.moments_dtype != layout.moments_dtype
-    uneven = _is_uneven(config, near)
-    return uneven, near.offload_optimizer, rougher, tenths, len(changed_fields(layout, near))
