@@ -112,9 +112,16 @@ def _plan(args: Arguments) -> int:
     config = load(args).config
     from qwen3next_train.planner.report import plan_command
 
-    gpu = args.last("--gpu") or DEFAULT_GPU
+    gpu = args.last("--gpu")
     num_gpus = fewest_processes(config.parallel) if gpus is None else int(gpus)
-    return plan_command(config, gpus=num_gpus, gpu=gpu, mfu=mfu, tokens=tokens, as_json="--json" in args.options)
+    return plan_command(
+        config,
+        gpus=num_gpus,
+        gpu=DEFAULT_GPU if gpu is None else gpu,
+        mfu=mfu,
+        tokens=tokens,
+        as_json="--json" in args.options,
+    )
 
 
 def _tokenize(args: Arguments) -> int:
@@ -200,7 +207,9 @@ def _eval(args: Arguments) -> int:
         precision=precision,
         sequence_length=loaded.config.data.sequence_length if "data.sequence_length" in loaded.origins else None,
         tokenizer=path_of(args, "--tokenizer"),
-        text_field=args.last("--text-field") or "text",
+        text_field=text_of(args, "--text-field", "a column or JSON field")
+        if "--text-field" in args.options
+        else "text",
     )
 
 

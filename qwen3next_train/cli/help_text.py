@@ -27,6 +27,7 @@ _OTHER_TOPICS = {
     "megatron": "Megatron-LM's arguments, understood too, and what each sets",
     "all": "everything",
 }
+_PRESET_ROW = (f"--{PRESET_KEY}", f"start from a shipped model shape [{'|'.join(PRESETS)}; default none]")
 
 
 def help_text(argv: list[str]) -> str:
@@ -62,6 +63,8 @@ def _topic(topic: str, width: int) -> list[str]:
     found += [_section(topic, width)] if topic in descriptions else []
     if "." in topic and (named := [name for name in keys() if f"{name}.".startswith(f"{topic.rstrip('.')}.")]):
         found.append(_rows((_described(name) for name in named), width))
+    if topic == PRESET_KEY:
+        found.append(_rows([_PRESET_ROW], width))
     if not found:
         raise ConfigError(
             f"--help: no such section (got {show(topic)}); give one of {', '.join([*descriptions, *_OTHER_TOPICS])}, "
@@ -107,7 +110,7 @@ def _command(command: Command, width: int) -> list[str]:
 def _section(section: str, width: int) -> list[str]:
     rows = []
     if PRESET_KEY.startswith(f"{section}."):
-        rows.append((f"--{PRESET_KEY}", f"start from a shipped model shape [{'|'.join(PRESETS)}; default none]"))
+        rows.append(_PRESET_ROW)
     rows += [_described(name) for name in keys() if name.startswith(f"{section}.")]
     return [*_wrapped(f"{section}: {dict(sections())[section]}", width), *_rows(rows, width)]
 

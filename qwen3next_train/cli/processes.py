@@ -93,7 +93,8 @@ def world_size(args: Arguments) -> int:
 
 
 def _whole_number(args: Arguments, option: Option, *, default: str, at_least: int, at_most: int, meaning: str) -> int:
-    text = args.last(option.name) or default
+    text = args.last(option.name)
+    text = default if text is None else text
     count = plain_value(text)
     if type(count) is not int or not at_least <= count <= at_most:
         bound = f">= {at_least}" if at_least != 1 else "> 0"

@@ -81,11 +81,13 @@ def usable_path(text: str) -> str:
 
 
 def path_argument(text: str, option: str) -> str:
-    """:func:`usable_path` of a command line word.
+    """:func:`usable_path` of a command line word, which an unset variable of a shell may have left empty.
 
     Raises:
         ConfigError: names the option.
     """
+    if not text:
+        raise ConfigError(f"{option}: empty (got ''); give a file or folder")
     try:
         return usable_path(text)
     except UnusableText as error:

@@ -121,7 +121,11 @@ def test_a_section_and_a_subcommand_of_one_name_are_both_shown(name):
 
 @pytest.mark.parametrize(
     ("topic", "named"),
-    [("run.steps", ["run.steps"]), ("logging.profile", ["logging.profile.steps", "logging.profile.memory"])],
+    [
+        ("run.steps", ["run.steps"]),
+        ("logging.profile", ["logging.profile.steps", "logging.profile.memory"]),
+        ("model.preset", ["model.preset"]),
+    ],
 )
 def test_a_key_or_a_section_of_a_section_is_a_topic_too(unwrapped, topic, named):
     lines = help_text(["--help", topic]).splitlines()

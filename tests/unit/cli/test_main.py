@@ -385,6 +385,27 @@ def test_paths_that_the_system_cannot_take(capsys, argv, path, reason):
     assert line.endswith("; give another name")
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["checkpoint", "list", ""], "RUN_DIR: empty (got ''); give a file or folder"),
+        (["plot", ""], "RUN: empty (got ''); give a file or folder"),
+        (["plot", "x", "--output="], "--output: empty (got ''); give a file or folder"),
+        (["slurm-script", "--output", ""], "--output: empty (got ''); give a file or folder"),
+        (["generate", "--hf", "x", "--prompts="], "--prompts: empty (got ''); give a file or folder"),
+        (["eval", "--hf", "x", "--data", "y", "--tokenizer="], "--tokenizer: empty (got ''); give a file or folder"),
+        (["eval", "--hf", "x", "--data", "y", "--text-field="], "--text-field: empty; give a column or JSON field"),
+        (["plan", "--gpu="], "plan: --gpu: unknown GPU ''; choose one of a100-40, "),
+    ],
+)
+def test_an_empty_word_is_neither_a_default_nor_the_current_folder(capsys, argv, line):
+    """An unset variable of a shell leaves one behind."""
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith(line)
+    assert len(err.splitlines()) == 1
+
+
 def test_home_in_paths(fake, capsys, monkeypatch):
     monkeypatch.setenv("HOME", "/homes/me")
     listed = fake("checkpoint.inspection", "checkpoint_command")

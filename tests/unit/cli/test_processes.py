@@ -50,6 +50,10 @@ TWO = "--nproc-per-node 1 --nnodes 2"
         ("--nproc-per-node 1025", "--nproc-per-node: not a whole number <= 1024 (got '1025')"),
         ("--nproc-per-node 1 --nnodes 1000001", "--nnodes: not a whole number <= 1000000 (got '1000001')"),
         (f"{TWO} --node-rank 1 --rdzv-endpoint a:{'9' * 5000}", "--rdzv-endpoint: not HOST:PORT (got 'a:9999"),
+        # As an unset variable of a shell leaves it; one process would be started in place of many.
+        ("--nproc-per-node=", "--nproc-per-node: not a whole number > 0 (got '')"),
+        ("--nproc-per-node 1 --nnodes=", "--nnodes: not a whole number > 0 (got '')"),
+        (f"{TWO} --node-rank= --rdzv-endpoint a:1", "--node-rank: not a whole number >= 0 (got '')"),
         ("--nproc-per-node 1.5", "--nproc-per-node: not a whole number > 0 (got '1.5')"),
         ("--nproc-per-node 1 --nnodes 0", "--nnodes: not a whole number > 0 (got '0')"),
         ("--nproc-per-node 1 --nnodes 1:2", "--nnodes: not a whole number > 0 (got '1:2')"),

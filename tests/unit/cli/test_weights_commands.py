@@ -39,7 +39,7 @@ DEFAULTS = {
                 "text_field": "body",
             },
         ),
-        (["--hf", "a", "--hf", "b", "--tokenizer="], {"hf": Path("b"), "tokenizer": ""}),
+        (["--hf", "a", "--hf", "b"], {"hf": Path("b")}),
         (["--hf", "a", "--data.sequence_length", "64"], {"hf": Path("a"), "sequence_length": 64}),
         (["--hf", "a", "--seq-length=64"], {"hf": Path("a"), "sequence_length": 64}),
     ],
