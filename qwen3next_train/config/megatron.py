@@ -16,7 +16,7 @@ from qwen3next_train.config.error_lines import Converted, RejectedValue, show
 from qwen3next_train.config.layer_pattern import PatternError, parse_pattern
 from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import Config
-from qwen3next_train.config.strict_yaml import Value
+from qwen3next_train.config.strict_yaml import Value, plain_value
 
 VOCAB_MULTIPLE = "megatron.make_vocab_size_divisible_by"
 """Not a setting: checked against ``model.vocab_size`` once that is known."""
@@ -172,8 +172,8 @@ def _layer_pattern(value: Value) -> Converted:
 def _rampup(value: Value) -> Converted:
     words = value.replace(",", " ").split() if isinstance(value, str) else value
     words = words if isinstance(words, list) else []
-    numbers: list[Value] = [int(str(word)) for word in words if str(word).isascii() and str(word).isdigit()]
-    if not len(words) == len(numbers) == 3 or not all(numbers):
+    numbers: list[Value] = [plain_value(str(word)) for word in words]
+    if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
         raise RejectedValue(f"not three whole numbers > 0 (got {show(value)}); give START, INCREMENT and SAMPLES")
     return {"schedule.rampup_batch_size": numbers}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 
+from qwen3next_train.config.error_lines import show
 from qwen3next_train.config.metric_names import name_problems, validation_problems
 from qwen3next_train.config.rule_violation import RuleViolation
 from qwen3next_train.config.schema import (
@@ -37,6 +39,7 @@ MAX_BF16_BETA = 0.99
 _MAX_COUNT = 2**63 - 1
 _MAX_INDEX = 2**31 - 1
 _RAMPUP = "schedule.rampup_batch_size"
+_STEP_NUMBER = re.compile("[0-9]{1,18}")
 
 
 def expand_interval(interval: int, num_layers: int) -> list[LayerType]:
@@ -84,7 +87,7 @@ def profiled_steps(profile: ProfileConfig) -> range:
         return range(0)
     first, dash, last = profile.steps.partition("-")
     last = last if dash else first
-    if not all(number.isascii() and number.isdecimal() for number in (first, last)):
+    if not all(_STEP_NUMBER.fullmatch(number) for number in (first, last)):
         raise ValueError(profile.steps)
     return range(int(first), int(last) + 1)
 
@@ -100,7 +103,7 @@ def _profile_violations(config: Config) -> Iterator[RuleViolation]:
     try:
         named = profiled_steps(profile)
     except ValueError:
-        yield RuleViolation((key,), f"{key} is no range of steps (got {profile.steps!a}); write 10-12, or 10")
+        yield RuleViolation((key,), f"{key} is no range of steps (got {show(profile.steps)}); write 10-12, or 10")
         return
     if profile.steps and not (named and named[0] >= 1 and named[-1] <= steps):
         yield RuleViolation(

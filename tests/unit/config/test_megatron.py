@@ -350,13 +350,20 @@ def test_ramp_up_in_yaml(tmp_path):
     assert load_config([path]).config.schedule.rampup_batch_size == [8, 4, 640]
 
 
-@pytest.mark.parametrize("text", ["8 4", "8 4 x", "8 4 0", "8 4 -1", "8 4 1.5"])
+@pytest.mark.parametrize("text", ["8 4", "8 4 x", "8 4 0", "8 4 -1", "8 4 1.5", "8 4 " + "9" * 19])
 def test_a_ramp_up_that_is_not_three_numbers_is_one_line(text):
     with pytest.raises(ConfigError) as caught:
         load_config([], [("rampup-batch-size", text)])
     assert str(caught.value) == (
         f"--rampup-batch-size: not three whole numbers > 0 (got '{text}'); give START, INCREMENT and SAMPLES"
     )
+
+
+def test_a_ramp_up_of_more_digits_than_python_reads_is_one_line():
+    with pytest.raises(
+        ConfigError, match=r"^--rampup-batch-size: not three whole numbers > 0 \(got '8 4 9{40,}\.\.\.\); "
+    ):
+        load_config([], [("rampup-batch-size", "8 4 " + "9" * 5000)])
 
 
 def test_the_data_path_of_a_blend_has_weights():

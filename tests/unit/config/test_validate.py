@@ -77,6 +77,10 @@ RULES = [
         "--logging.profile.steps: logging.profile.steps is no range of steps (got '3-'); write 10-12, or 10",
     ),
     (
+        {"logging__profile__steps": "9" * 5000},
+        f"--logging.profile.steps: logging.profile.steps is no range of steps (got '{'9' * 56}...); write 10-12, or 10",
+    ),
+    (
         {"logging__profile__memory": "[steps]"},
         '--logging.profile.memory: logging.profile.memory has "steps" but logging.profile.steps is empty; name the '
         "steps, such as 10-12",
