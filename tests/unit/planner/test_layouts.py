@@ -107,7 +107,7 @@ def test_rows_need_not_be_shared_as_widely_as_given() -> None:
         sequence_length=131_072, context_parallel_size=16, expert_parallel_size=16, global_batch_size=16, zero_stage=2
     )
     plan = planned(config, 16)
-    assert plan.fits is None or plan.fastest
+    assert plan.fastest
     assert {each.layout.context_parallel_size for each in plan.fastest} <= {1, 2, 4, 8}
     # What is proposed for want of room is never less of what saves memory.
     assert all(layout.context_parallel_size == 16 for layout in planned(config, 16, "h100").changes)
