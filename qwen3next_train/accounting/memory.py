@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from qwen3next_train.accounting.activations import activation_bytes
@@ -158,14 +159,20 @@ def num_shares(kind: ParameterKind, layout: Layout) -> int:
     Raises:
         ConfigError: when the expert-parallel size divides neither the world size nor the experts.
     """
+    sizes = (layout.world_size, layout.expert_parallel_size, layout.tensor_parallel_size)
+    return _num_shares(kind.num_experts, kind.num_heads, *sizes)
+
+
+@cache
+def _num_shares(
+    num_experts: int, num_heads: int, world_size: int, expert_parallel_size: int, tensor_parallel_size: int
+) -> int:
     topology = Topology(
-        layout.world_size,
-        expert_parallel_size=layout.expert_parallel_size,
-        tensor_parallel_size=layout.tensor_parallel_size,
+        world_size, expert_parallel_size=expert_parallel_size, tensor_parallel_size=tensor_parallel_size
     )
-    if kind.num_experts:
-        return kind.num_experts // len(topology.local_experts(kind.num_experts))
-    return topology.head_shares(kind.num_heads) if kind.num_heads else 1
+    if num_experts:
+        return num_experts // len(topology.local_experts(num_experts))
+    return topology.head_shares(num_heads) if num_heads else 1
 
 
 def memory_per_gpu(
