@@ -10,17 +10,18 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.preloaded"])
+CONTEXT = multiprocessing.get_context("forkserver")
+"""For what starts processes by a context that it is given."""
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """Call a function in a process of its own, which ends with this one."""
-    process = _FORKED.Process(target=function, args=arguments, daemon=True)
+    process = CONTEXT.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
 
 def pipe() -> tuple[Connection, Connection]:
     """Two ends of a connection; one may be an argument of :func:`start`."""
-    return _FORKED.Pipe()
+    return CONTEXT.Pipe()

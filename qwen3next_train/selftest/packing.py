@@ -138,10 +138,10 @@ def slowly_forgetting_model(kernels: KernelSet, device: torch.device, dtype: tor
     return model
 
 
-def random_documents(seed: int, device: torch.device) -> Documents:
-    """Six documents of 1 to 80 tokens, one of them with a single token, never the first."""
+def random_documents(seed: int, device: torch.device, *, count: int = 6) -> Documents:
+    """Documents of 1 to 80 tokens, two or more, one of them with a single token, never the first."""
     rng = np.random.default_rng(seed)
-    lengths = rng.permutation([1, *rng.integers(2, 81, size=4)]).tolist()
+    lengths = rng.permutation([1, *rng.integers(2, 81, size=count - 2)]).tolist()
     lengths.insert(0, int(rng.integers(2, 81)))
     boundaries = np.cumsum([0, *lengths])
     tokens = rng.integers(0, _MODEL.vocab_size, size=boundaries[-1] + 1)

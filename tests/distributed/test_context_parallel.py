@@ -53,13 +53,14 @@ CASES = [(sizes, setting) for sizes, settings in LAYOUTS.items() for setting in 
 
 
 def _config(settings: dict[str, Any], sizes: Sizes) -> Config:
-    """Two steps of four rows, two MTP depths, clipped."""
+    """Two steps of two micro-batches, two MTP depths, clipped."""
     values = small_config(
         micro_batch_size=settings.get("micro_batch_size", 1),
         steps=2,
         clip_grad=0.5,
         scope=settings.get("scope", "sequence"),
     ).model_dump()
+    values["run"]["global_batch_size"] = 2 * values["run"]["micro_batch_size"]
     values["model"] |= {
         "mtp_num_layers": 2,
         "linear_dt_init": settings.get("linear_dt_init", "ones"),

@@ -15,8 +15,10 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def _config(zero_stage: int, **parallel: Any) -> Config:
-    """Two steps of two micro-batches on each of two ranks."""
+    """Two steps of two micro-batches, on each of two ranks unless they share rows."""
     values = small_config(micro_batch_size=1, steps=2, clip_grad=0.5, scope="global").model_dump()
+    shares_rows = {"context_parallel_size", "tensor_parallel_size"} & parallel.keys()
+    values["run"]["global_batch_size"] = 2 if shares_rows else 4
     values["parallel"] |= {"expert_parallel_size": 2, "zero_stage": zero_stage, **parallel}
     return Config.model_validate(values)
 

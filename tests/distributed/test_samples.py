@@ -16,17 +16,21 @@ pytestmark = pytest.mark.dist
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "experts, dense exchange": {"expert_parallel_size": 2, "token_exchange": "dense"},
-    "context": {"context_parallel_size": 2},
+    "context, two in flight": {
+        "context_parallel_size": 2,
+        "micro_batches_in_flight": 2,
+        "recompute": ["norms", "activations", "gdn_prologue"],
+    },
     "tensor, experts, zero 2": {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 2},
     "context, experts, zero 3": {"context_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3},
-    "two in flight": {"micro_batches_in_flight": 2, "recompute": ["norms", "activations", "gdn_prologue"]},
 }
 
 
 def config_of(layout: dict[str, Any]) -> Config:
-    """Two steps with an MTP depth; weights large enough that greedy text is no repetition of a token."""
+    """Two steps of two rows with an MTP depth; weights large enough that greedy text is no repetition of a token."""
     values = small_config(steps=2, clip_grad=0.5).model_dump()
     values["model"] |= {"mtp_num_layers": 1, "initializer_range": 0.4}
+    values["run"]["global_batch_size"] = 2
     values["parallel"] |= layout
     return Config.model_validate(values)
 

@@ -14,8 +14,9 @@ import torch
 from tests.architecture.tree import ROOT
 from tests.integration.launching import arguments, environment, write_corpus
 
-# Sizes that the CUDA kernels take.
+# Sizes that the CUDA kernels take, and single rows, for as many ranks as there are rows in a step.
 ON_CUDA = {
+    "run__micro_batch_size": 1,
     "run__device": "cuda",
     "run__precision": "bf16",
     "model__hidden_size": 128,
@@ -44,7 +45,7 @@ def losses_of(
     with patch("sys.path", [str(ROOT / "scripts" / "benchmarks"), *sys.path]):
         from curve_training import Part, Training, train_all
 
-        command = arguments(write_corpus(folder), folder, **ON_CUDA, **shared)
+        command = arguments(write_corpus(folder), folder, **{**ON_CUDA, **shared})
         trainings = [
             Training(name, 1234, (Part(needed, _pairs(overrides)),), folder / name)
             for name, (needed, overrides) in runs.items()

@@ -35,14 +35,14 @@ SMALL_MODEL = {
     "model.shared_expert_intermediate_size": "16",
     "data.sequence_length": "64",
     "run.global_batch_size": "4",
-    "run.micro_batch_size": "1",
+    "run.micro_batch_size": "2",
     "schedule.warmup_steps": "2",
     "logging.wandb.mode": "disabled",
     "eval.interval": "0",
 }
-"""Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, four micro-batches."""
+"""Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, two micro-batches."""
 
-TWO_RANKS = {"run__steps": 30, "run__micro_batch_size": 2}
+TWO_RANKS = {"run__steps": 20}
 """Overrides of runs that are compared with the fixture ``two_ranks``, long enough to be disturbed."""
 
 TIMING = ("perf/tflops_per_gpu", "perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "mem/peak_gib")

@@ -26,7 +26,7 @@ from tests.integration.launching import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
-STEPS = 6
+STEPS = 4
 EVERY_SECOND = {"run__steps": STEPS, "checkpoint__interval": 2, "checkpoint__keep": 9, "run__micro_batch_size": 2}
 
 

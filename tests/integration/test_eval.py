@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ def evaluated(capsys: pytest.CaptureFixture[str], data: str, **options: Any) -> 
     return result
 
 
+@pytest.fixture(scope="module")
+def of_pieces(model: Qwen3NextForCausalLM, documents: list[list[int]]) -> Callable[[int], tuple[float, int]]:
+    """:func:`one_by_one` of the documents cut to a length."""
+
+    @cache
+    def measure(sequence_length: int) -> tuple[float, int]:
+        starts = [(document, start) for document in documents for start in range(0, len(document), sequence_length)]
+        return one_by_one(model, [document[start : start + sequence_length + 1] for document, start in starts])
+
+    return measure
+
+
 def one_by_one(model: Qwen3NextForCausalLM, documents: Sequence[Sequence[int]]) -> tuple[float, int]:
     """Sum of the losses of pieces that are each run alone, from their logits, and the number of targets."""
     total, count = 0.0, 0
@@ -122,19 +135,14 @@ def test_long_documents_are_cut_and_still_predict_every_token(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    model: Qwen3NextForCausalLM,
+    of_pieces: Callable[[int], tuple[float, int]],
     folder: Path,
     documents: list[list[int]],
     sequence_length: int,
     batch_tokens: int,
 ) -> None:
     monkeypatch.setattr(evaluate_module, "_BATCH_TOKENS", batch_tokens)
-    pieces = [
-        document[start : start + sequence_length + 1]
-        for document in documents
-        for start in range(0, len(document), sequence_length)
-    ]
-    total, count = one_by_one(model, pieces)
+    total, count = of_pieces(sequence_length)
     data = write_ids(tmp_path / "ids.jsonl", documents)
     result = evaluated(capsys, data, hf=folder, sequence_length=sequence_length)
     assert result["num_tokens"] == count == sum(LENGTHS) - len(LENGTHS)

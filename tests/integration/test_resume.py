@@ -11,10 +11,11 @@ import pytest
 from tests.integration.launching import (
     Forked,
     arguments,
+    exit_codes,
     exit_record,
     metrics,
     run_forked,
-    start,
+    start_ranks,
     workers_of,
     write_corpus,
 )
@@ -88,10 +89,10 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
 def test_two_ranks_stop_together_when_one_is_signalled(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = arguments(corpus, run_dir, run__steps=STEPS, checkpoint__interval=0)
-    process = start("module", args, num_processes=2)
+    ranks = start_ranks([args, args])
     _wait_for_steps(run_dir, 3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert exit_codes(ranks) == [75, 75]
     assert exit_record(run_dir)["code"] == 75
     stopped_at = metrics(run_dir)[-1]["step"]
     assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == [f"step_{stopped_at:08d}"]

@@ -173,6 +173,7 @@ def test_a_run_forked_with_optimizer_and_step_equals_the_extended_one(
 
 def test_a_growing_batch_goes_on_exactly_after_a_kill(corpus: Path, tmp_path: Path) -> None:
     growing = {**COSINE, "run__steps": 8, "schedule__rampup_batch_size": "[1, 1, 9]", "checkpoint__interval": 1}
+    growing["run__micro_batch_size"] = 1
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_forked(arguments(corpus, whole, **growing))
     assert done.returncode == 0, done.stderr

@@ -195,7 +195,7 @@ def _build(
         return GatedDeltaNet(MODEL, KERNELS, shares), add
     if kind.endswith("attention"):
         # Angles belong to the micro-batch, not to the layer.
-        table = RotaryTable(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32))
+        table = RotaryTable(*torch.zeros(2, 1, 1, 32, device="cpu"))
         return GatedAttention(_model(kind), KERNELS, shares), lambda *layer_and_streams: add(*layer_and_streams, table)
     return SparseMoeBlock(MODEL, KERNELS, range(16)), lambda layer, x, normed: layer(normed, 1, residual_TD=x)[0]
 
@@ -209,13 +209,15 @@ def _bytes_kept(
     group: _OtherHeads | None = None,
 ) -> int:
     """Bytes, parameters left out, that norm and layer keep alive for the backward pass."""
-    layer, call = _build(kind, slices, group)
-    norm = RmsNormWithResidual(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
-    for module in (layer, norm):
+    # To draw weights would take most of the time, and what is kept does not depend on them.
+    with torch.device("meta"):
+        layer, call = _build(kind, slices, group)
+        norm = RmsNormWithResidual(MODEL.hidden_size, 1e-6, KERNELS.rms_norm)
+    for module in (layer.to_empty(device="cpu"), norm.to_empty(device="cpu")):
         for name, parameter in module.named_parameters():
             fp32 = name in ("A_log", "dt_bias", "gate.weight")
-            parameter.data = torch.rand_like(parameter).to(torch.float32 if fp32 else dtype)
-    start = torch.randn(num_tokens, MODEL.hidden_size, dtype=dtype, requires_grad=True)
+            parameter.data = torch.full_like(parameter, 0.5, dtype=torch.float32 if fp32 else dtype)
+    start = torch.ones(num_tokens, MODEL.hidden_size, dtype=dtype, requires_grad=True)
     with LiveStorages() as storages, recomputing(recompute):
         out = call(layer, *norm(start * 1))
         assert out.requires_grad

@@ -25,9 +25,9 @@ State = dict[tuple[str, FragmentKind], torch.Tensor]
 
 
 def _config(*, precision: str = "fp32", moments_dtype: str = "fp32", **parallel: Any) -> Config:
-    """Four micro-batches a step, clipped."""
+    """Two micro-batches a step, clipped."""
     values = small_config(micro_batch_size=1, clip_grad=0.5).model_dump()
-    values["run"]["precision"] = precision
+    values["run"] |= {"precision": precision, "global_batch_size": 2}
     values["optimizer"]["moments_dtype"] = moments_dtype
     values["parallel"] |= parallel
     return Config.model_validate(values)
@@ -46,7 +46,7 @@ def _reader(state: State) -> ReadFragment:
 def test_an_offloaded_optimizer_takes_the_same_steps(
     context: ProcessContext, zero_stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the rounding of another implementation of AdamW; three steps of four micro-batches."""
+    """Up to the rounding of another implementation of AdamW; three steps of two micro-batches."""
     with monkeypatch.context() as patch:
         if precision == "bf16":
             # The buckets of stage 1 sum unrounded products, DeepSpeed, which keeps offload, sums gradients in bf16.
@@ -106,7 +106,7 @@ def test_the_moments_dtype_may_change_on_resume(context: ProcessContext) -> None
 
 
 def test_bf16_gradients_follow_the_curve_of_fp32_ones(context: ProcessContext) -> None:
-    """Four micro-batches a step: each sum is rounded, so norms are off by some 1e-3 and losses by less."""
+    """The sum of two micro-batches is rounded, so norms are off by some 1e-3 and losses by less."""
     _, fp32 = _train(_config(precision="bf16"), context, 4)
     engine, bf16 = _train(_config(precision="bf16", gradient_dtype="bf16"), context, 4)
     dtypes = {p.dtype: main_grad_of(p).values.dtype for p in engine._model.parameters()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from functools import lru_cache
 
+import numpy as np
 import torch
+from triton import language
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
@@ -30,4 +32,17 @@ def _patch_builtins(package: object, builder: object, scope: object) -> None:
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
+_dtype_of_scalars = lru_cache(interpreter._get_np_dtype)
+
+
+def _dtype_of(dtype: language.dtype) -> np.dtype:
+    """What Triton's own function returns; it writes its table of dtypes down anew for every operation."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, language.pointer_type) else _dtype_of_scalars(scalar)
+
+
 interpreter._patch_builtin = _patch_builtins
+interpreter._get_np_dtype = _dtype_of
+# Or every sum, difference and product of indices would be computed again in int64: a quarter of the time that is left,
+# for what no size that is interpreted comes near, and what no compiled kernel does.
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

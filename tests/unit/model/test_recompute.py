@@ -42,12 +42,23 @@ def _run(
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}, outputs
 
 
+def _batches() -> list[PackedBatch]:
+    return [batch_of([[20, 13], [33]], mtp_depths=2), batch_of([[1, 32], [5, 5, 23]], mtp_depths=2, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def without() -> tuple[dict[str, torch.Tensor], list[ModelOutput]]:
+    """What a step makes that recomputes nothing."""
+    return _run((), _batches())
+
+
 @pytest.mark.parametrize("recompute", SUBSETS, ids="+".join)
-def test_gradients_are_bit_equal(recompute: tuple[RecomputePart, ...]) -> None:
+def test_gradients_are_bit_equal(
+    recompute: tuple[RecomputePart, ...], without: tuple[dict[str, torch.Tensor], list[ModelOutput]]
+) -> None:
     """Packed rows, two MTP depths, both router losses, two micro-batches under way at once."""
-    batches = [batch_of([[20, 13], [33]], mtp_depths=2), batch_of([[1, 32], [5, 5, 23]], mtp_depths=2, seed=1)]
-    expected, expected_outputs = _run((), batches)
-    found, outputs = _run(recompute, batches)
+    expected, expected_outputs = without
+    found, outputs = _run(recompute, _batches())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name

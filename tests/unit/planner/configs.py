@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
+
+import pytest
 
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import (
@@ -15,6 +18,7 @@ from qwen3next_train.config.schema import (
     RunConfig,
     ScheduleConfig,
 )
+from qwen3next_train.planner import plan
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B
 
 
@@ -45,6 +49,25 @@ def config_80b(
             micro_batches_in_flight=2 if micro_batches_in_flight == 2 else 1,
         ),
     )
+
+
+_plans: dict[tuple[str, int, str], plan.Plan] = {}
+
+
+def planned(config: Config, *, gpus: int, gpu: str, mfu: float | None = None) -> plan.Plan:
+    """The plan of the run's own steps, made once for all tests that ask for it: the search takes most of a second."""
+    key = config.model_dump_json(), gpus, gpu
+    if key not in _plans:
+        _plans[key] = plan.make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
+    return replace(_plans[key], stated_mfu=mfu)
+
+
+def planned_alone(config: Config, *, gpus: int, gpu: str) -> plan.Plan:
+    """:func:`planned` without the search for other layouts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "fastest_layouts", lambda *arguments: ())
+        patch.setattr(plan, "layouts_that_fit", lambda *arguments: ())
+        return plan.make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
 
 
 def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[int] = ()) -> Config:

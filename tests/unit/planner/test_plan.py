@@ -24,7 +24,7 @@ from qwen3next_train.planner.layouts import MAX_FASTEST, USABLE_FRACTION, change
 from qwen3next_train.planner.plan import TIME_ERROR, make_plan
 from qwen3next_train.planner.report import format_plan
 from tests.unit.accounting.shapes import TINY
-from tests.unit.planner.configs import config_80b, config_of
+from tests.unit.planner.configs import config_80b, config_of, planned, planned_alone
 
 
 def test_step_and_time() -> None:
@@ -43,13 +43,13 @@ def test_step_and_time() -> None:
 
 def test_defaults_are_run_steps_and_the_table_of_rates() -> None:
     """What nobody stated is the run's own length and the sum of the step's parts."""
-    plan = make_plan(config_80b(steps=77), gpus=64, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config_80b(steps=77), gpus=64, gpu="h100")
     assert plan.num_steps == 77
     assert plan.step is not None
     assert plan.step_time_s == sum(plan.step.by_part().values())
     assert plan.mfu == pytest.approx(26_673_409_060_503_552 / (64 * 989.4e12 * plan.step.total_s))
     assert plan.step_is_estimate is False
-    assert make_plan(config_80b(), gpus=64, gpu="b200", mfu=None, tokens=None).step_is_estimate is True
+    assert planned(config_80b(), gpus=64, gpu="b200").step_is_estimate is True
 
 
 def test_a_growing_batch_takes_fewer_tokens_and_more_steps() -> None:
@@ -91,12 +91,12 @@ def test_unknown_device_is_not_judged() -> None:
 def test_proposed_changes_fit(gpus: int, gpu: str, sequence_length: int, micro_batch_size: int) -> None:
     """Every proposal, planned for itself, is a valid layout that fits."""
     config = config_80b(sequence_length=sequence_length, micro_batch_size=micro_batch_size)
-    plan = make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
+    plan = planned(config, gpus=gpus, gpu=gpu)
     assert plan.fits is False
     assert plan.changes
     assert plan.layout not in plan.changes
     for layout in plan.changes:
-        proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu=gpu, mfu=None, tokens=None)
+        proposed = planned_alone(config_of(layout), gpus=layout.world_size, gpu=gpu)
         assert proposed.fits
 
 
@@ -104,7 +104,7 @@ def test_what_costs_least_comes_first() -> None:
     """Offload after everything else, then bf16 moments; and none that changes more than a better one for nothing."""
     config = config_80b(sequence_length=1024)
     for gpus in (16, 32, 64):
-        plan = make_plan(config, gpus=gpus, gpu="h100", mfu=None, tokens=None)
+        plan = planned(config, gpus=gpus, gpu="h100")
         # The same number of GPUs first.
         assert plan.changes[0].world_size == gpus
         same = [layout for layout in plan.changes if layout.world_size == gpus]
@@ -117,7 +117,7 @@ def test_what_costs_least_comes_first() -> None:
 
 def test_more_gpus_are_named_beside_an_offloaded_optimizer() -> None:
     """8 H200 hold the 80B only with its optimizer in host memory; 16 hold it without."""
-    plan = make_plan(config_80b(), gpus=8, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(), gpus=8, gpu="h200")
     offloaded, *others = plan.changes
     assert (offloaded.world_size, offloaded.offload_optimizer) == (8, True)
     assert others
@@ -127,14 +127,14 @@ def test_more_gpus_are_named_beside_an_offloaded_optimizer() -> None:
 def test_hopeless_layouts_have_no_changes() -> None:
     """80 B parameters never fit one small GPU, nor any number that divides the batch of 1."""
     config = config_80b(global_batch_size=1, expert_parallel_size=1)
-    plan = make_plan(config, gpus=1, gpu="rtx3090", mfu=None, tokens=None)
+    plan = planned(config, gpus=1, gpu="rtx3090")
     assert plan.fits is False
     assert plan.changes == ()
 
 
 def test_fit_leaves_a_margin() -> None:
     """A plan may not fill the last twentieth of the memory."""
-    plan = make_plan(config_80b(zero_stage=3, expert_parallel_size=8), gpus=64, gpu="b200", mfu=None, tokens=None)
+    plan = planned(config_80b(zero_stage=3, expert_parallel_size=8), gpus=64, gpu="b200")
     assert plan.device is not None
     assert plan.fits == (plan.memory_bytes <= USABLE_FRACTION * plan.device.memory_bytes)
     assert plan.fits is True
@@ -142,24 +142,24 @@ def test_fit_leaves_a_margin() -> None:
 
 def test_long_rows_are_proposed_to_be_shared_before_they_are_shortened() -> None:
     config = config_80b(sequence_length=131_072, zero_stage=2, recompute=("layer",), global_batch_size=16)
-    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config, gpus=16, gpu="h200")
     assert plan.fits is False
     best = plan.changes[0]
     assert (best.world_size, best.sequence_length) == (16, 131_072)
     assert best.context_parallel_size > 1
     for layout in plan.changes:
-        proposed = make_plan(config_of(layout), gpus=layout.world_size, gpu="h200", mfu=None, tokens=None)
+        proposed = planned_alone(config_of(layout), gpus=layout.world_size, gpu="h200")
         assert proposed.memory_bytes > 0
 
 
 def test_heads_are_proposed_to_be_divided_too() -> None:
     """Each layout with divided heads, planned for itself, is accepted and takes what it is listed with."""
     config = config_80b(sequence_length=131_072, expert_parallel_size=16, global_batch_size=16)
-    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config, gpus=16, gpu="h200")
     divided = [each for each in plan.fastest if each.layout.tensor_parallel_size > 1]
     assert divided
     for each in divided:
-        own = make_plan(config_of(each.layout, global_batch_size=16), gpus=16, gpu="h200", mfu=None, tokens=None)
+        own = planned_alone(config_of(each.layout, global_batch_size=16), gpus=16, gpu="h200")
         assert own.layout == each.layout
         assert own.fits is True
         assert (own.step, own.memory_bytes) == (each.step, each.memory_bytes)
@@ -173,7 +173,7 @@ def test_batches_of_a_ramp_up_divide_too(gpus: int, context_parallel_size: int, 
     """Micro-batches that only the last batch is a multiple of would be rejected; of these, all are of one row."""
     config = config_80b(context_parallel_size=context_parallel_size)
     schedule = ScheduleConfig(rampup_batch_size=rampup)
-    plan = make_plan(config.model_copy(update={"schedule": schedule}), gpus=gpus, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config.model_copy(update={"schedule": schedule}), gpus=gpus, gpu="h100")
     assert plan.changes
     proposed = [*plan.changes, *(each.layout for each in plan.fastest)]
     assert {layout.micro_batch_size for layout in proposed} == {1}
@@ -186,11 +186,11 @@ def test_bf16_gradients_are_given_up_where_they_are_refused() -> None:
     config = config_80b()
     parallel = config.parallel.model_copy(update={"gradient_dtype": "bf16"})
     config = config.model_copy(update={"parallel": parallel})
-    few = make_plan(config, gpus=16, gpu="h100", mfu=None, tokens=None)
+    few = planned(config, gpus=16, gpu="h100")
     assert {layout.gradient_dtype for layout in few.changes if layout.zero_stage > 1} == {"fp32"}
     assert "parallel.gradient_dtype fp32" in format_plan(few)
     assert "no layout fits 16 h100 with bf16 gradients and without an offloaded optimizer" in format_plan(few)
-    more = make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)
+    more = planned(config, gpus=64, gpu="h100")
     assert {(each.layout.zero_stage, each.layout.gradient_dtype) for each in more.fastest} == {(1, "bf16")}
     for layout in (*few.changes, *more.changes):
         assert validate(config_of(layout)) == []
@@ -199,7 +199,7 @@ def test_bf16_gradients_are_given_up_where_they_are_refused() -> None:
 @pytest.mark.parametrize("gpus", [32, 64, 256])
 def test_80b_on_h100_needs_recompute(gpus: int) -> None:
     """EP 8 under ZeRO-1 keeps 49 GB of fp32 gradients; what is proposed keeps eight experts a rank and its rows."""
-    plan = make_plan(config_80b(), gpus=gpus, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config_80b(), gpus=gpus, gpu="h100")
     assert plan.fits is False
     assert not any(view.fits for view in plan.recompute)
     assert len(plan.changes) == 3
@@ -212,7 +212,7 @@ def test_80b_on_h100_needs_recompute(gpus: int) -> None:
 
 def test_recompute_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
     """The same weights, gradients and logits; a third more work, but for the heads and MTP's projection."""
-    plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config_80b(zero_stage=2), gpus=64, gpu="h100")
     assert [view.recompute for view in plan.recompute] == [
         ("norms",),
         ("activations",),
@@ -235,15 +235,15 @@ def test_recompute_takes_less_memory_and_a_forward_pass_of_the_layers() -> None:
 
 def test_recompute_that_is_set_is_planned_with() -> None:
     """Memory and the time of doing it again; nothing is left to propose."""
-    without = make_plan(config_80b(), gpus=64, gpu="h100", mfu=None, tokens=None)
-    plan = make_plan(config_80b(recompute=["layer"]), gpus=64, gpu="h100", mfu=None, tokens=None)
+    without = planned(config_80b(), gpus=64, gpu="h100")
+    plan = planned(config_80b(recompute=["layer"]), gpus=64, gpu="h100")
     assert plan.memory_by_part == without.recompute[-1].memory_by_part
     assert plan.recompute == ()
     assert plan.step is not None
     assert without.step is not None
     assert plan.step.recompute_s > without.step.recompute_s == 0
     assert plan.step.exchange_s > without.step.exchange_s
-    some = make_plan(config_80b(recompute=["norms"]), gpus=64, gpu="h100", mfu=None, tokens=None)
+    some = planned(config_80b(recompute=["norms"]), gpus=64, gpu="h100")
     assert [view.recompute for view in some.recompute] == [
         ("norms", "activations"),
         ("norms", "gdn_prologue"),
@@ -257,14 +257,14 @@ def test_bf16_moments_are_not_proposed_where_they_are_refused() -> None:
     for beta2, proposed in ((0.95, True), (0.999, False)):
         config = config_80b(zero_stage=2, recompute=["layer"], micro_batch_size=4)
         config = config.model_copy(update={"optimizer": OptimizerConfig(beta2=beta2)})
-        plan = make_plan(config, gpus=8, gpu="b200", mfu=None, tokens=None)
+        plan = planned(config, gpus=8, gpu="b200")
         assert any(layout.moments_dtype == "bf16" for layout in plan.changes) is proposed
 
 
 def test_an_offloaded_optimizer_costs_time_and_host_memory() -> None:
     """Of 8 GPUs each holds 10 B elements' state: 18 bytes of it, read and written."""
     config = config_of(replace(Layout.of(config_80b(), 8), offload_optimizer=True))
-    plan = make_plan(config, gpus=8, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config, gpus=8, gpu="h200")
     assert plan.memory_by_part["optimizer"] == 0
     assert plan.host_bytes == pytest.approx(18 * 81.3e9 / 8, rel=0.02)
     assert plan.step is not None
@@ -273,27 +273,27 @@ def test_an_offloaded_optimizer_costs_time_and_host_memory() -> None:
 
 
 def test_the_copy_from_which_checkpoints_are_written_is_counted_unless_training_waits_for_saves() -> None:
-    plan = make_plan(config_80b(), gpus=64, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(), gpus=64, gpu="h200")
     assert plan.snapshot_bytes == pytest.approx(12 * 81.3e9 / 64, rel=0.02)
     assert "; 15.25 GB of host memory for each GPU, to save beside training" in format_plan(plan)
     waits = config_80b().model_copy(update={"checkpoint": CheckpointConfig(async_save=False)})
-    plan = make_plan(waits, gpus=64, gpu="h200", mfu=None, tokens=None)
+    plan = planned(waits, gpus=64, gpu="h200")
     assert plan.snapshot_bytes == 0
     assert "to save beside training" not in format_plan(plan)
 
 
 def test_fastest_layouts_are_sorted_fit_and_train() -> None:
     """Each of at most five, planned for itself, is accepted, fits, and takes the time and memory it is listed with."""
-    plan = make_plan(config_80b(global_batch_size=1024), gpus=64, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(global_batch_size=1024), gpus=64, gpu="h200")
     assert 1 < len(plan.fastest) <= MAX_FASTEST
     times = [each.step.total_s for each in plan.fastest]
     assert times == sorted(times)
     for each in plan.fastest:
         config = config_of(each.layout, global_batch_size=1024)
-        planned = make_plan(config, gpus=64, gpu="h200", mfu=None, tokens=None)
-        assert planned.layout == each.layout
-        assert planned.fits is True
-        assert (planned.step, planned.memory_bytes) == (each.step, each.memory_bytes)
+        own = planned_alone(config, gpus=64, gpu="h200")
+        assert own.layout == each.layout
+        assert own.fits is True
+        assert (own.step, own.memory_bytes) == (each.step, each.memory_bytes)
     keys = [
         (each.layout.expert_parallel_size, each.layout.zero_stage, each.layout.micro_batches_in_flight)
         for each in plan.fastest
@@ -307,7 +307,7 @@ def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
     """From 32 H200 on a layout of stage 1 fits and is within a tenth of the fastest; stages 2 and 3 are slower in the
     same layout.
     """
-    plan = make_plan(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200")
     assert plan.recommended is not None
     assert plan.recommended.layout.zero_stage == 1
     assert plan.recommended.step.total_s <= (1 + TIME_ERROR) * plan.fastest[0].step.total_s
@@ -327,7 +327,7 @@ def test_another_stage_is_recommended_where_it_is_faster_by_more_than_the_error(
 
 def test_two_in_flight_need_two_micro_batches() -> None:
     """With one row a GPU there is one micro-batch; a proposal of two in flight would be rejected."""
-    plan = make_plan(config_80b(), gpus=256, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(), gpus=256, gpu="h200")
     assert plan.fastest
     assert all(each.layout.micro_batches_in_flight == 1 for each in plan.fastest)
 
@@ -381,7 +381,7 @@ def test_a_model_of_few_experts_has_layouts_that_fit(expert_parallel_size: int, 
     model = TINY.model_copy(update={"num_experts": num_experts})
     parallel = ParallelConfig(expert_parallel_size=expert_parallel_size, context_parallel_size=2)
     config = Config(model=model, run=RunConfig(global_batch_size=8), data=DataConfig(sequence_length=64))
-    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus=8, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config.model_copy(update={"parallel": parallel}), gpus=8, gpu="h100")
     assert plan.fits
     assert {each.layout.expert_parallel_size for each in plan.fastest} == ({1, 2} if num_experts == 16 else {1})
     assert "no layout fits" not in format_plan(plan)

@@ -8,9 +8,8 @@ import pytest
 
 from qwen3next_train.config.schema import ScheduleConfig
 from qwen3next_train.errors import ConfigError
-from qwen3next_train.planner.plan import make_plan
 from qwen3next_train.planner.report import format_plan, plan_command
-from tests.unit.planner.configs import config_80b
+from tests.unit.planner.configs import config_80b, planned
 
 STEP_PARTS = {"model", "recompute", "exchange", "context", "gradients", "reduction", "update", "host", "idle"}
 
@@ -98,17 +97,17 @@ def test_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_growing_batch_and_micro_batches_in_flight_are_said() -> None:
     """The work is that of the last batch, so the table says from where on; the memory is that of both in flight."""
     config = config_80b(micro_batches_in_flight=2)
-    usual = make_plan(config, gpus=64, gpu="cpu", mfu=None, tokens=None)
+    usual = planned(config, gpus=64, gpu="cpu")
     assert "\nramp-up" not in format_plan(usual)
     schedule = ScheduleConfig(rampup_batch_size=[64, 64, 192])
-    plan = make_plan(config.model_copy(update={"schedule": schedule}), gpus=64, gpu="cpu", mfu=None, tokens=None)
+    plan = planned(config.model_copy(update={"schedule": schedule}), gpus=64, gpu="cpu")
     assert "\nramp-up      64 rows at first, 64 more at a time, 256 from step 3 on\n" in format_plan(plan)
     assert "\nmemory/GPU   EP 8, DP 64, ZeRO-1, bf16, 2 in flight: " in format_plan(plan)
 
 
 def test_table_of_a_layout_that_does_not_fit() -> None:
     """It says so, names the largest part and what to set instead."""
-    plan = make_plan(config_80b(sequence_length=1024), gpus=64, gpu="h100", mfu=0.3, tokens=None)
+    plan = planned(config_80b(sequence_length=1024), gpus=64, gpu="h100", mfu=0.3)
     lines = format_plan(plan).splitlines()
     assert any(line.endswith("of 85.52 GB on h100: DOES NOT FIT") for line in lines)
     assert any(line.startswith("too large    most of all gradients, 49.08 GB") for line in lines)
@@ -117,7 +116,7 @@ def test_table_of_a_layout_that_does_not_fit() -> None:
 
 def test_recompute_is_said_as_it_is_written() -> None:
     """What activations take now, and for each further value of the setting what would be left and whether it fits."""
-    lines = format_plan(make_plan(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=0.3, tokens=None)).splitlines()
+    lines = format_plan(planned(config_80b(zero_stage=2), gpus=64, gpu="h100", mfu=0.3)).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("recompute"))
     assert lines[start].startswith("recompute    []; activations take 31.")
     assert lines[start + 2].endswith("does not fit")
@@ -129,14 +128,13 @@ def test_recompute_is_said_as_it_is_written() -> None:
 
 def test_advice_is_settings_as_they_are_written() -> None:
     """Each proposal can be pasted: key and value, the list in brackets."""
-    plan = make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config_80b(), gpus=8, gpu="h100")
     lines = [line[13:] for line in format_plan(plan).splitlines() if "parallel." in line and "would" not in line]
     assert "parallel.recompute [" in lines[0]
     assert "parallel.offload_optimizer cpu (takes 183.62 GB of host memory for each GPU)" in lines[0]
     config = config_80b(recompute=["layer"])
     assert any(
-        "[layer]; activations" in line
-        for line in format_plan(make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)).splitlines()
+        "[layer]; activations" in line for line in format_plan(planned(config, gpus=64, gpu="h100")).splitlines()
     )
 
 
@@ -147,7 +145,7 @@ def test_the_source_of_the_time_is_said() -> None:
         ("b200", None, "% MFU, an estimate: rates of the h100, scaled"),
         ("b200", 0.2, "450 TFLOP/s a GPU, 20.0% MFU, at the stated MFU"),
     ):
-        assert basis in format_plan(make_plan(config_80b(), gpus=64, gpu=gpu, mfu=mfu, tokens=None))
+        assert basis in format_plan(planned(config_80b(), gpus=64, gpu=gpu, mfu=mfu))
 
 
 def test_what_is_not_measured_is_said() -> None:
@@ -156,18 +154,18 @@ def test_what_is_not_measured_is_said() -> None:
     in_flight = "what two micro-batches in flight hide between nodes is expected"
     for gpus, rows, gpu, expected in ((64, 1, "h200", (True, False)), (64, 4, "h200", (True, True))):
         config = config_80b(global_batch_size=gpus * rows)
-        text = format_plan(make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None))
+        text = format_plan(planned(config, gpus=gpus, gpu=gpu))
         assert (between in text, in_flight in text) == expected
-    one_node = make_plan(config_80b(), gpus=8, gpu="h200", mfu=None, tokens=None)
+    one_node = planned(config_80b(), gpus=8, gpu="h200")
     assert between not in format_plan(one_node)
-    stated = make_plan(config_80b(), gpus=64, gpu="h200", mfu=0.3, tokens=None)
+    stated = planned(config_80b(), gpus=64, gpu="h200", mfu=0.3)
     assert between not in format_plan(stated)
 
 
 def test_fast_layouts_that_share_rows_say_so() -> None:
     """Rows of 128k tokens on 16 H200 fit where several ranks share one."""
     config = config_80b(sequence_length=131_072, expert_parallel_size=16, global_batch_size=16)
-    plan = make_plan(config, gpus=16, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config, gpus=16, gpu="h200")
     lines = format_plan(plan).splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("fastest"))
     shown = [tuple(map(int, line.split()[:4])) for line in lines[first + 1 : first + 1 + len(plan.fastest)]]
@@ -186,13 +184,13 @@ def test_fast_layouts_that_share_rows_say_so() -> None:
 
 def test_layouts_that_only_fit_offloaded_are_not_called_fast() -> None:
     """8 H100 hold the 80B with its optimizer in host memory only."""
-    text = format_plan(make_plan(config_80b(), gpus=8, gpu="h100", mfu=None, tokens=None))
+    text = format_plan(planned(config_80b(), gpus=8, gpu="h100"))
     assert "\nfastest      no layout fits 8 h100 without an offloaded optimizer" in text
 
 
 def test_other_stages_are_compared_in_the_same_layout() -> None:
     """By how much, in words, from the times of the plan."""
-    plan = make_plan(config_80b(global_batch_size=1024), gpus=64, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(global_batch_size=1024), gpus=64, gpu="h200")
     assert plan.recommended is not None
     best = plan.recommended.step.total_s
     costs = [f"stage {stage} {each.step.total_s / best - 1:.0%} more" for stage, each in plan.other_stages.items()]
@@ -202,7 +200,7 @@ def test_other_stages_are_compared_in_the_same_layout() -> None:
 def test_another_stage_that_does_not_fit_is_said_not_to() -> None:
     """Stage 1 of what stage 3 makes room for would be faster."""
     config = config_80b(global_batch_size=1024, micro_batch_size=4)
-    plan = make_plan(config, gpus=64, gpu="h100", mfu=None, tokens=None)
+    plan = planned(config, gpus=64, gpu="h100")
     assert plan.device is not None
     assert plan.recommended is not None
     assert plan.recommended.layout.zero_stage == 3
@@ -215,7 +213,7 @@ def test_another_stage_that_does_not_fit_is_said_not_to() -> None:
 
 def test_table_of_a_layout_that_fits() -> None:
     """No advice where none is needed."""
-    plan = make_plan(config_80b(zero_stage=2), gpus=64, gpu="b200", mfu=0.3, tokens=None)
+    plan = planned(config_80b(zero_stage=2), gpus=64, gpu="b200", mfu=0.3)
     text = format_plan(plan)
     assert ": fits" in text
     assert "\nchange" not in text
@@ -225,7 +223,7 @@ def test_table_of_a_layout_that_fits() -> None:
 def test_hopeless_layout_is_said_to_be_one() -> None:
     """No proposal is better than a wrong one."""
     config = config_80b(global_batch_size=1, expert_parallel_size=1)
-    text = format_plan(make_plan(config, gpus=1, gpu="rtx3090", mfu=None, tokens=None))
+    text = format_plan(planned(config, gpus=1, gpu="rtx3090"))
     assert "choose a larger GPU" in text
 
 

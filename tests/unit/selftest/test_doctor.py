@@ -66,7 +66,7 @@ def each_measurement_once(measured: dict[object, Any], monkeypatch: pytest.Monke
 def small(**overrides: str) -> Config:
     values = {
         "model.preset": "tiny",
-        "run.precision": "fp32",
+        "run.precision": "bf16",
         "logging.wandb.mode": "disabled",
         **{name.replace("__", "."): value for name, value in overrides.items()},
     }
@@ -78,11 +78,11 @@ def test_a_good_machine_gets_a_line_a_check_and_0(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert [line[5:33].strip() for line in lines] == NAMES
     assert {line[:5] for line in lines} == {"ok   "}
-    assert "fp32" in lines[7]
+    assert "bf16" in lines[7]
 
 
 def test_json_is_a_list_of_check_ok_detail(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor_command(small(run__precision="bf16"), as_json=True) == 0
+    assert doctor_command(small(), as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert [item["check"] for item in found] == NAMES
     for item in found:
