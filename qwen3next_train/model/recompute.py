@@ -98,6 +98,9 @@ def recomputed_layer(
     if current is None or "layer" not in current.parts or not torch.is_grad_enabled():
         *outs_TD, stats = layer(contexts, *xs_TD)
         return outs_TD, stats
+    if not any(x_TD.requires_grad for x_TD in xs_TD):
+        # Behind weights that are held fixed: without a node, which sees no weights, the layer would get no gradients.
+        xs_TD = tuple(x_TD.detach().requires_grad_() for x_TD in xs_TD)
     token = _active.set(None)
     try:
         results = _RecomputedLayer.apply(layer, contexts, *xs_TD)
@@ -111,7 +114,7 @@ class _RecomputedLayer(torch.autograd.Function):
 
     ``torch.utils.checkpoint`` would build the graph twice and call a hook for each tensor that is saved in either, at
     a host's time that a GPU notices where its micro-batches are small. Parameters get their gradients in the inner
-    backward pass, while ZeRO-3 has their weights together.
+    backward pass, while ZeRO-3 has their weights together; ``torch.autograd.grad`` of a loss finds none of them.
     """
 
     @staticmethod

@@ -188,6 +188,53 @@ def test_a_layer_that_runs_again_leaves_no_graph_but_its_inputs() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("recompute", [("layer",), PARTS], ids="+".join)
+def test_layers_behind_a_fixed_embedding_have_their_gradients(recompute: tuple[RecomputePart, ...]) -> None:
+    """Nothing that goes into the first layer has a gradient."""
+    batch = batch_of([[20, 13]], mtp_depths=2)
+    gradients = []
+    for parts in ((), recompute):
+        model = build(MODEL)
+        model.recompute = parts
+        model.model.embed_tokens.weight.requires_grad_(False)
+        model([batch], scales_of(batch))[0].total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, found = gradients
+    assert "model.layers.0.input_layernorm.weight" in expected
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_an_error_in_the_recomputation_leaves_nothing_alive() -> None:
+    """Neither in a cycle, as no garbage is collected within a step, nor for the next pass."""
+    inside: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def layer(contexts: Sequence[None], x: torch.Tensor) -> tuple[torch.Tensor, list[RouterStats]]:
+        y = x.exp()
+        inside.append(weakref.ref(y.untyped_storage()))
+        if len(inside) == 2:
+            raise ValueError("no room")
+        return y.sin(), []
+
+    x = torch.ones(3, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with recomputing(["layer"]):
+                (y,), _stats = recomputed_layer(layer, [], x)
+            if len(inside) == 1:
+                with pytest.raises(ValueError, match="no room"):
+                    y.sum().backward()
+        assert x.grad is None
+        y.sum().backward()
+        del y
+        assert [reference() for reference in inside] == [None] * 4
+    finally:
+        gc.enable()
+    torch.testing.assert_close(x.grad, torch.ones(3).exp() * torch.ones(3).exp().cos())
+
+
 def test_evaluation_recomputes_nothing() -> None:
     model, calls = _counting_model(PARTS)
     with torch.no_grad():
