@@ -114,10 +114,9 @@ def fastest_layouts(
     """The fastest layouts on the same GPUs that fit, the fastest first.
 
     They differ in what changes neither results nor what is stored: expert-, context- and tensor-parallel size (of the
-    latter two also smaller ones than the layout's), ZeRO
-    stage, micro-batch, micro-batches in flight, recompute and the exchange of tokens. Of each expert-parallel size,
-    stage and number in flight the best one is named, and the best under stage 1 in any case. With bf16 gradients all
-    are of stage 1.
+    latter two also smaller ones than the layout's), ZeRO stage, micro-batch, micro-batches in flight, recompute and the
+    exchange of tokens. Of each expert-parallel size, stage and number in flight the best one is named, and the best
+    under stage 1 in any case. With bf16 gradients all are of stage 1.
 
     Args:
         config: the configuration; the batch of every step must divide.

@@ -12,7 +12,6 @@ from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import (
     Config,
     DataConfig,
-    OptimizerConfig,
     ParallelConfig,
     RecomputePart,
     RunConfig,
@@ -72,31 +71,8 @@ def planned_alone(config: Config, *, gpus: int, gpu: str) -> plan.Plan:
 
 def config_of(layout: Layout, *, global_batch_size: int = 256, rampup: Sequence[int] = ()) -> Config:
     """The 80B as ``layout`` has it, with ``schedule.rampup_batch_size``."""
-    config = config_80b(
-        expert_parallel_size=layout.expert_parallel_size,
-        zero_stage=layout.zero_stage,
-        micro_batch_size=layout.micro_batch_size,
-        sequence_length=layout.sequence_length,
-        context_parallel_size=layout.context_parallel_size,
-        tensor_parallel_size=layout.tensor_parallel_size,
-        recompute=layout.recompute,
-        micro_batches_in_flight=layout.micro_batches_in_flight,
-        global_batch_size=global_batch_size,
-    )
-    parallel = config.parallel.model_copy(
-        update={
-            "offload_optimizer": "cpu" if layout.offload_optimizer else "none",
-            "gradient_dtype": layout.gradient_dtype,
-            "token_exchange": layout.token_exchange,
-        }
-    )
-    return config.model_copy(
-        update={
-            "parallel": parallel,
-            "optimizer": OptimizerConfig(moments_dtype=layout.moments_dtype),
-            "schedule": ScheduleConfig(rampup_batch_size=list(rampup)),
-        }
-    )
+    config = with_layout(config_80b(global_batch_size=global_batch_size), layout)
+    return config.model_copy(update={"schedule": ScheduleConfig(rampup_batch_size=list(rampup))})
 
 
 def with_layout(config: Config, layout: Layout) -> Config:

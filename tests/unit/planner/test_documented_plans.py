@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qwen3next_train.config.load import load_config
-from qwen3next_train.planner.plan import Plan, make_plan
+from qwen3next_train.planner.plan import Plan
 from qwen3next_train.planner.report import format_plan
 from tests.architecture.tree import ROOT
+from tests.unit.planner.configs import planned
 
 _PARTS = ("parallel.recompute", "[norms,activations,gdn_prologue]")
 _EXACT = ("parallel.token_exchange", "exact")
@@ -28,7 +29,7 @@ KNOBS: dict[str, list[tuple[str, str]]] = {
 
 def _plan(name: str, overrides: list[tuple[str, str]], gpus: int) -> Plan:
     config = load_config([ROOT / "configs" / name], overrides).config
-    return make_plan(config, gpus=gpus, gpu="h200", mfu=None, tokens=None)
+    return planned(config, gpus=gpus, gpu="h200")
 
 
 @pytest.mark.parametrize("beginning", KNOBS)

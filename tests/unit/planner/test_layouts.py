@@ -17,25 +17,20 @@ from qwen3next_train.config.schema import Config, RecomputePart, TokenExchange
 from qwen3next_train.config.validate import validate, validate_for_world, world_violations
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.layouts import CHEAP_PARTS, ZERO_STAGES, fits_device
-from qwen3next_train.planner.plan import Plan, make_plan
 from qwen3next_train.planner.report import format_plan
 from qwen3next_train.planner.step_time import StepClock
 from tests.integration.launching import REPOSITORY
-from tests.unit.planner.configs import config_80b, with_layout
+from tests.unit.planner.configs import config_80b, planned, with_layout
 
 
 def with_exchange(config: Config, exchange: TokenExchange) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"token_exchange": exchange})})
 
 
-def planned(config: Config, gpus: int, gpu: str = "h200") -> Plan:
-    return make_plan(config, gpus=gpus, gpu=gpu, mfu=None, tokens=None)
-
-
 @pytest.mark.parametrize("given", ["exact", "auto", "dense"])
 def test_experts_of_a_node_are_reached_by_the_faster_exchange(given: TokenExchange) -> None:
     """EP 8 on one node is faster with the dense exchange, whatever is set; where ``auto`` is, it stays for EP 4."""
-    plan = planned(with_exchange(config_80b(zero_stage=3, recompute=["layer"]), given), 16)
+    plan = planned(with_exchange(config_80b(zero_stage=3, recompute=["layer"]), given), gpus=16, gpu="h200")
     by_size = {each.layout.expert_parallel_size: each for each in reversed(plan.fastest)}
     assert by_size[8].layout.exchanges_densely
     assert by_size[8].layout.token_exchange == "dense"
@@ -43,7 +38,7 @@ def test_experts_of_a_node_are_reached_by_the_faster_exchange(given: TokenExchan
     assert by_size[4].layout.token_exchange == ("auto" if given == "auto" else "dense")
     assert not any(each.layout.exchanges_densely for each in plan.fastest if each.layout.expert_parallel_size == 16)
     for each in plan.fastest:
-        own = planned(with_layout(plan.config, each.layout), 16)
+        own = planned(with_layout(plan.config, each.layout), gpus=16, gpu="h200")
         assert own.step is not None
         assert own.step.total_s == each.step.total_s
 
@@ -53,7 +48,7 @@ def test_the_fastest_exchange_is_named_and_compared_with_the_exact_one() -> None
     note = "dense over more than 4 ranks goes by the rates of 4, not measured; parallel.token_exchange auto stops there"
     path = REPOSITORY / "configs" / "qwen3next_80b_8xh200.yaml"
     config = load_config([path], [("parallel.token_exchange", "exact")]).config
-    plan = planned(config, 8)
+    plan = planned(config, gpus=8, gpu="h200")
     assert plan.recommended is not None
     assert plan.step is not None
     best = plan.recommended.layout
@@ -68,13 +63,13 @@ def test_the_fastest_exchange_is_named_and_compared_with_the_exact_one() -> None
     head = next(row for row in rows if row[0] == "fastest")
     assert "exchange" in head
     assert rows[rows.index(head) + 1][6] == "dense"
-    as_shipped = planned(load_config([path], []).config, 8)
+    as_shipped = planned(load_config([path], []).config, gpus=8, gpu="h200")
     assert as_shipped.recommended == plan.recommended
     assert "take stage 1 with EP 8: 1.8 s a step" in format_plan(as_shipped)
     four = load_config([path], [("parallel.expert_parallel_size", "4"), ("model.num_hidden_layers", "12")]).config
     few = four.model_copy(update={"model": four.model.model_copy(update={"num_experts": 32})})
-    assert max(each.layout.expert_parallel_size for each in planned(few, 8).fastest) == MAX_DENSE_RANKS
-    assert note not in format_plan(planned(few, 8))
+    assert max(each.layout.expert_parallel_size for each in planned(few, gpus=8, gpu="h200").fastest) == MAX_DENSE_RANKS
+    assert note not in format_plan(planned(few, gpus=8, gpu="h200"))
 
 
 @pytest.mark.parametrize("gpu", ["h200", "h200-nvl", "gb200"])
@@ -83,7 +78,7 @@ def test_no_dense_exchange_between_nodes_is_proposed(gpus: int, gpu: str) -> Non
     """All ranks of a group are in one domain of fast links, or all of the run are."""
     config = config_80b(expert_parallel_size=1, global_batch_size=gpus)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_experts": 144})})
-    plan = planned(config, gpus, gpu)
+    plan = planned(config, gpus=gpus, gpu=gpu)
     assert plan.device is not None
     for layout in (*(each.layout for each in plan.fastest), *plan.changes):
         groups = range(0, layout.world_size, layout.expert_parallel_size)
@@ -106,11 +101,11 @@ def test_rows_need_not_be_shared_as_widely_as_given() -> None:
     config = config_80b(
         sequence_length=131_072, context_parallel_size=16, expert_parallel_size=16, global_batch_size=16, zero_stage=2
     )
-    plan = planned(config, 16)
+    plan = planned(config, gpus=16, gpu="h200")
     assert plan.fastest
     assert {each.layout.context_parallel_size for each in plan.fastest} <= {1, 2, 4, 8}
     # What is proposed for want of room is never less of what saves memory.
-    assert all(layout.context_parallel_size == 16 for layout in planned(config, 16, "h100").changes)
+    assert all(layout.context_parallel_size == 16 for layout in planned(config, gpus=16, gpu="h100").changes)
 
 
 def brute_force(config: Config, gpus: int, gpu: str) -> float:
@@ -184,7 +179,7 @@ def test_nothing_that_could_be_proposed_is_faster(gpus: int, gpu: str, config: C
             )
         }
     )
-    assert planned(config, gpus, gpu).fastest[0].step.total_s == pytest.approx(
+    assert planned(config, gpus=gpus, gpu=gpu).fastest[0].step.total_s == pytest.approx(
         brute_force(config, gpus, gpu), rel=1e-12
     )
 
@@ -228,7 +223,7 @@ def test_every_proposal_is_accepted_by_the_launcher() -> None:
         except ConfigError:
             continue
         num_inputs += 1
-        plan = planned(config, gpus, gpu)
+        plan = planned(config, gpus=gpus, gpu=gpu)
         for layout in (*plan.changes, *(each.layout for each in plan.fastest)):
             own = Config.model_validate(with_layout(config, layout).model_dump())
             assert validate(own) == []

@@ -317,7 +317,7 @@ def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
 
 def test_another_stage_is_recommended_where_it_is_faster_by_more_than_the_error() -> None:
     """On 16 H200 stage 1 leaves room for rows of one by one; stage 3 for 16 at a time, experts over four ranks."""
-    plan = make_plan(config_80b(global_batch_size=4096), gpus=16, gpu="h200", mfu=None, tokens=None)
+    plan = planned(config_80b(global_batch_size=4096), gpus=16, gpu="h200")
     best = plan.recommended
     assert best == plan.fastest[0]
     assert (best.layout.zero_stage, best.layout.expert_parallel_size, best.layout.token_exchange) == (3, 4, "dense")
