@@ -82,7 +82,7 @@ class Layout:
     @property
     def sums_in_buckets(self) -> bool:
         """Whether gradients are summed in the buffers they are reduced from (``engine.gradient_buckets``)."""
-        return self.zero_stage == 1 and not self.offload_optimizer
+        return self.zero_stage < 3 and not self.offload_optimizer
 
     @property
     def exchanges_densely(self) -> bool:

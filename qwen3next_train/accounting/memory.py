@@ -4,8 +4,9 @@ Model states follow what DeepSpeed 0.19.8 allocates for the engine's set-up (its
 by us, ``grad_accum_dtype: fp32``), measured on its tensors:
 
 * weights: the parameter's dtype, bf16 except fp32-flagged parameters in bf16 runs; whole under stages 1 and 2;
-* gradients: fp32 in every run; whole under stage 1, in buffers as long as the weights' (``engine.gradient_buckets``)
-  unless the optimizer is offloaded; this rank's partition under stages 2 and 3;
+* gradients: under stage 1 in buckets as long as the weights (``engine.gradient_buckets``), under stage 2 this rank's
+  partition of them, both in ``parallel.gradient_dtype``; in fp32 the partition under stage 3, and with an offloaded
+  optimizer all of them under stage 1 and the partition under stage 2;
 * optimizer: fp32 master, exp_avg and exp_avg_sq (fp32 or bf16) of this rank's partition. The master is a copy in fp32
   runs too. Offloaded, which stage 3 does not have, it is in host memory, with an fp32 gradient and a copy of the
   weights in their dtype. The sums of micro-batches' gradients stay on the GPU, under stage 2 only in bf16 runs.
@@ -14,7 +15,11 @@ Dense parameters are partitioned over all ranks, experts over the ranks that hol
 parallelism divides over those that hold the same heads. Stages 1 and 2
 flatten an optimizer group and pad it to twice its number of ranks; stage 3 pads every parameter. Not counted:
 Adam's step counters (4 bytes a group), the further padding where DeepSpeed cuts expert groups at 179 M elements,
-and, under stage 2 in fp32, the rest of the tensors that straddle a partition's ends.
+and, under an offloaded stage 2 in fp32, the rest of the tensors that straddle a partition's ends.
+
+Buckets of stage 2 that ranks share are whole for a part of a backward pass only. Counted are as many as can be at a
+time: the largest that is under way, two of each kind that fill, and the embedding's, which MTP fills from the
+beginning of the pass.
 
 Activations, which come on top, are the matter of :mod:`qwen3next_train.accounting.activations`.
 """
@@ -22,7 +27,7 @@ Activations, which come on top, are the matter of :mod:`qwen3next_train.accounti
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -33,8 +38,10 @@ from qwen3next_train.config.schema import Config, ModelConfig
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.topology import Topology
 
+BUCKET_NUMEL = 100_000_000
+"""Elements of an optimizer group whose gradients are summed in a bucket, unless one parameter has more."""
 REDUCE_BUCKET_NUMEL = 200_000_000
-"""Elements of ZeRO's gradient bucket."""
+"""Elements of DeepSpeed's gradient bucket."""
 RUNTIME_BYTES = 2 * 2**30
 """CUDA context, NCCL channels and cuBLAS workspaces of a process."""
 ADAM_STATE_BYTES = 12
@@ -189,7 +196,7 @@ def memory_per_gpu(
         kinds: :func:`parameter_kinds` of the model, for a caller that tries many layouts.
 
     Returns:
-        ``weights``, ``gradients``, ``optimizer``, ``zero_buffers`` (gradient bucket and, under stage 3, gathered
+        ``weights``, ``gradients``, ``optimizer``, ``zero_buffers`` (gradients on their way and, under stage 3, gathered
         weights), the parts of :func:`~qwen3next_train.accounting.activations.activation_bytes`, ``optimizer_step``
         (the step's flat gradient copy, as far as it exceeds the activations, which are gone by then), ``building``
         (under stage 3 a rank's weights are whole until they are partitioned: as far as that exceeds all parts but the
@@ -217,7 +224,7 @@ def state_bytes(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterK
         layout: as of :func:`memory_per_gpu`; micro-batches, rows, their slices, recompute and exchange do not matter.
         kinds: as of :func:`memory_per_gpu`.
     """
-    return _stage3_states(model, kinds, layout) if layout.zero_stage == 3 else _model_states(kinds, layout)
+    return _stage3_states(model, kinds, layout) if layout.zero_stage == 3 else _model_states(model, kinds, layout)
 
 
 def host_bytes_per_gpu(model: ModelConfig, layout: Layout, *, kinds: Counter[ParameterKind] | None = None) -> int:
@@ -293,33 +300,62 @@ def adam_state_bytes(layout: Layout) -> int:
     return FP32_BYTES + 2 * bytes_of(layout.moments_dtype)
 
 
-def _model_states(kinds: Counter[ParameterKind], layout: Layout) -> dict[str, int]:
+def _model_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: Layout) -> dict[str, int]:
     """Weights, gradients, optimizer and ZeRO's buffers, under stages 1 and 2."""
     gradient_in_flight = _largest_gradient(kinds, layout)
     shards = _flat_groups(kinds, layout)
     partitions = sum(shard.partition for shard in shards)
     whole = sum(shard.numel for shard in shards)
     if layout.sums_in_buckets:
-        # Weights in fp32 have gradients in fp32.
         gradients = sum(
-            shard.partition * shard.num_ranks * max(bytes_of(layout.gradient_dtype), shard.element_bytes)
+            shard.partition * (shard.num_ranks if layout.zero_stage == 1 else 1) * _gradient_bytes(shard, layout)
             for shard in shards
         )
-        bucket_bytes = 0
+        on_their_way = _lent_buckets(model, kinds, layout) if layout.zero_stage == 2 else 0
     else:
         gradients = FP32_BYTES * (
             whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
         )
         # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
         # activations; stage 1 at the end of the step's last, when they are gone.
-        bucket_bytes = FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
+        on_their_way = REDUCE_BUCKET_NUMEL * FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
     return {
         "weights": sum(shard.partition * shard.num_ranks * shard.element_bytes for shard in shards),
         "gradients": gradients,
         "optimizer": 0 if layout.offload_optimizer else adam_state_bytes(layout) * partitions,
         # An offloaded optimizer's gradients pass through a buffer of the largest of them.
-        "zero_buffers": REDUCE_BUCKET_NUMEL * bucket_bytes + gradient_in_flight * (1 + layout.offload_optimizer),
+        "zero_buffers": on_their_way + gradient_in_flight * (1 + layout.offload_optimizer),
     }
+
+
+def _gradient_bytes(shard: _Shard, layout: Layout) -> int:
+    """Of an element in a bucket: weights in fp32 have gradients in fp32."""
+    return max(bytes_of(layout.gradient_dtype), shard.element_bytes)
+
+
+def _lent_buckets(model: ModelConfig, kinds: Counter[ParameterKind], layout: Layout) -> int:
+    """Bytes of the buckets of stage 2 that are whole at a time, at most.
+
+    Those under way are no more than the largest (``engine.gradient_buckets``). Beside them the layer at work fills two
+    buckets of a kind, where one ends and the next begins, or one with each of its experts' weights if these are large.
+    """
+    lent, largest, filling, embedding = 0, 0, 0, 0
+    for group in _grouped(kinds, layout):
+        shard = _flat(group, kinds, layout)
+        if shard.num_ranks == 1:
+            continue
+        element = _gradient_bytes(shard, layout)
+        numels = [_shard(kind, kind.numel, layout).numel for kind in group]
+        of_group, of_bucket = shard.partition * shard.num_ranks, max(BUCKET_NUMEL, *numels)
+        of_layer = sum(numels) if group[0].num_experts else 0
+        lent += of_group * element
+        largest = max(largest, min(of_group, of_bucket) * element)
+        filling += min(of_group, max(2 * BUCKET_NUMEL, of_layer)) * element
+        if model.vocab_size * model.hidden_size in numels:
+            embedding = min(of_group, of_bucket) * element
+    # Without MTP the head's fills at the beginning, while the embedding's of the pass before is under way.
+    from_the_beginning = model.mtp_num_layers > 0 or model.tie_word_embeddings
+    return min(lent, largest + (embedding + filling if from_the_beginning else max(embedding, filling)))
 
 
 def _sums_gradients_on_host(layout: Layout) -> bool:
@@ -393,9 +429,18 @@ def _shard(kind: ParameterKind, numel: int, layout: Layout) -> _Shard:
 
 
 def _flat_groups(kinds: Counter[ParameterKind], layout: Layout) -> list[_Shard]:
-    """Optimizer groups: parameters of one dtype and decay that the same ranks share, each flattened into one buffer."""
+    """Optimizer groups, each flattened into one buffer."""
+    return [_flat(group, kinds, layout) for group in _grouped(kinds, layout)]
+
+
+def _flat(group: Sequence[ParameterKind], kinds: Counter[ParameterKind], layout: Layout) -> _Shard:
+    return _shard(group[0], sum(kinds[kind] * kind.numel for kind in group), layout)
+
+
+def _grouped(kinds: Counter[ParameterKind], layout: Layout) -> Collection[list[ParameterKind]]:
+    """Parameters of one dtype and decay that the same ranks share."""
     groups: dict[tuple[bool, bool, int, bool], list[ParameterKind]] = defaultdict(list)
     for kind in kinds:
         fp32, shares = kind.fp32 and layout.precision == "bf16", num_shares(kind, layout)
         groups[fp32, kind.num_experts > 0, shares, kind.decays].append(kind)
-    return [_shard(group[0], sum(kinds[kind] * kind.numel for kind in group), layout) for group in groups.values()]
+    return groups.values()

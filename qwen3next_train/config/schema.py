@@ -247,7 +247,7 @@ class ParallelConfig(Section):
     gradient_dtype: GradientDtype = Field(
         "fp32",
         description="dtype in which gradients are summed over micro-batches and ranks; bf16 halves their memory and "
-        "traffic and rounds every sum (only zero_stage 1, run.precision bf16, no offload)",
+        "traffic and rounds every sum (only zero_stage 1 and 2, run.precision bf16, no offload)",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="where master weights and moments live and are updated; cpu frees the GPU of them, slower"

@@ -110,13 +110,13 @@ def _repeats(one: int, other: int) -> bool:
 def bf16_gradient_violations(config: Config) -> Iterator[RuleViolation]:
     """Only gradient buckets can be of bf16, and fp32 runs have nothing to gain."""
     for key, value, needed in (
-        ("run.precision", config.run.precision, "bf16"),
-        ("parallel.zero_stage", config.parallel.zero_stage, 1),
-        ("parallel.offload_optimizer", config.parallel.offload_optimizer, "none"),
+        ("run.precision", config.run.precision, ["bf16"]),
+        ("parallel.zero_stage", config.parallel.zero_stage, [1, 2]),
+        ("parallel.offload_optimizer", config.parallel.offload_optimizer, ["none"]),
     ):
-        if value != needed:
+        if value not in needed:
             yield RuleViolation(
                 ("parallel.gradient_dtype", key),
-                f"parallel.gradient_dtype bf16 does not go with {key} {value}; set {key} to {needed}, or "
-                "parallel.gradient_dtype to fp32",
+                f"parallel.gradient_dtype bf16 does not go with {key} {value}; set {key} to "
+                f"{' or '.join(map(str, needed))}, or parallel.gradient_dtype to fp32",
             )

@@ -12,7 +12,7 @@ from qwen3next_train.accounting.memory import REDUCE_BUCKET_NUMEL, persistent_nu
 from qwen3next_train.config.schema import Config
 
 
-def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, *, num_passes: int, in_buckets: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary.
 
     DeepSpeed's own ``bf16`` mode stays off because it would cast every parameter, the fp32 router, ``A_log``
@@ -23,9 +23,10 @@ def deepspeed_config(config: Config, *, num_passes: int) -> dict[str, Any]:
     Args:
         config: the resolved configuration.
         num_passes: forward-backward passes per optimizer step on each rank, at most.
+        in_buckets: gradients are summed and reduced by ``engine.gradient_buckets``, which takes the place of stage 1.
     """
     zero: dict[str, Any] = {
-        "stage": config.parallel.zero_stage,
+        "stage": 1 if in_buckets else config.parallel.zero_stage,
         "overlap_comm": False,
         "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
         "allgather_bucket_size": REDUCE_BUCKET_NUMEL,

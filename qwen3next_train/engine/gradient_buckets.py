@@ -1,21 +1,27 @@
-"""ZeRO-1 whose gradients are summed in the buffers they are reduced from.
+"""ZeRO-1 and ZeRO-2 whose gradients are summed in the buffers they are reduced from.
 
 DeepSpeed's stage 1 adds each micro-batch's gradient to an fp32 tensor of its own, copies that into a bucket, divides,
 all-reduces the whole bucket, copies this rank's share out of it, reads it twice for the norm and once more to clip.
 Here an optimizer group is a bucket: one flat buffer laid out like the group's flat weights, of which every
 parameter has a view, ``main_grad`` (:class:`~qwen3next_train.kernels.main_grad.MainGrad`). Backward passes add to it,
-the experts' grouped GEMM in its epilogue. During the step's last one a
-bucket is reduce-scattered as soon as its last gradient is there; the partition that this rank receives is what AdamW
-reads. Clipping, the skipping of a non-finite step and the rounding of the updated weights happen inside AdamW
-(:class:`~qwen3next_train.optim.adamw.OnePassAdamW`): no pass of their own, and no wait for the device.
+the experts' grouped GEMM in its epilogue. A bucket is reduce-scattered as soon as its last gradient is there; the
+partition that this rank receives is what AdamW reads. Clipping, the skipping of a non-finite step and the rounding of
+the updated weights happen inside AdamW (:class:`~qwen3next_train.optim.adamw.OnePassAdamW`): no pass of their own, and
+no wait for the device.
 
-Construction, flattening, partitions, master weights and groups stay DeepSpeed's, and so do stages 2 and 3 and offload.
+Under stage 1 that is in the step's last backward pass, and the buffers stay. Under stage 2 it is in every one, and of
+the buckets that several ranks share only the partitions stay, to which each pass adds its own: a buffer is there from
+its first gradient of a pass until its reduction is over. What is under way is at most as large as the largest bucket.
+The last ones of a pass travel during the next micro-batch's forward pass.
+
+Construction, flattening, partitions, master weights and groups stay DeepSpeed's, and so do stage 3 and offload. To
+DeepSpeed both stages are its first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -26,9 +32,6 @@ from torch import nn
 from qwen3next_train.engine.deepspeed_patches import PartitionedOptimizer
 from qwen3next_train.engine.host_copy import HostCopy
 from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
-
-BUCKET_NUMEL = 100_000_000
-"""Elements of an optimizer group, unless one parameter has more."""
 
 
 def bucketed_groups(groups: Iterable[dict[str, Any]], *, max_numel: int) -> list[dict[str, Any]]:
@@ -70,67 +73,132 @@ def _cut(parameters: Sequence[nn.Parameter], max_numel: int) -> Iterator[list[nn
         yield part
 
 
-@dataclass
 class _Bucket:
-    """The gradients of one optimizer group.
+    """The gradients of one optimizer group: one buffer, laid out like the group's flat weights, and a part of it.
+
+    The buffer stays, and the partition is a part of it; or it is lent, and the partition is memory of its own. A buffer
+    that is lent is made for a backward pass when the first gradient is about to be written, and given up once its
+    sum over the ranks has been taken into the partition.
 
     Args:
-        gradients: as long as the group's flat weights.
-        partition: this rank's part of it.
-        parameters: those of the group.
+        parameters: those of the group, with the offset of each.
+        weights: the group's flat weights, padding included.
         process_group: ranks that share it.
-        expected: gradients that arrive in one backward pass (several of a parameter that several recomputed parts use);
-            0 until one is over.
-        arrived: gradients that have arrived in the present one.
-        missing: parameters of which none has, and maybe none had in earlier ones.
-        pending: finishes the reduction that was launched.
+        dtype: of the gradients.
+        stays: the buffer is there for good.
     """
 
-    gradients: torch.Tensor
-    partition: torch.Tensor
-    parameters: list[nn.Parameter]
-    process_group: dist.ProcessGroup
-    expected: int = 0
-    arrived: int = 0
-    missing: set[nn.Parameter] = field(default_factory=set)
-    pending: Callable[[], None] | None = None
+    def __init__(
+        self,
+        parameters: dict[nn.Parameter, int],
+        weights: torch.Tensor,
+        process_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        *,
+        stays: bool,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.process_group = process_group
+        self.num_ranks = dist.get_world_size(process_group)
+        # Without a gradient yet in the present backward pass.
+        self.missing = set(self.parameters)
+        self.is_launched = False
+        self._shape, self._device, self._dtype = weights.shape, weights.device, dtype
+        self._used = max(offset + parameter.numel() for parameter, offset in parameters.items())
+        self._stays = stays
+        self._buffer: torch.Tensor | None = None
+        self._received: tuple[dist.Work, torch.Tensor] | None = None
+        self._is_empty = True
+        self._main_grads = [
+            MainGrad(borrow=partial(self._view, offset, parameter.shape)) for parameter, offset in parameters.items()
+        ]
+        for parameter, main_grad in zip(self.parameters, self._main_grads, strict=True):
+            parameter.main_grad = main_grad  # type: ignore[attr-defined]
+        self.partition = (
+            self._own_part(self._whole()) if stays else torch.zeros_like(self._own_part(weights), dtype=dtype)
+        )
 
     @property
-    def num_ranks(self) -> int:
-        """Ranks that share the bucket."""
-        return dist.get_world_size(self.process_group)
+    def lent_bytes(self) -> int:
+        """Of the buffer, if that is lent."""
+        return 0 if self._stays else self._shape.numel() * self._dtype.itemsize
 
     @property
-    def is_complete(self) -> bool:
-        """Whether no further gradient of the present backward pass is to be expected."""
-        return self.arrived == self.expected and not self.missing
+    def is_pending(self) -> bool:
+        """Whether a reduction was launched that is not finished."""
+        return self._received is not None
 
     def add(self, parameter: nn.Parameter) -> None:
         """Sum the gradient that has come."""
         assert parameter.grad is not None
-        self.arrived += 1
         self.missing.discard(parameter)
         _main_grad(parameter).add(parameter.grad)
         parameter.grad = None
 
     def launch(self) -> None:
         """Begin to sum over the ranks; each receives its partition."""
-        for parameter in self.parameters:
-            _main_grad(parameter).finish()
+        self.is_launched = True
+        for main_grad in self._main_grads:
+            main_grad.finish()
         if self.num_ranks == 1:
-            self.pending = _nothing
             return
+        whole = self._whole()
+        own = self._own_part(whole)
         # NCCL takes a part of the input as output, gloo does not.
-        in_place = self.gradients.device.type == "cuda"
-        received = self.partition if in_place else torch.empty_like(self.partition)
-        work = dist.reduce_scatter_tensor(received, self.gradients, group=self.process_group, async_op=True)
+        received = own if whole.device.type == "cuda" else torch.empty_like(own)
+        work = dist.reduce_scatter_tensor(received, whole, group=self.process_group, async_op=True)
+        self._received = work, received
+        if not self._stays:
+            # Those of the next pass are not to be written here.
+            for main_grad in self._main_grads:
+                main_grad.give_back()
 
-        def finish() -> None:
-            work.wait()
-            if not in_place:
+    def finish(self) -> None:
+        """Take into the partition what was received; on CUDA the device waits for it, not the host."""
+        if self._received is None:
+            return
+        (work, received), self._received = self._received, None
+        work.wait()
+        self._take(received)
+        if not self._stays:
+            # Not earlier: its memory would be used again before the reduction has read it.
+            self._buffer = None
+
+    def end_pass(self) -> None:
+        """A backward pass is over."""
+        self.missing.update(self.parameters)
+        self.is_launched = False
+
+    def end_step(self) -> None:
+        """The partition was used: sums begin anew."""
+        self._is_empty = True
+        if self._stays:
+            for main_grad in self._main_grads:
+                main_grad.is_empty = True
+
+    def _take(self, received: torch.Tensor) -> None:
+        """Add to the partition, or write it if it is the first of the step."""
+        if self._is_empty:
+            if received.data_ptr() != self.partition.data_ptr():
                 self.partition.copy_(received)
+        else:
+            self.partition.add_(received)
+        self._is_empty = False
 
-        self.pending = finish
+    def _view(self, offset: int, shape: torch.Size) -> torch.Tensor:
+        return self._whole().narrow(0, offset, shape.numel()).view(shape)
+
+    def _whole(self) -> torch.Tensor:
+        """The buffer."""
+        # That of the pass before is in use until its reduction is over.
+        self.finish()
+        if self._buffer is None:
+            self._buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._buffer[self._used :].zero_()
+        return self._buffer
+
+    def _own_part(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.chunk(self.num_ranks)[dist.get_rank(self.process_group)]
 
 
 def _main_grad(parameter: nn.Parameter) -> MainGrad:
@@ -139,12 +207,8 @@ def _main_grad(parameter: nn.Parameter) -> MainGrad:
     return found
 
 
-def _nothing() -> None:
-    """What is left to do for a bucket that is not shared."""
-
-
 class GradientBucketOptimizer(PartitionedOptimizer):
-    """ZeRO-1 on gradient buckets, see the module.
+    """ZeRO-1 and ZeRO-2 on gradient buckets, see the module.
 
     Gradients are summed over ranks, not averaged.
     """
@@ -154,37 +218,42 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._buckets: list[_Bucket] = []
         super().__init__(*args, **kwargs)
         assert self.partition_gradients is self.cpu_offload is self.overlap_comm is False
+        # The buckets in the order in which they are reduced: in a step's last pass, and in those before.
         self._order: list[_Bucket] = []
+        self._order_before_last: list[_Bucket] = []
         self._num_launched = 0
+        self._is_reduced = False
+        self._under_way: list[_Bucket] = []
+        self._max_lent_bytes = 0
         self._gathers: dict[int, dist.Work] = {}
         self._outcome = HostCopy(torch.zeros(2))
 
-    def allocate(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    def allocate(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype, *, partitions_only: bool) -> None:
         """Make the buckets, and fix the order in which all ranks reduce them: that in which backward passes fill them.
 
         Args:
             parameters: all, in the order in which forward passes use them first; backward passes go the other way.
             dtype: of the gradients; those of fp32 weights are fp32.
+            partitions_only: between backward passes only partitions are held: stage 2.
         """
         for index, weights in enumerate(self.bit16_groups_flat):
-            self._buckets.append(self._bucket(index, weights, dtype))
+            process_group = self.real_dp_process_group[index]
+            offsets = self.round_robin_bit16_offsets[index]
+            bucket = _Bucket(
+                dict(zip(self.round_robin_bit16_groups[index], offsets, strict=True)),
+                weights,
+                process_group,
+                torch.float32 if weights.dtype == torch.float32 else dtype,
+                stays=not partitions_only or dist.get_world_size(process_group) == 1,
+            )
+            self._buckets.append(bucket)
         position = {parameter: index for index, parameter in enumerate(parameters)}
         self._order = sorted(self._buckets, key=lambda b: min(map(position.__getitem__, b.parameters)), reverse=True)
+        self._order_before_last = [bucket for bucket in self._order if bucket.lent_bytes]
+        self._max_lent_bytes = max(bucket.lent_bytes for bucket in self._buckets)
         for index, master in enumerate(self.single_partition_of_fp32_groups):
             self.optimizer.published[master] = self._own_weights(index)
             self.optimizer.gradients[master] = self._buckets[index].partition
-
-    def _bucket(self, index: int, weights: torch.Tensor, dtype: torch.dtype) -> _Bucket:
-        dtype = torch.float32 if weights.dtype == torch.float32 else dtype
-        gradients = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
-        offsets = self.round_robin_bit16_offsets[index]
-        for parameter, offset in zip(self.round_robin_bit16_groups[index], offsets, strict=True):
-            parameter.main_grad = MainGrad(gradients.narrow(0, offset, parameter.numel()).view(parameter.shape))
-        process_group = self.real_dp_process_group[index]
-        size = self.partition_size[index]
-        partition = gradients.narrow(0, dist.get_rank(process_group) * size, size)
-        parameters = list(self.bit16_groups[index])
-        return _Bucket(gradients, partition, parameters, process_group, missing=set(parameters))
 
     # What DeepSpeed calls.
 
@@ -196,24 +265,25 @@ class GradientBucketOptimizer(PartitionedOptimizer):
                 self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Launch what was not launched in the backward pass that has ended, the step's last."""
-        self._launch(self._order)
+        """Nothing: ``backward_epilogue``, which comes next, launches what the backward pass has not."""
 
     def backward_epilogue(self, *args: Any, **kwargs: Any) -> None:
-        """A backward pass is over: how many gradients arrive in one is known from now on."""
+        """A backward pass is over: launch what still waits for a gradient that did not come."""
+        self._launch(self._due())
+        self._num_launched = 0
+        self._is_reduced = self.is_gradient_accumulation_boundary()
         for bucket in self._buckets:
-            bucket.expected, bucket.arrived = max(bucket.expected, bucket.arrived), 0
-            bucket.missing.update(bucket.parameters)
+            bucket.end_pass()
 
     def fill_grad_accum_attribute(self) -> None:
         """Nothing: gradients are where they belong."""
 
     def step(self, closure: None = None) -> None:
         """Update this rank's partitions and gather the weights; a step whose gradient is not finite changes nothing."""
-        for bucket in self._buckets:
-            assert bucket.pending is not None, "a step without a backward pass"
-            bucket.pending()
-            bucket.pending = None
+        assert self._is_reduced, "a step without a backward pass"
+        self._is_reduced = False
+        for bucket in self._order:
+            bucket.finish()
         norm = self._gradient_norm()
         non_finite = (~torch.isfinite(norm)).float()
         self._global_grad_norm = norm.masked_fill(~torch.isfinite(norm), torch.inf)
@@ -226,9 +296,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         for index in range(len(self._buckets)):
             self._gather_weights(index)
         for bucket in self._buckets:
-            for parameter in bucket.parameters:
-                _main_grad(parameter).is_empty = True
-        self._num_launched = 0
+            bucket.end_step()
 
     def update_lp_params(self) -> None:
         """Bring the weights up to the master weights, after those were loaded."""
@@ -261,20 +329,27 @@ class GradientBucketOptimizer(PartitionedOptimizer):
     def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
             bucket = self._buckets[index]
-            assert bucket.pending is None, "a gradient arrived after its bucket had been reduced"
+            assert not bucket.is_launched, "a gradient arrived after its bucket had been reduced"
             bucket.add(parameter)
-            if self.is_gradient_accumulation_boundary():
+            if not bucket.missing:
                 # Only what stands next in the order, so that all ranks launch alike.
-                waiting = self._order[self._num_launched :]
-                self._launch(takewhile(lambda b: b.is_complete, waiting))
+                self._launch(takewhile(lambda b: not b.missing, self._due()))
 
         return arrived
 
+    def _due(self) -> list[_Bucket]:
+        """Buckets that this backward pass has yet to launch, in their order."""
+        order = self._order if self.is_gradient_accumulation_boundary() else self._order_before_last
+        return order[self._num_launched :]
+
     def _launch(self, buckets: Iterable[_Bucket]) -> None:
         for bucket in buckets:
-            if bucket.pending is None:
-                bucket.launch()
-                self._num_launched += 1
+            under_way = [each for each in self._under_way if each.is_pending]
+            while under_way and sum(b.lent_bytes for b in [*under_way, bucket]) > self._max_lent_bytes:
+                under_way.pop(0).finish()
+            bucket.launch()
+            self._under_way = [*under_way, bucket]
+            self._num_launched += 1
 
     def _gradient_norm(self) -> torch.Tensor:
         """Norm over all parameters: partitions of all ranks are disjoint, of experts as well."""

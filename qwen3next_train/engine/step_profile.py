@@ -165,6 +165,7 @@ def named_parts() -> Iterator[None]:
     """Show what the engine does to gradients as ranges of the profiler."""
     named = {
         (gradient_buckets._Bucket, "add"): "accumulation",
+        (gradient_buckets._Bucket, "_take"): "accumulation",
         (gradient_buckets.GradientBucketOptimizer, "_gradient_norm"): "norm",
     }
     originals = {place: getattr(*place) for place in named}

@@ -13,6 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from qwen3next_train.accounting.activations import expert_room, expert_rows
 from qwen3next_train.accounting.layout import Layout
+from qwen3next_train.accounting.memory import BUCKET_NUMEL
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config
 from qwen3next_train.engine.base import Fragment, ReadFragment, Report, StepResult, StepTotals, nothing
@@ -28,7 +29,7 @@ from qwen3next_train.engine.deepspeed_patches import (
 )
 from qwen3next_train.engine.divided_parameters import mark_divided_parameters
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
-from qwen3next_train.engine.gradient_buckets import BUCKET_NUMEL, GradientBucketOptimizer, bucketed_groups
+from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer, bucketed_groups
 from qwen3next_train.engine.loss_groups import LossGroups
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
@@ -52,7 +53,7 @@ from qwen3next_train.topology import Topology
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _GROUP_NUMEL = 178_956_971
-"""Elements of an optimizer group of stages 2 and 3, DeepSpeed's own default."""
+"""Elements of an optimizer group outside of buckets, DeepSpeed's own default."""
 
 
 class ZeroEngine:
@@ -129,7 +130,11 @@ class ZeroEngine:
         # DeepSpeed averages gradients over the ranks, which makes their sum of a loss that is as many times larger.
         self._loss_factor = 1 if self._in_buckets else topology.world_size
         if self._in_buckets:
-            self._zero.allocate(model.parameters(), DTYPES[config.parallel.gradient_dtype])
+            self._zero.allocate(
+                model.parameters(),
+                DTYPES[config.parallel.gradient_dtype],
+                partitions_only=config.parallel.zero_stage == 2,
+            )
             self._wait_for_weights_in_forward()
         self._state: ZeroState = state(
             self._engine.optimizer,
@@ -355,7 +360,7 @@ def _wrap(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, num_passes=num_passes),
+            config=deepspeed_config(config, num_passes=num_passes, in_buckets=in_buckets),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
     assert engine.has_moe_layers, "DeepSpeed did not recognise the expert layers"

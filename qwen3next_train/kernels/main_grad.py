@@ -7,24 +7,38 @@ buffer in its epilogue, instead of writing a bf16 gradient that another kernel r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 
-@dataclass(eq=False)
 class MainGrad:
-    """The sum of a parameter's gradients over the micro-batches of a step.
+    """The sum of a parameter's gradients over the micro-batches of a step, or of a backward pass.
+
+    ``is_empty``: nothing was added yet, so the first gradient is written and nothing has to be zeroed. ``has_direct``:
+    the kernel that made the gradient has added it; what autograd brings is a placeholder.
 
     Args:
-        values: of the parameter's shape, in fp32 or narrower; undefined where ``is_empty``.
-        is_empty: nothing was added in this step, so the first gradient is written and nothing has to be zeroed.
-        has_direct: the kernel that made the gradient has added it; what autograd brings is a placeholder.
+        values: of the parameter's shape, in fp32 or narrower; undefined as long as it is empty.
+        borrow: where there are none yet, makes them when they are asked for.
     """
 
-    values: torch.Tensor
-    is_empty: bool = True
-    has_direct: bool = False
+    def __init__(self, values: torch.Tensor | None = None, *, borrow: Callable[[], torch.Tensor] | None = None) -> None:
+        self.is_empty = True
+        self.has_direct = False
+        self._values = values
+        self._borrow = borrow
+
+    @property
+    def values(self) -> torch.Tensor:
+        """To be asked for by backward passes only, which are about to write there."""
+        if self._values is None:
+            assert self._borrow is not None
+            self._values = self._borrow()
+        return self._values
+
+    def give_back(self) -> None:
+        """Be empty, and hold no memory until the next gradient comes."""
+        self._values, self.is_empty = None, True
 
     def added_directly(self, like: torch.Tensor) -> torch.Tensor | None:
         """Note that a kernel has written or added to ``values``.

@@ -3,7 +3,8 @@
 A step of ZeRO-1 is its micro-batches' forward and backward passes, the part of the exchange of tokens that nothing
 hides, and the update. Gradients are reduced to their owners during the last backward pass and weights gathered during
 the next forward pass (``engine.gradient_buckets``): what does not fit behind them lies open, what does makes their
-products slower. Under DeepSpeed's own stages 2 and 3 nothing is hidden.
+products slower. ZeRO-2 reduces in every backward pass, which the next forward pass hides as well. Where gradients go
+DeepSpeed's own way, under stage 3 and with an offloaded optimizer, nothing is hidden.
 """
 
 from __future__ import annotations
@@ -217,9 +218,10 @@ class StepClock:
             # A backward pass is two thirds of a micro-batch, or of all that are in flight.
             first = min(layout.micro_batches_in_flight, micro_batches)
             last = first if micro_batches % layout.micro_batches_in_flight == 0 else 1
-            return self._open(reduced_s, reduced, last * passes_s * 2 / 3) + self._open(
-                gathered_s, gathered, first * passes_s / 3
-            )
+            once_s = self._open(reduced_s, reduced, last * passes_s * 2 / 3)
+            before = -(-micro_batches // layout.micro_batches_in_flight) - 1 if layout.zero_stage == 2 else 0
+            before_s = before * self._open(reduced_s, reduced, first * passes_s)
+            return before_s + once_s + self._open(gathered_s, gathered, first * passes_s / 3)
         # DeepSpeed all-reduces under stages 1 and 2, and gathers twice a micro-batch under stage 3.
         per_element = {
             1: 2 * FP32_BYTES + weights,

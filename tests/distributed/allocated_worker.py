@@ -39,7 +39,8 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 def gradient_bytes(model: torch.nn.Module, zero: Any) -> int:
     """What is accumulated: in buckets, on the parameters (``grad_accum`` or ``grad``), or apart."""
     if isinstance(zero, GradientBucketOptimizer):
-        return held_bytes(parameter.main_grad.values for parameter in model.parameters())
+        # Under stage 1 partitions are parts of buffers, which are counted.
+        return held_bytes(bucket.partition for bucket in zero._buckets)
     on_parameters = [
         vars(parameter)["grad_accum"] if vars(parameter).get("grad_accum") is not None else parameter.grad
         for parameter in model.parameters()

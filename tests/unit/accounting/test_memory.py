@@ -93,9 +93,11 @@ def test_an_offloaded_optimizer_is_in_host_memory(stage: Stage, precision: Preci
     assert there["optimizer"] == 0
     assert there["weights"] == here["weights"]
     largest = 4 * 12 * 8 * layout.element_bytes
-    # Stage 1 sums in the buffers it reduces from, but not for an optimizer on the host.
-    bucket = 4 * REDUCE_BUCKET_NUMEL if stage == 1 else 0
-    assert there["zero_buffers"] == here["zero_buffers"] + largest + bucket
+    # Gradients are summed in the buffers they are reduced from, but not for an optimizer on the host. Those of stage 2,
+    # which are there for a part of a backward pass, are all of these few parameters.
+    lent, bucket = (0, 4) if stage == 1 else (8 * here["gradients"], 8)
+    assert here["zero_buffers"] == largest + lent
+    assert there["zero_buffers"] == 2 * largest + bucket * REDUCE_BUCKET_NUMEL
     whole = 4 * (DENSE + EXPERTS)
     assert there["gradients"] == (0 if precision == "fp32" else whole if stage == 1 else here["gradients"])
     partitions = here["optimizer"] // 12
@@ -125,6 +127,22 @@ def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[i
     assert memory["optimizer"] == 12 * (dense // 8 + experts // 4)
     dense_ranks, expert_ranks = gradient_ranks
     assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
+
+
+def test_buckets_of_stage_2_are_whole_for_a_part_of_a_pass() -> None:
+    """The 80B, EP 8 on 64: the embedding's from MTP on, the head's under way, of each kind two or a layer's experts."""
+    layout = Layout(64, 8, 2, "bf16", 1, 1)
+    embedding, head = (spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if spec.shape == (151_936, 2048))
+    (gate_up, *_), (down, *_) = (
+        [spec.numel // 8 for spec in parameter_table(QWEN3_NEXT_80B) if spec.name.endswith(name)]
+        for name in ("experts.gate_up_proj", "experts.down_proj")
+    )
+    whole = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, zero_stage=1))
+    lent = memory_per_gpu(QWEN3_NEXT_80B, layout)["zero_buffers"] - whole["zero_buffers"]
+    small = sum(spec.numel for spec in parameter_table(QWEN3_NEXT_80B) if spec.fp32 or not (spec.decay or spec.qk_norm))
+    assert lent == pytest.approx(4 * (embedding + head + gate_up + down + 200_000_000 + small), rel=1e-6)
+    alone = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, expert_parallel_size=64))["zero_buffers"]
+    assert alone - whole["zero_buffers"] == pytest.approx(lent - 4 * (gate_up + down), rel=1e-6)
 
 
 def test_stage3_partitions_every_parameter() -> None:

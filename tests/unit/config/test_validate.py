@@ -96,9 +96,9 @@ RULES = [
         "3; set parallel.zero_stage to 1 or 2, or parallel.micro_batches_in_flight to 1",
     ),
     (
-        {"parallel__gradient_dtype": "bf16", "run__precision": "bf16", "parallel__zero_stage": "2"},
-        "--parallel.gradient_dtype: parallel.gradient_dtype bf16 does not go with parallel.zero_stage 2; set "
-        "parallel.zero_stage to 1, or parallel.gradient_dtype to fp32",
+        {"parallel__gradient_dtype": "bf16", "run__precision": "bf16", "parallel__zero_stage": "3"},
+        "--parallel.gradient_dtype: parallel.gradient_dtype bf16 does not go with parallel.zero_stage 3; set "
+        "parallel.zero_stage to 1 or 2, or parallel.gradient_dtype to fp32",
     ),
     (
         {"parallel__gradient_dtype": "bf16", "run__precision": "fp32"},

@@ -10,7 +10,7 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
         optimizer=OptimizerConfig(clip_grad=0.0),
         parallel=ParallelConfig(zero_stage=1),
     )
-    assert deepspeed_config(config, num_passes=4) == {
+    assert deepspeed_config(config, num_passes=4, in_buckets=False) == {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
         # Written although it is 0: left out it would mean 1.0.
@@ -30,7 +30,7 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
 
 def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
     config = Config(model=TINY, parallel=ParallelConfig(zero_stage=3, expert_parallel_size=2))
-    found = deepspeed_config(config, num_passes=1)["zero_optimization"]
+    found = deepspeed_config(config, num_passes=1, in_buckets=False)["zero_optimization"]
     limits = stage3_limits(TINY, expert_parallel_size=2, tensor_parallel_size=1)
     assert {key: value for key, value in found.items() if key.startswith("stage3_")} == {
         "stage3_param_persistence_threshold": 128,
@@ -42,5 +42,5 @@ def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
 
 def test_an_offloaded_optimizer_lives_in_pinned_host_memory() -> None:
     config = Config(parallel=ParallelConfig(offload_optimizer="cpu"))
-    found = deepspeed_config(config, num_passes=1)["zero_optimization"]
+    found = deepspeed_config(config, num_passes=1, in_buckets=False)["zero_optimization"]
     assert found["offload_optimizer"] == {"device": "cpu", "pin_memory": True}

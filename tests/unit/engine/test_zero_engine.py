@@ -102,7 +102,7 @@ def test_a_step_in_bf16_asks_once_whether_it_is_finite(
     """Each question waits for the device; DeepSpeed asks again to clip, once for each optimizer group."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    config = _bf16(zero_stage=2, clip_grad=0.5)
+    config = _bf16(zero_stage=2, offload="cpu", clip_grad=0.5)
     engine = build_engine(config, context)
     original, norms = stage_1_and_2.is_invalid_grad_norm, []
 
@@ -115,7 +115,7 @@ def test_a_step_in_bf16_asks_once_whether_it_is_finite(
     assert norms == [result.metrics["optim/grad_norm"]]
 
 
-@pytest.mark.parametrize(("zero_stage", "offload"), [(2, "none"), (1, "cpu"), (2, "cpu"), (3, "none")])
+@pytest.mark.parametrize(("zero_stage", "offload"), [(1, "cpu"), (2, "cpu"), (3, "none")])
 def test_no_gradient_is_rounded_on_its_way_in_bf16(
     context: ProcessContext, zero_stage: int, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ KNOBS: dict[str, list[tuple[str, str]]] = {
     "| `--run.global_batch_size 256`, sixteen": [("run.global_batch_size", "256")],
     "| `--parallel.recompute [norms,activations,gdn_prologue]` |": [_PARTS],
     "| exact, `--parallel.offload_optimizer cpu": [_EXACT, _FP32, _PARTS, ("parallel.offload_optimizer", "cpu")],
-    "| exact, `--parallel.zero_stage 2": [_EXACT, _FP32, ("parallel.zero_stage", "2")],
+    "| exact, `--parallel.zero_stage 2": [_EXACT, ("parallel.zero_stage", "2")],
     "| `--parallel.expert_parallel_size 4` |": [("parallel.expert_parallel_size", "4")],
 }
 """How a row of the 80B's other knobs begins, and what it changes."""

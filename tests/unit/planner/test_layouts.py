@@ -67,7 +67,7 @@ def test_the_fastest_exchange_is_named_and_compared_with_the_exact_one() -> None
     assert as_shipped.recommended == plan.recommended
     assert "take stage 1 with EP 8: 1.8 s a step" in format_plan(as_shipped)
     four = load_config([path], [("parallel.expert_parallel_size", "4"), ("model.num_hidden_layers", "12")]).config
-    few = four.model_copy(update={"model": four.model.model_copy(update={"num_experts": 32})})
+    few = four.model_copy(update={"model": four.model.model_copy(update={"num_experts": 64})})
     assert max(each.layout.expert_parallel_size for each in planned(few, gpus=8, gpu="h200").fastest) == MAX_DENSE_RANKS
     assert note not in format_plan(planned(few, gpus=8, gpu="h200"))
 

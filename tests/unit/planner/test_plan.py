@@ -182,16 +182,17 @@ def test_batches_of_a_ramp_up_divide_too(gpus: int, context_parallel_size: int, 
 
 
 def test_bf16_gradients_are_given_up_where_they_are_refused() -> None:
-    """Only buckets can be of bf16: stages 2 and 3 and an offloaded optimizer are proposed with fp32 gradients."""
+    """Only buckets can be of bf16: stage 3 and an offloaded optimizer are proposed with fp32 gradients."""
     config = config_80b()
     parallel = config.parallel.model_copy(update={"gradient_dtype": "bf16"})
     config = config.model_copy(update={"parallel": parallel})
     few = planned(config, gpus=16, gpu="h100")
-    assert {layout.gradient_dtype for layout in few.changes if layout.zero_stage > 1} == {"fp32"}
+    refused = [layout for layout in few.changes if layout.zero_stage == 3 or layout.offload_optimizer]
+    assert {layout.gradient_dtype for layout in refused} == {"fp32"}
     assert "parallel.gradient_dtype fp32" in format_plan(few)
     assert "no layout fits 16 h100 with bf16 gradients and without an offloaded optimizer" in format_plan(few)
     more = planned(config, gpus=64, gpu="h100")
-    assert {(each.layout.zero_stage, each.layout.gradient_dtype) for each in more.fastest} == {(1, "bf16")}
+    assert {(each.layout.zero_stage, each.layout.gradient_dtype) for each in more.fastest} == {(1, "bf16"), (2, "bf16")}
     for layout in (*few.changes, *more.changes):
         assert validate(config_of(layout)) == []
 
@@ -302,10 +303,10 @@ def test_fastest_layouts_are_sorted_fit_and_train() -> None:
     assert {in_flight for *_, in_flight in keys} == {1, 2}
 
 
-@pytest.mark.parametrize("gpus", [32, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("gpus", [32, 64, 128, 256])
 def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
-    """From 32 H200 on a layout of stage 1 fits and is within a tenth of the fastest; stages 2 and 3 are slower in the
-    same layout.
+    """On 32 to 256 H200 a layout of stage 1 fits and is within a tenth of the fastest; stages 2 and 3 are slower in
+    the same layout.
     """
     plan = planned(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200")
     assert plan.recommended is not None
@@ -315,12 +316,15 @@ def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
     assert min(each.step.total_s for each in plan.other_stages.values()) > plan.recommended.step.total_s
 
 
-def test_another_stage_is_recommended_where_it_is_faster_by_more_than_the_error() -> None:
-    """On 16 H200 stage 1 leaves room for rows of one by one; stage 3 for 16 at a time, experts over four ranks."""
-    plan = planned(config_80b(global_batch_size=4096), gpus=16, gpu="h200")
+@pytest.mark.parametrize(("gpus", "size"), [(16, 8), (512, 4)])
+def test_another_stage_is_recommended_where_it_is_faster_by_more_than_the_error(gpus: int, size: int) -> None:
+    """On 16 H200 stage 1 leaves room for rows of one by one, stage 2 for eight at a time; on 512, where a step is two
+    passes, stage 1 for experts over eight ranks, stage 2 over four and without recomputing whole layers.
+    """
+    plan = planned(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200")
     best = plan.recommended
     assert best == plan.fastest[0]
-    assert (best.layout.zero_stage, best.layout.expert_parallel_size, best.layout.token_exchange) == (3, 4, "dense")
+    assert (best.layout.zero_stage, best.layout.expert_parallel_size, best.layout.token_exchange) == (2, size, "dense")
     of_stage_1 = next(each for each in plan.fastest if each.layout.zero_stage == 1)
     assert of_stage_1.step.total_s > (1 + TIME_ERROR) * best.step.total_s
 
