@@ -1,0 +1,144 @@
+"""ZeRO-3 whose gradients are summed where AdamW reads them, as far as a rank has weights to itself.
+
+DeepSpeed's stage 3 lets autograd make each micro-batch's gradient in bf16, casts it into a bucket, divides it, reduces
+it to the ranks that share the weight and adds what arrives to an fp32 partition. Before the update it reads the
+partitions in fp64 for the norm, copies them, reads and writes the copy to clip, and copies the updated masters to bf16.
+
+A weight that nobody shares, as a rank's own experts where they are divided among all ranks, is its own partition, and
+there is nothing to reduce: the partition is the weight's ``main_grad``
+(:class:`~qwen3next_train.kernels.main_grad.MainGrad`), to which backward passes add, the experts' grouped GEMM in its
+epilogue. Clipping, the skipping of a non-finite step and the rounding of the updated weights happen inside AdamW
+(:class:`~qwen3next_train.optim.adamw.OnePassAdamW`), for all weights.
+
+Construction, partitions, master weights, gathering and the way of shared gradients stay DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import nn
+
+from qwen3next_train.engine.clipped_update import ClippedUpdate
+from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
+
+
+class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3 with gradients of unshared weights in place and one pass for the update, see the module.
+
+    Gradients are summed over ranks, not averaged.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # DeepSpeed's constructor makes the hooks, and these the sums.
+        self._main_grads: list[MainGrad] = []
+        super().__init__(*args, **kwargs)
+        assert self.reduce_scatter, "gradients that are all-reduced would be averaged"
+        start = 0
+        for index, master in enumerate(self.fp32_partitioned_groups_flat):
+            # DeepSpeed has emptied the optimizer's groups, to fill them for each update.
+            self.optimizer.param_groups[self.sub_group_to_group_id[index]]["params"].append(master)
+            self.optimizer.published[master] = self.fp16_partitioned_groups_flat[index]
+            self.optimizer.gradients[master] = self.grad_partitions_flat_buffer.narrow(0, start, master.numel())
+            start += master.numel()
+        self._update = ClippedUpdate(self.optimizer, self.clip_grad, self.dp_process_group)
+
+    # What DeepSpeed calls.
+
+    def create_reduce_and_remove_grad_hooks(self) -> None:
+        """DeepSpeed's hooks, and one for each weight that nobody shares, which its leaf modules pass over then."""
+        start = 0
+        for parameter in (parameter for group in self.fp16_groups for parameter in group):
+            numel = parameter.partition_numel()
+            if self._get_param_partition_world_size(parameter) == 1:
+                assert numel == parameter.ds_numel
+                values = self.grad_partitions_flat_buffer.narrow(0, start, numel)
+                parameter.main_grad = MainGrad(values.view(parameter.ds_shape))
+                self._main_grads.append(parameter.main_grad)
+            start += numel
+        super().create_reduce_and_remove_grad_hooks()
+        for parameters in self.leaf_parameters.values():
+            unshared = [parameter for parameter in parameters if main_grad_of(parameter) is not None]
+            # In place: the modules' hooks have these lists.
+            parameters[:] = [parameter for parameter in parameters if main_grad_of(parameter) is None]
+            for parameter in unshared:
+                hook = parameter.register_post_accumulate_grad_hook(self.reduce_ready_partitions_and_remove_grads)
+                self._grad_acc_hooks.append(hook)
+
+    def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
+        """Sum what autograd brings of an unshared weight; of others DeepSpeed's way."""
+        main_grad = main_grad_of(param)
+        if main_grad is None:
+            super().reduce_ready_partitions_and_remove_grads(param)
+        elif param.grad is not None:
+            main_grad.add(param.grad)
+            param.grad = None
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: Sequence[nn.Parameter], communication_data_type: torch.dtype
+    ) -> list[torch.Tensor]:
+        """This rank's parts of the sums over ranks; the original divides first, which reads and writes all once more.
+
+        Sums, since what is summed in place is not divided either.
+        """
+        gradients = [parameter.grad for parameter in params_to_reduce if parameter.grad is not None]
+        assert len(gradients) == len(params_to_reduce)
+        group = self._get_param_partition_group(params_to_reduce[0])
+        return sum_to_owners(gradients, group, dtype=communication_data_type)
+
+    def step(self, closure: None = None) -> None:
+        """Update this rank's partitions; a step whose gradient is not finite changes nothing."""
+        self._pre_step()
+        self._partition_all_parameters()
+        for main_grad in self._main_grads:
+            main_grad.finish()
+        self._global_grad_norm = self._update.run()
+        for main_grad in self._main_grads:
+            main_grad.is_empty = True
+        self._post_step(set())
+
+    # Ours.
+
+    def outcome(self) -> tuple[float, bool]:
+        """Gradient norm of the last step, infinite if it is not finite, and whether the step was therefore skipped."""
+        return self._update.outcome()
+
+
+def sum_to_owners(
+    gradients: Sequence[torch.Tensor], group: dist.ProcessGroup, *, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Sum over the ranks of ``group``, of which each receives an equal part of each gradient; the last ones less.
+
+    Args:
+        gradients: contiguous, of the same shapes on all ranks.
+        group: the ranks.
+        dtype: in which gradients travel and are summed.
+
+    Returns:
+        this rank's parts, flat and without padding: empty where the ranks before have all.
+    """
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [-(-gradient.numel() // num_ranks) for gradient in gradients]
+    # A row for each rank.
+    sent = gradients[0].new_empty(num_ranks, sum(sizes), dtype=dtype)
+    for gradient, columns in zip(gradients, sent.split(sizes, dim=1), strict=True):
+        _fill_rows(columns, gradient.view(-1))
+    received = sent.new_empty(sent.shape[1])
+    dist.reduce_scatter_tensor(received, sent.view(-1), group=group)
+    lengths = [
+        max(0, min(size, gradient.numel() - rank * size)) for gradient, size in zip(gradients, sizes, strict=True)
+    ]
+    return [part[:length] for part, length in zip(received.split(sizes), lengths, strict=True)]
+
+
+def _fill_rows(rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Row by row, in the dtype of the rows; the rest with zeros."""
+    num_full, rest = divmod(values.numel(), rows.shape[1])
+    rows[:num_full] = values[: num_full * rows.shape[1]].view(num_full, -1)
+    if num_full < rows.shape[0]:
+        rows[num_full:] = 0
+        rows[num_full, :rest] = values[values.numel() - rest :]
