@@ -89,14 +89,16 @@ TABLE: dict[str, Rate] = {
     "network_bytes_per_s": _alike(
         45e9, "no", "not measured: 400 Gbit/s a GPU as DeepEP's users report it on two nodes"
     ),
-    # DeepSpeed's own path: stages 2 and 3, and stage 1 with an offloaded optimizer.
+    # DeepSpeed's own path: stage 2, what several ranks share under stage 3, and stage 1 with an offloaded optimizer.
     "deepspeed_bytes": _alike(
         17, "no", f"{_TWO}: ZeRO-2 against ZeRO-1, as bytes a parameter and micro-batch (counted they are 43)"
     ),
     "deepspeed_step_bytes": _alike(
         62, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes an own parameter and step"
     ),
-    "stage3_bytes": _alike(25, "no", f"{_TWO}: ZeRO-3 against ZeRO-2, as bytes a shared parameter and micro-batch"),
+    "stage3_bytes": _alike(
+        25, "no", f"{_TWO}: ZeRO-3 against ZeRO-2, as bytes a shared parameter and micro-batch; DeepSpeed's way for all"
+    ),
     "memory_bytes_per_s": _of_memory(3.0e12, "expected of an H100's memory"),
     "host_bytes_per_s": _alike(30e9, "no", "not measured: a GPU's share of its host's memory and PCIe"),
 }

@@ -127,6 +127,24 @@ def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[i
     assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
 
 
+@pytest.mark.parametrize(("world", "expert_parallel"), [(1, 1), (2, 2), (4, 2)])
+def test_gradients_that_nobody_shares_are_no_layer_s_under_stage_3(world: int, expert_parallel: int) -> None:
+    """Of them there is one placeholder at a time, of the experts' larger matrix or of what is largest of all."""
+    layout = replace(ONE, world_size=world, expert_parallel_size=expert_parallel, zero_stage=3)
+    found = memory_per_gpu(TINY, layout)["zero_buffers"] // 4 - REDUCE_BUCKET_NUMEL
+    experts = EXPERTS // 3 // expert_parallel
+    dense = GDN + GATES + 5 + 4 * 8 + SHARED // 3 + 2 * 8
+    largest_experts = experts * 2 // 3
+    assert largest_experts > 11 * 8
+    # All shared weights are gathered at once: they are fewer than stage 3 keeps.
+    expected = {
+        (1, 1): largest_experts,
+        (2, 2): dense + largest_experts + DENSE,
+        (4, 2): dense + experts + DENSE + 3 * experts,
+    }
+    assert found == expected[world, expert_parallel]
+
+
 def test_stage3_partitions_every_parameter() -> None:
     """Each tensor is padded by itself; small ones stay gathered besides."""
     memory = memory_per_gpu(TINY, replace(ONE, world_size=8, expert_parallel_size=2, zero_stage=3))
@@ -200,13 +218,15 @@ def test_total_covers_weights_and_runtime() -> None:
 
 def test_step_copy_counts_only_beyond_activations() -> None:
     """With one token the optimizer step is the fullest moment, with many the backward pass is."""
-    small = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1))
-    large = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 4096))
-    activations = sum(activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1)).values())
-    assert small["optimizer_step"] == max(0, small["optimizer"] // 3 - activations)
+    layout = Layout(64, 8, 1, "bf16", 1, 1, offload_optimizer=True)
+    small = memory_per_gpu(QWEN3_NEXT_80B, layout)
+    large = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, sequence_length=4096))
+    activations = sum(activation_bytes(QWEN3_NEXT_80B, layout).values())
+    states = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, offload_optimizer=False))["optimizer"]
+    assert small["optimizer_step"] == max(0, states // 3 - activations)
     assert small["optimizer_step"] > 0
     assert large["optimizer_step"] == 0
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         flat = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, stage, "bf16", 1, 1))
         assert flat["optimizer_step"] == 0, "the sums are flat already"
 
