@@ -136,9 +136,8 @@ def sum_to_owners(
 
 
 def _fill_rows(rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Row by row, in the dtype of the rows; the rest with zeros."""
+    """Row by row, in the dtype of the rows; the rest, of which nobody takes the sums, stays as it is."""
     num_full, rest = divmod(values.numel(), rows.shape[1])
     rows[:num_full] = values[: num_full * rows.shape[1]].view(num_full, -1)
-    if num_full < rows.shape[0]:
-        rows[num_full:] = 0
+    if rest:
         rows[num_full, :rest] = values[values.numel() - rest :]

@@ -153,8 +153,8 @@ class ZeroEngine:
 
         The loss is normalised once, by counts of the whole global batch (:class:`LossScales`), so a
         micro-batch's loss is its exact share of the step's loss and gradients have to be summed over micro-batches
-        and ranks. Gradient buckets do so; where DeepSpeed averages over ranks, the loss is multiplied by their number
-        here and nowhere else. Its division by the number of accumulation steps is switched off.
+        and ranks. Gradient buckets and stage 3 do so; where DeepSpeed averages over ranks, the loss is multiplied by
+        their number here and nowhere else. Its division by the number of accumulation steps is switched off.
 
         A step in which a rank's experts got more rows than they have room for is repeated with more room.
 
