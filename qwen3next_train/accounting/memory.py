@@ -366,20 +366,22 @@ def _stage3_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: La
         if shard.numel <= persistent_numel(model)
     )
     largest = max((shard.numel for shard, _ in spread), default=0)
+    whole = sum(count * shard.numel for shard, count in spread)
     # Gradients of what only this rank has are summed where they are made, one placeholder at a time for autograd. The
-    # others of a layer wait for one another before they go into the bucket.
+    # others of a layer wait for one another, then as they are in the bucket until it is full; what is sent is a copy.
     own = [(shard, count) for shard, count in shards if shard.num_ranks == 1]
     own_in_layer = sum(count * shard.numel for shard, count in own) // (model.num_hidden_layers + model.mtp_num_layers)
     placeholder = max((shard.numel for shard, _ in own), default=0)
-    gradients_in_flight = max(max(0, limits.layer - own_in_layer) + placeholder, largest) * layout.element_bytes
-    whole = sum(count * shard.numel for shard, count in spread)
+    in_bucket = min(whole, REDUCE_BUCKET_NUMEL)
+    made = max(max(0, limits.layer - own_in_layer) + placeholder, largest)
+    gradients_in_flight = layout.element_bytes * (in_bucket + made) + FP32_BYTES * max(in_bucket, largest)
     # A layer that was not gathered ahead is gathered beyond the limit.
     gathered = min(whole, limits.live + max(limits.layer, largest)) * layout.element_bytes
     return {
         "weights": weights + persistent,
         "gradients": FP32_BYTES * partitions,
         "optimizer": adam_state_bytes(layout) * partitions,
-        "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradients_in_flight + gathered,
+        "zero_buffers": gradients_in_flight + gathered,
     }
 
 

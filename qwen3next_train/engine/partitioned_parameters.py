@@ -10,12 +10,15 @@ there is nothing to reduce: the partition is the weight's ``main_grad``
 epilogue. Clipping, the skipping of a non-finite step and the rounding of the updated weights happen inside AdamW
 (:class:`~qwen3next_train.optim.adamw.OnePassAdamW`), for all weights.
 
-Construction, partitions, master weights, gathering and the way of shared gradients stay DeepSpeed's.
+Gradients of weights that several ranks share are cast as they are laid out for the ranks and summed over them beside
+the passes that follow.
+
+Construction, partitions, master weights, gathering and which shared gradients travel together stay DeepSpeed's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +38,9 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # DeepSpeed's constructor makes the hooks, and these the sums.
-        self._main_grads: list[MainGrad] = []
+        self._partitions: dict[nn.Parameter, MainGrad] = {}
         super().__init__(*args, **kwargs)
-        assert self.reduce_scatter, "gradients that are all-reduced would be averaged"
+        self._pending: Callable[[], None] = _nothing
         start = 0
         for index, master in enumerate(self.fp32_partitioned_groups_flat):
             # DeepSpeed has emptied the optimizer's groups, to fill them for each update.
@@ -54,11 +57,13 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
         start = 0
         for parameter in (parameter for group in self.fp16_groups for parameter in group):
             numel = parameter.partition_numel()
+            # The last ranks' parts end in padding, which stays zero, or are nothing else.
+            own_numel = max(0, min(numel, parameter.ds_numel - self._get_param_partition_rank(parameter) * numel))
+            values = self.grad_partitions_flat_buffer.narrow(0, start, own_numel)
             if self._get_param_partition_world_size(parameter) == 1:
-                assert numel == parameter.ds_numel
-                values = self.grad_partitions_flat_buffer.narrow(0, start, numel)
-                parameter.main_grad = MainGrad(values.view(parameter.ds_shape))
-                self._main_grads.append(parameter.main_grad)
+                parameter.main_grad = self._partitions[parameter] = MainGrad(values.view(parameter.ds_shape))
+            else:
+                self._partitions[parameter] = MainGrad(values)
             start += numel
         super().create_reduce_and_remove_grad_hooks()
         for parameters in self.leaf_parameters.values():
@@ -70,7 +75,7 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 self._grad_acc_hooks.append(hook)
 
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
-        """Sum what autograd brings of an unshared weight; of others DeepSpeed's way."""
+        """Sum what autograd brings of an unshared weight; of others collect it, in DeepSpeed's buckets."""
         main_grad = main_grad_of(param)
         if main_grad is None:
             super().reduce_ready_partitions_and_remove_grads(param)
@@ -78,27 +83,42 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
             main_grad.add(param.grad)
             param.grad = None
 
-    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
-        self, params_to_reduce: Sequence[nn.Parameter], communication_data_type: torch.dtype
-    ) -> list[torch.Tensor]:
-        """This rank's parts of the sums over ranks; the original divides first, which reads and writes all once more.
+    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(
+        self, communication_data_type: torch.dtype
+    ) -> None:
+        """Begin to sum a bucket over the ranks, beside the backward pass, or the next forward pass; one at a time.
 
-        Sums, since what is summed in place is not divided either.
+        The original waits for it, and divides first, which reads and writes all once more. These are sums, since what
+        is summed in place is not divided either.
         """
-        gradients = [parameter.grad for parameter in params_to_reduce if parameter.grad is not None]
-        assert len(gradients) == len(params_to_reduce)
-        group = self._get_param_partition_group(params_to_reduce[0])
-        return sum_to_owners(gradients, group, dtype=communication_data_type)
+        bucket = self.ipg_buckets[communication_data_type]
+        if not bucket.params:
+            return
+        self._finish_reduction()
+        parameters = sorted(bucket.params, key=lambda parameter: parameter.ds_id)
+        assert len(set(parameters)) == len(parameters), "a gradient came twice in one backward pass"
+        gradients = [parameter.grad for parameter in parameters]
+        receive = begin_sum_to_owners(gradients, bucket.process_group, dtype=communication_data_type)
+        for parameter in parameters:
+            parameter.grad = None
+        bucket.clear_params()
+
+        def finish() -> None:
+            for parameter, part in zip(parameters, receive(), strict=True):
+                self._partitions[parameter].add(part)
+
+        self._pending = finish
 
     def step(self, closure: None = None) -> None:
         """Update this rank's partitions; a step whose gradient is not finite changes nothing."""
         self._pre_step()
         self._partition_all_parameters()
-        for main_grad in self._main_grads:
-            main_grad.finish()
+        self._finish_reduction()
+        for partition in self._partitions.values():
+            partition.finish()
         self._global_grad_norm = self._update.run()
-        for main_grad in self._main_grads:
-            main_grad.is_empty = True
+        for partition in self._partitions.values():
+            partition.is_empty = True
         self._post_step(set())
 
     # Ours.
@@ -107,32 +127,48 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """Gradient norm of the last step, infinite if it is not finite, and whether the step was therefore skipped."""
         return self._update.outcome()
 
+    def _finish_reduction(self) -> None:
+        """Add what the reduction that is under way brings."""
+        pending, self._pending = self._pending, _nothing
+        pending()
 
-def sum_to_owners(
+
+def _nothing() -> None:
+    """What is left to do where no reduction is under way."""
+
+
+def begin_sum_to_owners(
     gradients: Sequence[torch.Tensor], group: dist.ProcessGroup, *, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Sum over the ranks of ``group``, of which each receives an equal part of each gradient; the last ones less.
+) -> Callable[[], list[torch.Tensor]]:
+    """Begin to sum over the ranks of ``group``, of which each receives an equal part of each gradient; the last less.
 
     Args:
-        gradients: contiguous, of the same shapes on all ranks.
+        gradients: contiguous, of the same shapes on all ranks; copied.
         group: the ranks.
         dtype: in which gradients travel and are summed.
 
     Returns:
-        this rank's parts, flat and without padding: empty where the ranks before have all.
+        what waits for this rank's parts, flat and without padding: shorter than they are laid out, also empty, where
+        the ranks before have all. On CUDA the device waits, not the host.
     """
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = [-(-gradient.numel() // num_ranks) for gradient in gradients]
+    lengths = [max(0, min(size, g.numel() - rank * size)) for g, size in zip(gradients, sizes, strict=True)]
     # A row for each rank.
     sent = gradients[0].new_empty(num_ranks, sum(sizes), dtype=dtype)
     for gradient, columns in zip(gradients, sent.split(sizes, dim=1), strict=True):
         _fill_rows(columns, gradient.view(-1))
     received = sent.new_empty(sent.shape[1])
-    dist.reduce_scatter_tensor(received, sent.view(-1), group=group)
-    lengths = [
-        max(0, min(size, gradient.numel() - rank * size)) for gradient, size in zip(gradients, sizes, strict=True)
-    ]
-    return [part[:length] for part, length in zip(received.split(sizes), lengths, strict=True)]
+    work = dist.reduce_scatter_tensor(received, sent.view(-1), group=group, async_op=True)
+
+    def receive() -> list[torch.Tensor]:
+        nonlocal sent
+        work.wait()
+        # Not earlier: its memory would be used again before the reduction has read it.
+        del sent
+        return [part[:length] for part, length in zip(received.split(sizes), lengths, strict=True)]
+
+    return receive
 
 
 def _fill_rows(rows: torch.Tensor, values: torch.Tensor) -> None:

@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import stage3
 
+from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.config.schema import Config
+from qwen3next_train.engine import deepspeed_config, partitioned_parameters
 from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.engine.clipped_update import ClippedUpdate
-from qwen3next_train.engine.partitioned_parameters import sum_to_owners
+from qwen3next_train.engine.partitioned_parameters import PartitionedParameterOptimizer, begin_sum_to_owners
 from qwen3next_train.kernels.adamw import adamw_update_reference
 from qwen3next_train.optim.adamw import OnePassAdamW
 from qwen3next_train.parallel.process_groups import ProcessContext
 from tests.distributed.engine import build_engine
 from tests.distributed.test_layout_equality import small_config
-from tests.unit.engine.test_zero_engine import _state, _step
+from tests.unit.engine.test_zero_engine import _first_moments, _state, _step
 
 State = dict[tuple[str, FragmentKind], torch.Tensor]
 
@@ -67,6 +69,37 @@ def test_one_rank_has_the_bits_of_zero_1(
             assert all(parameter.grad is None for parameter in engine._model.parameters())
         states.append(_state(engine))
     _assert_equal(states[1], states[0])
+
+
+@pytest.mark.slow
+def test_shared_gradients_are_summed_one_bucket_after_the_other_and_unrounded(
+    context: ProcessContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In small buckets; those of fp32 parameters have more digits than bf16, and so have the sums of micro-batches."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "sums_in_buckets", False)
+        expected = _first_moments(_config(1, precision="bf16"), context)
+    monkeypatch.setattr(PartitionedParameterOptimizer, "_get_param_partition_world_size", lambda *_: 2)
+    monkeypatch.setattr(deepspeed_config, "REDUCE_BUCKET_NUMEL", 5000)
+    begin, under_way = partitioned_parameters.begin_sum_to_owners, []
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        assert not any(under_way)
+        under_way.append(True)
+        receive = begin(*args, **settings)
+
+        def received() -> list[torch.Tensor]:
+            under_way[-1] = False
+            return receive()
+
+        return received
+
+    monkeypatch.setattr(partitioned_parameters, "begin_sum_to_owners", noted)
+    found = _first_moments(_config(3, precision="bf16"), context)
+    assert len(under_way) > 4 * 10
+    assert not any(under_way)
+    for name, moment in expected.items():
+        assert torch.equal(found[name], moment), name
 
 
 def _only_without_parameters(zero: Any, original: Any) -> Any:
@@ -114,12 +147,18 @@ def test_a_parameter_without_a_gradient_in_a_step_keeps_none_of_the_step_before(
     _assert_equal(found, expected)
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 @contextmanager
 def _as_rank(rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Of ranks which all have the same gradients."""
 
-    def reduce_scatter(received: torch.Tensor, sent: torch.Tensor, group: object) -> None:
-        received.copy_(num_ranks * sent.view(num_ranks, -1)[rank])
+    def reduce_scatter(received: torch.Tensor, sent: torch.Tensor, group: object, async_op: bool) -> SimpleNamespace:
+        assert async_op
+        return SimpleNamespace(wait=lambda: received.copy_(num_ranks * sent.view(num_ranks, -1)[rank]))
 
     with monkeypatch.context() as patch:
         patch.setattr(dist, "get_world_size", lambda group: num_ranks)
@@ -129,13 +168,16 @@ def _as_rank(rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
-def test_every_rank_receives_its_part_of_the_sums(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_receives_its_part_of_the_sums(
+    context: ProcessContext, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sizes that the ranks divide and that they do not; of the last ones some have nothing."""
     gradients = [torch.arange(1.0, 1 + numel).bfloat16() for numel in (24, 5, 1, 10)]
     received: list[list[torch.Tensor]] = []
     for rank in range(num_ranks):
         with _as_rank(rank, num_ranks, monkeypatch):
-            received.append(sum_to_owners([g.view(1, -1) for g in gradients], None, dtype=torch.float32))  # type: ignore[arg-type]
+            begin = begin_sum_to_owners([g.view(1, -1) for g in gradients], _world(), dtype=torch.float32)
+            received.append(begin())
     for gradient, parts in zip(gradients, zip(*received, strict=True), strict=True):
         size = -(-gradient.numel() // num_ranks)
         assert all(part.numel() == size for part in parts[: gradient.numel() // size])
@@ -154,11 +196,6 @@ def _optimizer(gradient: torch.Tensor) -> tuple[OnePassAdamW, torch.Tensor]:
     )
     optimizer.gradients[weight] = gradient
     return optimizer, weight
-
-
-def _world() -> dist.ProcessGroup:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
 
 
 def test_an_update_clips_to_the_norm(context: ProcessContext) -> None:
