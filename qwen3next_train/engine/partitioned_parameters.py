@@ -18,6 +18,7 @@ Construction, partitions, master weights, gathering and which shared gradients t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,9 +39,12 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # DeepSpeed's constructor makes the hooks, and these the sums.
-        self._partitions: dict[nn.Parameter, MainGrad] = {}
+        self._partitions: dict[Any, MainGrad] = {}
+        # Elements of each reduction that is under way, and what waits for it and adds what it brings.
+        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         super().__init__(*args, **kwargs)
-        self._pending: Callable[[], None] = _nothing
+        shared = [parameter.ds_numel for parameter in self._partitions if main_grad_of(parameter) is None]
+        self._max_under_way = max(self.reduce_bucket_size, *shared, 0)
         start = 0
         for index, master in enumerate(self.fp32_partitioned_groups_flat):
             # DeepSpeed has emptied the optimizer's groups, to fill them for each update.
@@ -86,7 +90,9 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(
         self, communication_data_type: torch.dtype
     ) -> None:
-        """Begin to sum a bucket over the ranks, beside the backward pass, or the next forward pass; one at a time.
+        """Begin to sum a bucket over the ranks, beside the backward pass, or the next forward pass.
+
+        No more is under way than a bucket holds, or the largest weight.
 
         The original waits for it, and divides first, which reads and writes all once more. These are sums, since what
         is summed in place is not divided either.
@@ -94,26 +100,26 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
         bucket = self.ipg_buckets[communication_data_type]
         if not bucket.params:
             return
-        self._finish_reduction()
+        self._finish_reductions(beyond=self._max_under_way - bucket.elements)
         parameters = sorted(bucket.params, key=lambda parameter: parameter.ds_id)
         assert len(set(parameters)) == len(parameters), "a gradient came twice in one backward pass"
         gradients = [parameter.grad for parameter in parameters]
         receive = begin_sum_to_owners(gradients, bucket.process_group, dtype=communication_data_type)
         for parameter in parameters:
             parameter.grad = None
-        bucket.clear_params()
 
         def finish() -> None:
             for parameter, part in zip(parameters, receive(), strict=True):
                 self._partitions[parameter].add(part)
 
-        self._pending = finish
+        self._under_way.append((bucket.elements, finish))
+        bucket.clear_params()
 
     def step(self, closure: None = None) -> None:
         """Update this rank's partitions; a step whose gradient is not finite changes nothing."""
         self._pre_step()
         self._partition_all_parameters()
-        self._finish_reduction()
+        self._finish_reductions(beyond=0)
         for partition in self._partitions.values():
             partition.finish()
         self._global_grad_norm = self._update.run()
@@ -127,14 +133,11 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """Gradient norm of the last step, infinite if it is not finite, and whether the step was therefore skipped."""
         return self._update.outcome()
 
-    def _finish_reduction(self) -> None:
-        """Add what the reduction that is under way brings."""
-        pending, self._pending = self._pending, _nothing
-        pending()
-
-
-def _nothing() -> None:
-    """What is left to do where no reduction is under way."""
+    def _finish_reductions(self, *, beyond: int) -> None:
+        """Add what the oldest reductions bring, until no more elements are under way."""
+        while self._under_way and sum(numel for numel, _ in self._under_way) > beyond:
+            _, finish = self._under_way.popleft()
+            finish()
 
 
 def begin_sum_to_owners(
@@ -143,7 +146,7 @@ def begin_sum_to_owners(
     """Begin to sum over the ranks of ``group``, of which each receives an equal part of each gradient; the last less.
 
     Args:
-        gradients: contiguous, of the same shapes on all ranks; copied.
+        gradients: of the same shapes on all ranks; copied.
         group: the ranks.
         dtype: in which gradients travel and are summed.
 
@@ -157,7 +160,7 @@ def begin_sum_to_owners(
     # A row for each rank.
     sent = gradients[0].new_empty(num_ranks, sum(sizes), dtype=dtype)
     for gradient, columns in zip(gradients, sent.split(sizes, dim=1), strict=True):
-        _fill_rows(columns, gradient.view(-1))
+        _fill_rows(columns, gradient.reshape(-1))
     received = sent.new_empty(sent.shape[1])
     work = dist.reduce_scatter_tensor(received, sent.view(-1), group=group, async_op=True)
 

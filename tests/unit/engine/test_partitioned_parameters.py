@@ -22,6 +22,7 @@ from qwen3next_train.engine.partitioned_parameters import PartitionedParameterOp
 from qwen3next_train.kernels.adamw import adamw_update_reference
 from qwen3next_train.optim.adamw import OnePassAdamW
 from qwen3next_train.parallel.process_groups import ProcessContext
+from qwen3next_train.parameters import parameter_table
 from tests.distributed.engine import build_engine
 from tests.distributed.test_layout_equality import small_config
 from tests.unit.engine.test_zero_engine import _first_moments, _state, _step
@@ -72,32 +73,40 @@ def test_one_rank_has_the_bits_of_zero_1(
 
 
 @pytest.mark.slow
-def test_shared_gradients_are_summed_one_bucket_after_the_other_and_unrounded(
-    context: ProcessContext, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bucket_numel", [1, 5000])
+def test_shared_gradients_are_summed_beside_the_passes_and_unrounded(
+    context: ProcessContext, bucket_numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In small buckets; those of fp32 parameters have more digits than bf16, and so have the sums of micro-batches."""
+    """No more under way than a bucket holds, or the largest weight; nothing behind the update.
+
+    Those of fp32 parameters have more digits than bf16, and so have the sums of micro-batches.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(Layout, "sums_in_buckets", False)
         expected = _first_moments(_config(1, precision="bf16"), context)
     monkeypatch.setattr(PartitionedParameterOptimizer, "_get_param_partition_world_size", lambda *_: 2)
-    monkeypatch.setattr(deepspeed_config, "REDUCE_BUCKET_NUMEL", 5000)
-    begin, under_way = partitioned_parameters.begin_sum_to_owners, []
+    monkeypatch.setattr(deepspeed_config, "REDUCE_BUCKET_NUMEL", bucket_numel)
+    begin, under_way, most = partitioned_parameters.begin_sum_to_owners, [], []
 
-    def noted(*args: Any, **settings: Any) -> Any:
-        assert not any(under_way)
-        under_way.append(True)
-        receive = begin(*args, **settings)
+    def noted(gradients: list[torch.Tensor], *args: Any, **settings: Any) -> Any:
+        begun = [gradient.numel() for gradient in gradients]
+        under_way.append(sum(begun))
+        most.append(list(under_way))
+        receive = begin(gradients, *args, **settings)
 
         def received() -> list[torch.Tensor]:
-            under_way[-1] = False
+            assert under_way.pop(0) == sum(begun), "not in their order"
             return receive()
 
         return received
 
     monkeypatch.setattr(partitioned_parameters, "begin_sum_to_owners", noted)
-    found = _first_moments(_config(3, precision="bf16"), context)
-    assert len(under_way) > 4 * 10
-    assert not any(under_way)
+    config = _config(3, precision="bf16")
+    found = _first_moments(config, context)
+    assert under_way == []
+    largest = max(spec.numel for spec in parameter_table(config.model))
+    assert max(map(len, most)) > 1
+    assert max(map(sum, most)) <= max(largest, bucket_numel)
     for name, moment in expected.items():
         assert torch.equal(found[name], moment), name
 
