@@ -6,8 +6,6 @@ Nothing waits for the device: the norm and whether the step counts stay there, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 
@@ -36,7 +34,7 @@ class ClippedUpdate:
         Returns:
             norm over all ranks, fp32 ``[]``, infinite if it is not finite.
         """
-        norm = gradient_norm(self._optimizer.gradients.values(), self._group)
+        norm = self._gradient_norm()
         non_finite = (~torch.isfinite(norm)).float()
         reported = norm.masked_fill(~torch.isfinite(norm), torch.inf)
         # On its way before the update is launched, so that the host can prepare the next step during the update.
@@ -52,12 +50,12 @@ class ClippedUpdate:
         norm, non_finite = self._outcome.read().tolist()
         return norm, bool(non_finite)
 
-
-def gradient_norm(gradients: Iterable[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
-    """Norm of the whole of which each rank of ``group`` has other parts; fp32 ``[]``."""
-    squares = torch.stack([_norm(gradient) for gradient in gradients]).square().sum().float()
-    dist.all_reduce(squares, group=group)
-    return squares.sqrt()
+    def _gradient_norm(self) -> torch.Tensor:
+        """Over the parts of all ranks; fp32 ``[]``."""
+        norms = [_norm(gradient) for gradient in self._optimizer.gradients.values()]
+        squares = torch.stack(norms).square().sum().float()
+        dist.all_reduce(squares, group=self._group)
+        return squares.sqrt()
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
