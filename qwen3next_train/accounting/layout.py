@@ -85,6 +85,11 @@ class Layout:
         return self.zero_stage < 3 and not self.offload_optimizer
 
     @property
+    def updates_in_one_pass(self) -> bool:
+        """Whether AdamW clips, skips and rounds by itself and reads gradients where they were summed."""
+        return self.zero_stage == 3 or self.sums_in_buckets
+
+    @property
     def exchanges_densely(self) -> bool:
         """Whether all tokens travel to all ranks that share a set of experts (``parallel.expert_parallel``)."""
         size = self.expert_parallel_size

@@ -377,10 +377,10 @@ def _partition_numel(kinds: Counter[ParameterKind], layout: Layout) -> int:
 def _step_copy(kinds: Counter[ParameterKind], layout: Layout) -> int:
     """Bytes of the flat fp32 gradient that the optimizer step adds on the GPU.
 
-    In buckets, and under stage 2 in bf16 runs, the sums are that gradient; of an offloaded optimizer in fp32 runs it
-    is on the host.
+    In buckets, under stage 3, and under stage 2 in bf16 runs, the sums are that gradient; of an offloaded optimizer in
+    fp32 runs it is on the host.
     """
-    if layout.sums_in_buckets or (layout.zero_stage == 2 and layout.precision == "bf16"):
+    if layout.updates_in_one_pass or (layout.zero_stage == 2 and layout.precision == "bf16"):
         return 0
     if layout.offload_optimizer and layout.precision == "fp32":
         return 0
@@ -391,8 +391,6 @@ def _stage3_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: La
     limits = stage3_limits(
         model, expert_parallel_size=layout.expert_parallel_size, tensor_parallel_size=layout.tensor_parallel_size
     )
-    # A layer's gradients wait for one another before they go into the bucket.
-    gradients_in_flight = max(limits.layer * layout.element_bytes, _largest_gradient(kinds, layout))
     shards = [(_shard(kind, kind.numel, layout), count) for kind, count in kinds.items()]
     partitions = sum(count * shard.stage3_partition for shard, count in shards)
     weights = sum(count * shard.stage3_partition * shard.element_bytes for shard, count in shards)
@@ -405,13 +403,21 @@ def _stage3_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: La
     )
     largest = max((shard.numel for shard, _ in spread), default=0)
     whole = sum(count * shard.numel for shard, count in spread)
+    # Gradients of what only this rank has are summed where they are made, one placeholder at a time for autograd. The
+    # others of a layer wait for one another, then as they are in the bucket until it is full; what is sent is a copy.
+    own = [(shard, count) for shard, count in shards if shard.num_ranks == 1]
+    own_in_layer = sum(count * shard.numel for shard, count in own) // (model.num_hidden_layers + model.mtp_num_layers)
+    placeholder = max((shard.numel for shard, _ in own), default=0)
+    in_bucket = min(whole, REDUCE_BUCKET_NUMEL)
+    made = max(max(0, limits.layer - own_in_layer) + placeholder, largest)
+    gradients_in_flight = layout.element_bytes * (in_bucket + made) + FP32_BYTES * max(in_bucket, largest)
     # A layer that was not gathered ahead is gathered beyond the limit.
     gathered = min(whole, limits.live + max(limits.layer, largest)) * layout.element_bytes
     return {
         "weights": weights + persistent,
         "gradients": FP32_BYTES * partitions,
         "optimizer": adam_state_bytes(layout) * partitions,
-        "zero_buffers": REDUCE_BUCKET_NUMEL * FP32_BYTES + gradients_in_flight + gathered,
+        "zero_buffers": gradients_in_flight + gathered,
     }
 
 

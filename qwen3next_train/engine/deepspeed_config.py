@@ -43,6 +43,8 @@ def deepspeed_config(config: Config, *, num_passes: int, in_buckets: bool) -> di
             "stage3_max_live_parameters": limits.live,
             # The whole next layer travels while one computes.
             "stage3_prefetch_bucket_size": limits.layer,
+            # Gradients wait in their bucket where they are, and are copied once: to what is sent.
+            "contiguous_gradients": False,
         }
     if config.parallel.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

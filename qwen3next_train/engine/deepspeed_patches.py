@@ -23,6 +23,7 @@ from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import groups
@@ -73,8 +74,10 @@ def set_group_timeouts(timeout_s: float) -> None:
 
 
 @contextmanager
-def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[None]:
-    """Let DeepSpeed build ``partitioned`` under stages 1 and 2, and one of several dtypes under stage 3.
+def patched_optimizers(
+    partitioned: type[DeepSpeedZeroOptimizer], partitioned_parameters: type[DeepSpeedZeroOptimizer_Stage3]
+) -> Iterator[None]:
+    """Let DeepSpeed build ``partitioned`` under stages 1 and 2, ``partitioned_parameters`` of several dtypes under 3.
 
     Stage 3 puts all partitions into one flat buffer and asserts that they share a dtype, at one place
     (``runtime/zero/utils.py:defragment``); gathering, reducing and updating group parameters by dtype already.
@@ -83,11 +86,14 @@ def patched_optimizers(partitioned: type[DeepSpeedZeroOptimizer]) -> Iterator[No
     each, so no partition of a group straddles two buffers.
     """
     deepspeed_engine.DeepSpeedZeroOptimizer = partitioned
+    # The engine imports it where it builds one.
+    stage3.DeepSpeedZeroOptimizer_Stage3 = partitioned_parameters
     stage3.defragment = _defragment_by_dtype
     try:
         yield
     finally:
         deepspeed_engine.DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer
+        stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
         stage3.defragment = defragment
 
 

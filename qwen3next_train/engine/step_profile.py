@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qwen3next_train.engine import gradient_buckets
+from qwen3next_train.engine import clipped_update, gradient_buckets, partitioned_parameters
 
 PARTS = ("model", "exchange", "accumulation", "reduction", "norm", "AdamW", "gathering")
 """``model`` is all that has no other name; ``exchange`` is of tokens, ``reduction`` and ``gathering`` of gradients and
@@ -167,6 +167,9 @@ def named_parts() -> Iterator[None]:
         (gradient_buckets._Bucket, "add"): "accumulation",
         (gradient_buckets._Bucket, "_take"): "accumulation",
         (gradient_buckets.GradientBucketOptimizer, "_gradient_norm"): "norm",
+        (partitioned_parameters, "_fill_rows"): "accumulation",
+        (partitioned_parameters.PartitionedParameterOptimizer, "_finish_reductions"): "accumulation",
+        (clipped_update.ClippedUpdate, "_gradient_norm"): "norm",
     }
     originals = {place: getattr(*place) for place in named}
     for (owner, attribute), name in named.items():

@@ -31,6 +31,7 @@ from qwen3next_train.engine.divided_parameters import mark_divided_parameters
 from qwen3next_train.engine.expert_block import ZeroMoeBlock, exchange_densely, mark_expert_parameters
 from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer, bucketed_groups
 from qwen3next_train.engine.loss_groups import LossGroups
+from qwen3next_train.engine.partitioned_parameters import PartitionedParameterOptimizer
 from qwen3next_train.engine.step_clock import Part, StepClock
 from qwen3next_train.engine.step_report import StepReport
 from qwen3next_train.engine.zero_state import PartitionedOptimizerState, PartitionedParameterState, ZeroState
@@ -117,9 +118,10 @@ class ZeroEngine:
             model.reduce_row_counts = row_group.begin_sum
         self._model = model
         self._in_buckets = self._layout.sums_in_buckets
+        self._one_pass = self._layout.updates_in_one_pass
         self._in_flight = self._layout.micro_batches_in_flight
         num_passes = -(-num_micro_batches // self._in_flight)
-        self._engine = _wrap(config, model, table, device=device, num_passes=num_passes, in_buckets=self._in_buckets)
+        self._engine = _wrap(config, model, table, device=device, num_passes=num_passes, layout=self._layout)
         self._room: ExpertRoom | None = None
         if self._layout.exchanges_densely:
             expected = expert_rows(config.model, self._layout)
@@ -128,7 +130,7 @@ class ZeroEngine:
         state = PartitionedParameterState if config.parallel.zero_stage == 3 else PartitionedOptimizerState
         self._zero = self._engine.optimizer
         # DeepSpeed averages gradients over the ranks, which makes their sum of a loss that is as many times larger.
-        self._loss_factor = 1 if self._in_buckets else topology.world_size
+        self._loss_factor = 1 if self._one_pass else topology.world_size
         if self._in_buckets:
             self._zero.allocate(
                 model.parameters(),
@@ -156,8 +158,8 @@ class ZeroEngine:
 
         The loss is normalised once, by counts of the whole global batch (:class:`LossScales`), so a
         micro-batch's loss is its exact share of the step's loss and gradients have to be summed over micro-batches
-        and ranks. Gradient buckets do so; where DeepSpeed averages over ranks, the loss is multiplied by their number
-        here and nowhere else. Its division by the number of accumulation steps is switched off.
+        and ranks. Gradient buckets and stage 3 do so; where DeepSpeed averages over ranks, the loss is multiplied by
+        their number here and nowhere else. Its division by the number of accumulation steps is switched off.
 
         A step in which a rank's experts got more rows than they have room for is repeated with more room.
 
@@ -237,7 +239,7 @@ class ZeroEngine:
 
     def _outcome(self) -> tuple[float | torch.Tensor, bool]:
         """Gradient norm of the step that was just taken, and whether it was skipped."""
-        if self._in_buckets:
+        if self._one_pass:
             norm, skipped = self._zero.outcome()
             return norm, skipped
         return self._engine.get_global_grad_norm(), bool(self._zero.overflow)
@@ -339,24 +341,25 @@ def _wrap(
     *,
     device: torch.device,
     num_passes: int,
-    in_buckets: bool,
+    layout: Layout,
 ) -> deepspeed.DeepSpeedEngine:
     """Build AdamW over DeepSpeed's kind of groups and hand the model to DeepSpeed."""
     quiet_start()
-    offloaded = config.parallel.offload_optimizer == "cpu"
+    in_buckets, offloaded = layout.sums_in_buckets, layout.offload_optimizer
     groups = bucketed_groups(
         parameter_groups(model, table, config.optimizer),
         max_numel=BUCKET_NUMEL if in_buckets else _GROUP_NUMEL,
     )
     # Updates in host memory take as long as they read and write it: once over it, not once for each operation.
     fused = device.type == "cuda" or offloaded
-    update = select_adamw_update(config.kernels, device) if in_buckets else None
+    update = select_adamw_update(config.kernels, device) if layout.updates_in_one_pass else None
     optimizer = build_adamw(groups, config.optimizer, fused=fused, update=update)
     # Under ZeRO-3 a layer's weights are gathered and its gradients reduced together, also on a rank whose experts
     # received no token. By itself DeepSpeed does so for each of its twenty modules, at 6 ms more of the
     # host's time a layer and micro-batch.
     set_z3_leaf_modules(model, [DecoderLayer])
-    with patched_optimizers(GradientBucketOptimizer if in_buckets else PartitionedOptimizer):
+    partitioned = GradientBucketOptimizer if in_buckets else PartitionedOptimizer
+    with patched_optimizers(partitioned, PartitionedParameterOptimizer):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -89,7 +89,7 @@ TABLE: dict[str, Rate] = {
     "network_bytes_per_s": _alike(
         45e9, "no", "not measured: 400 Gbit/s a GPU as DeepEP's users report it on two nodes"
     ),
-    # DeepSpeed's own path: stage 3, and an offloaded optimizer.
+    # DeepSpeed's own path: what several ranks share under stage 3, and an offloaded optimizer.
     "deepspeed_bytes": _alike(
         17,
         "no",
@@ -99,7 +99,9 @@ TABLE: dict[str, Rate] = {
         62, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes an own parameter and step"
     ),
     "stage3_bytes": _alike(
-        25, "no", f"{_TWO}: ZeRO-3 against DeepSpeed's ZeRO-2, as bytes a shared parameter and micro-batch"
+        25,
+        "no",
+        f"{_TWO}: ZeRO-3 against ZeRO-2, DeepSpeed's way for all, as bytes a shared parameter and micro-batch",
     ),
     "memory_bytes_per_s": _of_memory(3.0e12, "expected of an H100's memory"),
     "host_bytes_per_s": _alike(30e9, "no", "not measured: a GPU's share of its host's memory and PCIe"),

@@ -129,6 +129,23 @@ def test_expert_and_data_parallel_sharding(stage: Stage, gradient_ranks: tuple[i
     assert memory["gradients"] == 4 * (dense // dense_ranks + experts // expert_ranks)
 
 
+@pytest.mark.parametrize(("world", "expert_parallel"), [(1, 1), (2, 2), (4, 2)])
+def test_gradients_that_nobody_shares_are_no_layer_s_under_stage_3(world: int, expert_parallel: int) -> None:
+    """Of them there is one placeholder at a time, of the experts' larger matrix or of what is largest of all."""
+    layout = replace(ONE, world_size=world, expert_parallel_size=expert_parallel, zero_stage=3)
+    experts = EXPERTS // 3 // expert_parallel
+    dense = GDN + GATES + 5 + 4 * 8 + SHARED // 3 + 2 * 8
+    largest_experts = experts * 2 // 3
+    assert largest_experts > 11 * 8
+    # All shared weights are gathered at once, and their gradients in the bucket and sent.
+    expected = {
+        (1, 1): largest_experts,
+        (2, 2): dense + largest_experts + 3 * DENSE,
+        (4, 2): dense + experts + 3 * (DENSE + 3 * experts),
+    }
+    assert memory_per_gpu(TINY, layout)["zero_buffers"] == 4 * expected[world, expert_parallel]
+
+
 def test_buckets_of_stage_2_are_whole_for_a_part_of_a_pass() -> None:
     """The 80B, EP 8 on 64: the embedding's from MTP on, the head's under way, of each kind two or a layer's experts."""
     layout = Layout(64, 8, 2, "bf16", 1, 1)
@@ -157,9 +174,10 @@ def test_stage3_partitions_every_parameter() -> None:
     assert memory["weights"] == 4 * (pieces + whole)
     assert memory["gradients"] == 4 * pieces
     assert memory["optimizer"] == 12 * pieces
-    # The largest layer's gradients at once, and all weights gathered: they are fewer than stage 3 keeps.
+    # The largest layer's gradients at once, and all weights gathered, all gradients in the bucket and sent: they are
+    # fewer than stage 3 keeps, or the bucket holds.
     layer = GDN + GATES + 5 + 4 * 8 + EXPERTS // 6 + SHARED // 3 + 2 * 8
-    assert memory["zero_buffers"] == 4 * (REDUCE_BUCKET_NUMEL + layer + DENSE + EXPERTS // 2)
+    assert memory["zero_buffers"] == 4 * (layer + 3 * (DENSE + EXPERTS // 2))
 
 
 @pytest.mark.parametrize(("expert_parallel", "tensor_parallel"), [(1, 1), (8, 1), (8, 2)])
@@ -182,7 +200,9 @@ def test_stage3_has_room_for_two_layers_beside_what_is_in_none(expert_parallel: 
     largest = max(QWEN3_NEXT_80B.vocab_size, 2 * 512 * 512 // expert_parallel) * QWEN3_NEXT_80B.hidden_size
     buffers = memory_per_gpu(QWEN3_NEXT_80B, layout)["zero_buffers"]
     # Gradients of a layer or of the head at once, and either may be gathered beyond the limit.
-    assert buffers == 4 * REDUCE_BUCKET_NUMEL + 2 * (2 * max(found.layer, largest) + found.live)
+    assert buffers == 2 * (REDUCE_BUCKET_NUMEL + 2 * max(found.layer, largest) + found.live) + 4 * max(
+        REDUCE_BUCKET_NUMEL, largest
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,13 +238,15 @@ def test_total_covers_weights_and_runtime() -> None:
 
 def test_step_copy_counts_only_beyond_activations() -> None:
     """With one token the optimizer step is the fullest moment, with many the backward pass is."""
-    small = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1))
-    large = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 4096))
-    activations = sum(activation_bytes(QWEN3_NEXT_80B, Layout(64, 8, 3, "bf16", 1, 1)).values())
-    assert small["optimizer_step"] == max(0, small["optimizer"] // 3 - activations)
+    layout = Layout(64, 8, 1, "bf16", 1, 1, offload_optimizer=True)
+    small = memory_per_gpu(QWEN3_NEXT_80B, layout)
+    large = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, sequence_length=4096))
+    activations = sum(activation_bytes(QWEN3_NEXT_80B, layout).values())
+    states = memory_per_gpu(QWEN3_NEXT_80B, replace(layout, offload_optimizer=False))["optimizer"]
+    assert small["optimizer_step"] == max(0, states // 3 - activations)
     assert small["optimizer_step"] > 0
     assert large["optimizer_step"] == 0
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         flat = memory_per_gpu(QWEN3_NEXT_80B, Layout(64, 8, stage, "bf16", 1, 1))
         assert flat["optimizer_step"] == 0, "the sums are flat already"
 

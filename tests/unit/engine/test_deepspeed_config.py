@@ -38,6 +38,7 @@ def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
         "stage3_max_live_parameters": limits.live,
         "stage3_prefetch_bucket_size": limits.layer,
     }
+    assert found["contiguous_gradients"] is False
 
 
 def test_an_offloaded_optimizer_lives_in_pinned_host_memory() -> None:

@@ -8,14 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.runtime import engine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import logger
 
 from qwen3next_train.config.schema import OptimizerConfig
-from qwen3next_train.engine.deepspeed_patches import gather_one_by_one, order_by_one_stream, quiet_start
+from qwen3next_train.engine.deepspeed_patches import (
+    gather_one_by_one,
+    order_by_one_stream,
+    patched_optimizers,
+    quiet_start,
+)
+from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
+from qwen3next_train.engine.partitioned_parameters import PartitionedParameterOptimizer
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.optim.adamw import build_adamw
 
@@ -95,3 +104,16 @@ def test_stage_3_has_the_host_wait_for_nothing_that_one_stream_orders() -> None:
         order_by_one_stream(accelerator, is_ordered=is_ordered)
         answers = [accelerator.handles_memory_backpressure(), accelerator.resolves_data_dependency()]
         assert answers == [is_ordered] * 2
+
+
+def test_deepspeed_builds_our_optimizers_where_it_is_told_to_and_its_own_elsewhere() -> None:
+    """Its engine imports that of stage 3 when it builds one, and has imported the others."""
+
+    def built() -> tuple[type, type]:
+        return engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
+
+    original = (stage_1_and_2.DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    assert built() == original
+    with patched_optimizers(GradientBucketOptimizer, PartitionedParameterOptimizer):
+        assert built() == (GradientBucketOptimizer, PartitionedParameterOptimizer)
+    assert built() == original
