@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qwen3next_train.engine.clipped_update import ClippedUpdate
 from qwen3next_train.engine.deepspeed_patches import PartitionedOptimizer
-from qwen3next_train.engine.host_copy import HostCopy
 from qwen3next_train.kernels.main_grad import MainGrad, main_grad_of
 
 
@@ -226,7 +226,8 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._under_way: list[_Bucket] = []
         self._max_lent_bytes = 0
         self._gathers: dict[int, dist.Work] = {}
-        self._outcome = HostCopy(torch.zeros(2))
+        # Partitions of all ranks are disjoint, of experts as well.
+        self._update = ClippedUpdate(self.optimizer, self.clip_grad, self.dp_process_group)
 
     def allocate(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype, *, partitions_only: bool) -> None:
         """Make the buckets, and fix the order in which all ranks reduce them: that in which backward passes fill them.
@@ -284,14 +285,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
         self._is_reduced = False
         for bucket in self._order:
             bucket.finish()
-        norm = self._gradient_norm()
-        non_finite = (~torch.isfinite(norm)).float()
-        self._global_grad_norm = norm.masked_fill(~torch.isfinite(norm), torch.inf)
-        # On its way before the update is launched, so that the host can prepare the next step during the update.
-        self._outcome = HostCopy(torch.stack([self._global_grad_norm, non_finite]))
-        scale = torch.clamp((norm + 1e-6) / self.clip_grad, min=1.0) if self.clip_grad > 0 else torch.ones_like(norm)
-        self.optimizer.grad_scale, self.optimizer.found_inf = scale, non_finite
-        self.optimizer.step()
+        self._global_grad_norm = self._update.run()
         self._lazy_init_hp_params_optimizer_state()
         for index in range(len(self._buckets)):
             self._gather_weights(index)
@@ -307,8 +301,7 @@ class GradientBucketOptimizer(PartitionedOptimizer):
 
     def outcome(self) -> tuple[float, bool]:
         """Gradient norm of the last step, infinite if it is not finite, and whether the step was therefore skipped."""
-        norm, non_finite = self._outcome.read().tolist()
-        return norm, bool(non_finite)
+        return self._update.outcome()
 
     def wait_for_weights(self, buckets: Iterable[int] | None = None) -> None:
         """Let the device's next work wait for gathered weights; on CPU wait for them.
@@ -350,17 +343,6 @@ class GradientBucketOptimizer(PartitionedOptimizer):
             bucket.launch()
             self._under_way = [*under_way, bucket]
             self._num_launched += 1
-
-    def _gradient_norm(self) -> torch.Tensor:
-        """Norm over all parameters: partitions of all ranks are disjoint, of experts as well."""
-        partitions = [bucket.partition for bucket in self._buckets]
-        if partitions[0].device.type == "cpu":
-            # A sum of a million fp32 numbers in a row is off by 1e-4 there; CUDA adds them up as a tree.
-            partitions = [partition.double() for partition in partitions]
-        norms = [torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in partitions]
-        squares = torch.stack(norms).square().sum().float()
-        dist.all_reduce(squares, group=self.dp_process_group)
-        return squares.sqrt()
 
     def _own_weights(self, index: int) -> torch.Tensor:
         """This rank's part of a group's flat weights."""

@@ -166,7 +166,6 @@ def named_parts() -> Iterator[None]:
     named = {
         (gradient_buckets._Bucket, "add"): "accumulation",
         (gradient_buckets._Bucket, "_take"): "accumulation",
-        (gradient_buckets.GradientBucketOptimizer, "_gradient_norm"): "norm",
         (partitioned_parameters, "_fill_rows"): "accumulation",
         (partitioned_parameters.PartitionedParameterOptimizer, "_finish_reductions"): "accumulation",
         (clipped_update.ClippedUpdate, "_gradient_norm"): "norm",

@@ -116,12 +116,11 @@ def test_operators_on_cpu_are_counted_per_step() -> None:
 def test_parts_of_the_optimizer_are_ranges_only_meanwhile() -> None:
     from qwen3next_train.engine import partitioned_parameters
     from qwen3next_train.engine.clipped_update import ClippedUpdate
-    from qwen3next_train.engine.gradient_buckets import GradientBucketOptimizer
+    from qwen3next_train.engine.gradient_buckets import _Bucket
 
     def named() -> list[object]:
         finish = partitioned_parameters.PartitionedParameterOptimizer._finish_reductions
-        norms: list[object] = [GradientBucketOptimizer._gradient_norm, ClippedUpdate._gradient_norm]
-        return [*norms, finish, partitioned_parameters._fill_rows]
+        return [_Bucket.add, ClippedUpdate._gradient_norm, finish, partitioned_parameters._fill_rows]
 
     originals = named()
     with named_parts():
