@@ -26,7 +26,7 @@ from tests.unit.kernels.interpreted import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the kernels run as they are")
 
-HEADS = HeadShape(2, 4, 16, 24)
+HEADS = HeadShape(2, 4, 16, 40)
 CHUNK = 64
 
 
@@ -101,22 +101,22 @@ def state_passing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     with warnings.catch_warnings():
         # FLA says that there is no GPU.
         warnings.simplefilter("ignore")
-        from fla.ops.cp import chunk_bwd, chunk_fwd
+        from fla.ops.cp import chunk_fwd
 
         from qwen3next_train.kernels.fla import state_passing as module
 
-    for place, name in ((chunk_fwd, "chunk_cp_fwd_kernel_h"), (chunk_bwd, "chunk_cp_bwd_kernel_dh")):
+    for place, name in ((chunk_fwd, "chunk_cp_fwd_kernel_h"), (module, "chunk_cp_bwd_kernel_dh")):
         monkeypatch.setattr(place, name, _Interpreted(getattr(place, name)))
-        monkeypatch.setattr(place, "_check_cp_device", lambda device: None)
+    monkeypatch.setattr(chunk_fwd, "_check_cp_device", lambda device: None)
     monkeypatch.setattr(module, "chunk_local_cumsum", _cumsum)
     monkeypatch.setattr(module, "chunk_gated_delta_rule_fwd_intra", _intra)
     monkeypatch.setattr(module, "chunk_bwd_dv_local", _dv_local)
     return module
 
 
-@pytest.mark.parametrize("lengths", [(1,), (64,), (65,), (5, 70, 1, 63)])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65,), (5, 70, 1, 63), (130, 5)])
 def test_summaries_and_state_gradients_are_the_recurrences(state_passing: ModuleType, lengths: tuple[int, ...]) -> None:
-    """Odd lengths, several documents, states and transitions apart; every element is written."""
+    """Odd lengths, several documents, empty segments, states and transitions apart; every element is written."""
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
     case = delta_state_gradient(RandomInputs(torch.Generator().manual_seed(0), DEVICE), HEADS, sequences)
     inputs = case.rounded(torch.float32)
@@ -133,3 +133,31 @@ def test_summaries_and_state_gradients_are_the_recurrences(state_passing: Module
     sizes = HEADS.value_dim, HEADS.key_dim
     for found, right in zip(summary.split(sizes, dim=-1), expected.split(sizes, dim=-1), strict=True):
         assert relative_error(found, right) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((16384,), list(range(0, 16385, 1024))),
+        ((1,), [0, 1]),
+        # Six chunks in four segments of two: the last is empty. Of the second document there is only one chunk.
+        ((321, 60), [0, 128, 256, 321, 321, 381, 381, 381, 381]),
+        ((70,) * 17, [70 * document for document in range(18)]),
+    ],
+)
+def test_segments_begin_at_chunks(state_passing: ModuleType, lengths: tuple[int, ...], expected: list[int]) -> None:
+    """Sixteen in all if there are so many chunks, of each document a power of two."""
+    sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
+    found = state_passing._segments(sequences, state_passing._num_segments(sequences))
+    assert (found.tolist(), found.dtype) == (expected, torch.int32)
+
+
+def test_segments_are_joined_as_they_follow_each_other(state_passing: ModuleType) -> None:
+    """Two documents of eight segments, against one segment after the other."""
+    parts = torch.randn(2, 8, 3, 4, 5 + 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states, transitions = parts[:, 0].split((5, 4), dim=-1)
+    for segment in range(1, 8):
+        own, through = parts[:, segment].split((5, 4), dim=-1)
+        states, transitions = through @ states + own, through @ transitions
+    found = state_passing.joined(parts, value_dim=5)
+    assert relative_error(found, torch.cat((states, transitions), dim=-1)) < 1e-13
