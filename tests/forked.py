@@ -37,10 +37,12 @@ class Apart:
         prepare: called there before anything else.
     """
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
         self._connection, theirs = pipe()
-        self._process = start(_answer, prepare, theirs)
+        self._process = start(_answer, theirs)
         theirs.close()
+        if prepare is not None:
+            self.call(prepare)
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +63,7 @@ class Apart:
         return returned
 
 
-def _answer(prepare: Callable[[], None], connection: Connection) -> None:
-    prepare()
+def _answer(connection: Connection) -> None:
     while True:
         try:
             function, arguments, named = connection.recv()

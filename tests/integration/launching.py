@@ -85,7 +85,8 @@ def environment() -> dict[str, str]:
 class Forked:
     """The program in one process, which is forked and not started: the same from its first line on.
 
-    Or torchrun, which starts its processes for real. Attributes and methods are those of :class:`subprocess.Popen`.
+    Or torchrun, which starts its processes for real, Sphinx, or a script by its path. Attributes and methods are those
+    of :class:`subprocess.Popen`.
     """
 
     def __init__(
@@ -140,6 +141,10 @@ def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path],
         from torch.distributed.run import main as torchrun
 
         torchrun()
+    elif argv[0] == "sphinx":
+        from sphinx.cmd.build import main as sphinx
+
+        sys.exit(sphinx())
     elif argv[0].endswith(".py"):
         sys.path.insert(0, str(Path(argv[0]).parent))
         runpy.run_path(argv[0], run_name="__main__")
@@ -152,7 +157,7 @@ def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path],
 def run_forked(
     args: list[str], cwd: Path = REPOSITORY, *, program: str = "qwen3next-train"
 ) -> subprocess.CompletedProcess[str]:
-    """:func:`run` where the start of the process is not what is tested; or of a script, by its path."""
+    """:func:`run` where the start of the process is not what is tested; or of another ``program``."""
     return _ended(args, Forked(args, program=program, cwd=cwd))
 
 
