@@ -138,11 +138,11 @@ def test_the_delta_rule_is_compared_in_all_six_gradients_and_both_outputs() -> N
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_kernel_is_found(name: str, dtype: torch.dtype) -> None:
+def test_a_wrong_kernel_is_found(name: str) -> None:
+    """Where the bound is widest; what is wrong by more than that in bf16 is so in fp32."""
     operation, kernels = with_wrong(name)
-    errors = kernel_errors(operation, kernels, MODEL, CPU, dtype)
-    assert max(errors.values()) > 2 * BOUNDS[dtype]
+    errors = kernel_errors(operation, kernels, MODEL, CPU, torch.bfloat16)
+    assert max(errors.values()) > 2 * max(BOUNDS.values())
 
 
 def test_only_the_wrong_gradient_is_named() -> None:
