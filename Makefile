@@ -19,7 +19,9 @@ RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest
 # A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those
 # that take longest come first.
-PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PARALLEL := --dist loadfile --no-loadscope-reorder
+# One more than there are cores, where tests wait for ranks, launchers and Slurm.
+WAITING_JOBS ?= $(if $(filter 1,$(JOBS)),1,$(shell expr $(JOBS) + 1))
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 ifeq ($(VENV),.venv)
@@ -98,13 +100,13 @@ contracts: $(ENV)  ## who may import whom (setup.cfg)
 	$(VENV)/bin/lint-imports
 
 test: test-fast  ## all tests that need no GPU, the fast ones first
-	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)"
+	$(PYTEST) -n $(WAITING_JOBS) $(PARALLEL) -m "not gpu and (dist or slow)"
 
 test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
-	$(PYTEST) $(PARALLEL) -m "not gpu and not dist and not slow"
+	$(PYTEST) -n $(JOBS) $(PARALLEL) -m "not gpu and not dist and not slow"
 
 test-dist: $(ENV)  ## the tests that start several processes, on CPU
-	$(PYTEST) $(PARALLEL) -m "dist and not gpu"
+	$(PYTEST) -n $(WAITING_JOBS) $(PARALLEL) -m "dist and not gpu"
 
 test-gpu: $(ENV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

@@ -68,6 +68,29 @@ class StepTime:
         return {each.name.removesuffix("_s"): getattr(self, each.name) for each in fields(self)}
 
 
+@dataclass(frozen=True)
+class _Elements:
+    """Elements of the model under a layout's sizes, whatever else is chosen.
+
+    Args:
+        held: on a rank.
+        owned: whose optimizer state a rank holds when it is sharded.
+        dense: of those held, no expert's.
+        dense_alone: of these, what no other rank holds.
+        shared: of those held, what other ranks hold too.
+        sent: that a rank sends when every element moves once between the ranks that share it.
+        seconds_per_byte: that this takes, for elements of one byte.
+    """
+
+    held: float
+    owned: float
+    dense: float
+    dense_alone: float
+    shared: float
+    sent: float
+    seconds_per_byte: float
+
+
 class StepClock:
     """Times of steps of one configuration on one kind of device.
 
@@ -89,6 +112,8 @@ class StepClock:
         depths = config.model.mtp_num_layers
         self._num_layers = config.model.num_hidden_layers + depths
         of_kind = {"gdn": gdn, "attention": attention + depths, "moe": self._num_layers, "other": 1}
+        # The search asks for thousands of layouts, of a few sizes.
+        self._elements_of: dict[tuple[int, int, int], _Elements] = {}
         self._kept_bytes = sum(
             of_kind[kind] * sum(tensor.bytes_per_token for tensor in tensors if not tensor.only_as_source)
             for kind, tensors in saved_tensors(config.model, config.run.precision).items()
@@ -192,25 +217,18 @@ class StepClock:
 
     def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
         """Seconds of summing gradients, and of the update."""
-        rates, local, owned, autograds, shared = self.rates, 0.0, 0.0, 0.0, 0.0
-        for kind, count in self._kinds.items():
-            shares = num_shares(kind, layout)
-            held = count * kind.numel / shares
-            local, owned = local + held, owned + held * shares / layout.world_size
-            # Under stage 3 what several ranks share goes DeepSpeed's own way.
-            is_shared = layout.world_size > shares
-            shared += held if is_shared else 0
-            autograds += 0 if kind.num_experts or (is_shared and layout.zero_stage == 3) else held
+        rates, elements = self.rates, self._elements(layout)
         if layout.updates_in_one_pass:
-            update_s = owned / rates.norm_per_s + owned / rates.adamw_per_s
+            update_s = elements.owned / rates.norm_per_s + elements.owned / rates.adamw_per_s
         else:
-            update_s = owned * rates.deepspeed_step_bytes / rates.memory_bytes_per_s
+            update_s = elements.owned * rates.deepspeed_step_bytes / rates.memory_bytes_per_s
         if layout.sums_in_buckets:
-            return micro_batches * autograds / rates.summed_per_s, update_s
+            return micro_batches * elements.dense / rates.summed_per_s, update_s
         if layout.zero_stage == 3:
-            shared_s = shared * (rates.deepspeed_bytes + rates.stage3_bytes) / rates.memory_bytes_per_s
-            return micro_batches * (autograds / rates.summed_per_s + shared_s), update_s
-        summing = micro_batches * local * rates.deepspeed_bytes / rates.memory_bytes_per_s
+            # What several ranks share goes DeepSpeed's own way.
+            shared_s = elements.shared * (rates.deepspeed_bytes + rates.stage3_bytes) / rates.memory_bytes_per_s
+            return micro_batches * (elements.dense_alone / rates.summed_per_s + shared_s), update_s
+        summing = micro_batches * elements.held * rates.deepspeed_bytes / rates.memory_bytes_per_s
         return summing, 0.0 if layout.offload_optimizer else update_s
 
     def _reduction(self, layout: Layout, micro_batches: int, passes_s: float) -> float:
@@ -243,17 +261,32 @@ class StepClock:
 
     def _state(self, layout: Layout, bytes_per_element: int) -> tuple[float, float]:
         """Seconds, and bytes that a rank sends, to move every element once between the ranks that share it."""
-        sent, seconds = 0.0, 0.0
+        elements = self._elements(layout)
+        return bytes_per_element * elements.seconds_per_byte, bytes_per_element * elements.sent
+
+    def _elements(self, layout: Layout) -> _Elements:
+        sizes = (layout.world_size, layout.expert_parallel_size, layout.tensor_parallel_size)
+        if sizes not in self._elements_of:
+            self._elements_of[sizes] = self._count(layout)
+        return self._elements_of[sizes]
+
+    def _count(self, layout: Layout) -> _Elements:
+        held, owned, dense, dense_alone, shared, sent, seconds = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        spans_domains = layout.world_size > self._device.domain_size
         for kind, count in self._kinds.items():
             sets = num_shares(kind, layout)
             ranks = layout.world_size // sets
-            of_kind = bytes_per_element * count * kind.numel / sets * (ranks - 1) / ranks
+            of_kind = count * kind.numel / sets
+            held, owned = held + of_kind, owned + of_kind * sets / layout.world_size
+            dense += 0 if kind.num_experts else of_kind
+            dense_alone += 0 if kind.num_experts or ranks > 1 else of_kind
+            shared += of_kind if ranks > 1 else 0
             # The members of a group within one domain reduce among themselves first and share their network links.
-            spans_domains = layout.world_size > self._device.domain_size
             links = max(1, self._device.domain_size // sets)
             rate = self._network_rate(links) if spans_domains else self.rates.state_bytes_per_s
-            sent, seconds = sent + of_kind, seconds + of_kind / rate
-        return seconds, sent
+            moved = of_kind * (ranks - 1) / ranks
+            sent, seconds = sent + moved, seconds + moved / rate
+        return _Elements(held, owned, dense, dense_alone, shared, sent, seconds)
 
     def _network_rate(self, num_links: int) -> float:
         """Bytes per second between domains through the network links of ``num_links`` GPUs."""

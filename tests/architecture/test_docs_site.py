@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import REPOSITORY
+from tests.integration.launching import REPOSITORY, run_forked
 
 
 def _build(source: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(source), str(output)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """Forked, since autodoc imports the package."""
+    return run_forked(["-q", "-W", "--keep-going", "-b", "html", str(source), str(output)], program="sphinx")
 
 
 @pytest.mark.slow

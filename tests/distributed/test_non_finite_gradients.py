@@ -33,12 +33,13 @@ CASES = [
 def _config(
     zero_stage: int, precision: str, expert_parallel_size: int, offload: str, context_parallel_size: int
 ) -> Config:
-    """Two micro-batches, on each of two ranks unless they share rows.
+    """Two micro-batches without MTP, on each of two ranks unless they share rows.
 
     Not clipped where experts are not spread, where the norm decides too.
     """
     values = small_config(micro_batch_size=1, clip_grad=0.5 if expert_parallel_size == 2 else 0.0).model_dump()
     values["run"] |= {"precision": precision, "global_batch_size": 4 // context_parallel_size}
+    values["model"]["mtp_num_layers"] = 0
     values["parallel"] |= {
         "expert_parallel_size": expert_parallel_size,
         "zero_stage": zero_stage,

@@ -56,6 +56,16 @@ def _job(layout: Layout, steps: int, *, load: Path | None = None, save: Path | N
     return replace(layout.job, config=config, load=load, save=save)
 
 
+def _is_loaded(origin: Layout, layout: Layout) -> bool:
+    """One rank reads every layout's and is read by every layout; others read their own and those next to it.
+
+    What is read of whose file is found for each parameter, whatever the layouts are
+    (``tests/unit/checkpoint/test_fragments.py``).
+    """
+    apart = abs(LAYOUTS.index(origin) - LAYOUTS.index(layout))
+    return min(apart, len(LAYOUTS) - apart) <= 1 or 1 in (origin.world_size, layout.world_size)
+
+
 def _goes_on(origin: Layout, layout: Layout) -> bool:
     """From its own layout's checkpoint and from the next one's.
 
@@ -66,7 +76,7 @@ def _goes_on(origin: Layout, layout: Layout) -> bool:
 
 @pytest.fixture(scope="module")
 def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
-    """Save at every layout, then load from each at every layout, and go on from some.
+    """Save at every layout, then load at every layout from some, and go on from some of those.
 
     The first checkpoint is loaded into a new engine of the layout, the others into the same one after it has trained.
     Of the two steps that follow the first is one of the weights loaded, the second of the moments too.
@@ -80,7 +90,7 @@ def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
         saving = [_job(layout, SAVED_AT, save=checkpoints[layout]) for layout in layouts]
         saved.update(zip(layouts, train_all(saving, folder / f"save_{size}", num_processes=size), strict=True))
     for size, layouts in by_world.items():
-        pairs = [(origin, layout) for layout in layouts for origin in LAYOUTS]
+        pairs = [(origin, layout) for layout in layouts for origin in LAYOUTS if _is_loaded(origin, layout)]
         # Those of one length in a row: they share an engine.
         pairs.sort(key=lambda pair: (LAYOUTS.index(pair[1]), not _goes_on(*pair)))
         jobs = [
@@ -93,7 +103,7 @@ def reshaped(tmp_path_factory: pytest.TempPathFactory) -> Reshaped:
 
 def test_the_whole_state_arrives_bit_for_bit(reshaped: Reshaped) -> None:
     """Every expert's weights and moments among it."""
-    assert len(reshaped.loaded) == len(LAYOUTS) ** 2
+    assert len(reshaped.loaded) == 29
     for (origin, layout), outcome in reshaped.loaded.items():
         for key, tensor in reshaped.saved[origin].state.items():
             assert tensor.equal(outcome.loaded[key]), (origin, layout, key)

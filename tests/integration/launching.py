@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def environment() -> dict[str, str]:
 class Forked:
     """The program in one process, which is forked and not started: the same from its first line on.
 
-    Or torchrun, which starts its processes for real. Attributes and methods are those of :class:`subprocess.Popen`.
+    Or torchrun, which starts its processes for real, Sphinx, or a script by its path. Attributes and methods are those
+    of :class:`subprocess.Popen`.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Forked:
 
 
 def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path], cwd: Path) -> None:
-    """What the console script of that name does, in a forked process."""
+    """What the console script of that name does, or the script, in a forked process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -139,15 +141,24 @@ def _program(argv: list[str], variables: Mapping[str, str], outputs: list[Path],
         from torch.distributed.run import main as torchrun
 
         torchrun()
+    elif argv[0] == "sphinx":
+        from sphinx.cmd.build import main as sphinx
+
+        sys.exit(sphinx())
+    elif argv[0].endswith(".py"):
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
     else:
         from qwen3next_train.cli.main import main
 
         sys.exit(main())
 
 
-def run_forked(args: list[str], cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """:func:`run` where the start of the process is not what is tested."""
-    return _ended(args, Forked(args, cwd=cwd))
+def run_forked(
+    args: list[str], cwd: Path = REPOSITORY, *, program: str = "qwen3next-train"
+) -> subprocess.CompletedProcess[str]:
+    """:func:`run` where the start of the process is not what is tested; or of another ``program``."""
+    return _ended(args, Forked(args, program=program, cwd=cwd))
 
 
 def run(
@@ -191,7 +202,7 @@ def _ended(args: list[str], process: subprocess.Popen[str] | Forked) -> subproce
     return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
-def start_ranks(args_of_rank: list[list[str]]) -> list[Forked]:
+def start_ranks(args_of_rank: list[list[str]], *, program: str = "qwen3next-train") -> list[Forked]:
     """Fork one process per argument list, as the ranks of one run on this machine."""
     count, port = len(args_of_rank), free_port()
     return [
@@ -199,6 +210,7 @@ def start_ranks(args_of_rank: list[list[str]]) -> list[Forked]:
             args,
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            program=program,
         )
         for rank, args in enumerate(args_of_rank)
     ]

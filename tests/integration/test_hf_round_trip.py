@@ -30,8 +30,8 @@ NUM_TARGETS = sum(len(document) - 1 for document in DOCUMENTS)
 
 
 @pytest.fixture(scope="module")
-def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transformers]:
-    with Transformers(tmp_path_factory.mktemp("transformers") / "log.txt") as process:
+def transformers() -> Iterator[Transformers]:
+    with Transformers() as process:
         yield process
 
 

@@ -1,13 +1,7 @@
-"""transformers' own Qwen3-Next in a process of its own, where FLA and causal-conv1d cannot be imported.
-
-transformers takes those libraries' kernels wherever it finds them, and they crash on the CPU.
-"""
+"""transformers' own Qwen3-Next in a process of its own (:mod:`tests.transformers_apart`)."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-_ROOT = Path(__file__).parents[2]
+from tests.transformers_apart import transformers_apart
 
 FIELDS: dict[str, Any] = {
     "vocab_size": 97,
@@ -42,39 +36,26 @@ FIELDS: dict[str, Any] = {
 class Transformers:
     """The process; a context manager. Importing transformers takes long, so one serves a whole test module."""
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
     def __enter__(self) -> Self:
-        self._stderr = self._log.open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.transformers_child"],
-            cwd=_ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-        )
+        self._process = transformers_apart()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Closes its standard input, at the end of which it ends.
-        self._process.communicate()
-        self._stderr.close()
+        self._process.close()
 
     def save_pretrained(
         self, folder: Path, *, dtype: str = "float32", max_shard_size: str = "100KB", **changes: Any
     ) -> None:
         """Let transformers write a random model."""
-        self._call("save", folder=str(folder), dtype=dtype, max_shard_size=max_shard_size, fields=FIELDS | changes)
+        self._process.call(_save, folder, FIELDS | changes, dtype=dtype, max_shard_size=max_shard_size)
 
     def logits(
         self, folder: Path, documents: Sequence[Sequence[int]], *, dtype: str = "float32"
     ) -> list[npt.NDArray[np.float32]]:
         """Let transformers load a folder: logits ``[tokens, vocabulary]`` of each document."""
-        reply = self._call("logits", folder=str(folder), dtype=dtype, documents=[list(each) for each in documents])
-        assert reply["missing_keys"] == []
-        return [np.array(logits, dtype=np.float32) for logits in reply["logits"]]
+        logits, missing_keys = self._process.call(_logits, folder, documents, dtype)
+        assert missing_keys == []
+        return logits  # type: ignore[no-any-return]
 
     def generate(
         self, folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_token_id: int | None = None
@@ -87,95 +68,69 @@ class Transformers:
             max_new_tokens: at most so many.
             end_token_id: ends a text, and is not among its ids.
         """
-        arguments = {"max_new_tokens": max_new_tokens, "end_token_id": end_token_id}
-        reply = self._call("generate", folder=str(folder), prompts=[list(each) for each in prompts], **arguments)
-        results: list[dict[str, Any]] = reply["results"]
-        return results
+        return self._process.call(_generate, folder, prompts, max_new_tokens, end_token_id)  # type: ignore[no-any-return]
 
     def tokenize(self, folder: Path, text: str) -> dict[str, Any]:
         """Let transformers load a folder's tokenizer: ``ids`` of a text and ``eos_token``."""
-        return self._call("tokenize", folder=str(folder), text=text)
-
-    def _call(self, action: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"action": action} | arguments) + "\n")
-        self._process.stdin.flush()
-        reply = self._process.stdout.readline()
-        assert reply, self._log.read_text()
-        result: dict[str, Any] = json.loads(reply)
-        return result
+        return self._process.call(_tokenize, folder, text)  # type: ignore[no-any-return]
 
 
-def _save(arguments: dict[str, Any]) -> dict[str, Any]:
+def _save(folder: Path, fields: dict[str, Any], *, dtype: str, max_shard_size: str) -> None:
     import torch
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**arguments["fields"]))
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    model = model.to(getattr(torch, arguments["dtype"]))
-    model.config.dtype = arguments["dtype"]
-    model.save_pretrained(arguments["folder"], max_shard_size=arguments["max_shard_size"])
-    return {}
+    model = model.to(getattr(torch, dtype))
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
+def _logits(
+    folder: Path, documents: Sequence[Sequence[int]], dtype: str
+) -> tuple[list[npt.NDArray[np.float32]], list[str]]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
-        arguments["folder"], dtype=arguments["dtype"], attn_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     with torch.no_grad():
-        logits = [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in arguments["documents"]]
-    return {"logits": [each.tolist() for each in logits], "missing_keys": sorted(info["missing_keys"])}
+        logits = [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in documents]
+    return [each.numpy() for each in logits], sorted(info["missing_keys"])
 
 
-def _generate(arguments: dict[str, Any]) -> dict[str, Any]:
+def _generate(
+    folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_id: int | None
+) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, end = arguments["folder"], arguments["end_token_id"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (Path(folder) / "tokenizer.json").exists() else None
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     results = []
-    for prompt in arguments["prompts"]:
+    for prompt in prompts:
         ids = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=arguments["max_new_tokens"],
+            max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=end,
+            eos_token_id=end_token_id,
             pad_token_id=0,
         )[0].tolist()
         new = ids[len(prompt) :]
-        new = new[: new.index(end)] if end in new else new
+        new = new[: new.index(end_token_id)] if end_token_id in new else new
         results.append({"ids": new, "text": None if tokenizer is None else tokenizer.decode(new)})
-    return {"results": results}
+    return results
 
 
-def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
+def _tokenize(folder: Path, text: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments["folder"])
-    ids = tokenizer(arguments["text"], add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return {"ids": ids, "eos_token": tokenizer.eos_token}
-
-
-def _main() -> None:
-    for module in ("fla", "causal_conv1d"):
-        sys.modules[module] = None  # type: ignore[assignment]
-    # Replies alone go to the parent; whatever libraries print goes to the log.
-    replies, sys.stdout = sys.stdout, sys.stderr
-    actions = {"save": _save, "generate": _generate, "logits": _logits, "tokenize": _tokenize}
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        print(json.dumps(actions[arguments["action"]](arguments)), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    _main()

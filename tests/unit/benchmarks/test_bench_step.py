@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,9 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.kernels.routing import TokenPermutation
 from tests.architecture.tree import ROOT
+from tests.integration.launching import run_forked
 
-SCRIPTS = ROOT / "scripts" / "benchmarks"
+SCRIPT = str(ROOT / "scripts" / "benchmarks" / "bench_step.py")
 
 
 @pytest.mark.parametrize(
@@ -51,9 +50,10 @@ def test_balanced_routing_gives_every_expert_the_same_rows_and_no_token_an_exper
 @pytest.mark.slow
 def test_it_measures_the_tiny_model(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
-    command = [sys.executable, str(SCRIPTS / "bench_step.py"), "--config", "qwen3next_tiny.yaml", "--iters", "1"]
-    command += ["--only", "dense/natural", "--profile", "--json", str(target), "--data.sequence_length", "32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    args = ["--config", "qwen3next_tiny.yaml", "--iters", "1", "--only", "dense/natural", "--profile"]
+    args += ["--json", str(target), "--data.sequence_length", "32"]
+    done = run_forked(args, program=SCRIPT)
+    assert done.returncode == 0, done.stderr
     outcomes = json.loads(target.read_text())["results"][0]["outcomes"]
     assert [outcome["case"]["part"] for outcome in outcomes] == ["whole", "layers", *["again"] * 5, "step"]
     again = [outcome["case"]["recompute"] for outcome in outcomes if outcome["case"]["part"] == "again"]
@@ -64,7 +64,5 @@ def test_it_measures_the_tiny_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_refuses_what_it_does_not_know() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_step.py"), "--iters", "0"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = run_forked(["--iters", "0"], program=SCRIPT)
     assert (done.returncode, done.stderr) == (2, "error: --iters: give a whole number > 0\n")

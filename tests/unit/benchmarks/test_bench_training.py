@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwen3next_train.errors import ConfigError
-from tests.integration.launching import SMALL_MODEL, write_corpus
+from tests.integration.launching import SMALL_MODEL, exit_codes, start_ranks, write_corpus
+
+
+def _run_forked(command: list[str], *, check: bool) -> SimpleNamespace:
+    """What torchrun would start for real."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert command[: len(launcher)] == launcher
+    script, *args = command[len(launcher) :]
+    assert exit_codes(start_ranks([args, args], program=script)) == [0, 0]
+    return SimpleNamespace(returncode=0)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_train_and_report_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_training
     from bench_training import main
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(bench_training, "subprocess", SimpleNamespace(run=_run_forked))
     settings = {**SMALL_MODEL, "run.device": "cpu", "run.global_batch_size": "4", "run.micro_batch_size": "1"}
     settings |= {"parallel.expert_parallel_size": "2", "data.sequence_length": "64"}
     settings["data.sources"] = str(write_corpus(tmp_path))

@@ -6,7 +6,7 @@ Use :func:`compare` from a test; the comparison itself runs in a process of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.selftest.case import relative_error
+from tests.transformers_apart import transformers_apart
 from tests.unit.model.parity_cases import ParityCase
 from tests.unit.model.small_models import batch_of, build, scales_of, small_config
-from tests.unit.model.without_kernels import answer, ask
 from tests.unit.model.written_model import written_logits
 
 _NOISE = 1e-7
@@ -64,8 +64,8 @@ class _EverythingInFloat64(TorchFunctionMode):
 
 def compare(cases: Sequence[ParityCase]) -> list[ParityResult]:
     """Run the cases in one child process, where transformers finds no kernels of other packages."""
-    results = ask("tests.unit.model.huggingface_parity", [asdict(case) for case in cases])
-    return [ParityResult(**result) for result in results]
+    with transformers_apart() as process:
+        return [process.call(_measure, case) for case in cases]
 
 
 def largest(errors: Errors) -> tuple[str, float]:
@@ -87,7 +87,8 @@ def _measure(case: ParityCase) -> ParityResult:
     ours, theirs = _ours(model, batch), _transformers(model, batch)
     with _EverythingInFloat64():
         model.double()
-        exact, their_exact, reference = _ours(model, batch), _transformers(model, batch), _written(model, batch)
+        exact, their_exact = _ours(model, batch), _transformers(model, batch)
+    reference = _written(model, batch)
     model.float()
     slow_down(model)
     return ParityResult(
@@ -179,11 +180,3 @@ def slow_down(model: Qwen3NextForCausalLM) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
                 parameter -= 4.0
-
-
-def _measure_all(cases: list[dict[str, Any]]) -> list[dict[str, Errors]]:
-    return [asdict(_measure(ParityCase(**case))) for case in cases]
-
-
-if __name__ == "__main__":
-    answer(_measure_all)

@@ -16,20 +16,21 @@ from qwen3next_train.model.moe import TopKRouter
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.model.rope import rotary_table
 from qwen3next_train.selftest.case import relative_error
+from tests.transformers_apart import transformers_apart
 from tests.unit.model.huggingface_parity import slow_down, transformers_twin
 from tests.unit.model.small_models import batch_of, build, scales_of, small_config
-from tests.unit.model.without_kernels import answer, ask
 
 _TOKENS = 400
 
 
 def measure() -> dict[str, Any]:
     """All measurements by name; pairs are (ours, transformers')."""
-    result: dict[str, Any] = ask("tests.unit.model.transformers_differences", None)
+    with transformers_apart() as process:
+        result: dict[str, Any] = process.call(_everything)
     return result
 
 
-def _everything(_: None) -> dict[str, Any]:
+def _everything() -> dict[str, Any]:
     return {
         "balance": _balance(),
         "gated_norm": _gated_norm(),
@@ -147,7 +148,3 @@ def _loaded_in_bf16() -> dict[str, Any]:
         "bf16": {name: str(layer.get_parameter(name).dtype) for name in names},
         "dropped": sorted(loaded._keys_to_ignore_on_load_unexpected),
     }
-
-
-if __name__ == "__main__":
-    answer(_everything)

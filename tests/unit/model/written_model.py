@@ -74,11 +74,14 @@ def _delta_net(layer: Weights, config: ModelConfig, x_TD: torch.Tensor) -> torch
     strength = 1 / (1 + (-b).exp())
 
     state_NVK, outputs = x_TD.new_zeros(heads, value_dim, key_dim), []
-    for t in range(len(x_TD)):
-        kept = state_NVK * decay[t, :, None, None]
-        surprise = v[t] - (kept * k[t, :, None, :]).sum(-1)
-        state_NVK = kept + (strength[t, :, None] * surprise)[:, :, None] * k[t, :, None, :]
-        outputs.append((state_NVK * q[t, :, None, :]).sum(-1))
+    # Taken apart at once: the gradient of each token taken by itself would be as large as the document.
+    for q_NK, k_NK, v_NV, decay_N, strength_N in zip(
+        *(each.unbind() for each in (q, k, v, decay, strength)), strict=True
+    ):
+        kept = state_NVK * decay_N[:, None, None]
+        surprise = v_NV - (kept * k_NK[:, None, :]).sum(-1)
+        state_NVK = kept + (strength_N[:, None] * surprise)[:, :, None] * k_NK[:, None, :]
+        outputs.append((state_NVK * q_NK[:, None, :]).sum(-1))
     out = torch.stack(outputs)
     out = out / (out.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer["linear_attn.norm.weight"]
     out = out * _silu(z.reshape(-1, heads, value_dim))

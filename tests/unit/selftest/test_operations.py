@@ -138,11 +138,11 @@ def test_the_delta_rule_is_compared_in_all_six_gradients_and_both_outputs() -> N
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_kernel_is_found(name: str, dtype: torch.dtype) -> None:
+def test_a_wrong_kernel_is_found(name: str) -> None:
+    """Where the bound is widest; what is wrong by more than that in bf16 is so in fp32."""
     operation, kernels = with_wrong(name)
-    errors = kernel_errors(operation, kernels, MODEL, CPU, dtype)
-    assert max(errors.values()) > 2 * BOUNDS[dtype]
+    errors = kernel_errors(operation, kernels, MODEL, CPU, torch.bfloat16)
+    assert max(errors.values()) > 2 * max(BOUNDS.values())
 
 
 def test_only_the_wrong_gradient_is_named() -> None:
@@ -157,14 +157,16 @@ def test_a_wrong_and_a_crashing_kernel_fail_alone_and_say_what_to_do() -> None:
         raise RuntimeError("no kernel image\nmore")
 
     kernels = replace(with_wrong("rows to the wrong expert")[1], gdn_prologue=crash)
+    tried = ("gated_delta_rule", "gdn_prologue", "grouped_matmul")
     choices = tuple(
         replace(choice, backend="grouped_mm") if choice.operation == "grouped_matmul" else choice
         for choice in kernels.choices
+        if choice.operation in tried
     )
     checks = {
         check.check: check for check in kernel_checks(replace(kernels, choices=choices), MODEL, CPU, torch.float32)
     }
-    assert list(checks) == [f"kernel {operation}" for operation in OPERATIONS]
+    assert list(checks) == [f"kernel {operation}" for operation in OPERATIONS if operation in tried]
     assert {name for name, check in checks.items() if not check.ok} == {
         "kernel grouped_matmul",
         "kernel gdn_prologue",

@@ -56,10 +56,10 @@ def largest(kernels: KernelSet, dtype: torch.dtype = torch.float32, *, seed: int
     return max(packing_errors(model, random_documents(seed, CPU, count=count)).values())
 
 
-@pytest.mark.parametrize("seed", range(1, 3))
-def test_packed_equals_separate(seed: int) -> None:
-    assert largest(cpu_kernels(), seed=seed, count=6) < BOUNDS[torch.float32] / 2
-    assert largest(cpu_kernels(), torch.bfloat16, seed=seed, count=6) < BOUNDS[torch.bfloat16] / 2
+def test_packed_equals_separate() -> None:
+    """Documents other than those of the test of every weight."""
+    assert largest(cpu_kernels(), seed=1, count=6) < BOUNDS[torch.float32] / 2
+    assert largest(cpu_kernels(), torch.bfloat16, seed=1, count=6) < BOUNDS[torch.bfloat16] / 2
 
 
 def test_documents_are_random_and_one_of_them_is_a_single_token_after_another() -> None:
@@ -85,9 +85,9 @@ def test_every_weight_is_compared_and_mtp_at_each_depth() -> None:
 
 
 @pytest.mark.parametrize("operation", MIXERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_that_ignores_boundaries_is_found(operation: str, dtype: torch.dtype) -> None:
-    assert largest(leaking(operation, cpu_kernels()), dtype) > 10 * BOUNDS[dtype]
+def test_a_kernel_that_ignores_boundaries_is_found(operation: str) -> None:
+    """Where the bound is widest; what is wrong by more than that in bf16 is so in fp32."""
+    assert largest(leaking(operation, cpu_kernels()), torch.bfloat16) > 10 * max(BOUNDS.values())
 
 
 @pytest.mark.parametrize("operation", MIXERS)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from qwen3next_train.config.schema import KernelsConfig
 from qwen3next_train.kernels.fla import process
 from qwen3next_train.kernels.fla.process import only_operations_of_fla, use_tuned_configs
+from qwen3next_train.kernels.selection import select_kernels
+from tests.forked import Apart
 
 NAMES = ("fla.layers", "fla.models")
 SHIPPED = Path(process.__file__).parent / "tuned"
@@ -75,22 +78,26 @@ def test_what_is_shipped_is_complete_and_in_fla_s_form(folder: Path) -> None:
         assert set(record["default_config"]) >= {"kwargs", "num_warps", "num_stages", "num_ctas"}, name
 
 
+UNUSED = ("transformers", "fla.layers", "fla.models")
+
+
+def _select_on_a_gpu() -> tuple[bool, list[str]]:
+    torch.cuda.get_device_capability = lambda device: (8, 0)
+    select_kernels(KernelsConfig(gated_delta_rule="fla"), torch.device("cuda"))
+    assert os.environ["FLA_FLASH_QLA"] == "0"
+    return "fla" in sys.modules, [name for name in UNUSED if name in sys.modules]
+
+
+def _import_the_layers() -> tuple[str, list[str]]:
+    layers, _ = importlib.import_module("fla.layers"), importlib.import_module("fla.models")
+    return layers.GatedDeltaNet.__name__, [name for name in UNUSED if name not in sys.modules]
+
+
 @pytest.mark.slow
 def test_the_selected_rule_brings_no_transformers_and_leaves_the_layers_importable() -> None:
-    code = (
-        "import os, sys, torch\n"
-        "from qwen3next_train.config.schema import KernelsConfig\n"
-        "from qwen3next_train.kernels.selection import select_kernels\n"
-        "unused = ('transformers', 'fla.layers', 'fla.models')\n"
-        "torch.cuda.get_device_capability = lambda device: (8, 0)\n"
-        "select_kernels(KernelsConfig(gated_delta_rule='fla'), torch.device('cuda'))\n"
-        "print('fla' in sys.modules, [name for name in unused if name in sys.modules])\n"
-        "assert os.environ['FLA_FLASH_QLA'] == '0'\n"
-        "import fla.layers, fla.models\n"
-        "print(fla.layers.GatedDeltaNet.__name__, [name for name in unused if name not in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["True []", "GatedDeltaNet []"]
+    with Apart() as process:
+        assert process.call(_select_on_a_gpu) == (True, [])
+        assert process.call(_import_the_layers) == ("GatedDeltaNet", [])
 
 
 def test_nothing_stays_hidden_when_the_import_fails(monkeypatch: pytest.MonkeyPatch) -> None:

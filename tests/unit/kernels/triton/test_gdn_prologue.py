@@ -30,7 +30,7 @@ def case_of(heads: HeadShape, lengths: tuple[int, ...], width: int = 4) -> Case:
         (HeadShape(2, 2, 4, 6), (6,), 3, torch.bfloat16),
         (HeadShape(1, 1, 5, 3), (1,), 2, torch.float32),
         (ONE_HEAD, (40,), 4, torch.float32),
-        *((ONE_HEAD, (first, 24 - first), 4, torch.float32) for first in range(5, 9)),
+        *((ONE_HEAD, (first, 12 - first), 4, torch.float32) for first in range(5, 9)),
     ],
 )
 def test_triton_equals_the_reference(
