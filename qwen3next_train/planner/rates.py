@@ -89,7 +89,7 @@ TABLE: dict[str, Rate] = {
     "network_bytes_per_s": _alike(
         45e9, "no", "not measured: 400 Gbit/s a GPU as DeepEP's users report it on two nodes"
     ),
-    # DeepSpeed's own path: what several ranks share under stage 3, and an offloaded optimizer.
+    # DeepSpeed's own path: an offloaded optimizer.
     "deepspeed_bytes": _alike(
         17,
         "no",
@@ -99,9 +99,12 @@ TABLE: dict[str, Rate] = {
         62, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes an own parameter and step"
     ),
     "stage3_bytes": _alike(
-        25,
+        10,
         "no",
-        f"{_TWO}: ZeRO-3 against ZeRO-2, DeepSpeed's way for all, as bytes a shared parameter and micro-batch",
+        "counted, 2026-11-28: of a gradient shared by R ranks, 6 bytes to lay it out and 12 / R to add it up",
+    ),
+    "stage3_hidden": _alike(
+        0.62, "no", "four H200, 2026-11-28, EP 4: ZeRO-3 has 90 ms of NCCL more than ZeRO-1, 34 of them exposed"
     ),
     "memory_bytes_per_s": _of_memory(3.0e12, "expected of an H100's memory"),
     "host_bytes_per_s": _alike(30e9, "no", "not measured: a GPU's share of its host's memory and PCIe"),
@@ -144,7 +147,8 @@ class Rates:
         network_bytes_per_s: of one GPU's network link, one direction.
         deepspeed_bytes: of memory, a parameter and micro-batch, that DeepSpeed's own path takes longer for.
         deepspeed_step_bytes: read and written a step and parameter that a rank updates.
-        stage3_bytes: what stage 3 adds a micro-batch and parameter that several ranks share.
+        stage3_hidden: as ``reduction_hidden``, of what stage 3 gathers and reduces in every micro-batch.
+        stage3_bytes: of memory, a micro-batch and parameter that several ranks share, for its gradient under stage 3.
         memory_bytes_per_s: of device memory.
         host_bytes_per_s: of an offloaded optimizer.
         is_estimate: nothing was measured on this device, or in this precision.
@@ -180,6 +184,7 @@ class Rates:
     deepspeed_bytes: float
     deepspeed_step_bytes: float
     stage3_bytes: float
+    stage3_hidden: float
     memory_bytes_per_s: float
     host_bytes_per_s: float
     is_estimate: bool

@@ -225,38 +225,42 @@ class StepClock:
         if layout.sums_in_buckets:
             return micro_batches * elements.dense / rates.summed_per_s, update_s
         if layout.zero_stage == 3:
-            # What several ranks share goes DeepSpeed's own way.
-            shared_s = elements.shared * (rates.deepspeed_bytes + rates.stage3_bytes) / rates.memory_bytes_per_s
+            shared_s = elements.shared * rates.stage3_bytes / rates.memory_bytes_per_s
             return micro_batches * (elements.dense_alone / rates.summed_per_s + shared_s), update_s
         summing = micro_batches * elements.held * rates.deepspeed_bytes / rates.memory_bytes_per_s
         return summing, 0.0 if layout.offload_optimizer else update_s
 
     def _reduction(self, layout: Layout, micro_batches: int, passes_s: float) -> float:
         """Seconds that reducing gradients and gathering weights add."""
-        weights = layout.element_bytes
+        weights, rates = layout.element_bytes, self.rates
+        first = min(layout.micro_batches_in_flight, micro_batches)
+        num_passes = -(-micro_batches // layout.micro_batches_in_flight)
+        gathered = self._state(layout, weights)
         if layout.sums_in_buckets:
-            reduced_s, reduced = self._state(layout, max(bytes_of(layout.gradient_dtype), weights))
-            gathered_s, gathered = self._state(layout, weights)
+            reduced = self._state(layout, max(bytes_of(layout.gradient_dtype), weights))
             # A backward pass is two thirds of a micro-batch, or of all that are in flight.
-            first = min(layout.micro_batches_in_flight, micro_batches)
             last = first if micro_batches % layout.micro_batches_in_flight == 0 else 1
-            once_s = self._open(reduced_s, reduced, last * passes_s * 2 / 3)
-            before = -(-micro_batches // layout.micro_batches_in_flight) - 1 if layout.zero_stage == 2 else 0
-            before_s = before * self._open(reduced_s, reduced, first * passes_s)
-            return before_s + once_s + self._open(gathered_s, gathered, first * passes_s / 3)
-        # DeepSpeed all-reduces under stages 1 and 2, and gathers twice a micro-batch under stage 3.
-        per_element = {
-            1: 2 * FP32_BYTES + weights,
-            2: 2 * FP32_BYTES * micro_batches + weights,
-            3: micro_batches * (2 * weights + FP32_BYTES),
-        }[layout.zero_stage]
-        return self._state(layout, per_element)[0]
+            windows = [(reduced, last * passes_s * 2 / 3), (gathered, first * passes_s / 3)]
+            if layout.zero_stage == 2:
+                windows += [(reduced, first * passes_s)] * (num_passes - 1)
+            return sum(self._open(*moved, window_s, rates.reduction_hidden) for moved, window_s in windows)
+        if layout.zero_stage == 3:
+            reduced = self._state(layout, FP32_BYTES)
+            # Gathered for the forward and for the backward pass.
+            windows = [(gathered, first * passes_s / 3), (gathered, first * passes_s * 2 / 3)]
+            windows.append((reduced, first * passes_s))
+            # Measured within a node only.
+            hidden = rates.stage3_hidden if layout.world_size <= self._device.domain_size else 0.0
+            return num_passes * sum(self._open(*moved, window_s, hidden) for moved, window_s in windows)
+        # DeepSpeed all-reduces under stages 1 and 2.
+        times = micro_batches if layout.zero_stage == 2 else 1
+        return self._state(layout, 2 * FP32_BYTES * times + weights)[0]
 
-    def _open(self, seconds: float, sent: float, window_s: float) -> float:
-        """What is seen of a transfer behind passes of ``window_s``."""
+    def _open(self, seconds: float, sent: float, window_s: float, hidden: float) -> float:
+        """What is seen of a transfer, a share ``hidden`` of which hides behind passes of ``window_s``."""
         if not seconds:
             return 0.0
-        exposed = max(seconds * (1 - self.rates.reduction_hidden), seconds - window_s)
+        exposed = max(seconds * (1 - hidden), seconds - window_s)
         return exposed + sent * (1 - exposed / seconds) / self.rates.beside_bytes_per_s
 
     def _state(self, layout: Layout, bytes_per_element: int) -> tuple[float, float]:
