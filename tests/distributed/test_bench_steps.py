@@ -20,6 +20,6 @@ def test_a_row_has_times_rates_and_parts(tmp_path: Path, zero_stage: int, contex
     assert min(report["ms"]) > 0
     assert report["tflops"] > 0
     assert report["plan_bytes"] > 0
-    # Ranges of the profiler: gradients go through buckets under stage 1, through DeepSpeed's own code under stage 3.
-    assert (report["parts"]["accumulation"] > 0) == (zero_stage == 1)
+    # Ranges of the profiler, in which gradients are summed in buckets under stage 1, in partitions under stage 3.
+    assert report["parts"]["accumulation"] > 0
     assert report["parts"]["AdamW"] > 0
