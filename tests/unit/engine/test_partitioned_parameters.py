@@ -194,7 +194,7 @@ def test_every_rank_receives_its_part_of_the_sums(
 
 
 def _optimizer(gradient: torch.Tensor) -> tuple[OnePassAdamW, torch.Tensor]:
-    weight = torch.ones(2)
+    weight = torch.ones_like(gradient)
     optimizer = OnePassAdamW(
         [{"params": [weight]}],
         lr=0.1,
