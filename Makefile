@@ -3,14 +3,15 @@
 #   make PYTHON=python3.12 ...      another interpreter for .venv
 #   make VENV=/path/to/venv ...     an environment of your own (your CUDA torch, say): used as it is, never changed;
 #                                   prepare it once with  pip install -e '.[dev]'
-#   make JOBS=1 test                so many tests at a time instead of one per core
+#   make JOBS=1 test                so many tests at a time instead of one more than there are cores
 
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= qwen3next_tiny.yaml
 PLAN_CONFIG ?= qwen3next_80b.yaml
 ARGS ?=
-JOBS ?= $(shell nproc)
+# One more than there are cores: tests wait for ranks, launchers and child processes.
+JOBS ?= $(shell expr $$(nproc) + 1)
 
 # Or each of the several hundred processes of the tests would compile the package and the tests for itself.
 unexport PYTHONDONTWRITEBYTECODE
@@ -19,9 +20,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest
 # A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those
 # that take longest come first.
-PARALLEL := --dist loadfile --no-loadscope-reorder
-# One more than there are cores, where tests wait for ranks, launchers and Slurm.
-WAITING_JOBS ?= $(if $(filter 1,$(JOBS)),1,$(shell expr $(JOBS) + 1))
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 ifeq ($(VENV),.venv)
@@ -100,13 +99,13 @@ contracts: $(ENV)  ## who may import whom (setup.cfg)
 	$(VENV)/bin/lint-imports
 
 test: test-fast  ## all tests that need no GPU, the fast ones first
-	$(PYTEST) -n $(WAITING_JOBS) $(PARALLEL) -m "not gpu and (dist or slow)"
+	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)"
 
 test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
-	$(PYTEST) -n $(JOBS) $(PARALLEL) -m "not gpu and not dist and not slow"
+	$(PYTEST) $(PARALLEL) -m "not gpu and not dist and not slow"
 
 test-dist: $(ENV)  ## the tests that start several processes, on CPU
-	$(PYTEST) -n $(WAITING_JOBS) $(PARALLEL) -m "dist and not gpu"
+	$(PYTEST) $(PARALLEL) -m "dist and not gpu"
 
 test-gpu: $(ENV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
