@@ -14,8 +14,8 @@ the buckets that several ranks share only the partitions stay, to which each pas
 its first gradient of a pass until its reduction is over. What is under way is at most as large as the largest bucket.
 The last ones of a pass travel during the next micro-batch's forward pass.
 
-Construction, flattening, partitions, master weights and groups stay DeepSpeed's, and so do stage 3 and offload. To
-DeepSpeed both stages are its first.
+Construction, flattening, partitions, master weights and groups stay DeepSpeed's, and so does offload; stage 3 is in
+``engine.partitioned_parameters``. To DeepSpeed both stages here are its first.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def fastest_layouts(
     They differ in what changes neither results nor what is stored: expert-, context- and tensor-parallel size (of the
     latter two also smaller ones than the layout's), ZeRO stage, micro-batch, micro-batches in flight, recompute and the
     exchange of tokens. Of each expert-parallel size, stage and number in flight the best one is named, and the best
-    under stage 1 in any case. With bf16 gradients all are of stage 1.
+    under stage 1 in any case. With bf16 gradients none is of stage 3.
 
     Args:
         config: the configuration; the batch of every step must divide.

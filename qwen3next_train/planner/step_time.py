@@ -3,9 +3,10 @@
 A step of ZeRO-1 is its micro-batches' forward and backward passes, the part of the exchange of tokens that nothing
 hides, and the update. Gradients are reduced to their owners during the last backward pass and weights gathered during
 the next forward pass (``engine.gradient_buckets``): what does not fit behind them lies open, what does makes their
-products slower. ZeRO-2 reduces in every backward pass, which the next forward pass hides as well. Where gradients go
-DeepSpeed's own way, with an offloaded optimizer, nothing is hidden; nor is, by these figures, under stage 3, where what
-nobody shares costs what it does under stage 1.
+products slower. ZeRO-2 reduces in every backward pass, which the next forward pass hides as well. ZeRO-3 gathers and
+reduces in every micro-batch, of which a smaller share hides, and between nodes, where that is not measured, nothing;
+what nobody shares costs what it does under stage 1. Where gradients go DeepSpeed's own way, with an offloaded
+optimizer, nothing is hidden.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def delta_state_gradient_fla(
     key_dim, value_dim = k.shape[3], grad.shape[3]
     block = 32 if key_dim <= 64 else 64
     for document in range(sequences.num_documents):
-        # Not FLA's function, whose grid has the transition's columns too: half of the programs, and the slower half.
+        # Not FLA's function, whose grid has the transition's columns too: half of the programs.
         chunk_cp_bwd_kernel_dh[ceil_div(value_dim, block), grad.shape[2]](
             q=q,
             k=k,
