@@ -21,6 +21,10 @@ _TWO = "steps, 2026-11-28, two H200 of one host, slice4_e512, EP 2, dense, four 
 _PARTS = "micro-batches, 2026-11-26, one H200, ep8_proxy, share of the layers' time"
 
 
+LONG_ROW = 16384
+"""Tokens of a row from which on attention runs at its full rate."""
+
+
 class Rate(NamedTuple):
     """One row of the table.
 
@@ -53,6 +57,11 @@ TABLE: dict[str, Rate] = {
     # The model.
     "products_flops": _alike(750e12, "peak", f"{_PROFILED}; the head alone is as fast on an H200"),
     "attention_flops": _alike(307e12, "peak", f"{_PROFILED} (cuDNN)"),
+    "long_attention_flops": _alike(
+        370e12,
+        "peak",
+        "long rows, 2026-11-28, one H200, cuDNN, 16,384 to 65,536 tokens: 611 to 663 forward, 382 to 387 back",
+    ),
     "logits_per_s": _of_memory(437e9, f"{_PROFILED}: cross entropy"),
     "kept_bytes_per_s": _of_memory(360e9, f"{_PROFILED}: all that is neither product, attention, loss nor optimizer"),
     "expert_weights_per_s": _of_memory(
@@ -76,6 +85,10 @@ TABLE: dict[str, Rate] = {
     "dense_exposed": _alike(0.6, "no", f"{_FOUR}, EP 4 and EP 2 x DP 2, dense, four micro-batches"),
     "exposed_in_flight": _alike(0.6, "no", "steps, 2026-11-28, four H100, EP 4, dense: as much as with one in flight"),
     "exact_wait_s": _alike(0.5e-3, "no", f"{_FOUR}, EP 4, one micro-batch: the host's wait in a layer's forward pass"),
+    # Slices of rows.
+    "passed_bytes_per_s": _of_memory(
+        56e9, "long rows, 2026-11-28, one H200: summary and state gradient of a layer's slice of 16,384 tokens, 1.97 ms"
+    ),
     # What runs beside products takes memory and multiprocessors from them.
     "beside_bytes_per_s": _alike(610e9, "link", f"{_FOUR}: six products of 8192 x 4096 beside a gather of tokens"),
     # Gradients, weights, optimizer under ZeRO-1; a parameter counts once.
@@ -119,6 +132,7 @@ class Rates:
     Args:
         products_flops: FLOP/s of matrix products: linear layers, experts, head.
         attention_flops: FLOP/s of attention scores, forward and backward.
+        long_attention_flops: the same in rows of at least :data:`LONG_ROW` tokens.
         logits_per_s: logits a second through the loss, apart from the head's products.
         kept_bytes_per_s: the rest of the layers, forward and backward, in bytes that are kept for the backward pass.
         expert_weights_per_s: what experts' products take beside their FLOPs, in expert parameters of a rank and
@@ -138,6 +152,8 @@ class Rates:
         dense_exposed: the same of the dense exchange.
         exposed_in_flight: the same of either with two micro-batches in flight.
         exact_wait_s: of the host, in each layer and forward pass.
+        passed_bytes_per_s: what context parallelism computes in a Gated DeltaNet layer beside the rule, forward and
+            backward, in bytes of its values.
         beside_bytes_per_s: bytes sent beside products, in seconds that these take longer.
         summed_per_s: gradients that a kernel of its own adds.
         norm_per_s: parameters a rank updates, through the gradient norm.
@@ -156,6 +172,7 @@ class Rates:
 
     products_flops: float
     attention_flops: float
+    long_attention_flops: float
     logits_per_s: float
     kept_bytes_per_s: float
     expert_weights_per_s: float
@@ -174,6 +191,7 @@ class Rates:
     dense_exposed: float
     exposed_in_flight: float
     exact_wait_s: float
+    passed_bytes_per_s: float
     beside_bytes_per_s: float
     summed_per_s: float
     norm_per_s: float

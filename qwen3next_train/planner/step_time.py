@@ -25,7 +25,7 @@ from qwen3next_train.accounting.hardware import Device
 from qwen3next_train.accounting.layout import FP32_BYTES, Layout, bytes_of
 from qwen3next_train.accounting.memory import ParameterKind, host_bytes_per_gpu, num_shares
 from qwen3next_train.config.schema import Config, RecomputePart
-from qwen3next_train.planner.rates import Rates, rates_of
+from qwen3next_train.planner.rates import LONG_ROW, Rates, rates_of
 
 _NOT_PRODUCTS = frozenset({"attention_scores", "mtp_attention_scores", "gdn_conv", "gdn_delta_rule"})
 """Parts whose time is not that of their FLOPs at the rate of matrix products."""
@@ -124,15 +124,18 @@ class StepClock:
         """One step under a layout whose micro-batches make up the global batch."""
         rates = self.rates
         micro_batches = layout.num_micro_batches(self._config.run.global_batch_size)
-        layers_s, head_s = self._micro_batch(layout)
-        again = sum(_recompute_share(rates, part) for part in layout.recompute)
-        passes_s = layers_s * (1 + again) + head_s
-        exchange_s = self._exchange(layout, micro_batches, layers_s * (1 + again) * micro_batches)
+        layers_s, scores_s, head_s = self._micro_batch(layout)
+        again_s = sum(_recompute_share(rates, part) * layers_s for part in layout.recompute)
+        # Scores are computed again with whole layers alone.
+        again_s += rates.recompute_layer * scores_s if "layer" in layout.recompute else 0.0
+        layers_s += scores_s
+        passes_s = layers_s + again_s + head_s
+        exchange_s = self._exchange(layout, micro_batches, (layers_s + again_s) * micro_batches)
         gradients_s, update_s = self._gradients(layout, micro_batches)
         host_bytes = 2 * host_bytes_per_gpu(self._config.model, layout, kinds=self._kinds)
         return StepTime(
             model_s=micro_batches * (layers_s + head_s),
-            recompute_s=micro_batches * layers_s * again,
+            recompute_s=micro_batches * again_s,
             exchange_s=exchange_s,
             context_s=self._context(layout, micro_batches),
             gradients_s=gradients_s,
@@ -143,8 +146,8 @@ class StepClock:
             idle_s=micro_batches * passes_s * rates.idle_fraction + rates.idle_step_s,
         )
 
-    def _micro_batch(self, layout: Layout) -> tuple[float, float]:
-        """Seconds of layers, and of head and loss, without recompute."""
+    def _micro_batch(self, layout: Layout) -> tuple[float, float, float]:
+        """Seconds of layers but for attention scores, of these, and of head and loss, without recompute."""
         model, rates, tokens = self._config.model, self.rates, layout.num_tokens
         squared = tokens * layout.sequence_length
         forward = forward_flops(model, num_tokens=tokens, sum_squared_lengths=squared)
@@ -155,11 +158,12 @@ class StepClock:
         experts = sum(count * kind.numel for kind, count in self._kinds.items() if kind.num_experts)
         layers_s = (
             (sum(products.values()) - outside) / rates.products_flops
-            + scores / rates.attention_flops
             + tokens * self._kept_bytes / rates.kept_bytes_per_s
             + experts / layout.expert_parallel_size / rates.expert_weights_per_s
         )
-        return layers_s, outside / rates.products_flops + logits / rates.logits_per_s
+        is_long = layout.sequence_length >= LONG_ROW
+        scores_s = scores / (rates.long_attention_flops if is_long else rates.attention_flops)
+        return layers_s, scores_s, outside / rates.products_flops + logits / rates.logits_per_s
 
     def _exchange(self, layout: Layout, micro_batches: int, layers_s: float) -> float:
         """Seconds that the exchange adds to a step whose layers take ``layers_s``."""
@@ -193,7 +197,7 @@ class StepClock:
         return exposed + slower_s + work_s + waits_s
 
     def _context(self, layout: Layout, micro_batches: int) -> float:
-        """Seconds of what travels between the ranks that share rows.
+        """Seconds of what travels between the ranks that share rows, and of what is computed to pass states.
 
         Heads there and back, each one's states to all; in a tensor group tokens to the mixers and outputs back.
         """
@@ -207,7 +211,13 @@ class StepClock:
         between_slices_s = self._to_all(to_slice, size, max(1, self._device.domain_size // tensor))
         between_shares_s = self._to_all(to_share, tensor, self._device.domain_size)
         passes = 3 if "layer" in layout.recompute else 2
-        return passes * micro_batches * (between_slices_s + between_shares_s)
+        passing_s = 0.0
+        if size > 1:
+            values = (
+                gdn_layers * layout.num_tokens * model.linear_num_value_heads * model.linear_value_head_dim / tensor
+            )
+            passing_s = values * layout.element_bytes / self.rates.passed_bytes_per_s
+        return micro_batches * (passes * (between_slices_s + between_shares_s) + passes / 2 * passing_s)
 
     def _to_all(self, to_rank: float, size: int, domain_size: int) -> float:
         """Seconds to send so many bytes to each other of ``size`` ranks, ``domain_size`` of which share fast links."""

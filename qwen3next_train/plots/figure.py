@@ -21,6 +21,10 @@ _DOTS_PER_INCH = 120
 _RAW_ALPHA = 0.25
 _MOST_MARKED = 60
 """Points of a curve that are marked one by one; a longer curve is a line."""
+_MOST_NAMED_INSIDE = 8
+"""Curves of a panel whose names fit into it; the names of more stand once, below all panels."""
+_NAMES_IN_A_ROW = 6
+_NAME_HEIGHT_IN = 0.2
 
 
 def draw_figure(
@@ -28,17 +32,25 @@ def draw_figure(
 ) -> Figure:
     """One picture: the panels in two columns, then the maps; runs keep their colour in all of them.
 
-    A curve's id in an SVG file is its label; a resume is a dashed line of the run's colour.
+    A curve's id in an SVG file is its label; a resume is a dashed line of the run's colour. After ten runs colours
+    begin anew with another stroke.
     """
     # Neither pyplot nor a backend: they hold figures and windows for whoever works interactively.
     from matplotlib.figure import Figure
 
     total = len(panels) + len(maps)
     num_rows = (total + 1) // 2
-    figure = Figure(figsize=(2 * _WIDTH_IN, num_rows * _HEIGHT_IN), layout="constrained", dpi=_DOTS_PER_INCH)
+    crowded = [drawn for drawn in panels if len(drawn.curves) > _MOST_NAMED_INSIDE]
+    names = list(dict.fromkeys(curve.label for drawn in crowded for curve in drawn.curves))
+    height_in = num_rows * _HEIGHT_IN + -(-len(names) // _NAMES_IN_A_ROW) * _NAME_HEIGHT_IN
+    figure = Figure(figsize=(2 * _WIDTH_IN, height_in), layout="constrained", dpi=_DOTS_PER_INCH)
     places = [figure.add_subplot(num_rows, 2, place + 1) for place in range(total)]
     for axes, drawn in zip(places, panels, strict=False):
         _draw_panel(axes, drawn, runs, axis)
+    if names:
+        lines = {line.get_label(): line for axes in places for line in axes.get_lines()}
+        handles = [lines[name] for name in names]
+        figure.legend(handles, names, loc="outside lower center", fontsize="small", ncols=_NAMES_IN_A_ROW)
     # One scale, or runs could not be compared; 0 is balanced.
     fullest = max((float(np.nanmax(balance.values_LC)) for balance in maps), default=0.0)
     for axes, balance in zip(places[len(panels) :], maps, strict=True):
@@ -58,11 +70,12 @@ def render(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
 
 
 def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: Axis) -> None:
-    many = len(drawn.curves) > 1 or len(runs) > 1
+    is_named = (len(drawn.curves) > 1 or len(runs) > 1) and len(drawn.curves) <= _MOST_NAMED_INSIDE
     for number, curve in enumerate(drawn.curves):
         colour = f"C{curve.run % 10}"
-        # Several metrics of one run: told by their strokes.
-        stroke = ("-", "--", "-.", ":")[sum(other.run == curve.run for other in drawn.curves[:number]) % 4]
+        # Several metrics of one run, and runs of one colour: told by their strokes.
+        earlier = sum(other.run == curve.run for other in drawn.curves[:number])
+        stroke = ("-", "--", "-.", ":")[(earlier + curve.run // 10) % 4]
         mark = "." if len(curve.x) <= _MOST_MARKED else ""
         if curve.smooth is not None:
             axes.plot(curve.x, curve.y, stroke, color=colour, alpha=_RAW_ALPHA, gid=f"{curve.label} unsmoothed")
@@ -75,7 +88,7 @@ def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: 
     axes.set_title(drawn.panel.title, fontsize="medium")
     axes.set_xlabel(axis)
     axes.grid(visible=True, alpha=0.3)
-    if many:
+    if is_named:
         # The best place of many long curves takes seconds to find, and matplotlib says so.
         axes.legend(fontsize="small", loc="upper right")
 

@@ -1,9 +1,11 @@
-"""How the benchmarks are called: whole numbers of their options, errors in one line."""
+"""How the benchmarks are called: whole numbers and folders of their options, errors in one line."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from qwen3next_train.errors import ConfigError, TrainError
@@ -18,6 +20,24 @@ def count(option: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{option}: give a whole number > 0 (got {text})")
     return int(text)
+
+
+def scratch_folder(parent: str | None, prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A new folder that is removed at the end of a ``with``.
+
+    Args:
+        parent: where, made if it is missing; None for the place of temporary files.
+        prefix: of its name.
+
+    Raises:
+        ConfigError: it cannot be made there.
+    """
+    try:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+    except OSError as error:
+        raise ConfigError(f"--dir: no folder can be made in {parent}: {error.strerror}") from error
 
 
 def run_main(main: Callable[[list[str]], int]) -> NoReturn:

@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_command import count, run_main
+from bench_command import count, run_main, scratch_folder
 from curve_training import Part, Training, train_all
 
 from qwen3next_train.cli.arguments import Option, parse_arguments
@@ -218,7 +217,7 @@ def main(argv: list[str]) -> int:
     print(HEADER, flush=True)
     # What is asked for by SIGTERM, by timeout(1) for one, still gets a report.
     signal.signal(signal.SIGTERM, _interrupt)
-    with tempfile.TemporaryDirectory(dir=args.last("--dir"), prefix="bench_curves-") as scratch:
+    with scratch_folder(args.last("--dir"), "bench_curves-") as scratch:
         folder = Path(scratch)
         trainings = list(_trainings(fitting, seeds, parts, folder))
         report = Report(trainings, folder, {"config": name, "steps": steps, "settings": settings})

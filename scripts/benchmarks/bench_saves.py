@@ -24,7 +24,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from bench_command import count, run_main
+from bench_command import count, run_main, scratch_folder
 from bench_shapes import random_batch
 from device_timing import GIB, synchronize
 
@@ -356,7 +355,7 @@ def main(argv: list[str]) -> int:
     interval = count("--interval", args.last("--interval") or "5")
     num_intervals = count("--intervals", args.last("--intervals") or "2")
     with (
-        tempfile.TemporaryDirectory(dir=args.last("--dir"), prefix="bench_saves-") as folder,
+        scratch_folder(args.last("--dir"), "bench_saves-") as folder,
         process_context(config.run.device) as context,
     ):
         if context.world_size > 1:

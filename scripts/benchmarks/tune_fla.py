@@ -1,10 +1,10 @@
 """Find the fastest configurations of FLA's gated delta rule on this GPU, and time the rule with them.
 
 ``python scripts/benchmarks/tune_fla.py FOLDER`` lets Triton try every configuration for the rule as training calls it
-(4 x 4096 tokens, heads of the 80B model; minutes with an empty Triton cache) and for what passes its state over a slice
-of as many tokens, and writes one JSON file a kernel in the form that FLA reads (``FLA_CONFIG_DIR``). Files meant to be
-shipped go to ``qwen3next_train/kernels/fla/tuned/sm90/``. The table printed says how long tuning took, what the rule
-takes forward and backward, and whether rows as a batch would be faster than rows as packed documents.
+(4 x 4096 tokens, heads of the 80B model; minutes with an empty Triton cache) and writes one JSON file a kernel in the
+form that FLA reads (``FLA_CONFIG_DIR``). Files meant to be shipped go to ``qwen3next_train/kernels/fla/tuned/sm90/``.
+The table printed says how long tuning took, what the rule takes forward and backward, and whether rows as a batch would
+be faster than rows as packed documents.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ def main(folder: Path) -> None:
     os.environ["FLA_CACHE_MODE"] = "disabled"
     os.environ["FLA_FLASH_QLA"] = "0"
     from qwen3next_train.kernels.fla.gated_delta_rule import gated_delta_rule_fla
-    from qwen3next_train.kernels.fla.state_passing import delta_rule_summary_fla, delta_state_gradient_fla
 
     device = torch.device("cuda")
     inputs = operands(device)
@@ -86,12 +85,6 @@ def main(folder: Path) -> None:
 
     started = time.perf_counter()
     forward_and_backward(packed, inputs)
-    with torch.no_grad():
-        # A slice of a long row.
-        one = VarlenMetadata.from_lengths([ROWS * LENGTH], device)
-        gates = {"g_TN": inputs.g, "beta_TN": inputs.beta, "sequences": one}
-        delta_rule_summary_fla(inputs.k, inputs.v, **gates)
-        delta_state_gradient_fla(inputs.q, inputs.k, inputs.grad, **gates)
     torch.cuda.synchronize()
     print(f"{device_name(device)}: tuned in {time.perf_counter() - started:.1f} s")
     tuners = tuned_kernels()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3next_train.plots.figure import draw_figure, render
-from qwen3next_train.plots.panels import balance_maps, draw_panels
+from qwen3next_train.plots.panels import Curve, DrawnPanel, Panel, balance_maps, draw_panels
 from qwen3next_train.plots.runs import LoggedRun, read_runs
 from tests.unit.plots.runs import row, write_run
 
@@ -88,3 +88,20 @@ def test_a_png_file_has_the_size_of_its_panels(runs: list[LoggedRun]) -> None:
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     # Two panels and a map in two columns, 6 by 3.4 inches at 120 dots each.
     assert struct.unpack(">II", png[16:24]) == (2 * 720, 2 * 408)
+
+
+def test_names_of_many_curves_stand_once_below_the_panels() -> None:
+    """Twenty-three in two panels: in both they would leave no room for the curves."""
+    x = np.arange(5.0)
+    curves = tuple(Curve(f"run {number}", number, x, x + number, None) for number in range(23))
+    panels = [DrawnPanel(Panel(title, "loss/lm"), curves) for title in ("first", "second")]
+    figure = draw_figure(panels, [], [], "steps")
+    svg = render(figure, "svg")
+    texts = [each.text for each in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert [texts.count(curve.label) for curve in curves] == [1] * 23
+    assert [axes.get_legend() for axes in figure.axes] == [None, None]
+    # A row of panels, and four rows of six names.
+    assert tuple(figure.get_size_inches()) == pytest.approx((12, 3.4 + 4 * 0.2))
+    assert all(axes.get_position().height > 0.6 for axes in figure.axes)
+    strokes = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(set(strokes.values())) == 23
