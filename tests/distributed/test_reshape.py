@@ -144,7 +144,8 @@ def test_the_80b_of_one_node_goes_on_with_its_experts_over_half_its_ranks(tmp_pa
     of its eight GPUs; bf16 moments, whole layers recomputed.
     """
     narrow = {
-        "model.num_hidden_layers": 4,
+        "model.num_hidden_layers": 2,
+        "model.full_attention_interval": 2,
         "run.global_batch_size": 16,
         "model.hidden_size": 32,
         "model.vocab_size": 256,
