@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 TOGETHER = {
     "tests/distributed/": "ranks that stay",
     **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes", "slurm")), "two ranks"),
+    "tests/unit/engine/": "imports DeepSpeed",
     "tests/unit/kernels/fla/": "imports FLA",
     "tests/unit/plots/": "imports matplotlib",
 }
