@@ -113,7 +113,7 @@ def train(engine: Engine, decisions: list[float], config: Config, context: Proce
         lr = learning_rate(config, step + 1)
         result = engine.train_step(batches, totals=totals, lr=lr, report=Report.SUMMARY)
         metrics.append(result.metrics)
-        margins.append(min(decisions))
+        margins += [min(decisions)] if decisions else []
         decisions.clear()
     if job["save"]:
         _save(engine, job["save"], config, context)
@@ -185,5 +185,6 @@ def perform(context: ProcessContext, jobs_path: str) -> None:
         needed = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1})})
         if needed != built_for or not job["load"]:
             engine, built_for = build_engine(config, context), needed
-            decisions = watch_margins(engine._model)
+            # To look at them takes every rank time; all ranks decide as one alone does, or their curves differ.
+            decisions = watch_margins(engine._model) if context.world_size == 1 else []
         train(engine, decisions, config, context, job)

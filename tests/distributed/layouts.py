@@ -21,7 +21,7 @@ class Outcome:
 
     Args:
         metrics: by step.
-        margins: by step, the narrowest routing decision of rank 0 in logits.
+        margins: by step, the narrowest routing decision in logits; empty for more than one rank.
         state: by ``(parameter name, kind)``, all ranks' together, after the last step.
         loaded: the same right after loading; empty for a training that began anew.
     """
