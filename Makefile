@@ -21,6 +21,8 @@ PYTEST := $(RUN) pytest
 # A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those
 # that take longest come first.
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Files with tests that are slow or start processes: to import the others as well takes every worker longer.
+SLOW = $(shell grep -rlE --include='test_*.py' 'mark\.(dist|slow)' tests | LC_ALL=C sort)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 ifeq ($(VENV),.venv)
@@ -99,7 +101,7 @@ contracts: $(ENV)  ## who may import whom (setup.cfg)
 	$(VENV)/bin/lint-imports
 
 test: test-fast  ## all tests that need no GPU, the fast ones first
-	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)"
+	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)" $(SLOW)
 
 test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
 	$(PYTEST) $(PARALLEL) -m "not gpu and not dist and not slow"

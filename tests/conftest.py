@@ -29,9 +29,13 @@ if not torch.cuda.is_available():
 TOGETHER = {
     "tests/distributed/": "ranks that stay",
     **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes", "slurm")), "two ranks"),
+    "tests/unit/engine/": "imports DeepSpeed",
+    "tests/unit/kernels/fla/": "imports FLA",
+    "tests/unit/plots/": "imports matplotlib",
 }
 """Files that one worker does in one go, by the beginning of their path: ranks that stay (``tests.distributed.ranks``),
-and the files that compare with the run of the fixture ``two_ranks``."""
+the files that compare with the run of the fixture ``two_ranks``, and those of a library that takes seconds to import.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

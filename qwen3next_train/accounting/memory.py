@@ -187,6 +187,7 @@ def memory_per_gpu(
     layout: Layout,
     *,
     kinds: Counter[ParameterKind] | None = None,
+    states: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Bytes on one GPU at the fullest moment of a step, by part; their sum is the total.
 
@@ -194,6 +195,7 @@ def memory_per_gpu(
         model: shape of the model.
         layout: processes, experts, ZeRO stage, precision, micro-batch and what is kept.
         kinds: :func:`parameter_kinds` of the model, for a caller that tries many layouts.
+        states: :func:`state_bytes` of the layout, where they are known.
 
     Returns:
         ``weights``, ``gradients``, ``optimizer``, ``zero_buffers`` (gradients on their way and, under stage 3, gathered
@@ -208,7 +210,7 @@ def memory_per_gpu(
     kinds = parameter_kinds(model) if kinds is None else kinds
     activations = activation_bytes(model, layout)
     parts = {
-        **state_bytes(model, layout, kinds=kinds),
+        **(state_bytes(model, layout, kinds=kinds) if states is None else states),
         **activations,
         "optimizer_step": max(0, _step_copy(kinds, layout) - sum(activations.values())),
     }

@@ -164,17 +164,17 @@ class _Room:
 
     def __init__(self, config: Config, device: Device, kinds: Counter[ParameterKind]) -> None:
         self._config, self._device, self._kinds = config, device, kinds
-        self._states_fit: dict[tuple[object, ...], bool] = {}
+        self._states: dict[tuple[object, ...], dict[str, int]] = {}
 
     def memory_of(self, layout: Layout) -> int | None:
         """Bytes on one GPU; None where they do not fit."""
-        states = tuple(value for name, value in vars(layout).items() if name not in _OF_MICRO_BATCHES)
-        if states not in self._states_fit:
-            by_part = state_bytes(self._config.model, layout, kinds=self._kinds)
-            self._states_fit[states] = fits_device(sum(by_part.values()), self._device)
-        if not self._states_fit[states]:
+        key = tuple(value for name, value in vars(layout).items() if name not in _OF_MICRO_BATCHES)
+        if key not in self._states:
+            self._states[key] = state_bytes(self._config.model, layout, kinds=self._kinds)
+        states = self._states[key]
+        if not fits_device(sum(states.values()), self._device):
             return None
-        memory_bytes = sum(memory_per_gpu(self._config.model, layout, kinds=self._kinds).values())
+        memory_bytes = sum(memory_per_gpu(self._config.model, layout, kinds=self._kinds, states=states).values())
         return memory_bytes if fits_device(memory_bytes, self._device) else None
 
 

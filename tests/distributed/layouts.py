@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from qwen3next_train.config.schema import Config
-from qwen3next_train.held_elements import Runs
 from qwen3next_train.parameters import parameter_table
+from tests.distributed.layout_worker import KINDS, read_state
 from tests.distributed.ranks import perform
 
 
@@ -21,7 +21,7 @@ class Outcome:
 
     Args:
         metrics: by step.
-        margins: by step, the narrowest routing decision of rank 0 in logits.
+        margins: by step, the narrowest routing decision in logits; empty for more than one rank.
         state: by ``(parameter name, kind)``, all ranks' together, after the last step.
         loaded: the same right after loading; empty for a training that began anew.
     """
@@ -78,12 +78,10 @@ def _read(job: Job, out: Path, num_processes: int) -> Outcome:
 
 def _assembled(config: Config, out: Path, prefix: str, num_processes: int) -> dict[tuple[str, str], torch.Tensor]:
     sizes = {spec.name: spec.numel for spec in parameter_table(config.model)}
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    state = {(name, kind): torch.full((size,), torch.nan) for name, size in sizes.items() for kind in kinds}
+    state = {(name, kind): torch.full((size,), torch.nan) for name, size in sizes.items() for kind in KINDS}
     owned = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
     for rank in range(num_processes):
-        for name, fields, tensors in torch.load(out / f"{prefix}_{rank}.pt", weights_only=True):
-            runs = Runs(**fields)
+        for name, runs, tensors in read_state(out / f"{prefix}_{rank}.safetensors"):
             runs.of(owned[name]).add_(1)
             for kind, tensor in tensors.items():
                 runs.of(state[name, kind]).copy_(tensor.view(runs.count, runs.length))

@@ -29,7 +29,7 @@ def train(config: Config, context: ProcessContext, *, samples: bool) -> dict[str
     texts = []
 
     def sample() -> None:
-        for sampling in (Sampling(5), Sampling(5, temperature=1.0, top_p=0.9, seed=len(metrics))) if samples else ():
+        for sampling in (Sampling(3), Sampling(3, temperature=1.0, top_p=0.9, seed=len(metrics))) if samples else ():
             found = engine.continue_prompts(PROMPTS, sampling, end_token_id=11, max_batch_tokens=36)
             texts.append([each.ids for each in found])
 

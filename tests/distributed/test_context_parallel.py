@@ -53,10 +53,10 @@ CASES = [(sizes, setting) for sizes, settings in LAYOUTS.items() for setting in 
 
 
 def _config(settings: dict[str, Any], sizes: Sizes) -> Config:
-    """Two steps of two micro-batches, two MTP depths, clipped."""
+    """A step of two micro-batches, two MTP depths, clipped. What follows from its weights is in the layout matrix."""
     values = small_config(
         micro_batch_size=settings.get("micro_batch_size", 1),
-        steps=2,
+        steps=1,
         clip_grad=0.5,
         scope=settings.get("scope", "sequence"),
     ).model_dump()

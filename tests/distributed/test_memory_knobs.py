@@ -15,8 +15,12 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def _config(zero_stage: int, **parallel: Any) -> Config:
-    """Two steps of two micro-batches, on each of two ranks unless they share rows."""
-    values = small_config(micro_batch_size=1, steps=2, clip_grad=0.5, scope="global").model_dump()
+    """A step of two micro-batches, on each of two ranks unless they share rows.
+
+    Gradients, norm and update are all that the settings could change; optimizer states that go on for several steps are
+    compared in ``tests/unit/engine/test_memory_knobs.py``.
+    """
+    values = small_config(micro_batch_size=1, steps=1, clip_grad=0.5, scope="global").model_dump()
     shares_rows = {"context_parallel_size", "tensor_parallel_size"} & parallel.keys()
     values["run"]["global_batch_size"] = 2 if shares_rows else 4
     values["parallel"] |= {"expert_parallel_size": 2, "zero_stage": zero_stage, **parallel}

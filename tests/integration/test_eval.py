@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,11 @@ def test_each_document_alone(
         assert result["bpb"] is None
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 50, 1 << 20])
-@pytest.mark.parametrize("sequence_length", [1, 8, 39, 40, 4096])
+@pytest.mark.parametrize(
+    ("sequence_length", "batch_tokens"),
+    # Pieces of one token in batches of one would be as many passes as there are tokens.
+    [each for each in product((1, 8, 39, 40, 4096), (1, 50, 1 << 20)) if each != (1, 1)],
+)
 def test_long_documents_are_cut_and_still_predict_every_token(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

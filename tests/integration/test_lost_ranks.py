@@ -28,8 +28,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def _start(form: str, args: list[str]) -> subprocess.Popen[str] | Forked:
+    """Launchers are forked, what they start is not."""
     if form == "own launcher":
-        return start("console", ["--nproc-per-node", "2", *args])
+        return Forked(["--nproc-per-node", "2", *args])
     return start("module", args, num_processes=2)
 
 

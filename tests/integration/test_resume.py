@@ -113,7 +113,7 @@ def test_own_launcher_ends_quietly_and_a_second_start_meanwhile_leaves_no_trace(
     second = run_forked(args[2:])
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
-    second = run_forked(args)
+    second = run_forked(["--nproc-per-node", "1", *args[2:]])
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
     assert not (run_dir / "exit.json").exists()

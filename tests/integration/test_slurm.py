@@ -38,11 +38,9 @@ pytestmark = [
 RESOURCES = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=100")
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Cluster]:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    with cluster(folder) as running:
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 

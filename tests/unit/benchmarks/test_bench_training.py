@@ -29,7 +29,7 @@ def test_two_ranks_train_and_report_what_a_run_would(tmp_path: Path, monkeypatch
     from bench_training import main
 
     monkeypatch.setattr(bench_training, "subprocess", SimpleNamespace(run=_run_forked))
-    settings = {**SMALL_MODEL, "run.device": "cpu", "run.global_batch_size": "4", "run.micro_batch_size": "1"}
+    settings = {**SMALL_MODEL, "run.device": "cpu", "run.global_batch_size": "2", "run.micro_batch_size": "1"}
     settings |= {"parallel.expert_parallel_size": "2", "data.sequence_length": "64"}
     settings["data.sources"] = str(write_corpus(tmp_path))
     overrides = [word for key, value in settings.items() for word in (f"--{key}", value)]
@@ -37,7 +37,7 @@ def test_two_ranks_train_and_report_what_a_run_would(tmp_path: Path, monkeypatch
     options = ["--config", "qwen3next_tiny.yaml", "--gpus", "2", "--steps", "7", "--json", str(target)]
     assert main([*options, *overrides]) == 0
     report = json.loads(target.read_text())
-    assert (report["num_gpus"], report["tokens"], report["skipped"]) == (2, 4 * 64, 0)
+    assert (report["num_gpus"], report["tokens"], report["skipped"]) == (2, 2 * 64, 0)
     assert len(report["loss"]) == len(report["grad_norm"]) == len(report["step_s"]) == 7
     # Uniform over the vocabulary before the first step.
     assert report["loss"][0] == pytest.approx(8.318, abs=0.05)

@@ -185,6 +185,7 @@ def test_loss_by_source_and_position_leaves_the_curve_bit_equal(
     results = []
     for groupings in ([], ["source", "position"]):
         values = small_config(micro_batch_size=1).model_dump()
+        values["run"]["global_batch_size"] = 3
         values["parallel"] |= {"zero_stage": zero_stage, "micro_batches_in_flight": in_flight}
         values["data"]["sources"] = [{"source": name} for name in ("a", "b", "c")]
         values["logging"]["loss_by"] = groupings

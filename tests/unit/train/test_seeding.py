@@ -1,12 +1,12 @@
+import hashlib
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
+from tests.forked import Apart
 
 
 def draw() -> tuple[float, float, float]:
@@ -60,21 +60,20 @@ def test_deterministic_kernels_on_cpu_only():
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-BITS = """
-import hashlib, torch
-from qwen3next_train.train.seeding import fix_cpu_threads, seed_everything, use_deterministic_kernels
-seed_everything(5); fix_cpu_threads(1); use_deterministic_kernels(torch.device("cpu"))
-x = torch.randn(257, 513, requires_grad=True)
-y = torch.zeros(64, 513).index_add(0, torch.randint(64, (257,)), x) @ torch.randn(513, 129)
-y.logsumexp(1).sum().backward()
-print(hashlib.sha256(x.grad.numpy().tobytes()).hexdigest())
-"""
+def bits() -> str:
+    seed_everything(5)
+    fix_cpu_threads(1)
+    use_deterministic_kernels(torch.device("cpu"))
+    x = torch.randn(257, 513, requires_grad=True)
+    y = torch.zeros(64, 513).index_add(0, torch.randint(64, (257,)), x) @ torch.randn(513, 129)
+    y.logsumexp(1).sum().backward()
+    return hashlib.sha256(x.grad.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.slow
 def test_two_processes_compute_the_same_bits():
-    digests = {
-        subprocess.run([sys.executable, "-c", BITS], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    }
+    digests = set()
+    for _ in range(2):
+        with Apart() as process:
+            digests.add(process.call(bits))
     assert len(digests) == 1
