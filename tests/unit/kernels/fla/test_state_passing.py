@@ -19,13 +19,13 @@ from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule,
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import RandomInputs, relative_error
-from qwen3next_train.selftest.mixer_cases import delta_state_gradient
+from qwen3next_train.selftest.mixer_cases import delta_rule_summary, delta_state_gradient
 from tests.unit.kernels.comparison import uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the kernels run as they are")
 
-HEADS = HeadShape(2, 4, 16, 40)
+HEADS = HeadShape(2, 6, 16, 40)
 CHUNK = 64
 
 
@@ -125,8 +125,20 @@ def test_summaries_and_state_gradients_are_the_recurrences(state_passing: Module
 def test_segments_begin_at_chunks(state_passing: ModuleType, lengths: tuple[int, ...], expected: list[int]) -> None:
     """Eight in all if there are so many chunks, of each document a power of two."""
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
-    found = state_passing._segments(sequences, state_passing._num_segments(sequences))
+    found = state_passing._segments(sequences, state_passing._num_segments(sequences, 128))
     assert (found.tolist(), found.dtype) == (expected, torch.int32)
+
+
+def test_large_heads_are_not_cut_into_segments(state_passing: ModuleType) -> None:
+    """Two transitions of 256 keys are not joined: one fills more than a multiprocessor's shared memory."""
+    sequences = VarlenMetadata.from_lengths((16384, 16384), DEVICE)
+    assert [state_passing._num_segments(sequences, key_dim) for key_dim in (128, 129, 256)] == [4, 1, 1]
+    short, heads = VarlenMetadata.from_lengths((130,), DEVICE), HeadShape(1, 1, 130, 8)
+    case = delta_rule_summary(RandomInputs(torch.Generator().manual_seed(0), DEVICE), heads, short)
+    inputs = case.rounded(torch.float32)
+    found = state_passing.delta_rule_summary_fla(**inputs, sequences=short)
+    exact = {name: value.double() for name, value in inputs.items()}
+    assert relative_error(found, summary_by(recurrent_gated_delta_rule)(**exact, sequences=short)) < 1e-6
 
 
 def test_segments_are_joined_as_they_follow_each_other(state_passing: ModuleType) -> None:
