@@ -213,9 +213,8 @@ class StepClock:
         passes = 3 if "layer" in layout.recompute else 2
         passing_s = 0.0
         if size > 1:
-            values = (
-                gdn_layers * layout.num_tokens * model.linear_num_value_heads * model.linear_value_head_dim / tensor
-            )
+            # In a tensor group a share of the heads, of as many times the tokens.
+            values = gdn_layers * layout.num_tokens * model.linear_num_value_heads * model.linear_value_head_dim
             passing_s = values * layout.element_bytes / self.rates.passed_bytes_per_s
         return micro_batches * (passes * (between_slices_s + between_shares_s) + passes / 2 * passing_s)
 

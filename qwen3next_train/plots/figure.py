@@ -14,6 +14,7 @@ from qwen3next_train.plots.runs import Axis, LoggedRun
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 _WIDTH_IN = 6.0
 _HEIGHT_IN = 3.4
@@ -23,8 +24,11 @@ _MOST_MARKED = 60
 """Points of a curve that are marked one by one; a longer curve is a line."""
 _MOST_NAMED_INSIDE = 8
 """Curves of a panel whose names fit into it; the names of more stand once, below all panels."""
-_NAMES_IN_A_ROW = 6
+_MOST_IN_A_ROW = 6
 _NAME_HEIGHT_IN = 0.2
+_STROKE_WIDTH_IN = 0.6
+"""Of a name's sample of its curve, with what is left free around both."""
+_LETTER_WIDTH_IN = 0.075
 
 
 def draw_figure(
@@ -42,7 +46,8 @@ def draw_figure(
     num_rows = (total + 1) // 2
     crowded = [drawn for drawn in panels if len(drawn.curves) > _MOST_NAMED_INSIDE]
     names = list(dict.fromkeys(curve.label for drawn in crowded for curve in drawn.curves))
-    height_in = num_rows * _HEIGHT_IN + -(-len(names) // _NAMES_IN_A_ROW) * _NAME_HEIGHT_IN
+    in_a_row = _names_in_a_row(names)
+    height_in = num_rows * _HEIGHT_IN + -(-len(names) // in_a_row) * _NAME_HEIGHT_IN
     figure = Figure(figsize=(2 * _WIDTH_IN, height_in), layout="constrained", dpi=_DOTS_PER_INCH)
     places = [figure.add_subplot(num_rows, 2, place + 1) for place in range(total)]
     for axes, drawn in zip(places, panels, strict=False):
@@ -50,7 +55,9 @@ def draw_figure(
     if names:
         lines = {line.get_label(): line for axes in places for line in axes.get_lines()}
         handles = [lines[name] for name in names]
-        figure.legend(handles, names, loc="outside lower center", fontsize="small", ncols=_NAMES_IN_A_ROW)
+        numbers = map(str, range(len(names)))
+        legend = figure.legend(handles, numbers, loc="outside lower center", fontsize="small", ncols=in_a_row)
+        _write_names(legend, names)
     # One scale, or runs could not be compared; 0 is balanced.
     fullest = max((float(np.nanmax(balance.values_LC)) for balance in maps), default=0.0)
     for axes, balance in zip(places[len(panels) :], maps, strict=True):
@@ -89,8 +96,25 @@ def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: 
     axes.set_xlabel(axis)
     axes.grid(visible=True, alpha=0.3)
     if is_named:
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        names = [curve.label for curve in drawn.curves]
+        numbers = map(str, range(len(names)))
         # The best place of many long curves takes seconds to find, and matplotlib says so.
-        axes.legend(fontsize="small", loc="upper right")
+        legend = axes.legend([lines[name] for name in names], numbers, fontsize="small", loc="upper right")
+        _write_names(legend, names)
+
+
+def _names_in_a_row(names: Sequence[str]) -> int:
+    """As many of the longest as the figure is wide."""
+    width_in = _STROKE_WIDTH_IN + _LETTER_WIDTH_IN * max(map(len, names), default=0)
+    return max(1, min(_MOST_IN_A_ROW, int(2 * _WIDTH_IN / width_in)))
+
+
+def _write_names(legend: Legend, names: Sequence[str]) -> None:
+    """As they are: matplotlib leaves out labels that begin with an underscore, and takes dollar signs for formulas."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+        text.set_parse_math(False)
 
 
 def _draw_map(figure: Figure, axes: Axes, balance: BalanceMap, axis: Axis, fullest: float) -> None:
@@ -109,7 +133,7 @@ def _draw_map(figure: Figure, axes: Axes, balance: BalanceMap, axis: Axis, fulle
     mesh.set_rasterized(True)
     figure.colorbar(mesh, ax=axes)
     axes.invert_yaxis()
-    axes.set_title(f"experts of {balance.run}: {BALANCE_TITLE}", fontsize="small")
+    axes.set_title(f"experts of {balance.run}: {BALANCE_TITLE}", fontsize="small", parse_math=False)
     axes.set_xlabel(axis)
     axes.set_ylabel("MoE layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

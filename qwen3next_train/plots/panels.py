@@ -121,7 +121,8 @@ def draw_panels(runs: Sequence[LoggedRun], *, axis: Axis, rate: Rate, smoothing:
         curves = tuple(
             curve
             for number, run in enumerate(runs)
-            for metric in run.values
+            # First what has the run's name alone: its stroke is then that of the run in the other panels.
+            for metric in sorted(run.values, key=lambda metric: not _is_whole(metric, panel))
             if re.fullmatch(panel.pattern, metric)
             and (curve := _curve(run, number, metric, panel, axis, smoothing)) is not None
         )
@@ -165,5 +166,10 @@ def _curve(run: LoggedRun, number: int, metric: str, panel: Panel, axis: Axis, s
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not np.isfinite(y).any():
         return None
-    label = run.name if metric in (panel.pattern, "eval/loss", "eval/bpb") else f"{run.name} {metric}"
+    label = run.name if _is_whole(metric, panel) else f"{run.name} {metric}"
     return Curve(label, number, x, y, smoothed(y, smoothing) if smoothing and panel.is_noisy else None)
+
+
+def _is_whole(metric: str, panel: Panel) -> bool:
+    """Whether it is the panel's only metric, or of all of which others are parts."""
+    return metric in (panel.pattern, "eval/loss", "eval/bpb")

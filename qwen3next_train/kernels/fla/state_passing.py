@@ -20,7 +20,12 @@ from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.constant import RCP_LN2
 
 from qwen3next_train.kernels.fla.gated_delta_rule import CHUNK_SIZE
-from qwen3next_train.kernels.triton.delta_rule_states import joined, state_gradient, sum_up_segments
+from qwen3next_train.kernels.triton.delta_rule_states import (
+    MAX_JOINED_KEY_DIM,
+    joined,
+    state_gradient,
+    sum_up_segments,
+)
 from qwen3next_train.kernels.triton.row_programs import ceil_div
 from qwen3next_train.kernels.varlen import VarlenMetadata
 
@@ -41,7 +46,7 @@ def delta_rule_summary_fla(
     chunks = _chunks(sequences)
     G = chunk_local_cumsum(g, scale=RCP_LN2, **chunks)
     w, u, _ = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=G, beta=beta, **chunks)
-    count = _num_segments(sequences)
+    count = _num_segments(sequences, k.shape[3])
     segments = sequences.derived(("segments", count), lambda: _segments(sequences, count))
     parts_NKX = sum_up_segments(k[0], w[0], u[0], G[0], segments, chunk=CHUNK_SIZE)
     return joined(parts_NKX.unflatten(0, (-1, count)), value_dim=v.shape[3])
@@ -67,8 +72,13 @@ def delta_state_gradient_fla(
     return state_gradient(q[0], k[0], w[0], grad[0], dv[0], G[0], sequences.cu_seqlens, chunk=CHUNK_SIZE)
 
 
-def _num_segments(sequences: VarlenMetadata) -> int:
-    """Of each document: as many as there are to be, or as the longest has chunks, rounded down to a power of two."""
+def _num_segments(sequences: VarlenMetadata, key_dim: int) -> int:
+    """Of each document: as many as there are to be, or as the longest has chunks, rounded down to a power of two.
+
+    One where they could not be joined; such large heads have enough columns that run side by side.
+    """
+    if key_dim > MAX_JOINED_KEY_DIM:
+        return 1
     of_each = max(1, NUM_SEGMENTS // sequences.num_documents)
     return 1 << (min(of_each, ceil_div(sequences.max_length, CHUNK_SIZE)).bit_length() - 1)
 

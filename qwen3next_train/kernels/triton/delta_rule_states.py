@@ -25,6 +25,11 @@ import triton.language as tl
 
 from qwen3next_train.kernels.triton.row_programs import ceil_div, next_power_of_2
 
+MAX_JOINED_KEY_DIM = 128
+"""Largest key head dim of segments that :func:`joined` joins: a whole transition in fp32 lies in shared memory, 64 KB.
+
+One of 256 would take 256 KB, which no GPU has.
+"""
 _COLUMNS = 64
 _GRADIENT_COLUMNS = 32
 """Fewer: documents are not cut into segments there, and columns are all that runs side by side."""
@@ -79,7 +84,7 @@ def joined(parts_DSNKX: torch.Tensor, *, value_dim: int) -> torch.Tensor:
     Of two in a row the state is ``M' S + S'`` and the transition ``M' M``.
 
     Args:
-        parts_DSNKX: ``[S_0 | M]`` of each segment.
+        parts_DSNKX: ``[S_0 | M]`` of each segment; of more than one K is at most :data:`MAX_JOINED_KEY_DIM`.
         value_dim: V.
     """
     documents, segments, value_heads, key_dim, _ = parts_DSNKX.shape

@@ -315,7 +315,10 @@ def test_tokens_of_divided_heads_by_hand() -> None:
 
 
 def test_divided_heads_send_as_much_more_as_a_rank_has_fewer() -> None:
-    """Beside 2 slices: a rank sends as many heads of its tokens as before, and the states of half the heads."""
+    """Beside 2 slices: a rank sends as many heads of its tokens as before, and the states of half the heads.
+
+    It passes those of half the heads too, of twice the tokens.
+    """
     config = config_80b(sequence_length=131_072, context_parallel_size=2, tensor_parallel_size=2, global_batch_size=16)
     tokens = 32_768
     heads = 2 * (16 + 2 * 2) * 256 * 2 * tokens
@@ -323,5 +326,5 @@ def test_divided_heads_send_as_much_more_as_a_rank_has_fewer() -> None:
     rates = clock(config).rates
     to_slice, to_share = 2 * (13 * heads / 2 + 36 * states), 2 * 49 * 2 * tokens * 2048 * 2
     slowest = min(rates.exact_peer_bytes_per_s, rates.exact_bytes_per_s)
-    expected = (to_slice + to_share) / slowest + passing_s(tokens, 16)
+    expected = (to_slice + to_share) / slowest + passing_s(2 * tokens, 16)
     assert step_80b(64, config=config).context_s == pytest.approx(expected, rel=1e-6)

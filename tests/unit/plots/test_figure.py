@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from qwen3next_train.plots.figure import draw_figure, render
-from qwen3next_train.plots.panels import Curve, DrawnPanel, Panel, balance_maps, draw_panels
+from qwen3next_train.plots.panels import BalanceMap, Curve, DrawnPanel, Panel, balance_maps, draw_panels
 from qwen3next_train.plots.runs import LoggedRun, read_runs
 from tests.unit.plots.runs import row, write_run
 
@@ -105,3 +107,42 @@ def test_names_of_many_curves_stand_once_below_the_panels() -> None:
     assert all(axes.get_position().height > 0.6 for axes in figure.axes)
     strokes = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
     assert len(set(strokes.values())) == 23
+
+
+def inches_across(figure: Figure) -> tuple[float, float]:
+    """Where the names below the panels begin and end, once drawn."""
+    render(figure, "png")
+    (legend,) = figure.legends
+    box = legend.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    return box.x0, box.x1
+
+
+def panel_of(names: Sequence[str]) -> list[DrawnPanel]:
+    x = np.arange(5.0)
+    curves = tuple(Curve(name, number, x, x + number, None) for number, name in enumerate(names))
+    return [DrawnPanel(Panel("loss", "loss/lm"), curves)]
+
+
+@pytest.mark.parametrize(("letters", "rows"), [(6, 2), (30, 3), (52, 6), (140, 12)])
+def test_long_names_stand_in_as_many_rows_as_the_picture_is_wide(letters: int, rows: int) -> None:
+    names = [f"{number:02d}".rjust(letters, "n") for number in range(12)]
+    figure = draw_figure(panel_of(names), [], [], "steps")
+    begin, end = inches_across(figure)
+    assert 0 < begin < end < 12
+    assert figure.get_size_inches()[1] == pytest.approx(3.4 + rows * 0.2)
+
+
+NAMES = ["_hidden", "$x^$", "$lr$", "a<b>&c", "\\frac", "100%", "#1", "^", "{}"]
+
+
+@pytest.mark.parametrize("names", [NAMES[:5], NAMES])
+def test_names_of_folders_are_written_as_they_are(names: list[str]) -> None:
+    """In a panel and below all: what begins with an underscore too, and formulas that are none."""
+    svg = render(draw_figure(panel_of(names), [], [], "steps"), "svg")
+    texts = [each.text for each in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert [texts.count(name) for name in names] == [1] * len(names)
+
+
+def test_a_maps_title_is_no_formula() -> None:
+    balance = BalanceMap("$x^$", (0, 1), np.arange(3.0), np.ones((2, 3)))
+    assert b"experts of $x^$: " in render(draw_figure(panel_of(["a"]), [balance], [], "steps"), "svg")

@@ -63,6 +63,14 @@ def test_named_sets_sources_and_positions_have_panels(tmp_path: Path) -> None:
     }
 
 
+def test_what_has_a_runs_name_alone_is_first_of_its_panel(tmp_path: Path) -> None:
+    """Strokes go by the order: the run's is then the same in all panels, which share their names below."""
+    logged = row(1) | {"eval/books/loss": 5.0, "eval/loss": 7.0, "eval/wiki/loss": 6.0}
+    runs = read_runs([write_run(tmp_path / "one", [logged])])
+    (panel,) = draw_panels(runs, axis="steps", rate="tokens", smoothing=0.0)
+    assert [curve.label for curve in panel.curves] == ["one", "one eval/books/loss", "one eval/wiki/loss"]
+
+
 def test_a_metric_that_was_never_finite_is_no_panel(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "one", [row(1, loss_lm=None)])])
     assert list(draw_panels(runs, axis="steps", rate="tokens", smoothing=0.0)) == []

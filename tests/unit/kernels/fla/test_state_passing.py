@@ -19,13 +19,13 @@ from qwen3next_train.kernels.gated_delta_rule import recurrent_gated_delta_rule,
 from qwen3next_train.kernels.gdn_prologue import HeadShape
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest.case import RandomInputs, relative_error
-from qwen3next_train.selftest.mixer_cases import delta_state_gradient
+from qwen3next_train.selftest.mixer_cases import delta_rule_summary, delta_state_gradient
 from tests.unit.kernels.comparison import uninitialized_is_nan
 from tests.unit.kernels.interpreted import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the kernels run as they are")
 
-HEADS = HeadShape(2, 4, 16, 40)
+HEADS = HeadShape(2, 6, 16, 40)
 CHUNK = 64
 
 
@@ -112,6 +112,23 @@ def test_summaries_and_state_gradients_are_the_recurrences(state_passing: Module
         assert relative_error(found, right) < 1e-6
 
 
+def test_operands_that_are_views_are_those_of_their_copies(state_passing: ModuleType) -> None:
+    """Heads before tokens in memory, and every other token of a longer row."""
+    sequences = VarlenMetadata.from_lengths((70, 5), DEVICE)
+    case = delta_state_gradient(RandomInputs(torch.Generator().manual_seed(0), DEVICE), HEADS, sequences)
+    inputs = case.rounded(torch.float32)
+    views = {name: value.transpose(0, 1).contiguous().transpose(0, 1) for name, value in inputs.items()}
+    views["g_TN"] = inputs["g_TN"].repeat_interleave(2, dim=0)[::2]
+    assert not any(view.is_contiguous() for view in views.values())
+    expected = state_passing.delta_state_gradient_fla(**inputs, sequences=sequences)
+    assert torch.equal(state_passing.delta_state_gradient_fla(**views, sequences=sequences), expected)
+    for each in (inputs, views):
+        del each["q_THK"]
+        each["v_TNV"] = each.pop("grad_TNV")
+    expected = state_passing.delta_rule_summary_fla(**inputs, sequences=sequences)
+    assert torch.equal(state_passing.delta_rule_summary_fla(**views, sequences=sequences), expected)
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
@@ -125,8 +142,22 @@ def test_summaries_and_state_gradients_are_the_recurrences(state_passing: Module
 def test_segments_begin_at_chunks(state_passing: ModuleType, lengths: tuple[int, ...], expected: list[int]) -> None:
     """Eight in all if there are so many chunks, of each document a power of two."""
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
-    found = state_passing._segments(sequences, state_passing._num_segments(sequences))
+    found = state_passing._segments(sequences, state_passing._num_segments(sequences, 128))
     assert (found.tolist(), found.dtype) == (expected, torch.int32)
+
+
+def test_large_heads_are_not_cut_into_segments(state_passing: ModuleType) -> None:
+    """Two transitions of 256 keys are not joined: one fills more than a multiprocessor's shared memory."""
+    sequences = VarlenMetadata.from_lengths((16384, 16384), DEVICE)
+    assert [state_passing._num_segments(sequences, key_dim) for key_dim in (128, 129, 256)] == [4, 1, 1]
+    short = VarlenMetadata.from_lengths((130,), DEVICE)
+    # What is derived of the documents for one size of heads is not taken for the other.
+    for heads in (HeadShape(1, 1, 16, 8), HeadShape(1, 1, 130, 8)):
+        case = delta_rule_summary(RandomInputs(torch.Generator().manual_seed(0), DEVICE), heads, short)
+        inputs = case.rounded(torch.float32)
+        found = state_passing.delta_rule_summary_fla(**inputs, sequences=short)
+        exact = {name: value.double() for name, value in inputs.items()}
+        assert relative_error(found, summary_by(recurrent_gated_delta_rule)(**exact, sequences=short)) < 1e-6
 
 
 def test_segments_are_joined_as_they_follow_each_other(state_passing: ModuleType) -> None:
