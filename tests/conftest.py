@@ -28,14 +28,18 @@ if not torch.cuda.is_available():
 
 TOGETHER = {
     "tests/distributed/": "ranks that stay",
-    **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes", "slurm")), "two ranks"),
+    **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes")), "two ranks"),
+    "tests/integration/test_slurm.py": "Slurm",
     "tests/unit/engine/": "imports DeepSpeed",
     "tests/unit/kernels/fla/": "imports FLA",
     "tests/unit/plots/": "imports matplotlib",
 }
 """Files that one worker does in one go, by the beginning of their path: ranks that stay (``tests.distributed.ranks``),
 the files that compare with the run of the fixture ``two_ranks``, and those of a library that takes seconds to import.
+Slurm's compares with that run too, but waits for three minutes, in which the others go on.
 """
+
+_FIRST = {"Slurm": 0, "two ranks": 1}
 
 
 def _scope_of(nodeid: str) -> str | None:
@@ -44,8 +48,8 @@ def _scope_of(nodeid: str) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put first what waits longest for others, and skip the GPU tests where there is no GPU, saying so."""
-    # Six minutes in one go, most of them Slurm's clocks: begun late they would end last, with nothing beside them.
-    items.sort(key=lambda item: _scope_of(item.nodeid) != "two ranks")
+    # Three minutes of each in one go, most of them waiting: begun late they would end last, with nothing beside them.
+    items.sort(key=lambda item: _FIRST.get(_scope_of(item.nodeid), len(_FIRST)))
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
