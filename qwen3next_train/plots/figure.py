@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -53,11 +53,7 @@ def draw_figure(
     for axes, drawn in zip(places, panels, strict=False):
         _draw_panel(axes, drawn, runs, axis)
     if names:
-        lines = {line.get_label(): line for axes in places for line in axes.get_lines()}
-        handles = [lines[name] for name in names]
-        numbers = map(str, range(len(names)))
-        legend = figure.legend(handles, numbers, loc="outside lower center", fontsize="small", ncols=in_a_row)
-        _write_names(legend, names)
+        _add_legend(figure.legend, places, names, loc="outside lower center", ncols=in_a_row)
     # One scale, or runs could not be compared; 0 is balanced.
     fullest = max((float(np.nanmax(balance.values_LC)) for balance in maps), default=0.0)
     for axes, balance in zip(places[len(panels) :], maps, strict=True):
@@ -96,12 +92,8 @@ def _draw_panel(axes: Axes, drawn: DrawnPanel, runs: Sequence[LoggedRun], axis: 
     axes.set_xlabel(axis)
     axes.grid(visible=True, alpha=0.3)
     if is_named:
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        names = [curve.label for curve in drawn.curves]
-        numbers = map(str, range(len(names)))
         # The best place of many long curves takes seconds to find, and matplotlib says so.
-        legend = axes.legend([lines[name] for name in names], numbers, fontsize="small", loc="upper right")
-        _write_names(legend, names)
+        _add_legend(axes.legend, [axes], [curve.label for curve in drawn.curves], loc="upper right")
 
 
 def _names_in_a_row(names: Sequence[str]) -> int:
@@ -110,8 +102,15 @@ def _names_in_a_row(names: Sequence[str]) -> int:
     return max(1, min(_MOST_IN_A_ROW, int(2 * _WIDTH_IN / width_in)))
 
 
-def _write_names(legend: Legend, names: Sequence[str]) -> None:
-    """As they are: matplotlib leaves out labels that begin with an underscore, and takes dollar signs for formulas."""
+def _add_legend(add: Callable[..., Legend], places: Sequence[Axes], names: Sequence[str], **where: str | int) -> None:
+    """Name lines of ``places`` in a legend of the figure or of its axes, whichever ``add`` is a method of.
+
+    Names stand as they are: matplotlib leaves out labels that begin with an underscore, and takes dollar signs for
+    formulas.
+    """
+    lines = {line.get_label(): line for axes in places for line in axes.get_lines()}
+    numbers = map(str, range(len(names)))
+    legend = add([lines[name] for name in names], numbers, fontsize="small", **where)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
         text.set_parse_math(False)
