@@ -1,7 +1,8 @@
 """What passes the state of the gated delta rule, beside flash-linear-attention's kernels for chunks (CUDA only).
 
-FLA solves the rule within chunks; what goes from chunk to chunk is ``kernels/triton/delta_rule_states.py``. FLA's own
-kernels for that (``fla.ops.cp``) take twice as long, and have no shipped configuration: they try six for a minute.
+FLA solves the rule within chunks; what goes from chunk to chunk is ``kernels/triton/delta_rule_states.py``. With FLA's
+own kernels for that (``fla.ops.cp``) all takes three times as long, and they have no shipped configuration: they try
+six for a minute.
 
 For the summary a document is cut into segments, which are summed up side by side and joined.
 
@@ -73,14 +74,14 @@ def delta_state_gradient_fla(
 
 
 def _num_segments(sequences: VarlenMetadata, key_dim: int) -> int:
-    """Of each document: as many as there are to be, or as the longest has chunks, rounded down to a power of two.
+    """Of each document: as many as there are to be, or as the longest has chunks.
 
     One where they could not be joined; such large heads have enough columns that run side by side.
     """
     if key_dim > MAX_JOINED_KEY_DIM:
         return 1
     of_each = max(1, NUM_SEGMENTS // sequences.num_documents)
-    return 1 << (min(of_each, ceil_div(sequences.max_length, CHUNK_SIZE)).bit_length() - 1)
+    return min(of_each, ceil_div(sequences.max_length, CHUNK_SIZE))
 
 
 def _segments(sequences: VarlenMetadata, count: int) -> torch.Tensor:

@@ -57,8 +57,7 @@ def sum_up_segments(
     (_, heads, key_dim), (_, value_heads, value_dim) = k_THK.shape, u_TNV.shape
     segments = cu_seqlens.numel() - 1
     parts_NKX = k_THK.new_empty(segments, value_heads, key_dim, value_dim + key_dim, dtype=torch.float32)
-    blocks = ceil_div(value_dim, _COLUMNS) + ceil_div(key_dim, _COLUMNS)
-    _sum_up[(blocks, value_heads, segments)](
+    _sum_up[(_column_blocks(key_dim, value_dim), value_heads, segments)](
         k_THK,
         w_TNK,
         u_TNV,
@@ -91,8 +90,7 @@ def joined(parts_DSNKX: torch.Tensor, *, value_dim: int) -> torch.Tensor:
     if segments == 1:
         return parts_DSNKX.squeeze(1)
     result_DNKX = torch.empty_like(parts_DSNKX[:, 0])
-    blocks = ceil_div(value_dim, _COLUMNS) + ceil_div(key_dim, _COLUMNS)
-    _join[(blocks, value_heads, documents)](
+    _join[(_column_blocks(key_dim, value_dim), value_heads, documents)](
         parts_DSNKX,
         result_DNKX,
         segments,
@@ -159,6 +157,11 @@ def state_gradient(
 def _key_block(key_dim: int) -> int:
     """Rows of a state; tensor cores take 16 at least."""
     return max(16, next_power_of_2(key_dim))
+
+
+def _column_blocks(key_dim: int, value_dim: int) -> int:
+    """How many programs the columns of a state and a transition take (:func:`_columns_of`)."""
+    return ceil_div(value_dim, _COLUMNS) + ceil_div(key_dim, _COLUMNS)
 
 
 @triton.jit
