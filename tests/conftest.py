@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
 TOGETHER = {
     "tests/distributed/": "ranks that stay",
     **dict.fromkeys((f"tests/integration/test_{name}.py" for name in ("lost_ranks", "nodes")), "two ranks"),
-    "tests/integration/test_slurm.py": "Slurm",
     "tests/unit/engine/": "imports DeepSpeed",
     "tests/unit/kernels/fla/": "imports FLA",
     "tests/unit/plots/": "imports matplotlib",
@@ -39,17 +38,14 @@ the files that compare with the run of the fixture ``two_ranks``, and those of a
 Slurm's compares with that run too, but waits for three minutes, in which the others go on.
 """
 
-_FIRST = {"Slurm": 0, "two ranks": 1}
-
-
-def _scope_of(nodeid: str) -> str | None:
-    return next((scope for beginning, scope in TOGETHER.items() if nodeid.startswith(beginning)), None)
+_FIRST = tuple(f"tests/integration/test_{name}.py" for name in ("slurm", "lost_ranks", "nodes"))
+"""Three minutes each of Slurm and the other two in one go, most of them waiting: begun late they would end last, with
+nothing beside them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put first what waits longest for others, and skip the GPU tests where there is no GPU, saying so."""
-    # Three minutes of each in one go, most of them waiting: begun late they would end last, with nothing beside them.
-    items.sort(key=lambda item: _FIRST.get(_scope_of(item.nodeid), len(_FIRST)))
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
@@ -72,7 +68,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFileOrFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _scope_of(nodeid) or super()._split_scope(nodeid)
+            scopes = (scope for beginning, scope in TOGETHER.items() if nodeid.startswith(beginning))
+            return next(scopes, super()._split_scope(nodeid))
 
     return ByFileOrFolder(config, log)
 
