@@ -73,6 +73,17 @@ TABLE: dict[str, Rate] = {
     "recompute_layer": _alike(0.33, "no", f"{_PARTS}, slice4_e512 alike"),
     "idle_fraction": _alike(0.013, "no", f"{_PROFILED}: gaps between kernels"),
     "idle_step_s": _alike(0.5e-3, "no", "steps, 2026-11-28, one H100: the next step is launched during the update"),
+    # The host, which launches while the device computes.
+    "launch_layer_s": _alike(
+        6.5e-3, "no", "small models, 2026-11-28, one H200: 5.8 to 7.4 ms, but 4.1 with the 2,048 tokens of the tiny one"
+    ),
+    "launch_slices_s": _alike(
+        14.5e-3,
+        "no",
+        "long rows, 2026-11-28, four H200, EP 4, dense, CP 2 and 4: what a layer takes longer, exchange and all",
+    ),
+    "launch_recompute_part": _alike(0.08, "no", "small models, 2026-11-28, one H200: a third of what three parts take"),
+    "launch_recompute_layer": _alike(0.4, "no", "small models, 2026-11-28, one H200: the forward pass's share"),
     # Tokens to experts and back.
     "exact_peer_bytes_per_s": _alike(126e9, "link", f"{_FOUR}, EP 2 x DP 2: uneven all-to-all to one peer"),
     "exact_bytes_per_s": _alike(191e9, "link", f"{_FOUR}, EP 4, alone: uneven all-to-all to three peers"),
@@ -143,6 +154,10 @@ class Rates:
         recompute_layer: the same of whole layers.
         idle_fraction: share of the model's time in which the device waits for launches.
         idle_step_s: seconds a step in which it does.
+        launch_layer_s: seconds in which the host launches a layer's forward and backward pass.
+        launch_slices_s: what it takes longer where ranks share rows.
+        launch_recompute_part: share of a layer's launches that recomputing a part of it adds.
+        launch_recompute_layer: the same of whole layers.
         exact_peer_bytes_per_s: of the exact exchange, to one other rank.
         exact_bytes_per_s: to all other ranks of a node.
         dense_peer_bytes_per_s: of the dense exchange, to one other rank.
@@ -182,6 +197,10 @@ class Rates:
     recompute_layer: float
     idle_fraction: float
     idle_step_s: float
+    launch_layer_s: float
+    launch_slices_s: float
+    launch_recompute_part: float
+    launch_recompute_layer: float
     exact_peer_bytes_per_s: float
     exact_bytes_per_s: float
     dense_peer_bytes_per_s: float

@@ -5,14 +5,15 @@ hides, and the update. Gradients are reduced to their owners during the last bac
 the next forward pass (``engine.gradient_buckets``): what does not fit behind them lies open, what does makes their
 products slower. ZeRO-2 reduces in every backward pass, which the next forward pass hides as well. ZeRO-3 gathers and
 reduces in every micro-batch, of which a smaller share hides, and between nodes, where that is not measured, nothing;
-what nobody shares costs what it does under stage 1. Where gradients go DeepSpeed's own way, with an offloaded
+what nobody shares costs what it does under stage 1. No step is shorter than the host takes to launch it, which is what
+small models and short slices of rows wait for. Where gradients go DeepSpeed's own way, with an offloaded
 optimizer, nothing is hidden.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from qwen3next_train.accounting.activations import (
     kv_heads_exchanged,
@@ -133,7 +134,7 @@ class StepClock:
         exchange_s = self._exchange(layout, micro_batches, (layers_s + again_s) * micro_batches)
         gradients_s, update_s = self._gradients(layout, micro_batches)
         host_bytes = 2 * host_bytes_per_gpu(self._config.model, layout, kinds=self._kinds)
-        return StepTime(
+        time = StepTime(
             model_s=micro_batches * (layers_s + head_s),
             recompute_s=micro_batches * again_s,
             exchange_s=exchange_s,
@@ -145,6 +146,18 @@ class StepClock:
             host_s=host_bytes / rates.host_bytes_per_s,
             idle_s=micro_batches * passes_s * rates.idle_fraction + rates.idle_step_s,
         )
+        missing_s = micro_batches * self._launching(layout) - time.total_s
+        return replace(time, idle_s=time.idle_s + missing_s) if missing_s > 0 else time
+
+    def _launching(self, layout: Layout) -> float:
+        """Seconds in which the host launches a micro-batch; it runs ahead of the device where that takes longer."""
+        rates = self.rates
+        again = sum(
+            rates.launch_recompute_layer if part == "layer" else rates.launch_recompute_part
+            for part in layout.recompute
+        )
+        slices_s = rates.launch_slices_s if layout.context_parallel_size > 1 else 0.0
+        return self._num_layers * (rates.launch_layer_s * (1 + again) + slices_s)
 
     def _micro_batch(self, layout: Layout) -> tuple[float, float, float]:
         """Seconds of layers but for attention scores, of these, and of head and loss, without recompute."""

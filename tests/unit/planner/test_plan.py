@@ -303,9 +303,9 @@ def test_fastest_layouts_are_sorted_fit_and_train() -> None:
     assert {in_flight for *_, in_flight in keys} == {1, 2}
 
 
-@pytest.mark.parametrize("gpus", [32, 64, 128, 256])
+@pytest.mark.parametrize("gpus", [64, 128, 256])
 def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
-    """On 32 to 256 H200 a layout of stage 1 fits and is within a tenth of the fastest; stages 2 and 3 are slower in
+    """On 64 to 256 H200 a layout of stage 1 fits and is within a tenth of the fastest; stages 2 and 3 are slower in
     the same layout.
     """
     plan = planned(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200")
@@ -316,10 +316,11 @@ def test_zero_1_is_recommended_wherever_it_fits(gpus: int) -> None:
     assert min(each.step.total_s for each in plan.other_stages.values()) > plan.recommended.step.total_s
 
 
-@pytest.mark.parametrize(("gpus", "size"), [(16, 8), (512, 4)])
+@pytest.mark.parametrize(("gpus", "size"), [(16, 8), (32, 4), (512, 4)])
 def test_another_stage_is_recommended_where_it_is_faster_by_more_than_the_error(gpus: int, size: int) -> None:
-    """On 16 H200 stage 1 leaves room for rows of one by one, stage 2 for eight at a time; on 512, where a step is two
-    passes, stage 1 for experts over eight ranks, stage 2 over four and without recomputing whole layers.
+    """On 16 and 32 H200 stage 1 leaves room for one row, which the host takes longer to launch than the device to
+    compute, stage 2 for eight and more at a time; on 512, where a step is two passes, stage 1 for experts over eight
+    ranks, stage 2 over four and without recomputing whole layers.
     """
     plan = planned(config_80b(global_batch_size=4096), gpus=gpus, gpu="h200")
     best = plan.recommended
