@@ -42,9 +42,9 @@ def build_engine(config: Config, context: ProcessContext, clock: StepClock | Non
 class _Groups:
     """Process groups by their ranks, for one engine after the other.
 
-    Gloo has three threads for each group, one of which wakes a hundred times a second, as long as the process lives;
-    of a hundred engines they would take as much of a core as a rank that trains. An engine that forms several groups of
-    the same ranks gets as many.
+    Gloo has three threads for each group, one of which wakes a hundred times a second, as long as the process lives:
+    those of a hundred engines would take a tenth of a core in every rank. An engine that forms several groups of the
+    same ranks gets as many.
     """
 
     def __init__(self) -> None:
