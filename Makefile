@@ -21,8 +21,12 @@ PYTEST := $(RUN) pytest
 # A file stays on one worker, which builds its fixtures once; files go out in the order of the tree, in which those
 # that take longest come first.
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Files with tests that are slow or start processes: to import the others as well takes every worker longer.
-SLOW = $(shell grep -rlE --include='test_*.py' 'mark\.(dist|slow)' tests | LC_ALL=C sort)
+# In one go, since every worker imports the package and its tests, and what waits leaves the cores to what is fast.
+# Behind the fast tests of the same command (`make check test`) those that are left, from the files that have some.
+TESTS = -m "not gpu"
+ifneq ($(filter check test-fast,$(MAKECMDGOALS)),)
+TESTS = -m "not gpu and (dist or slow)" $(shell grep -rlE --include='test_*.py' 'mark\.(dist|slow)' tests | LC_ALL=C sort)
+endif
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 ifeq ($(VENV),.venv)
@@ -100,8 +104,8 @@ types: $(ENV)  ## mypy (setup.cfg)
 contracts: $(ENV)  ## who may import whom (setup.cfg)
 	$(VENV)/bin/lint-imports
 
-test: test-fast  ## all tests that need no GPU, the fast ones first
-	$(PYTEST) $(PARALLEL) -m "not gpu and (dist or slow)" $(SLOW)
+test: $(ENV)  ## all tests that need no GPU
+	$(PYTEST) $(PARALLEL) $(TESTS)
 
 test-fast: $(ENV)  ## the tests that are neither slow nor start several processes
 	$(PYTEST) $(PARALLEL) -m "not gpu and not dist and not slow"

@@ -15,11 +15,10 @@ import torch
 from qwen3next_train.batch import PackedBatch
 from qwen3next_train.config.schema import Config, TokenExchange
 from qwen3next_train.engine.base import Report, StepResult, StepTotals
-from qwen3next_train.engine.zero_engine import ZeroEngine
-from qwen3next_train.kernels.selection import select_kernels
 from qwen3next_train.model.dispatch import TokenDispatcher
 from qwen3next_train.parallel.expert_parallel import AllToAllDispatcher, DenseDispatcher
 from qwen3next_train.parallel.process_groups import ProcessContext
+from tests.distributed.engine import build_engine
 from tests.distributed.layout_worker import make_row, rank_batches
 
 LITTLE_ROOM = 5
@@ -72,13 +71,7 @@ class _Training:
         self.config = config.model_copy(update={"parallel": parallel})
         self.context = context
         self.topology = context.topology(parallel)
-        self.engine = ZeroEngine(
-            self.config,
-            topology=self.topology,
-            kernels=select_kernels(config.kernels, context.device),
-            device=context.device,
-            num_micro_batches=config.run.global_batch_size // config.run.micro_batch_size // context.world_size,
-        )
+        self.engine = build_engine(self.config, context)
         self.results: list[StepResult] = []
 
     def steps(self) -> None:

@@ -55,10 +55,10 @@ class _Ranks:
             self._fail(module, "ended")
 
     def _fail(self, module: str, why: str) -> None:
-        self._close()
+        self.close()
         raise AssertionError(f"{module}: the ranks {why}\n{self._log.read_text()}") from None
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """End the processes and forget them."""
         del _started[len(self._processes)]
         for process in self._processes:
@@ -82,6 +82,12 @@ def perform(module: str, *arguments: object, num_processes: int, timeout: float 
     if num_processes not in _started:
         _started[num_processes] = _Ranks(num_processes)
     _started[num_processes].perform(module, [str(argument) for argument in arguments], timeout)
+
+
+def end_all() -> None:
+    """End all rank processes; the next task starts new ones."""
+    for ranks in list(_started.values()):
+        ranks.close()
 
 
 def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None:

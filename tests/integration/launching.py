@@ -43,8 +43,9 @@ SMALL_MODEL = {
 }
 """Overrides of ``qwen3next_tiny.yaml``: one GDN and one attention layer, MTP, two micro-batches."""
 
-TWO_RANKS = {"run__steps": 20}
-"""Overrides of runs that are compared with the fixture ``two_ranks``, long enough to be disturbed."""
+TWO_RANKS = {"run__steps": 20, "schedule__decay_steps": 20}
+"""Overrides of runs that are compared with the fixture ``two_ranks``, long enough to be disturbed; one that is not may
+have fewer steps."""
 
 TIMING = ("perf/tflops_per_gpu", "perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "mem/peak_gib")
 """Metrics that depend on the clock or the allocator."""
