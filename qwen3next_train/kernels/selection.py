@@ -21,6 +21,7 @@ from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import KernelUnavailable
 from qwen3next_train.kernels.adamw import AdamWUpdate, adamw_update_reference
 from qwen3next_train.kernels.attention import VarlenAttention, varlen_attention_reference
+from qwen3next_train.kernels.choices import KernelChoice
 from qwen3next_train.kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy_chunked
 from qwen3next_train.kernels.fla.process import (
     keep_delta_rule_from_flash_qla,
@@ -66,23 +67,6 @@ _FLASH_QLA_HEAD_DIM = 128
 _INSTALL_FLASH_QLA = "pip install 'flash-qla>=0.1.3,<0.2'"
 _OWN_CHUNK_HEAD_DIMS = range(16, 129)
 """Heads for which our part of FLA's rule fits the shared memory of a Hopper GPU."""
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """One line of the start-up table.
-
-    Args:
-        operation: field of :class:`KernelSet`.
-        backend: the backend that runs.
-        reason: why it was chosen.
-        key: field of :class:`KernelsConfig` that chooses it; empty for an operation with one backend.
-    """
-
-    operation: str
-    backend: str
-    reason: str
-    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,22 +158,6 @@ def select_adamw_update(config: KernelsConfig, device: torch.device) -> AdamWUpd
     from qwen3next_train.kernels.triton.adamw import adamw_update_triton
 
     return adamw_update_triton
-
-
-def format_choices(choices: tuple[KernelChoice, ...]) -> str:
-    """The start-up table, one operation a line."""
-    return "\n".join(f"{c.operation:<22}{c.backend:<12}{c.reason}" for c in choices)
-
-
-def summarize_choices(choices: tuple[KernelChoice, ...]) -> str:
-    """The same in one line, by the keys of ``kernels``; a reason where another backend could be wished for."""
-    by_key = {choice.key: choice for choice in choices}
-    if len({(choice.backend, choice.reason) for choice in choices}) == 1:
-        return f"{choices[0].backend} ({choices[0].reason})"
-    return ", ".join(
-        f"{key} {choice.backend}" + (f" ({choice.reason})" if choice.backend == "reference" else "")
-        for key, choice in by_key.items()
-    )
 
 
 def miscompiles_gated_backward(triton_version: str) -> bool:

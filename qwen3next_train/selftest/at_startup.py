@@ -18,8 +18,9 @@ import torch
 
 from qwen3next_train.config.schema import ModelConfig
 from qwen3next_train.errors import KernelUnavailable
+from qwen3next_train.kernels.choices import KernelChoice
 from qwen3next_train.kernels.gdn_prologue import HeadShape
-from qwen3next_train.kernels.selection import KernelChoice, KernelSet, reference_kernels
+from qwen3next_train.kernels.selection import KernelSet, reference_kernels
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.log import get_logger
 from qwen3next_train.parallel.control import ControlGroup

@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 
 from qwen3next_train.config.schema import ModelConfig
+from qwen3next_train.kernels.choices import KernelChoice
 from qwen3next_train.kernels.gates import MAX_CONSUMERS
 from qwen3next_train.kernels.gdn_prologue import HeadShape
-from qwen3next_train.kernels.selection import KernelChoice, KernelSet
+from qwen3next_train.kernels.selection import KernelSet
 from qwen3next_train.kernels.varlen import VarlenMetadata
 from qwen3next_train.selftest import dense_cases, mixer_cases, moe_cases
 from qwen3next_train.selftest.case import Case, RandomInputs, case_errors

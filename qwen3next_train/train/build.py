@@ -23,7 +23,8 @@ from qwen3next_train.data.summary import data_as_json, log_data
 from qwen3next_train.data.validation import open_validation
 from qwen3next_train.engine.base import Engine
 from qwen3next_train.imports import imported_to_stay
-from qwen3next_train.kernels.selection import DTYPES, select_kernels, summarize_choices
+from qwen3next_train.kernels.choices import summarize_choices
+from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.log import get_logger
 from qwen3next_train.metrics.step_line import labelled
 from qwen3next_train.metrics.throughput import Throughput

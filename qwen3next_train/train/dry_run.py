@@ -13,7 +13,8 @@ from qwen3next_train.data.loader import TrainingData
 from qwen3next_train.data.prepare import prepare_stores
 from qwen3next_train.data.summary import data_lines, uses_of, warn_of_epochs
 from qwen3next_train.data.validation import open_validation
-from qwen3next_train.kernels.selection import DTYPES, format_choices, select_kernels
+from qwen3next_train.kernels.choices import format_choices
+from qwen3next_train.kernels.selection import DTYPES, select_kernels
 from qwen3next_train.metrics.wandb_settings import check_settings
 from qwen3next_train.model.qwen3_next import Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import select_device

@@ -23,7 +23,8 @@ from op_cases import OpCase, Work, op_cases
 from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
 from qwen3next_train.errors import ConfigError
-from qwen3next_train.kernels.selection import KernelSet, format_choices, reference_kernels, select_kernels
+from qwen3next_train.kernels.choices import format_choices
+from qwen3next_train.kernels.selection import KernelSet, reference_kernels, select_kernels
 from qwen3next_train.selftest.case import Inputs, Outputs, RandomInputs, compare
 from qwen3next_train.versions import software_versions
 

@@ -37,7 +37,8 @@ from qwen3next_train.cli.commands import load
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.engine.base import Report, StepTotals
 from qwen3next_train.errors import ConfigError, TrainError
-from qwen3next_train.kernels.selection import DTYPES, KernelSet, format_choices, select_kernels
+from qwen3next_train.kernels.choices import format_choices
+from qwen3next_train.kernels.selection import DTYPES, KernelSet, select_kernels
 from qwen3next_train.model.qwen3_next import LossScales, Qwen3NextForCausalLM
 from qwen3next_train.parallel.process_groups import process_context, select_device
 from qwen3next_train.parameters import parameter_table

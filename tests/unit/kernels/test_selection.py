@@ -12,8 +12,9 @@ import torch
 
 from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
+from qwen3next_train.kernels.choices import KernelChoice, format_choices, summarize_choices
 from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
-from qwen3next_train.kernels.selection import KernelChoice, format_choices, select_kernels, summarize_choices
+from qwen3next_train.kernels.selection import select_kernels
 
 RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -148,6 +149,8 @@ def test_flash_qla_is_taken_where_it_runs(flash_qla: types.ModuleType, monkeypat
     kernels = select_kernels(RULE_ALONE, CUDA, model=ModelConfig())
     assert kernels.gated_delta_rule is backend.gated_delta_rule_flash_qla
     assert "gated_delta_rule      flash_qla   auto: runs on this device" in format_choices(kernels.choices)
+    others = "delta_rule_summary fla, delta_state_gradient fla"
+    assert summarize_choices(kernels.choices).startswith(f"gated_delta_rule flash_qla ({others}), varlen_attention ")
 
 
 @pytest.mark.parametrize(
