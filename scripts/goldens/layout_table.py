@@ -39,10 +39,9 @@ _PAGE = """\
 # The same curve at every layout
 
 The tiny model at half its width and an eighth of its vocabulary (fp32, CPU, z-loss on, aux loss of scope `sequence`,
-MTP, clipping active) trained for {steps} steps of the same global batches at every layout, with a third of its learning
-rate and an eps of 1e-6, against one rank with four micro-batches. Written by
-`scripts/goldens/layout_table.py` on {date} with torch {torch} and DeepSpeed {deepspeed}.
-`tests/distributed/test_layout_matrix.py` runs four steps of a part of it, every pair of two settings included.
+MTP, clipping active) trained for {steps} steps of the same global batches at every layout, against one rank with four
+micro-batches. Written by `scripts/goldens/layout_table.py` on {date} with torch {torch} and DeepSpeed {deepspeed}.
+`tests/distributed/test_layout_matrix.py` runs eight steps of a part of it, every pair of two settings included.
 
 * The rows are such that no routing decision of the one-rank run is narrower than {narrowest:g} in logits. The choice of
   the best experts jumps where two are level; with rows that come closer, some layout takes one decision the other way,
