@@ -160,6 +160,6 @@ def _pairs(ids_TK: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def _plain_grouped_matmul(x_RI: torch.Tensor, weight_eOI: torch.Tensor, *, counts: Sequence[int]) -> Outputs:
-    # Not row by row: the gradient of each would be as large as an expert.
-    rows_of_expert = zip(x_RI.split(list(counts)), weight_eOI.unbind(0), strict=True)
-    return (torch.cat([rows_RI @ weight_OI.T for rows_RI, weight_OI in rows_of_expert]),)
+    experts = torch.repeat_interleave(torch.tensor(counts)).tolist()
+    weights = weight_eOI.unbind(0)
+    return (torch.stack([weights[expert] @ row for expert, row in zip(experts, x_RI.unbind(0), strict=True)]),)

@@ -2,7 +2,7 @@
 
 Its argument names a folder with ``jobs.json``: a list of ``{config, out}``. Each rank writes ``rank_<r>.json`` into
 every folder ``out``: the metrics of each step ``plain`` and ``sampled``, and the token ids of the samples behind each
-step but the last, which nothing follows that they could disturb, greedy ones first.
+step, greedy ones first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def train(config: Config, context: ProcessContext, *, samples: bool) -> dict[str
     texts = []
 
     def sample() -> None:
-        for sampling in (Sampling(3), Sampling(3, temperature=1.0, top_p=0.9, seed=len(metrics))):
+        for sampling in (Sampling(3), Sampling(3, temperature=1.0, top_p=0.9, seed=len(metrics))) if samples else ():
             found = engine.continue_prompts(PROMPTS, sampling, end_token_id=11, max_batch_tokens=36)
             texts.append([each.ids for each in found])
 
@@ -37,8 +37,7 @@ def train(config: Config, context: ProcessContext, *, samples: bool) -> dict[str
         batches = rank_batches(config, topology, step, packed=True)
         totals = StepTotals.over_ranks(batches, context.control.sum_ints)
         metrics.append(engine.train_step(batches, totals=totals, lr=3e-3, report=Report.SUMMARY).metrics)
-        if samples and step + 1 < config.run.steps:
-            sample()
+        sample()
     return {"metrics": metrics, "texts": texts}
 
 

@@ -17,8 +17,8 @@ from tests.distributed.layouts import Job, Outcome, train_all
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-SAVED_AT = 1
-STEPS = 3
+SAVED_AT = 2
+STEPS = 4
 LAYOUTS = [
     Layout(
         world_size,
