@@ -104,15 +104,6 @@ def test_auto_says_why_the_reference_runs_on_cuda(hopper: types.ModuleType) -> N
     assert "gated_delta_rule      reference   auto: fla has a wrong backward on Hopper with triton 3.6.0" in table
 
 
-def test_the_choices_in_one_line() -> None:
-    assert summarize_choices(select_kernels(KernelsConfig(), CPU).choices) == "reference (auto: CPU)"
-    mixed = select_kernels(KernelsConfig(fused="reference"), CPU).choices
-    assert summarize_choices(mixed) == (
-        "gated_delta_rule reference (auto: CPU), varlen_attention reference (auto: CPU), "
-        "grouped_matmul reference (auto: CPU), fused reference (asked for by name)"
-    )
-
-
 def test_the_line_says_why_only_where_a_faster_backend_does_not_run(hopper: types.ModuleType) -> None:
     (refused, *_) = select_kernels(RULE_ALONE, CUDA).choices
     attention = KernelChoice("varlen_attention", "flash", "auto: runs on this device", "varlen_attention")
