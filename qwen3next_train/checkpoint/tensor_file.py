@@ -25,7 +25,7 @@ from qwen3next_train.errors import CheckpointError
 MAX_HEADER_BYTES = 64 << 20
 """Longest header that is read; the largest we write (one rank, all experts apart) is below half of it."""
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
 _LENGTH_BYTES = 8
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -79,7 +79,7 @@ class FileRecord:
 def write_tensor_file(fs: Filesystem, path: Path, tensors: Sequence[StoredTensor]) -> FileRecord:
     """Create ``path`` with ``tensors``, hashed while written and synced.
 
-    At most 64 MiB of one tensor are copied to the host at a time.
+    At most 16 MiB of one tensor are copied to the host at a time.
 
     Raises:
         OSError: the file exists or cannot be written; what was written stays for the caller to remove.
@@ -88,10 +88,11 @@ def write_tensor_file(fs: Filesystem, path: Path, tensors: Sequence[StoredTensor
     header = _header(ordered)
     digest = xxhash.xxh3_128(header)
     size = len(header)
+    staging = _Staging()
     with created_file(fs, path) as descriptor:
         fs.write(descriptor, header)
         for stored in ordered:
-            for chunk in _host_chunks(stored):
+            for chunk in _host_chunks(stored, staging):
                 digest.update(chunk)
                 fs.write(descriptor, chunk)
                 size += len(chunk)
@@ -152,10 +153,30 @@ def _header(ordered: Sequence[StoredTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _host_chunks(stored: StoredTensor) -> Iterator[memoryview]:
+class _Staging:
+    """Host memory for one chunk, which the next one overwrites.
+
+    Memory of its own for every chunk would cost three times what is left then: the system has to make every page anew,
+    and CUDA copies to memory that is not pinned through memory that is.
+    """
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def copy(self, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``chunk`` on the host in ``dtype``, until the next call."""
+        if self._memory is None:
+            self._memory = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=chunk.device.type == "cuda")
+        return self._memory[: chunk.numel() * dtype.itemsize].view(dtype).copy_(chunk)
+
+
+def _host_chunks(stored: StoredTensor, staging: _Staging) -> Iterator[memoryview]:
+    """The tensor's bytes, piece by piece; each piece is valid until the next."""
     flat = stored.tensor.detach().reshape(-1)
     step = _CHUNK_BYTES // stored.dtype.itemsize
     for start in range(0, flat.numel(), step):
-        chunk = flat[start : start + step].to(device="cpu", dtype=stored.dtype).contiguous()
+        chunk = flat[start : start + step]
+        if chunk.device.type != "cpu" or chunk.dtype != stored.dtype or not chunk.is_contiguous():
+            chunk = staging.copy(chunk, stored.dtype)
         # numpy has no bfloat16, so the bytes go out as bytes.
         yield chunk.view(torch.uint8).numpy().data

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -62,13 +64,33 @@ def test_a_long_tensor_is_written_piece_by_piece(tmp_path: Path) -> None:
     pieces: list[int] = []
     filesystem = HookedFilesystem(lambda name, arguments: pieces.append(len(arguments[1])) if name == "write" else None)
     write_tensor_file(filesystem, tmp_path / "x", _stored(long=long))
-    assert pieces[1:] == [64 << 20, 80_000_000 - (64 << 20)]
+    assert pieces[1:] == [16 << 20] * 4 + [80_000_000 - (64 << 20)]
     assert open_tensor_file(LOCAL_FILESYSTEM, tmp_path / "x").get_slice("long")[16_777_210:16_777_214].tolist() == [
         16_777_210.0,
         16_777_211.0,
         16_777_212.0,
         16_777_213.0,
     ]
+
+
+def test_pieces_that_are_converted_share_memory_and_keep_their_values(tmp_path: Path) -> None:
+    # Five pieces of fp32 from bf16, between tensors that go out as they lie.
+    long = torch.arange(20_000_000, dtype=torch.int32).remainder_(251).to(torch.bfloat16)
+    first, last = torch.arange(7.0), torch.arange(5.0).flip(0)
+    stored = [StoredTensor(name, x, torch.float32) for name, x in (("a", first), ("long", long), ("z", last[::2]))]
+    addresses: list[int] = []
+
+    def note(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "write" and len(arguments[1]) > 1_000_000:
+            addresses.append(np.frombuffer(arguments[1], dtype=np.uint8).ctypes.data)
+
+    record = write_tensor_file(HookedFilesystem(note), tmp_path / "x", stored)
+    assert len(addresses) == 5
+    assert len(set(addresses)) == 1
+    loaded = load_file(tmp_path / "x")
+    assert loaded["long"].equal(long.float())
+    assert (loaded["a"].tolist(), loaded["z"].tolist()) == ([0, 1, 2, 3, 4, 5, 6], [4, 2, 0])
+    assert record.xxh3_128 == xxhash.xxh3_128_hexdigest((tmp_path / "x").read_bytes())
 
 
 def test_nothing_is_overwritten_and_no_link_followed(tmp_path: Path) -> None:
