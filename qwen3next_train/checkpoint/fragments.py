@@ -1,7 +1,8 @@
-"""A sharded checkpoint: fragments of logical tensors, written one file a rank, resharded when they are read.
+"""A sharded checkpoint: fragments of logical tensors, written by every rank for itself, resharded when they are read.
 
 A rank's file holds, for each fragment it owns, one flat fp32 tensor a kind under the key ``<parameter>/<offset of its
-first element>/<kind>``, and the rank's own small tensors under ``rank/<name>``. Which file holds what stands in the
+first element>/<kind>``, and the rank's own small tensors under ``rank/<name>``. A large share is spread over several
+files, written side by side: filesystems let one write at a time into a file. Which file holds what stands in the
 manifest, so finding the owners of a range costs no file access, however many ranks wrote the checkpoint.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, Filesystem, is_unreadable
 from qwen3next_train.checkpoint.manifest import FileEntry, Manifest
 from qwen3next_train.checkpoint.tensor_file import (
+    FileRecord,
     StoredTensor,
     open_tensor_file,
     tensor_file_bytes,
@@ -31,6 +34,10 @@ from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
+MIN_PART_BYTES = 256 << 20
+"""A share is spread over as many files of this size as it fills, up to :data:`MAX_PARTS`."""
+MAX_PARTS = 4
+"""Files of one rank, each written by a thread of its own."""
 _RANK_PREFIX = "rank/"
 
 
@@ -40,12 +47,12 @@ class RankShare:
 
     Args:
         fragments: the rank's fragments, none empty.
-        tensors: everything the rank's file will hold.
+        own_tensors: what only this rank needs again.
         kinds: kinds of state present, the same for every fragment.
     """
 
     fragments: Sequence[Fragment]
-    tensors: Sequence[StoredTensor]
+    own_tensors: Sequence[StoredTensor]
     kinds: tuple[FragmentKind, ...]
 
     @classmethod
@@ -62,7 +69,6 @@ class RankShare:
         """
         kept = [fragment for fragment in fragments if fragment.numel]
         kinds = tuple(kind for kind in FRAGMENT_KINDS if all(kind in fragment.tensors for fragment in kept))
-        tensors = []
         for fragment in kept:
             assert set(fragment.tensors) == set(kinds), f"{fragment.name}: fragments of different kinds"
             for kind in kinds:
@@ -73,35 +79,80 @@ class RankShare:
                         f"{fragment.name}: {kind} is not finite in elements "
                         f"[{fragment.runs.start}, {fragment.runs.stop})"
                     )
-                tensors.append(StoredTensor(_key(fragment.name, fragment.runs.start, kind), tensor, torch.float32))
-        for name, tensor in rank_tensors.items():
-            tensors.append(StoredTensor(_RANK_PREFIX + name, tensor, tensor.dtype))
-        return cls(kept, tensors, kinds)
+        own = [StoredTensor(_RANK_PREFIX + name, tensor, tensor.dtype) for name, tensor in rank_tensors.items()]
+        return cls(kept, own, kinds)
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        """Everything that the rank stores."""
+        stored = [
+            StoredTensor(_key(fragment.name, fragment.runs.start, kind), fragment.tensors[kind], torch.float32)
+            for fragment in self.fragments
+            for kind in self.kinds
+        ]
+        return stored + list(self.own_tensors)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file it makes."""
-        return tensor_file_bytes(self.tensors)
+        """Size of the files it makes."""
+        return sum(tensor_file_bytes(part.tensors) for part in self.split())
+
+    def split(self) -> list[RankShare]:
+        """What goes into each file: whole fragments, spread evenly, the rank's own tensors in the first."""
+        sizes = [fragment.numel for fragment in self.fragments]
+        num_bytes = sum(sizes) * len(self.kinds) * torch.float32.itemsize
+        num_parts = min(MAX_PARTS, max(1, num_bytes // MIN_PART_BYTES), max(1, len(sizes)))
+        totals = [0] * num_parts
+        parts: list[list[int]] = [[] for _ in totals]
+        # The largest first, each to where there is least.
+        for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+            least = totals.index(min(totals))
+            totals[least] += sizes[index]
+            parts[least].append(index)
+        return [
+            replace(
+                self,
+                fragments=[self.fragments[index] for index in sorted(part)],
+                own_tensors=self.own_tensors if number == 0 else (),
+            )
+            for number, part in enumerate(parts)
+        ]
 
 
-def rank_file_name(rank: int) -> str:
-    """Name of a rank's file."""
-    return f"rank_{rank:05d}.safetensors"
+def rank_file_name(rank: int, part: int) -> str:
+    """Name of one of a rank's files."""
+    return f"rank_{rank:05d}{f'_{part}' if part else ''}.safetensors"
 
 
-def write_rank_file(
+def write_rank_files(
     fs: Filesystem, directory: Path, share: RankShare, *, rank: int, parameters: Sequence[ParamSpec]
-) -> FileEntry:
-    """Write a rank's file and return its manifest entry.
+) -> list[FileEntry]:
+    """Write a rank's files and return their manifest entries.
 
     Raises:
-        OSError: the file cannot be written; what was written stays for the caller to remove.
+        OSError: a file cannot be written; what was written stays for the caller to remove.
     """
-    record = write_tensor_file(fs, directory / rank_file_name(rank), share.tensors)
+    parts = share.split()
     index = {spec.name: position for position, spec in enumerate(parameters)}
+    device = next((stored.tensor.device for stored in share.tensors if stored.tensor.device.type == "cuda"), None)
+    stream = None if device is None else torch.cuda.current_stream(device)
+
+    def write(part: int) -> FileEntry:
+        # The state was computed on the caller's stream.
+        with torch.cuda.stream(stream):
+            record = write_tensor_file(fs, directory / rank_file_name(rank, part), parts[part].tensors)
+        return _entry(record, rank, parts[part].fragments, index)
+
+    if len(parts) == 1:
+        return [write(0)]
+    with ThreadPoolExecutor(len(parts), thread_name_prefix="checkpoint file") as pool:
+        return list(pool.map(write, range(len(parts))))
+
+
+def _entry(record: FileRecord, rank: int, fragments: Sequence[Fragment], index: Mapping[str, int]) -> FileEntry:
     triples: list[int] = []
     strided: list[int] = []
-    for fragment in share.fragments:
+    for fragment in fragments:
         runs = fragment.runs
         if runs.count == 1:
             triples += (index[fragment.name], runs.start, runs.length)
@@ -256,12 +307,15 @@ class FragmentReader:
         Raises:
             CheckpointError: no such rank, or its file cannot be read.
         """
-        for number, file in enumerate(self._manifest.files):
-            if file.rank == rank:
-                handle = self._open(number)
-                keys = [key for key in handle.keys() if key.startswith(_RANK_PREFIX)]  # noqa: SIM118 - not a dict
-                return {key.removeprefix(_RANK_PREFIX): handle.get_tensor(key).clone() for key in keys}
-        raise CheckpointError(f"{self._directory}: rank {rank} has no file in the checkpoint")
+        handles = [self._open(number) for number, file in enumerate(self._manifest.files) if file.rank == rank]
+        if not handles:
+            raise CheckpointError(f"{self._directory}: rank {rank} has no file in the checkpoint")
+        return {
+            key.removeprefix(_RANK_PREFIX): handle.get_tensor(key).clone()
+            for handle in handles
+            for key in handle.keys()  # noqa: SIM118 - not a dict
+            if key.startswith(_RANK_PREFIX)
+        }
 
     def _slice(self, file: int, key: str, length: int, start: int, stop: int) -> torch.Tensor:
         handle = self._open(file)

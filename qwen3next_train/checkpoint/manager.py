@@ -29,7 +29,7 @@ from qwen3next_train.checkpoint.filesystem import (
     remove_tree,
     wait_for_directory,
 )
-from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_file
+from qwen3next_train.checkpoint.fragments import FragmentIndex, FragmentReader, RankShare, write_rank_files
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, Manifest, encode_manifest, parse_manifest
 from qwen3next_train.checkpoint.names import (
     BEST_NAME,
@@ -164,8 +164,8 @@ class CheckpointManager:
             share, sizes = run_together(self._control, lambda: _collect(fragments, rank_tensors))
             num_bytes = sum(sizes)
             self._on_rank_0(lambda: self._create_staging(staging, num_bytes))
-            _, files = run_together(self._control, lambda: self._write(staging, share, header))
-            self._on_rank_0(lambda: self._publish(staging, step, header, train_state, files))
+            _, shares = run_together(self._control, lambda: self._write(staging, share, header))
+            self._on_rank_0(lambda: self._publish(staging, step, header, train_state, shares))
         except StageFailed as failed:
             self._counts.pop(step_name(step), None)
             self._ratings.pop(step_name(step), None)
@@ -331,16 +331,16 @@ class CheckpointManager:
     def _write(self, staging: str, share: RankShare, header: Header) -> tuple[None, Json]:
         directory = self._directory / staging
         wait_for_directory(self._fs, directory, timeout_s=self._visibility_timeout_s)
-        entry = write_rank_file(self._fs, directory, share, rank=self._control.rank, parameters=header.parameters)
-        return None, {"entry": entry.model_dump(), "kinds": list(share.kinds)}
+        entries = write_rank_files(self._fs, directory, share, rank=self._control.rank, parameters=header.parameters)
+        return None, {"entries": [entry.model_dump() for entry in entries], "kinds": list(share.kinds)}
 
-    def _publish(self, staging: str, step: int, header: Header, train_state: TrainState, files: list[Json]) -> None:
+    def _publish(self, staging: str, step: int, header: Header, train_state: TrainState, shares: list[Json]) -> None:
         raw = encode_manifest(
             step=step,
             header=header,
             train_state=train_state,
-            kinds=[kind for kind in FRAGMENT_KINDS if all(kind in file["kinds"] for file in files)],
-            files=[FileEntry.model_validate(file["entry"]) for file in files],
+            kinds=[kind for kind in FRAGMENT_KINDS if all(kind in share["kinds"] for share in shares)],
+            files=[FileEntry.model_validate(entry) for share in shares for entry in share["entries"]],
         )
         FragmentIndex(parse_manifest(raw, step=step)).check_tiling()
         publication.publish(self._fs, self._directory, staging, step, raw)

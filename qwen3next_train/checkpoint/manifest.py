@@ -27,8 +27,8 @@ from qwen3next_train.engine.base import FragmentKind
 from qwen3next_train.errors import CheckpointError
 from qwen3next_train.parameters import ParamSpec
 
-FORMAT_VERSION = 2
-"""The newest that can be read. Written is 1 where no file has strided fragments, so that older versions can read it."""
+FORMAT_VERSION = 3
+"""The newest that can be read. Written is the lowest that will do, so that older versions can read it."""
 MAX_MANIFEST_BYTES = 64 << 20
 """ZeRO-3 on 1,000 ranks cuts each of the 80B model's 800 tensors in 1,000: about 20 MB."""
 
@@ -75,7 +75,7 @@ class ParameterEntry(BaseModel):
 
 
 class FileEntry(BaseModel):
-    """One rank's file.
+    """A file of one rank, which before format 3 had one.
 
     ``fragments`` is flat, three integers a fragment: index of the parameter, offset of the first element, number
     of elements. With millions of fragments a list of records would cost ten times the memory. ``strided_fragments``,
@@ -116,7 +116,7 @@ class Manifest(BaseModel):
     model_config = _STRICT
 
     format: Literal["qwen3next_train checkpoint"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     step: Annotated[int, Field(ge=0, lt=10**8)]
     created_at: Annotated[str, Field(pattern=r"\A[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00\z")]
     layout: WorldLayout
@@ -152,7 +152,7 @@ class Manifest(BaseModel):
             raise ValueError("a parameter is listed twice")
         if len({file.name for file in self.files}) != len(self.files):
             raise ValueError("a file is listed twice")
-        if len({file.rank for file in self.files}) != len(self.files):
+        if self.format_version < 3 and _have_several_files(self.files):
             raise ValueError("a rank has two files")
         sizes = [parameter.numel for parameter in self.parameters]
         if any(size > 2**50 for size in sizes):
@@ -177,7 +177,7 @@ def encode_manifest(
     """
     fields = {
         "format": FORMAT,
-        "format_version": 2 if any(file.strided_fragments for file in files) else 1,
+        "format_version": _lowest_version(files),
         "step": step,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "layout": header.layout.model_dump(),
@@ -232,6 +232,17 @@ def parse_manifest(raw: bytes, *, step: int) -> Manifest:
         raise CheckpointError(f"{MANIFEST_NAME} is of step {manifest.step}, not of step {step}")
     # The stored hashes are those of what was written, so names are translated after they have been compared.
     return manifest.model_copy(update={"config": with_current_names(manifest.config)})
+
+
+def _lowest_version(files: Sequence[FileEntry]) -> int:
+    if _have_several_files(files):
+        return 3
+    return 2 if any(file.strided_fragments for file in files) else 1
+
+
+def _have_several_files(files: Sequence[FileEntry]) -> bool:
+    """Whether a rank has more than one."""
+    return len({file.rank for file in files}) != len(files)
 
 
 def _check_fragments(file: FileEntry, sizes: Sequence[int]) -> None:

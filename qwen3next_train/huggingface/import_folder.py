@@ -21,7 +21,7 @@ import torch
 from qwen3next_train import __version__
 from qwen3next_train.checkpoint import publication
 from qwen3next_train.checkpoint.filesystem import LOCAL_FILESYSTEM, format_bytes, write_file
-from qwen3next_train.checkpoint.fragments import FragmentIndex, RankShare, write_rank_file
+from qwen3next_train.checkpoint.fragments import FragmentIndex, RankShare, write_rank_files
 from qwen3next_train.checkpoint.manifest import FileEntry, Header, WorldLayout, encode_manifest, parse_manifest
 from qwen3next_train.checkpoint.names import CHECKPOINTS_NAME, step_name
 from qwen3next_train.checkpoint.staged_folder import staged_folder
@@ -117,19 +117,20 @@ def _write_checkpoint(
     publication.create_staging(fs, directory, staging)
     files: list[FileEntry] = []
 
-    def write(fragments: Iterable[Fragment], origin: str) -> None:
+    def write(fragments: Iterable[Fragment], origin: str) -> int:
         try:
             share = RankShare.collect(fragments, {})
         except DivergedError as error:
             raise DataError(f"{match.folder.path / origin}: {error}") from error
-        rank = len(files)
-        files.append(write_rank_file(fs, directory / staging, share, rank=rank, parameters=match.parameters))
+        rank = files[-1].rank + 1 if files else 0
+        files.extend(write_rank_files(fs, directory / staging, share, rank=rank, parameters=match.parameters))
+        return share.num_bytes
 
     shards = match.folder.shards
     for number, shard in enumerate(shards, start=1):
         if fragments := _fragments(match, shard):
-            write(fragments, shard)
-            get_logger().info("import-hf: %s (%d of %d), %s", shard, number, len(shards), format_bytes(files[-1].size))
+            size = write(fragments, shard)
+            get_logger().info("import-hf: %s (%d of %d), %s", shard, number, len(shards), format_bytes(size))
         # The fragments hold the mapping alive.
         del fragments
         match.folder.close(shard)
@@ -169,7 +170,7 @@ def _publish(match: HfMatch, directory: Path, staging: str, output: Path, files:
     header = Header(
         parameters=match.parameters,
         config=config.model_dump(mode="json"),
-        layout=WorldLayout(world_size=len(files), expert_parallel_size=1, zero_stage=0),
+        layout=WorldLayout(world_size=files[-1].rank + 1, expert_parallel_size=1, zero_stage=0),
         versions={"qwen3next_train": __version__} | {name: version(name) for name in ("torch", "safetensors")},
     )
     state = TrainState(

@@ -136,6 +136,8 @@ class HookedFilesystem:
     def __init__(self, before: Callable[[str, tuple[Any, ...]], None] = lambda name, arguments: None) -> None:
         self._local = LocalFilesystem()
         self._before = before
+        # A large share is written by several threads.
+        self._lock = threading.Lock()
         self._paths: dict[int, Path] = {}
         self._open: set[int] = set()
         self.log: list[tuple[str, str]] = []
@@ -144,8 +146,9 @@ class HookedFilesystem:
         def operation(*arguments: Any) -> Any:
             where = arguments[0]
             path = self._paths.get(where, Path("?")) if isinstance(where, int) else where
-            self.log.append((name, path.name))
-            self._before(name, arguments)
+            with self._lock:
+                self.log.append((name, path.name))
+                self._before(name, arguments)
             if name in ("fsync", "fsync_dir"):
                 return None
             result = getattr(self._local, name)(*arguments)

@@ -61,11 +61,21 @@ def _content(found: VerifiedCheckpoint) -> int:
     return OLD_CONTENT if stored.equal(logical_state(OLD_CONTENT)["norm.weight"]["master"]) else NEWER
 
 
-SCENARIOS = ["first save", "older step", "same step", "after a cut publication"]
+@pytest.fixture
+def files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A rank writes 768 bytes of tensors, to so many files side by side."""
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 768 // request.param)
+    return int(request.param)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_death_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, scenario: str) -> None:
+WITH_OLDER = [("older step", 1), ("same step", 1), ("same step", 3)]
+SCENARIOS = [("first save", 1), *WITH_OLDER, ("after a cut publication", 1)]
+
+
+@pytest.mark.parametrize(("scenario", "files"), SCENARIOS, indirect=["files"])
+def test_death_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, scenario: str, files: int
+) -> None:
     template = tmp_path / "template" / "checkpoints"
     template.parent.mkdir()
     _prepare(template, scenario)
@@ -82,6 +92,7 @@ def test_death_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_pa
             break
         finally:
             filesystem.close_all()
+    assert len(list((directory / "step_00000002").glob("rank_*"))) == files
     assert len(outcomes) > 25
     # Discovery turns from old to new once, at the rename that publishes, and never back.
     before = "none" if scenario == "first save" else "old"
@@ -90,8 +101,10 @@ def test_death_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_pa
     assert outcomes.count("new") > 2
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_power_loss_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize(("scenario", "files"), SCENARIOS, indirect=["files"])
+def test_power_loss_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, scenario: str, files: int
+) -> None:
     template = tmp_path / "template" / "checkpoints"
     template.parent.mkdir()
     _prepare(template, scenario)
@@ -110,6 +123,7 @@ def test_power_loss_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(t
                 num_states += 1
             else:
                 assert num_states > 25
+                assert len(list((directory / "step_00000002").glob("rank_*"))) == files
                 return
             finally:
                 filesystem.close_all()
@@ -118,8 +132,8 @@ def test_power_loss_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(t
             num_kept += 1
 
 
-@pytest.mark.parametrize("scenario", ["older step", "same step"])
-def test_the_save_after_a_death_succeeds_and_leaves_no_trace_of_it(tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize(("scenario", "files"), WITH_OLDER, indirect=["files"])
+def test_the_save_after_a_death_succeeds_and_leaves_no_trace_of_it(tmp_path: Path, scenario: str, files: int) -> None:
     template = tmp_path / "template" / "checkpoints"
     template.parent.mkdir()
     _prepare(template, scenario)
@@ -142,12 +156,15 @@ def test_the_save_after_a_death_succeeds_and_leaves_no_trace_of_it(tmp_path: Pat
         finally:
             filesystem.close_all()
         num_operations += 1
+    assert len(list((directory / "step_00000002").glob("rank_*"))) == files
     assert num_operations > 25
 
 
-@pytest.mark.parametrize("scenario", ["older step", "same step"])
+@pytest.mark.parametrize(("scenario", "files"), WITH_OLDER, indirect=["files"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_an_error_at_any_file_operation_is_one_line_and_harms_nothing(tmp_path: Path, scenario: str, code: int) -> None:
+def test_an_error_at_any_file_operation_is_one_line_and_harms_nothing(
+    tmp_path: Path, scenario: str, files: int, code: int
+) -> None:
     template = tmp_path / "template" / "checkpoints"
     template.parent.mkdir()
     _prepare(template, scenario)
@@ -172,6 +189,7 @@ def test_an_error_at_any_file_operation_is_one_line_and_harms_nothing(tmp_path: 
             assert names(directory) == before or outcome == "new"
             assert not any(name.startswith(".tmp-") for name in names(directory))
         filesystem.close_all()
+    assert len(list((tmp_path / "counted" / "checkpoints" / "step_00000002").glob("rank_*"))) == files
     assert 15 < num_failed_saves < total
 
 

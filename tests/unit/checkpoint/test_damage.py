@@ -224,8 +224,8 @@ def test_a_hostile_manifest_with_a_right_hash_is_refused(checkpoints: Path, mess
 
 
 def test_a_checkpoint_of_a_newer_version_stops_the_run(checkpoints: Path) -> None:
-    rewrite_manifest(checkpoints / "step_00000002" / "MANIFEST.json", _set("format_version", value=3))
-    with pytest.raises(CheckpointError, match=r"step_00000002: written by a newer version \(checkpoint format 3"):
+    rewrite_manifest(checkpoints / "step_00000002" / "MANIFEST.json", _set("format_version", value=4))
+    with pytest.raises(CheckpointError, match=r"step_00000002: written by a newer version \(checkpoint format 4"):
         manager(checkpoints).find_latest()
 
 

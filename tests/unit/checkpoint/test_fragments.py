@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,20 +19,23 @@ from qwen3next_train.checkpoint.fragments import (
     FragmentIndex,
     FragmentReader,
     RankShare,
-    write_rank_file,
+    write_rank_files,
 )
+from qwen3next_train.checkpoint.manager import VerifiedCheckpoint
 from qwen3next_train.checkpoint.manifest import FileEntry, Manifest, WorldLayout, encode_manifest, parse_manifest
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
-from qwen3next_train.errors import CheckpointError, DivergedError
+from qwen3next_train.errors import CheckpointError, DivergedError, StorageError
 from qwen3next_train.held_elements import Runs, runs_of_range
 from qwen3next_train.parameters import Init, ParamSpec
 from tests.unit.checkpoint.support import (
     PARAMETERS,
     HookedFilesystem,
+    assert_holds,
     fragments_of,
     header,
     logical_state,
     manager,
+    names,
     save,
     train_state,
 )
@@ -44,14 +49,14 @@ def _write(directory: Path, shares: Sequence[Sequence[Fragment]], parameters: Se
     for rank, fragments in enumerate(shares):
         share = RankShare.collect(fragments, {})
         kinds = share.kinds if fragments else kinds
-        files.append(write_rank_file(HookedFilesystem(), directory, share, rank=rank, parameters=parameters))
+        files += write_rank_files(HookedFilesystem(), directory, share, rank=rank, parameters=parameters)
     return _manifest(files, parameters, kinds)
 
 
 def _manifest(
     files: Sequence[FileEntry], parameters: Sequence[ParamSpec], kinds: Sequence[FragmentKind] = FRAGMENT_KINDS
 ) -> Manifest:
-    layout = WorldLayout(world_size=len(files), expert_parallel_size=1, zero_stage=1)
+    layout = WorldLayout(world_size=len({file.rank for file in files}), expert_parallel_size=1, zero_stage=1)
     described = replace(header(), parameters=parameters, layout=layout)
     raw = encode_manifest(step=1, header=described, train_state=train_state(1), kinds=kinds, files=files)
     return parse_manifest(raw, step=1)
@@ -250,12 +255,115 @@ def test_values_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
     # After the check of the save, as a bug or a bit flip in memory would.
     fragments[2].tensors["master"][1] = math.nan
     (tmp_path / "c").mkdir()
-    entry = write_rank_file(HookedFilesystem(), tmp_path / "c", share, rank=0, parameters=PARAMETERS)
-    raw = encode_manifest(step=1, header=header(), train_state=train_state(1), kinds=FRAGMENT_KINDS, files=[entry])
-    reader = FragmentReader(tmp_path / "c", parse_manifest(raw, step=1))
+    files = write_rank_files(HookedFilesystem(), tmp_path / "c", share, rank=0, parameters=PARAMETERS)
+    reader = FragmentReader(tmp_path / "c", _manifest(files, PARAMETERS))
     with pytest.raises(CheckpointError, match=r"norm\.weight: master is not finite"):
         reader.read("norm.weight", "master", 0, 5)
     assert reader.read("norm.weight", "master", 2, 5).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("min_part_bytes", "held"),
+    [
+        (10**6, [{"embed.weight", "layers.0.experts", "norm.weight"}]),
+        (385, [{"embed.weight", "layers.0.experts", "norm.weight"}]),
+        # 35, 24 and 5 elements of three kinds: 768 bytes.
+        (384, [{"embed.weight"}, {"layers.0.experts", "norm.weight"}]),
+        (256, [{"embed.weight"}, {"layers.0.experts"}, {"norm.weight"}]),
+        (1, [{"embed.weight"}, {"layers.0.experts"}, {"norm.weight"}]),
+    ],
+)
+def test_a_large_share_is_spread_over_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_part_bytes: int, held: list[set[str]]
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", min_part_bytes)
+    filesystem = HookedFilesystem()
+    found = _saved(tmp_path, filesystem)
+    files = found.manifest.files
+    assert [file.name for file in files] == [
+        "rank_00000.safetensors",
+        "rank_00000_1.safetensors",
+        "rank_00000_2.safetensors",
+    ][: len(held)]
+    assert [{PARAMETERS[index].name for index in file.fragments[::3]} for file in files] == held
+    assert {file.rank for file in files} == {0}
+    # What an older version can read is written for it.
+    assert found.manifest.format_version == (3 if len(files) > 1 else 1)
+    assert found.manifest.num_bytes == sum((found.path / file.name).stat().st_size for file in files)
+    assert_holds(found, 1)
+    assert FragmentReader(found.path, found.manifest).rank_tensors(0)["rng"].tolist() == [1, 0]
+
+
+def _saved(directory: Path, filesystem: HookedFilesystem) -> VerifiedCheckpoint:
+    save(manager(directory, filesystem=filesystem), 1)
+    found = manager(directory).find_latest()
+    assert found is not None
+    return found
+
+
+def test_at_most_four_files_take_a_share_and_about_as_much_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 64)
+    numels = [100, 7, 90, 1, 60, 55, 40, 30, 20, 10]
+    parameters = [ParamSpec(f"p{i}", (numel,), "norm", Init("constant", 0.0)) for i, numel in enumerate(numels)]
+    values = [torch.arange(numel, dtype=torch.float32) for numel in numels]
+    fragments = [
+        Fragment(spec.name, Runs(0, spec.numel), {"master": value})
+        for spec, value in zip(parameters, values, strict=True)
+    ]
+    share = RankShare.collect(fragments, {})
+    files = write_rank_files(HookedFilesystem(), tmp_path, share, rank=0, parameters=parameters)
+    assert [sum(file.fragments[2::3]) for file in files] == [101, 110, 100, 102]
+    assert sum(file.size for file in files) == share.num_bytes
+    reader = FragmentReader(tmp_path, _manifest(files, parameters, ("master",)))
+    for spec, value in zip(parameters, values, strict=True):
+        assert reader.read(spec.name, "master", 0, spec.numel).equal(value)
+
+
+def test_an_error_in_one_of_several_files_is_raised_when_all_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 1)
+
+    def fail(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "write" and filesystem.path_of(arguments[0]).name == "rank_00000_1.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    filesystem = HookedFilesystem(fail)
+    with pytest.raises(StorageError, match=r"rank 0: rank_00000_1\.safetensors: No space left on device; needed"):
+        save(manager(tmp_path, filesystem=filesystem), 1)
+    created, closed = (
+        sorted(name for operation, name in filesystem.log if operation == wanted and name.startswith("rank_"))
+        for wanted in ("create", "close")
+    )
+    assert created == closed
+    assert "rank_00000_1.safetensors" in created
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.gpu
+def test_files_are_written_from_what_the_callers_stream_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 1)
+    parameters = [ParamSpec(f"p{i}", (5_000_000,), "norm", Init("constant", 0.0)) for i in range(4)]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        values = [torch.zeros(spec.numel, device="cuda") for spec in parameters]
+        torch.cuda.synchronize()
+        fragments = [
+            Fragment(spec.name, Runs(0, spec.numel), {"master": value})
+            for spec, value in zip(parameters, values, strict=True)
+        ]
+        share = RankShare.collect(fragments, {})
+        # Half a second of the device's time, behind which the values come.
+        torch.cuda._sleep(1_000_000_000)
+        for number, value in enumerate(values, start=1):
+            value.fill_(number)
+        files = write_rank_files(HookedFilesystem(), tmp_path, share, rank=0, parameters=parameters)
+    reader = FragmentReader(tmp_path, _manifest(files, parameters, ("master",)))
+    for number, spec in enumerate(parameters, start=1):
+        assert reader.read(spec.name, "master", 0, spec.numel).eq(number).all()
 
 
 def test_a_thousand_rank_files_keep_descriptors_and_open_files_few(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3next_train.checkpoint.fragments import RankShare, write_rank_file
+from qwen3next_train.checkpoint.fragments import RankShare, write_rank_files
 from qwen3next_train.checkpoint.manifest import config_hash, encode_manifest, parse_manifest
 from qwen3next_train.checkpoint.train_state import AcceptedChange
 from qwen3next_train.config.describe import ConfigChanges, compare_configs
@@ -32,9 +32,9 @@ def test_configuration_of_an_earlier_version_resumes_without_a_difference(tmp_pa
     stored["parallel"]["recompute"] = ["activations", "conv_gates"]
     stored["kernels"]["causal_conv1d"] = "reference"
     share = RankShare.collect(fragments_of(1), {})
-    entry = write_rank_file(HookedFilesystem(), tmp_path, share, rank=0, parameters=PARAMETERS)
+    files = write_rank_files(HookedFilesystem(), tmp_path, share, rank=0, parameters=PARAMETERS)
     described = replace(header(), config=stored)
-    raw = encode_manifest(step=1, header=described, train_state=train_state(1), kinds=FRAGMENT_KINDS, files=[entry])
+    raw = encode_manifest(step=1, header=described, train_state=train_state(1), kinds=FRAGMENT_KINDS, files=files)
     assert b"conv_gates" in raw
     assert b"causal_conv1d" in raw
     manifest = parse_manifest(raw, step=1)
@@ -48,8 +48,8 @@ def test_configuration_of_an_earlier_version_resumes_without_a_difference(tmp_pa
 
 def _manifest(tmp_path, state):
     share = RankShare.collect(fragments_of(1), {})
-    entry = write_rank_file(HookedFilesystem(), tmp_path, share, rank=0, parameters=PARAMETERS)
-    return encode_manifest(step=1, header=header(), train_state=state, kinds=FRAGMENT_KINDS, files=[entry])
+    files = write_rank_files(HookedFilesystem(), tmp_path, share, rank=0, parameters=PARAMETERS)
+    return encode_manifest(step=1, header=header(), train_state=state, kinds=FRAGMENT_KINDS, files=files)
 
 
 def test_what_resumes_have_changed_comes_back_as_it_was(tmp_path):
