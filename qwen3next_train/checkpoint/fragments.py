@@ -9,10 +9,11 @@ manifest, so finding the owners of a range costs no file access, however many ra
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +36,12 @@ from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
 MIN_PART_BYTES = 256 << 20
-"""A share is spread over as many files of this size as it fills, up to :data:`MAX_PARTS`."""
+"""A share is written to as many files of this size as it fills, by a thread each, up to :data:`MAX_PARTS`."""
 MAX_PARTS = 4
-"""Files of one rank, each written by a thread of its own."""
+"""Files of one rank."""
 _RANK_PREFIX = "rank/"
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,18 @@ class RankShare:
         """
         kept = [fragment for fragment in fragments if fragment.numel]
         kinds = tuple(kind for kind in FRAGMENT_KINDS if all(kind in fragment.tensors for fragment in kept))
-        for fragment in kept:
+        checked = [(fragment, kind) for fragment in kept for kind in kinds]
+        for fragment, kind in checked:
             assert set(fragment.tensors) == set(kinds), f"{fragment.name}: fragments of different kinds"
-            for kind in kinds:
-                tensor = fragment.tensors[kind]
-                assert tensor.shape == (fragment.numel,), f"{fragment.name}: {kind} is not flat"
-                if not is_finite(tensor):
-                    raise DivergedError(
-                        f"{fragment.name}: {kind} is not finite in elements "
-                        f"[{fragment.runs.start}, {fragment.runs.stop})"
-                    )
+            assert fragment.tensors[kind].shape == (fragment.numel,), f"{fragment.name}: {kind} is not flat"
+        tensors = [fragment.tensors[kind] for fragment, kind in checked]
+        # Several threads, since under torchrun each has but one core.
+        finite = _by_threads(is_finite, tensors, tensors, _num_threads(sum(tensor.nbytes for tensor in tensors)))
+        for (fragment, kind), fine in zip(checked, finite, strict=True):
+            if not fine:
+                raise DivergedError(
+                    f"{fragment.name}: {kind} is not finite in elements [{fragment.runs.start}, {fragment.runs.stop})"
+                )
         own = [StoredTensor(_RANK_PREFIX + name, tensor, tensor.dtype) for name, tensor in rank_tensors.items()]
         return cls(kept, own, kinds)
 
@@ -101,7 +106,7 @@ class RankShare:
         """What goes into each file: whole fragments, spread evenly, the rank's own tensors in the first."""
         sizes = [fragment.numel for fragment in self.fragments]
         num_bytes = sum(sizes) * len(self.kinds) * torch.float32.itemsize
-        num_parts = min(MAX_PARTS, max(1, num_bytes // MIN_PART_BYTES), max(1, len(sizes)))
+        num_parts = min(_num_threads(num_bytes), max(1, len(sizes)))
         totals = [0] * num_parts
         parts: list[list[int]] = [[] for _ in totals]
         # The largest first, each to where there is least.
@@ -134,19 +139,35 @@ def write_rank_files(
     """
     parts = share.split()
     index = {spec.name: position for position, spec in enumerate(parameters)}
-    device = next((stored.tensor.device for stored in share.tensors if stored.tensor.device.type == "cuda"), None)
-    stream = None if device is None else torch.cuda.current_stream(device)
 
     def write(part: int) -> FileEntry:
-        # The state was computed on the caller's stream.
-        with torch.cuda.stream(stream):
-            record = write_tensor_file(fs, directory / rank_file_name(rank, part), parts[part].tensors)
+        record = write_tensor_file(fs, directory / rank_file_name(rank, part), parts[part].tensors)
         return _entry(record, rank, parts[part].fragments, index)
 
-    if len(parts) == 1:
-        return [write(0)]
-    with ThreadPoolExecutor(len(parts), thread_name_prefix="checkpoint file") as pool:
-        return list(pool.map(write, range(len(parts))))
+    tensors = [stored.tensor for stored in share.tensors]
+    return _by_threads(write, range(len(parts)), tensors, len(parts))
+
+
+def _num_threads(num_bytes: int) -> int:
+    """For so much of a share."""
+    return min(MAX_PARTS, max(1, num_bytes // MIN_PART_BYTES))
+
+
+def _by_threads(
+    function: Callable[[T], S], items: Sequence[T], tensors: Sequence[torch.Tensor], num_threads: int
+) -> list[S]:
+    """``function`` of each item; on a GPU behind what the caller's stream computes, for ``tensors``."""
+    if num_threads == 1:
+        return [function(item) for item in items]
+    device = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
+    stream = None if device is None else torch.cuda.current_stream(device)
+
+    def on_stream(item: T) -> S:
+        with torch.cuda.stream(stream):
+            return function(item)
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint share") as pool:
+        return list(pool.map(on_stream, items))
 
 
 def _entry(record: FileRecord, rank: int, fragments: Sequence[Fragment], index: Mapping[str, int]) -> FileEntry:

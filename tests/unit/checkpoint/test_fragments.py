@@ -242,9 +242,15 @@ def test_unknown_names_and_impossible_ranges(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FRAGMENT_KINDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_not_saved(kind: FragmentKind, value: float) -> None:
+@pytest.mark.parametrize("min_part_bytes", [10**6, 1])
+def test_values_that_are_not_finite_are_not_saved(
+    monkeypatch: pytest.MonkeyPatch, min_part_bytes: int, kind: FragmentKind, value: float
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", min_part_bytes)
     fragments = fragments_of(1)
     fragments[1].tensors[kind][3] = value
+    # The first is named, whichever of several threads finds one.
+    fragments[2].tensors["master"][0] = value
     with pytest.raises(DivergedError, match=rf"layers\.0\.experts: {kind} is not finite in elements \[0, 24\)"):
         RankShare.collect(fragments, {})
 
