@@ -23,6 +23,7 @@ from qwen3next_train.checkpoint.manifest import (
     parse_manifest,
 )
 from qwen3next_train.checkpoint.names import MANIFEST_NAME, CheckpointInfo
+from qwen3next_train.checkpoint.threads import by_threads, num_threads
 from qwen3next_train.errors import CheckpointError
 
 
@@ -76,8 +77,11 @@ def verify(
         if entry is None or entry.kind != "directory":
             return VerifyResult(f"is a {entry.kind if entry else 'missing directory'}, not a directory")
         manifest = _read_manifest(fs, path, checkpoint.step)
-        for file in manifest.files[rank::world_size]:
-            if reason := _file_error(fs, path, file, hashes=hashes):
+        share = manifest.files[rank::world_size]
+        threads = num_threads(sum(file.size for file in share)) if hashes else 1
+        reasons = by_threads(lambda file: _file_error(fs, path, file, hashes=hashes), share, threads)
+        for file, reason in zip(share, reasons, strict=True):
+            if reason:
                 return VerifyResult(f"{file.name} {reason}", manifest)
     except NewerFormatError as error:
         return VerifyResult(str(error), newer=True)

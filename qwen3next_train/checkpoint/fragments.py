@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -29,16 +28,13 @@ from qwen3next_train.checkpoint.tensor_file import (
     tensor_file_bytes,
     write_tensor_file,
 )
+from qwen3next_train.checkpoint.threads import by_threads, num_threads
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
 from qwen3next_train.errors import CheckpointError, DivergedError, StorageError
 from qwen3next_train.exhaustion import system_reason
 from qwen3next_train.parameters import ParamSpec
 
 MAX_OPEN_FILES = 128
-MIN_PART_BYTES = 256 << 20
-"""A share is written to as many files of this size as it fills, by a thread each, up to :data:`MAX_PARTS`."""
-MAX_PARTS = 4
-"""Files of one rank."""
 _RANK_PREFIX = "rank/"
 S = TypeVar("S")
 T = TypeVar("T")
@@ -77,8 +73,8 @@ class RankShare:
             assert set(fragment.tensors) == set(kinds), f"{fragment.name}: fragments of different kinds"
             assert fragment.tensors[kind].shape == (fragment.numel,), f"{fragment.name}: {kind} is not flat"
         tensors = [fragment.tensors[kind] for fragment, kind in checked]
-        # Several threads, since under torchrun each has but one core.
-        finite = _by_threads(is_finite, tensors, tensors, _num_threads(sum(tensor.nbytes for tensor in tensors)))
+        threads = num_threads(sum(tensor.nbytes for tensor in tensors))
+        finite = by_threads(_on_this_stream(is_finite, tensors), tensors, threads)
         for (fragment, kind), fine in zip(checked, finite, strict=True):
             if not fine:
                 raise DivergedError(
@@ -106,7 +102,7 @@ class RankShare:
         """What goes into each file: whole fragments, spread evenly, the rank's own tensors in the first."""
         sizes = [fragment.numel for fragment in self.fragments]
         num_bytes = sum(sizes) * len(self.kinds) * torch.float32.itemsize
-        num_parts = min(_num_threads(num_bytes), max(1, len(sizes)))
+        num_parts = min(num_threads(num_bytes), max(1, len(sizes)))
         totals = [0] * num_parts
         parts: list[list[int]] = [[] for _ in totals]
         # The largest first, each to where there is least.
@@ -145,20 +141,11 @@ def write_rank_files(
         return _entry(record, rank, parts[part].fragments, index)
 
     tensors = [stored.tensor for stored in share.tensors]
-    return _by_threads(write, range(len(parts)), tensors, len(parts))
+    return list(by_threads(_on_this_stream(write, tensors), range(len(parts)), len(parts)))
 
 
-def _num_threads(num_bytes: int) -> int:
-    """For so much of a share."""
-    return min(MAX_PARTS, max(1, num_bytes // MIN_PART_BYTES))
-
-
-def _by_threads(
-    function: Callable[[T], S], items: Sequence[T], tensors: Sequence[torch.Tensor], num_threads: int
-) -> list[S]:
-    """``function`` of each item; on a GPU behind what the caller's stream computes, for ``tensors``."""
-    if num_threads == 1:
-        return [function(item) for item in items]
+def _on_this_stream(function: Callable[[T], S], tensors: Sequence[torch.Tensor]) -> Callable[[T], S]:
+    """``function`` for other threads, on a GPU behind what computes ``tensors`` in this one."""
     device = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
     stream = None if device is None else torch.cuda.current_stream(device)
 
@@ -166,8 +153,7 @@ def _by_threads(
         with torch.cuda.stream(stream):
             return function(item)
 
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint share") as pool:
-        return list(pool.map(on_stream, items))
+    return on_stream
 
 
 def _entry(record: FileRecord, rank: int, fragments: Sequence[Fragment], index: Mapping[str, int]) -> FileEntry:

@@ -245,6 +245,19 @@ class FailingFilesystem(HookedFilesystem):
             raise OSError(self._code, os.strerror(self._code), *name_known)
 
 
+def failing(operation: str, file: str, code: int, *, step: int = 2) -> HookedFilesystem:
+    """Fails one operation on one file of one checkpoint."""
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        where = arguments[0]
+        path = filesystem.path_of(where) if isinstance(where, int) else where
+        if name == operation and path.name == file and path.parent.name in (f"step_{step:08d}", "checkpoints"):
+            raise OSError(code, os.strerror(code), *(() if isinstance(where, int) else (str(path),)))
+
+    filesystem = HookedFilesystem(before)
+    return filesystem
+
+
 def count_operations(action: Callable[[HookedFilesystem], object]) -> int:
     """Number of file operations ``action`` makes when nothing goes wrong."""
     filesystem = HookedFilesystem()

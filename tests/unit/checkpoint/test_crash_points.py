@@ -64,7 +64,7 @@ def _content(found: VerifiedCheckpoint) -> int:
 @pytest.fixture
 def files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """A rank writes 768 bytes of tensors, to so many files side by side."""
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 768 // request.param)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 768 // request.param)
     return int(request.param)
 
 

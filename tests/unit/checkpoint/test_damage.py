@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from tests.unit.checkpoint.support import (
     ThreadControl,
     assert_holds,
     collected_log,
+    failing,
     manager,
     names,
     on_ranks,
@@ -99,6 +101,27 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
     assert len(messages) == 1
     assert "step_00000002 is damaged and skipped: " in messages[0]
     assert file in messages[0]
+
+
+@pytest.mark.parametrize("damaged", [FILES[1:], FILES[2:]], ids=["both files", "the second file"])
+def test_threads_name_the_first_file_that_is_damaged(
+    checkpoints: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch, damaged: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 1)
+    assert_holds(manager(checkpoints).find_latest(), 2)
+    for file in damaged:
+        _zero_page(checkpoints / "step_00000002" / file)
+    messages.clear()
+    assert_holds(manager(checkpoints).find_latest(), 1)
+    assert messages[0].endswith(f"step_00000002 is damaged and skipped: {damaged[0]} does not match its hash")
+
+
+def test_threads_do_not_read_on_behind_a_damaged_file(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 1)
+    _zero_page(checkpoints / "step_00000002" / FILES[1])
+    # As with one thread: what is behind it need not be readable.
+    unreadable = failing("read", FILES[2], errno.EIO)
+    assert_holds(manager(checkpoints, filesystem=unreadable).find_latest(), 1)
 
 
 def test_every_one_of_200_flipped_bits_is_detected(checkpoints: Path) -> None:

@@ -242,11 +242,11 @@ def test_unknown_names_and_impossible_ranges(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FRAGMENT_KINDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("min_part_bytes", [10**6, 1])
+@pytest.mark.parametrize("min_bytes", [10**6, 1])
 def test_values_that_are_not_finite_are_not_saved(
-    monkeypatch: pytest.MonkeyPatch, min_part_bytes: int, kind: FragmentKind, value: float
+    monkeypatch: pytest.MonkeyPatch, min_bytes: int, kind: FragmentKind, value: float
 ) -> None:
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", min_part_bytes)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", min_bytes)
     fragments = fragments_of(1)
     fragments[1].tensors[kind][3] = value
     # The first is named, whichever of several threads finds one.
@@ -269,7 +269,7 @@ def test_values_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("min_part_bytes", "held"),
+    ("min_bytes", "held"),
     [
         (10**6, [{"embed.weight", "layers.0.experts", "norm.weight"}]),
         (385, [{"embed.weight", "layers.0.experts", "norm.weight"}]),
@@ -280,9 +280,9 @@ def test_values_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_large_share_is_spread_over_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_part_bytes: int, held: list[set[str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_bytes: int, held: list[set[str]]
 ) -> None:
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", min_part_bytes)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", min_bytes)
     filesystem = HookedFilesystem()
     found = _saved(tmp_path, filesystem)
     files = found.manifest.files
@@ -310,7 +310,7 @@ def _saved(directory: Path, filesystem: HookedFilesystem) -> VerifiedCheckpoint:
 def test_at_most_four_files_take_a_share_and_about_as_much_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 64)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 64)
     numels = [100, 7, 90, 1, 60, 55, 40, 30, 20, 10]
     parameters = [ParamSpec(f"p{i}", (numel,), "norm", Init("constant", 0.0)) for i, numel in enumerate(numels)]
     values = [torch.arange(numel, dtype=torch.float32) for numel in numels]
@@ -330,7 +330,7 @@ def test_at_most_four_files_take_a_share_and_about_as_much_each(
 def test_an_error_in_one_of_several_files_is_raised_when_all_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 1)
 
     def fail(name: str, arguments: tuple[Any, ...]) -> None:
         if name == "write" and filesystem.path_of(arguments[0]).name == "rank_00000_1.safetensors":
@@ -352,7 +352,7 @@ def test_an_error_in_one_of_several_files_is_raised_when_all_are_closed(
 def test_files_are_written_from_what_the_callers_stream_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3next_train.checkpoint.fragments.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 1)
     parameters = [ParamSpec(f"p{i}", (5_000_000,), "norm", Init("constant", 0.0)) for i in range(4)]
     with torch.cuda.stream(torch.cuda.Stream()):
         values = [torch.zeros(spec.numel, device="cuda") for spec in parameters]

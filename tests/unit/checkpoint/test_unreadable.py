@@ -23,6 +23,7 @@ from tests.unit.checkpoint.support import (
     ThreadControl,
     assert_holds,
     collected_log,
+    failing,
     manager,
     names,
     on_ranks,
@@ -30,19 +31,6 @@ from tests.unit.checkpoint.support import (
 )
 
 CODES = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT)
-
-
-def failing(operation: str, file: str, code: int, *, step: int = 2) -> HookedFilesystem:
-    """Fails one operation on one file of one checkpoint."""
-
-    def before(name: str, arguments: tuple[Any, ...]) -> None:
-        where = arguments[0]
-        path = filesystem.path_of(where) if isinstance(where, int) else where
-        if name == operation and path.name == file and path.parent.name in (f"step_{step:08d}", "checkpoints"):
-            raise OSError(code, os.strerror(code), *(() if isinstance(where, int) else (str(path),)))
-
-    filesystem = HookedFilesystem(before)
-    return filesystem
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from qwen3next_train.checkpoint.threads import by_threads, num_threads
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [(0, 1), ((512 << 20) - 1, 1), (512 << 20, 2), ((1 << 30) - 1, 3), (1 << 30, 4), (1 << 40, 4)],
+)
+def test_a_thread_for_every_256_mebibytes_up_to_four(num_bytes: int, expected: int) -> None:
+    assert num_threads(num_bytes) == expected
+
+
+def test_results_come_in_order_from_threads_that_run_side_by_side() -> None:
+    together = threading.Barrier(4)
+
+    def wait(item: int) -> tuple[int, int]:
+        together.wait(timeout=20)
+        return item * item, threading.get_ident()
+
+    results = list(by_threads(wait, range(4), 4))
+    assert [square for square, _ in results] == [0, 1, 4, 9]
+    assert len({thread for _, thread in results}) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_exception_comes_where_its_item_stands(threads: int) -> None:
+    results = by_threads(_fail_from_one_on, range(100), threads)
+    assert next(results) == 0
+    with pytest.raises(ValueError, match=r"^1$"):
+        next(results)
+    assert list(results) == []
+
+
+def _fail_from_one_on(item: int) -> int:
+    if item:
+        raise ValueError(str(item))
+    return item
+
+
+def test_one_thread_begins_nothing_that_is_not_asked_for() -> None:
+    begun: list[int] = []
+    results = by_threads(begun.append, range(100), 1)
+    next(results)
+    assert begun == [0]
