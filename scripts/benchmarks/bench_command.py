@@ -1,13 +1,14 @@
-"""How the benchmarks are called: whole numbers and folders of their options, errors in one line."""
+"""How the benchmarks are called: whole numbers and folders of their options, help, errors in one line."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from qwen3next_train.cli.arguments import Option
 from qwen3next_train.errors import ConfigError, TrainError
 
 
@@ -40,8 +41,19 @@ def scratch_folder(parent: str | None, prefix: str) -> tempfile.TemporaryDirecto
         raise ConfigError(f"--dir: no folder can be made in {parent}: {error.strerror}") from error
 
 
-def run_main(main: Callable[[list[str]], int]) -> NoReturn:
-    """Leave with what ``main`` returns for the command line, or with 2 and one line for what it raises."""
+def run_main(main: Callable[[list[str]], int], text: str | None, options: Mapping[str, Option]) -> NoReturn:
+    """Leave with what ``main`` returns for the command line, or with 2 and one line for what it raises.
+
+    Args:
+        main: takes the command line.
+        text: of ``--help``, beside the options; the script's docstring.
+        options: those of the script; configuration keys come beside them.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{text}\nOptions, and any configuration key as --KEY VALUE:")
+        for option in options.values():
+            print(f"  {f'{option.name} {option.metavar}'.rstrip():<24}  {option.help}")
+        sys.exit(0)
     try:
         sys.exit(main(sys.argv[1:]))
     except TrainError as error:

@@ -336,4 +336,4 @@ class Report:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, __doc__, OPTIONS)

@@ -330,4 +330,4 @@ def _free(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, __doc__, OPTIONS)

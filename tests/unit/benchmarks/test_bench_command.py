@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3next_train.cli.arguments import Option
 from qwen3next_train.errors import ConfigError
 
 
@@ -25,3 +26,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=f"--dir: no folder can be made in {tmp_path / 'file'}: File exists"):
         scratch_folder(str(tmp_path / "file"), "bench-")
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_the_scripts_text_and_its_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    from bench_command import run_main
+
+    monkeypatch.setattr("sys.argv", ["bench.py", "--gpus", "2", word])
+    options = {"--gpus": Option("--gpus", "N", "processes"), "--long": Option("--long", "", "long rows")}
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda argv: 1, "What it measures.", options)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == (
+        "What it measures.\n"
+        "Options, and any configuration key as --KEY VALUE:\n"
+        "  --gpus N                  processes\n"
+        "  --long                    long rows\n"
+    )
