@@ -268,7 +268,7 @@ class FragmentReader:
             )
 
     def read(self, name: str, kind: FragmentKind, start: int, stop: int) -> torch.Tensor:
-        """fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host.
+        """fp32 elements ``[start, stop)`` of the flattened logical tensor, on the host, to be read only.
 
         Moments of a checkpoint that holds weights alone are zero, as Adam starts them.
 
@@ -284,7 +284,6 @@ class FragmentReader:
             raise ValueError(f"{name}: range [{start}, {stop}) of {numel} elements")
         if kind not in self._manifest.kinds:
             return torch.zeros(stop - start)
-        result = torch.empty(stop - start)
         done = start
         # By tensor of a file, so that each is read once whatever the number of runs: where a range goes, and its place
         # in the tensor.
@@ -296,14 +295,14 @@ class FragmentReader:
             if end > done:
                 wanted[file, key, stored].append((done - start, end - start, first + done - offset))
                 done = end
+        if done < stop:
+            raise CheckpointError(f"{self._directory}: {name}: no file holds {kind} from element {done} to {stop}")
+        pieces = []
         for (file, key, stored), ranges in wanted.items():
             low = ranges[0][2]
             into, until, at = ranges[-1]
-            piece = self._slice(file, _key(name, key, kind), stored, low, at + until - into)
-            for into, until, at in ranges:
-                result[into:until] = piece[at - low : at - low + until - into]
-        if done < stop:
-            raise CheckpointError(f"{self._directory}: {name}: no file holds {kind} from element {done} to {stop}")
+            pieces.append((self._slice(file, _key(name, key, kind), stored, low, at + until - into), ranges))
+        result = _joined(pieces, stop - start)
         if not is_finite(result):
             raise CheckpointError(f"{self._directory}: {name}: {kind} is not finite in elements [{start}, {stop})")
         return result
@@ -354,6 +353,19 @@ class FragmentReader:
 
     def _path(self, file: int) -> Path:
         return self._directory / self._manifest.files[file].name
+
+
+def _joined(pieces: Sequence[tuple[torch.Tensor, list[tuple[int, int, int]]]], numel: int) -> torch.Tensor:
+    """Elements of stored tensors, each with where its ranges go and their place in the tensor that begins with them."""
+    if len(pieces) == 1 and len(pieces[0][1]) == 1:
+        # The mapped file itself: a copy in memory of its own takes as long as reading it.
+        return pieces[0][0]
+    result = torch.empty(numel)
+    for piece, ranges in pieces:
+        low = ranges[0][2]
+        for into, until, at in ranges:
+            result[into:until] = piece[at - low : at - low + until - into]
+    return result
 
 
 def _rows(number: int, file: FileEntry) -> npt.NDArray[np.int64]:

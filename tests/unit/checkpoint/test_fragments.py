@@ -240,6 +240,17 @@ def test_unknown_names_and_impossible_ranges(tmp_path: Path) -> None:
         reader.rank_tensors(1)
 
 
+def test_what_is_stored_in_one_run_is_not_copied(tmp_path: Path) -> None:
+    shares = [fragments_of(1, rank, 2) for rank in range(2)]
+    reader = FragmentReader(tmp_path / "c", _write(tmp_path / "c", shares, PARAMETERS))
+    state = logical_state(1)["embed.weight"]["exp_avg"]
+    # The first rank has 32 of the 35 elements.
+    for start, stop, is_mapped in ((0, 32, True), (5, 20, True), (33, 35, True), (0, 35, False), (31, 33, False)):
+        read = [reader.read("embed.weight", "exp_avg", start, stop) for _ in range(2)]
+        assert (read[0].data_ptr() == read[1].data_ptr()) is is_mapped
+        assert read[0].equal(state[start:stop])
+
+
 @pytest.mark.parametrize("kind", FRAGMENT_KINDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("min_bytes", [10**6, 1])
