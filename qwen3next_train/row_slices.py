@@ -117,11 +117,6 @@ class SlicePlan:
         """Tokens of a row's extended slice."""
         return int(self.convolved[-1]) // self.num_rows
 
-    @property
-    def slice_length(self) -> int:
-        """L."""
-        return self.extended_length - self.part.halo
-
 
 def plan_slices(cu_seqlens: npt.NDArray[np.integer], *, num_rows: int, part: RowSlice) -> SlicePlan:
     """Plan one rank's slices.
