@@ -112,11 +112,6 @@ class SlicePlan:
         """By row, the piece of ``scanned`` with which the slice ends: before the next row's halo there is nothing."""
         return (*(piece - 2 for piece in self.first[1:]), len(self.scanned) - 2)
 
-    @property
-    def extended_length(self) -> int:
-        """Tokens of a row's extended slice."""
-        return int(self.convolved[-1]) // self.num_rows
-
 
 def plan_slices(cu_seqlens: npt.NDArray[np.integer], *, num_rows: int, part: RowSlice) -> SlicePlan:
     """Plan one rank's slices.
