@@ -33,6 +33,7 @@ class LaunchedProcess:
         local_world_size: processes on this node.
         host: where rank 0 or the launcher listens; empty when no launcher has started this process.
         port: on ``host``; 0 when no launcher has started this process.
+        num_restarts: how often torchrun has started all processes again (``--max-restarts``).
     """
 
     rank: int = 0
@@ -41,6 +42,7 @@ class LaunchedProcess:
     local_world_size: int = 1
     host: str = ""
     port: int = 0
+    num_restarts: int = 0
 
     @property
     def is_launched(self) -> bool:
@@ -69,8 +71,7 @@ class LaunchedProcess:
             raise ConfigError(f"MASTER_PORT: not between 1 and {LARGEST_PORT} (got {port}); give a free port of rank 0")
         # A launcher need not say how many are on a node.
         local_world_size = _whole_number(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 0
-        if _RESTARTS in environ:
-            _whole_number(environ, _RESTARTS)
+        num_restarts = _whole_number(environ, _RESTARTS) if _RESTARTS in environ else 0
         larger = (
             ("RANK", rank, "WORLD_SIZE", world_size - 1),
             ("LOCAL_RANK", local_rank, "RANK", rank),
@@ -82,7 +83,8 @@ class LaunchedProcess:
                 raise ConfigError(f"{name}: {value} contradicts {other} {environ.get(other, most)}; {_HINT}")
         if "LOCAL_WORLD_SIZE" in environ and not local_world_size:
             raise ConfigError(f"LOCAL_WORLD_SIZE: 0 processes on this node; {_HINT}")
-        return cls(rank, world_size, local_rank, local_world_size or 1, environ["MASTER_ADDR"].strip(), port)
+        host = environ["MASTER_ADDR"].strip()
+        return cls(rank, world_size, local_rank, local_world_size or 1, host, port, num_restarts)
 
     def check_host(self) -> None:
         """Look up where the processes meet.

@@ -112,16 +112,6 @@ class SlicePlan:
         """By row, the piece of ``scanned`` with which the slice ends: before the next row's halo there is nothing."""
         return (*(piece - 2 for piece in self.first[1:]), len(self.scanned) - 2)
 
-    @property
-    def extended_length(self) -> int:
-        """Tokens of a row's extended slice."""
-        return int(self.convolved[-1]) // self.num_rows
-
-    @property
-    def slice_length(self) -> int:
-        """L."""
-        return self.extended_length - self.part.halo
-
 
 def plan_slices(cu_seqlens: npt.NDArray[np.integer], *, num_rows: int, part: RowSlice) -> SlicePlan:
     """Plan one rank's slices.

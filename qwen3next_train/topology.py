@@ -127,11 +127,6 @@ class Topology:
         """Position inside the expert-parallel group."""
         return self.rank % self.expert_parallel_size
 
-    @property
-    def expert_data_parallel_size(self) -> int:
-        """Number of ranks that hold the same experts."""
-        return self.world_size // self.expert_parallel_size
-
     def local_experts(self, num_experts: int) -> range:
         """Global ids of the experts this rank holds.
 

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported torch and DeepSpeed (``preloaded``), some five seconds of a core each.
+"""Processes forked from one that has imported what training needs (``preloaded``), which takes seconds of a core.
 
 For what runs in a process of its own but does not ask how that process came to be.
 """

@@ -14,8 +14,9 @@ by us, ``grad_accum_dtype: fp32``), measured on its tensors:
 Dense parameters are partitioned over all ranks, experts over the ranks that hold the same experts, and what tensor
 parallelism divides over those that hold the same heads. Stages 1 and 2
 flatten an optimizer group and pad it to twice its number of ranks; stage 3 pads every parameter. Not counted:
-Adam's step counters (4 bytes a group), the further padding where DeepSpeed cuts expert groups at 179 M elements,
-and, under an offloaded stage 2 in fp32, the rest of the tensors that straddle a partition's ends.
+Adam's step counters (4 bytes a group), the further padding of groups that are cut into several
+(``engine.gradient_buckets.bucketed_groups``), and, under an offloaded stage 2 in fp32, the rest of the tensors that
+straddle a partition's ends.
 
 Buckets of stage 2 that ranks share are whole for a part of a backward pass only. Counted are as many as can be at a
 time: the largest that is under way, two of each kind that fill, and the embedding's, which MTP fills from the
@@ -315,9 +316,8 @@ def _model_states(model: ModelConfig, kinds: Counter[ParameterKind], layout: Lay
         )
         on_their_way = _lent_buckets(model, kinds, layout) if layout.zero_stage == 2 else 0
     else:
-        gradients = FP32_BYTES * (
-            whole if layout.zero_stage == 1 else 0 if _sums_gradients_on_host(layout) else partitions
-        )
+        # All that follows is of an offloaded optimizer.
+        gradients = FP32_BYTES * (whole if layout.zero_stage == 1 else 0 if layout.precision == "fp32" else partitions)
         # Gradients are sent in fp32, from a flat copy of the bucket. Stage 2 does so in every backward pass, beside
         # activations; stage 1 at the end of the step's last, when they are gone.
         on_their_way = REDUCE_BUCKET_NUMEL * FP32_BYTES * (2 if layout.zero_stage == 2 else 1)
@@ -360,10 +360,6 @@ def _lent_buckets(model: ModelConfig, kinds: Counter[ParameterKind], layout: Lay
     return min(lent, largest + (embedding + filling if from_the_beginning else max(embedding, filling)))
 
 
-def _sums_gradients_on_host(layout: Layout) -> bool:
-    return layout.offload_optimizer and layout.zero_stage == 2 and layout.precision == "fp32"
-
-
 def _largest_gradient(kinds: Counter[ParameterKind], layout: Layout) -> int:
     """Bytes of the largest gradient before it is summed, in the weights' dtype."""
     return max(_shard(kind, kind.numel, layout).numel for kind in kinds) * layout.element_bytes
@@ -377,14 +373,12 @@ def _partition_numel(kinds: Counter[ParameterKind], layout: Layout) -> int:
 
 
 def _step_copy(kinds: Counter[ParameterKind], layout: Layout) -> int:
-    """Bytes of the flat fp32 gradient that the optimizer step adds on the GPU.
+    """Bytes of the flat fp32 gradient that the step of an offloaded optimizer adds on the GPU.
 
-    In buckets, under stage 3, and under stage 2 in bf16 runs, the sums are that gradient; of an offloaded optimizer in
-    fp32 runs it is on the host.
+    Under stage 2 in bf16 runs the sums are that gradient, in fp32 runs it is on the host; any other optimizer reads
+    gradients where they were summed.
     """
-    if layout.updates_in_one_pass or (layout.zero_stage == 2 and layout.precision == "bf16"):
-        return 0
-    if layout.offload_optimizer and layout.precision == "fp32":
+    if layout.updates_in_one_pass or layout.zero_stage == 2 or layout.precision == "fp32":
         return 0
     return FP32_BYTES * _partition_numel(kinds, layout)
 

@@ -75,13 +75,8 @@ def show_stored(value: object) -> str:
     return show_name(value) if isinstance(value, str) else show(value)
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The candidate a user most likely meant: alike as a whole, or alike in its last part."""
-    return _most_alike(name, candidates)[1]
-
-
 def _most_alike(name: str, candidates: Iterable[str]) -> tuple[float, str]:
-    """How alike the nearest candidate is, 0 to 1, and the candidate."""
+    """The candidate that is nearest, as a whole or by its last part, and how alike it is, 0 to 1."""
     matcher = difflib.SequenceMatcher(autojunk=False)
 
     def ratio(left: str, right: str) -> float:

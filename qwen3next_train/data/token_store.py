@@ -83,7 +83,7 @@ class TokenStore:
         self.prefix = prefix
         self._damage_note = damage_note
         paths = store_paths(prefix)
-        self.bin_path, self.idx_path = paths.bin, paths.idx
+        self.bin_path = paths.bin
         for path in (paths.bin, paths.idx):
             if is_missing(path):
                 raise DataError(

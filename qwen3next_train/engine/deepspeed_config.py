@@ -23,7 +23,8 @@ def deepspeed_config(config: Config, *, num_passes: int, in_buckets: bool) -> di
     Args:
         config: the resolved configuration.
         num_passes: forward-backward passes per optimizer step on each rank, at most.
-        in_buckets: gradients are summed and reduced by ``engine.gradient_buckets``, which takes the place of stage 1.
+        in_buckets: gradients are summed and reduced by ``engine.gradient_buckets``; DeepSpeed is told of stage 1 then,
+            whichever it is.
     """
     zero: dict[str, Any] = {
         "stage": 1 if in_buckets else config.parallel.zero_stage,

@@ -159,9 +159,11 @@ class _WholeAlready:
 class PartitionedOptimizer(DeepSpeedZeroOptimizer):
     """ZeRO-1 and ZeRO-2 that skip a non-finite step in bf16 too and reduce every gradient in fp32.
 
-    Stage 3 does both by itself. DeepSpeed's class looks for non-finite gradients in bf16 only if its own bf16 mode is
-    on, which would cast the fp32 parameters, and then reads all gradients once more. Here the global norm decides,
-    which is made anyhow and is the same on all ranks: it is finite exactly where the squares of all gradients are.
+    For an offloaded optimizer; any other reduces and updates by ways of its own (``engine.gradient_buckets``,
+    ``engine.partitioned_parameters``). DeepSpeed's class looks for non-finite gradients in bf16 only if its own bf16
+    mode is on, which would cast the fp32 parameters, and then reads all gradients once more. Here the global norm
+    decides, which is made anyhow and is the same on all ranks: it is finite exactly where the squares of all gradients
+    are.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -60,8 +60,8 @@ _GROUP_NUMEL = 178_956_971
 class ZeroEngine:
     """Model, AdamW and ZeRO of one rank.
 
-    Mixed precision with ``run.precision: bf16``: bf16 weights (the router, ``A_log`` and ``dt_bias`` fp32), fp32
-    gradients and master weights.
+    Mixed precision with ``run.precision: bf16``: bf16 weights (the router, ``A_log`` and ``dt_bias`` fp32), fp32 master
+    weights, and sums of gradients in fp32 or ``parallel.gradient_dtype``.
 
     torch.distributed is initialised before. Every run goes through ZeRO stage >= 1, one process included:
     DeepSpeed's stage 0 clips experts by a wrong norm.

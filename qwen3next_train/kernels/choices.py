@@ -13,13 +13,13 @@ class KernelChoice:
         operation: field of :class:`KernelSet`.
         backend: the backend that runs.
         reason: why it was chosen.
-        key: field of :class:`KernelsConfig` that chooses it; empty for an operation with one backend.
+        key: field of :class:`KernelsConfig` that chooses it.
     """
 
     operation: str
     backend: str
     reason: str
-    key: str = ""
+    key: str
 
 
 def format_choices(choices: tuple[KernelChoice, ...]) -> str:

@@ -247,7 +247,7 @@ def _meet(process: LaunchedProcess) -> dist.Store:
     if not process.is_launched:
         return dist.HashStore()
     try:
-        return next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0]
+        store = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))[0]
     except dist.DistNetworkError as error:
         cannot_listen = _CANNOT_LISTEN.search(str(error))
         if cannot_listen is None:
@@ -256,6 +256,8 @@ def _meet(process: LaunchedProcess) -> dist.Store:
             f"MASTER_PORT: rank 0 cannot listen on {process.port} ({cannot_listen[1]}); choose a port that is free, "
             "and check that no other process has RANK 0"
         ) from error
+    # Workers that torchrun starts again meet in the store of those before, whose addresses are still in it.
+    return dist.PrefixStore(f"start_{process.num_restarts}", store)
 
 
 @contextmanager

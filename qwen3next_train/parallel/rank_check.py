@@ -79,7 +79,7 @@ def check_ranks(
     """Wait for every rank and learn whether all fit together; rank 0 compares.
 
     Args:
-        store: of the rendezvous.
+        store: of the rendezvous, with nothing in it from an earlier start.
         rank: this process.
         world_size: number of processes.
         device_type: of the device this rank has, ``cpu`` or ``cuda``.
@@ -106,9 +106,7 @@ def check_ranks(
         "device": {"run.device": device_type},
         **asdict(fingerprint),
     }
-    # Workers that torchrun has started again may meet in the store they met in before.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if store.add(f"{_report_key(rank)}/arrived/{attempt}", 1) > 1:
+    if store.add(f"{_report_key(rank)}/arrived", 1) > 1:
         raise ConfigError(f"RANK: another process is rank {rank} too; give each of the {world_size} its own rank")
     store.set(_report_key(rank), json.dumps(report))
     if rank == 0:

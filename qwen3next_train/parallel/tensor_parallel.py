@@ -29,7 +29,7 @@ class TensorGroup:
     def __init__(self, group: dist.ProcessGroup, permutation: TokenPermutation) -> None:
         self._group = group
         self._permutation = permutation
-        self._orders: dict[int, Permutation] = {}
+        self._order: Permutation | None = None
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
@@ -43,12 +43,10 @@ class TensorGroup:
         return Exchange(there, Gather(self._group)).start(y_UD).finish()
 
     def _sum(self, num_tokens: int, device: torch.device) -> SumOverRanks:
-        order = self._orders.get(num_tokens)
-        if order is None:
-            # One size in training and another in evaluation, at most.
-            self._orders = {num_tokens: rows_of_ranks(num_tokens, self.size, device)}
-            order = self._orders[num_tokens]
-        return SumOverRanks(self._group, self._permutation, order)
+        # Of one size at a time: training has one, generation many.
+        if self._order is None or self._order.row_TK.shape[0] != num_tokens:
+            self._order = rows_of_ranks(num_tokens, self.size, device)
+        return SumOverRanks(self._group, self._permutation, self._order)
 
 
 def make_tensor_group(topology: Topology, permutation: TokenPermutation, *, timeout_s: float) -> TensorGroup | None:

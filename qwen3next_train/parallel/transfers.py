@@ -107,7 +107,7 @@ class Shift(_Collective):
         return self._post(work, arriving, rows)
 
     def finish(self, arriving: torch.Tensor) -> torch.Tensor:
-        """The rows of the rank before."""
+        """The rows of the rank ``by`` places before."""
         self.wait()
         return arriving.view_as(arriving)
 

@@ -47,11 +47,11 @@ ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 @dataclass(frozen=True)
 class TimedLayout:
-    """A layout that fits.
+    """A layout and what it takes.
 
     Args:
         layout: the layout.
-        step: seconds of a step.
+        step: time of a step.
         memory_bytes: bytes on one GPU.
     """
 

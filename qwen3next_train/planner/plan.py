@@ -31,7 +31,7 @@ from qwen3next_train.planner.step_time import StepClock, StepTime
 from qwen3next_train.topology import RANKS_PER_NODE
 
 TIME_ERROR = 0.1
-"""By how much predicted times were wrong at most where they were measured."""
+"""By how much predicted times were wrong at most where they were measured and the device did not wait for its host."""
 _SECONDS_PER_DAY = 86_400
 
 

@@ -119,9 +119,6 @@ TABLE: dict[str, Rate] = {
         "no",
         f"{_TWO}: DeepSpeed's ZeRO-2 against ZeRO-1, as bytes a parameter and micro-batch (counted they are 43)",
     ),
-    "deepspeed_step_bytes": _alike(
-        62, "no", "counted on DeepSpeed 0.19.8, 2026-11-27: bytes an own parameter and step"
-    ),
     "stage3_bytes": _alike(
         10,
         "no",
@@ -177,7 +174,6 @@ class Rates:
         reduction_hidden: share of it behind backward and forward passes, as far as they are long enough.
         network_bytes_per_s: of one GPU's network link, one direction.
         deepspeed_bytes: of memory, a parameter and micro-batch, that DeepSpeed's own path takes longer for.
-        deepspeed_step_bytes: read and written a step and parameter that a rank updates.
         stage3_hidden: as ``reduction_hidden``, of what stage 3 gathers and reduces in every micro-batch.
         stage3_bytes: of memory, a micro-batch and parameter that several ranks share, for its gradient under stage 3.
         memory_bytes_per_s: of device memory.
@@ -219,7 +215,6 @@ class Rates:
     reduction_hidden: float
     network_bytes_per_s: float
     deepspeed_bytes: float
-    deepspeed_step_bytes: float
     stage3_bytes: float
     stage3_hidden: float
     memory_bytes_per_s: float

@@ -323,8 +323,8 @@ def _stages_line(plan: Plan, best: TimedLayout, device: Device) -> str:
 
 
 def _compared(seconds: float, best: TimedLayout) -> str:
-    share = seconds / best.step.total_s - 1
-    return f"{abs(share):.0%} {'more' if share > 0 else 'less'}"
+    percent = round(100 * (seconds / best.step.total_s - 1))
+    return f"{abs(percent)}% {'more' if percent > 0 else 'less'}" if percent else "as long"
 
 
 def _change_lines(plan: Plan) -> list[str]:

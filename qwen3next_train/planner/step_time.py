@@ -239,19 +239,16 @@ class StepClock:
         return max(near_s, far_s) if size > 1 else 0.0
 
     def _gradients(self, layout: Layout, micro_batches: int) -> tuple[float, float]:
-        """Seconds of summing gradients, and of the update."""
+        """Seconds of summing gradients, and of the update on the device."""
         rates, elements = self.rates, self._elements(layout)
-        if layout.updates_in_one_pass:
-            update_s = elements.owned / rates.norm_per_s + elements.owned / rates.adamw_per_s
-        else:
-            update_s = elements.owned * rates.deepspeed_step_bytes / rates.memory_bytes_per_s
+        if not layout.updates_in_one_pass:
+            # Of an offloaded optimizer, which updates on the host.
+            return micro_batches * elements.held * rates.deepspeed_bytes / rates.memory_bytes_per_s, 0.0
+        update_s = elements.owned / rates.norm_per_s + elements.owned / rates.adamw_per_s
         if layout.sums_in_buckets:
             return micro_batches * elements.dense / rates.summed_per_s, update_s
-        if layout.zero_stage == 3:
-            shared_s = elements.shared * rates.stage3_bytes / rates.memory_bytes_per_s
-            return micro_batches * (elements.dense_alone / rates.summed_per_s + shared_s), update_s
-        summing = micro_batches * elements.held * rates.deepspeed_bytes / rates.memory_bytes_per_s
-        return summing, 0.0 if layout.offload_optimizer else update_s
+        shared_s = elements.shared * rates.stage3_bytes / rates.memory_bytes_per_s
+        return micro_batches * (elements.dense_alone / rates.summed_per_s + shared_s), update_s
 
     def _reduction(self, layout: Layout, micro_batches: int, passes_s: float) -> float:
         """Seconds that reducing gradients and gathering weights add."""

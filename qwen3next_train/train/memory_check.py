@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from qwen3next_train.accounting.layout import Layout
 from qwen3next_train.accounting.memory import certain_bytes, host_bytes, memory_per_gpu
-from qwen3next_train.config.schema import Config
+from qwen3next_train.config.schema import Config, Section
+from qwen3next_train.config.validate import validate
 from qwen3next_train.errors import OutOfMemory
 from qwen3next_train.exhaustion import memory_limit_hint
 from qwen3next_train.log import get_logger
@@ -114,6 +115,8 @@ def has_host_room(num_bytes: int, *, num_local: int) -> bool:
 def settings_that_help(config: Config | None, *, on_device: bool) -> str:
     """What to change when memory is short: settings that are not at their most sparing, the mildest first.
 
+    None that the others would have refused.
+
     Args:
         config: what was to be trained; None where nothing was.
         on_device: the memory of a GPU is short, not the host's.
@@ -128,9 +131,9 @@ def settings_that_help(config: Config | None, *, on_device: bool) -> str:
     if "layer" not in parallel.recompute:
         ways.append("add layer to parallel.recompute")
     if on_device:
-        if parallel.offload_optimizer == "none" and parallel.zero_stage != 3:
+        if parallel.offload_optimizer == "none" and _is_allowed(config, "parallel", offload_optimizer="cpu"):
             ways.append("set parallel.offload_optimizer to cpu")
-        if parallel.zero_stage < 3:
+        if parallel.zero_stage < 3 and _is_allowed(config, "parallel", zero_stage=parallel.zero_stage + 1):
             ways.append(f"raise parallel.zero_stage ({parallel.zero_stage}) on several GPUs")
         ways.append(f"raise parallel.expert_parallel_size ({parallel.expert_parallel_size})")
         if run.micro_batch_size == 1:
@@ -141,10 +144,16 @@ def settings_that_help(config: Config | None, *, on_device: bool) -> str:
         ways.append("start fewer processes per node")
         if data.num_prefetch_steps:
             ways.append(f"lower data.num_prefetch_steps ({data.num_prefetch_steps})")
-    if config.optimizer.moments_dtype == "fp32":
+    if config.optimizer.moments_dtype == "fp32" and _is_allowed(config, "optimizer", moments_dtype="bf16"):
         ways.append("set optimizer.moments_dtype to bf16")
     ways.append(f"shorten data.sequence_length ({data.sequence_length}) or make the model smaller")
     return f"{limit}{', '.join(ways)}; see qwen3next-train plan"
+
+
+def _is_allowed(config: Config, section: str, **values: object) -> bool:
+    """Whether a configuration without broken rules has none with these values of a section."""
+    changed: Section = getattr(config, section).model_copy(update=values)
+    return not validate(config.model_copy(update={section: changed}))
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:

@@ -1,8 +1,8 @@
 """What checkpoints cost training: step times without saves, with saves that are waited for, with saves beside training.
 
-``python scripts/benchmarks/bench_saves.py --json saves.json`` trains 2.2 B parameters on one GPU (four layers of the
+``python scripts/benchmarks/bench_saves.py --json saves.json`` trains 2.4 B parameters on one GPU (four layers of the
 80B with 128 experts; ``--config`` and overrides for others) through the loop of ``train``, on random tokens, with
-a save every ``--interval`` steps. It needs room for two checkpoints below ``--dir``, 54 GB, and for one in host memory.
+a save every ``--interval`` steps. It needs room for two checkpoints below ``--dir``, 57 GB, and for one in host memory.
 
 Unless ``--accumulation`` says how many micro-batches a step has, one checkpoint is first written and waited for, and a
 step then gets as many as make an interval a quarter longer than that: nothing hides a save that takes longer than the

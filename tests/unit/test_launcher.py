@@ -24,6 +24,8 @@ def test_a_launcher():
     process = LaunchedProcess.from_environment(WHOLE)
     assert process == LaunchedProcess(5, 8, 1, 4, "node0", 29500)
     assert process.is_launched
+    again = LaunchedProcess.from_environment(WHOLE | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (process.num_restarts, again.num_restarts) == (0, 2)
     without = {name: value for name, value in WHOLE.items() if name != "LOCAL_WORLD_SIZE"}
     assert LaunchedProcess.from_environment(without).local_world_size == 1
 

@@ -44,7 +44,6 @@ def test_the_docstrings_example() -> None:
     assert second.scanned.tolist() == [0, 3, 5, 7]
     assert (second.first, second.last) == ((1,), ((5, 7),))
     assert second.whole.tolist() == [0, 6, 8]
-    assert (second.extended_length, second.slice_length) == (7, 4)
     # Nothing is before the first slice, so its halo belongs to no document.
     assert first.convolved.tolist() == first.scanned.tolist() == [0, 3, 7]
     assert first.continues == second.continues == ((False,), (True,))
@@ -75,7 +74,7 @@ def test_slices_are_the_row_and_every_position_sees_what_it_would_in_the_row(row
     whole = documents_of(cu_seqlens)
     size = len(whole) // num_rows // num_slices
     for index, plan in enumerate(plans(*rows)):
-        assert (plan.slice_length, plan.extended_length) == (size, size + halo)
+        assert plan.convolved[-1] == num_rows * (size + halo)
         pieces, convolved = documents_of(plan.pieces), documents_of(plan.convolved)
         scanned = documents_of(plan.scanned)
         for row in range(num_rows):

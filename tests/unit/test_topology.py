@@ -8,10 +8,6 @@ def test_experts_of_all_ranks_of_an_expert_group_partition_the_experts() -> None
     owned = [list(Topology(8, rank, 4).local_experts(16)) for rank in range(8)]
     assert [expert for experts in owned[:4] for expert in experts] == list(range(16))
     assert owned[:4] == owned[4:]
-
-
-def test_expert_data_parallel_size_counts_the_copies() -> None:
-    assert Topology(8, 5, 4).expert_data_parallel_size == 2
     assert Topology(8, 5, 4).expert_parallel_rank == 1
 
 

@@ -1,7 +1,7 @@
 """AdamW in one pass: every number of the state is read and written once, the model's weights written beside them.
 
-26 to 34 bytes a parameter; torch's fused AdamW, a division by the clipping factor before and a copy to bf16 behind it
-take 42.
+30 bytes a parameter, with gradients and moments in bf16 20; torch's fused AdamW, a division by the clipping factor
+before and a copy to bf16 behind it take 42.
 """
 
 from __future__ import annotations

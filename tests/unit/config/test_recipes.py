@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qwen3next_train.accounting.workload import count_parameters
 from qwen3next_train.cli.arguments import Option, parse_arguments
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import shipped_folder
@@ -14,6 +15,7 @@ from qwen3next_train.config.schema import Config
 from qwen3next_train.parameters import parameter_table
 from qwen3next_train.planner.plan import make_plan
 from qwen3next_train.planner.report import format_plan
+from tests.architecture.tree import ROOT
 
 TOKENS = {"20m": 1e9, "100m": 5e9, "3b_a400m": 60e9}
 recipes = pytest.mark.parametrize("name", TOKENS)
@@ -40,6 +42,20 @@ def test_rate_and_batch_follow_the_step_law(name: str) -> None:
     assert stated is not None
     assert float(stated[1]) * {"million": 1e6, "billion": 1e9}[stated[2]] == pytest.approx(others, rel=0.005)
     assert float(stated[3]) * 1e9 == tokens
+
+
+def test_the_table_has_the_parameters_of_each_file() -> None:
+    table = (ROOT / "configs/README.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.yaml)` \| (\d[^|]*) \|", table, re.MULTILINE)
+    assert len(rows) == 9
+    for name, stated in rows:
+        found = count_parameters(load_config([shipped_folder() / name], []).config.model)
+        counts = re.fullmatch(r"([\d.]+) ([MB])(?:, ([\d.]+) ([MB]) active)?", stated)
+        assert counts is not None, name
+        for number, unit, count in ((counts[1], counts[2], found.total), (counts[3], counts[4], found.active)):
+            if number is not None:
+                decimals = len(number.partition(".")[2])
+                assert number == f"{count / {'M': 1e6, 'B': 1e9}[unit]:.{decimals}f}", name
 
 
 @recipes

@@ -28,6 +28,16 @@ def test_the_whole_dictionary_is_what_deepspeed_is_given() -> None:
     }
 
 
+def test_of_buckets_deepspeed_knows_the_first_stage_only() -> None:
+    stages = {
+        (stage, in_buckets): deepspeed_config(
+            Config(parallel=ParallelConfig(zero_stage=stage)), num_passes=1, in_buckets=in_buckets
+        )["zero_optimization"]["stage"]
+        for stage, in_buckets in ((1, True), (2, True), (2, False), (3, False))
+    }
+    assert stages == {(1, True): 1, (2, True): 1, (2, False): 2, (3, False): 3}
+
+
 def test_stage_3_gathers_a_layer_ahead_within_limits() -> None:
     config = Config(model=TINY, parallel=ParallelConfig(zero_stage=3, expert_parallel_size=2))
     found = deepspeed_config(config, num_passes=1, in_buckets=False)["zero_optimization"]

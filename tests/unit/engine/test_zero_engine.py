@@ -212,7 +212,7 @@ def test_loss_by_source_and_position_leaves_the_curve_bit_equal(
 def test_parameters_whose_first_gradient_comes_in_the_last_backward_pass(
     context: ProcessContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many gradients arrive in a pass is learned from those before, in which these parameters had none."""
+    """Their buckets wait for them in vain in the passes before, and are reduced at the end of each under stage 2."""
     original = MultiTokenPredictor.forward
     norms = {}
     for zero_stage in (1, 2):

@@ -157,6 +157,36 @@ def test_a_rank_that_dies_before_the_first_group_is_not_waited_for_long() -> Non
     )
 
 
+def _tells_where_all_live(variables: dict[str, str], result: Connection) -> None:
+    os.environ.update(variables)
+    with process_context("cpu") as context:
+        result.send([info.pid for info in context.rank_infos])
+        # Until it is killed.
+        result.recv()
+
+
+@pytest.mark.slow
+def test_workers_that_are_started_again_read_nothing_of_those_before() -> None:
+    """torchrun keeps its store, where addresses and process numbers of killed workers still stand."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for restart in range(2):
+        launched = common | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+        pipes = [pipe() for _ in range(2)]
+        workers = [
+            start(_tells_where_all_live, launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, theirs)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        try:
+            for ours, _ in pipes:
+                assert ours.poll(60)
+                assert ours.recv() == [worker.pid for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+
+
 @pytest.mark.slow
 def test_a_process_may_train_in_one_context_after_another() -> None:
     """DeepSpeed keeps the groups it has seen until it is told that they end."""

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from qwen3next_train.config.load import load_config
+from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import ScheduleConfig
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.planner.report import format_plan, plan_command
@@ -209,6 +211,13 @@ def test_another_stage_that_does_not_fit_is_said_not_to() -> None:
     less = 1 - without.step.total_s / plan.recommended.step.total_s
     assert less > 0
     assert f"the same layout would take under stage 1 {less:.0%} less and not fit, stage 3 " in format_plan(plan)
+
+
+def test_stages_of_one_rank_take_as_long() -> None:
+    """Which shares nothing; the host launches the same under each."""
+    config = load_config([find_config("qwen3next_20m.yaml")], []).config
+    text = format_plan(planned(config, gpus=1, gpu="h100"))
+    assert "the same layout would take under stage 2 as long, stage 3 as long\n" in text
 
 
 def test_table_of_a_layout_that_fits() -> None:

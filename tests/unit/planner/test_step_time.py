@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal
 
 import pytest
@@ -15,7 +15,7 @@ from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import find_config
 from qwen3next_train.config.schema import Config
 from qwen3next_train.parameters import parameter_table
-from qwen3next_train.planner.rates import rates_of
+from qwen3next_train.planner.rates import LONG_ROW, rates_of
 from qwen3next_train.planner.step_time import StepClock, StepTime
 from tests.unit.accounting.shapes import QWEN3_NEXT_80B
 from tests.unit.planner.configs import config_80b
@@ -214,6 +214,39 @@ def test_parts_add_up() -> None:
     assert step.exchange_s == step.reduction_s == step.host_s == step.recompute_s == 0
     assert step.total_s == pytest.approx(step.model_s + step.gradients_s + step.update_s + step.idle_s)
     assert step.by_part()["model"] == step.model_s
+
+
+def test_every_rate_counts() -> None:
+    """In a step of some of these layouts, or its row of the table would be there for nothing."""
+    whole, parts = frozenset({"layer"}), frozenset({"norms", "activations", "gdn_prologue"})
+    config, h100 = config_80b(), device("h100")
+    kinds, table = parameter_kinds(config.model), rates_of(h100, "bf16")
+    one = Layout.of(config, 16)
+    node = replace(one, world_size=8, expert_parallel_size=2, token_exchange="dense")
+    slices = replace(one, context_parallel_size=2, sequence_length=LONG_ROW)
+    by_device = [
+        replace(one, recompute=whole),
+        replace(one, recompute=parts, token_exchange="dense"),
+        replace(one, expert_parallel_size=2, micro_batches_in_flight=2),
+        replace(one, offload_optimizer=True),
+        replace(node, micro_batch_size=4),
+        replace(node, zero_stage=3),
+        slices,
+    ]
+    by_host = [replace(slices, recompute=whole), replace(slices, recompute=parts)]
+
+    def times(**changed: float) -> list[float]:
+        # What takes longer, the device or its host, is all that is seen.
+        launches = {"launch_layer_s": 0.0, "launch_slices_s": 0.0}, {"launch_layer_s": 10.0}
+        found = []
+        for layouts, given in zip((by_device, by_host), launches, strict=True):
+            timer = StepClock(config, h100, kinds, rates=replace(table, **{**given, **changed}))
+            found += [timer.step(layout).total_s for layout in layouts]
+        return found
+
+    before, rates = times(), asdict(table)
+    assert not rates.pop("is_estimate")
+    assert [name for name, rate in rates.items() if times(**{name: 1.05 * rate}) == before] == []
 
 
 def test_exchange_by_hand() -> None:

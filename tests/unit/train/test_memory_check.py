@@ -99,14 +99,34 @@ def test_settings_that_help_are_those_not_used_yet():
         ("data.num_prefetch_steps", "0"),
     )
     assert settings_that_help(config, on_device=True) == (
-        "raise parallel.zero_stage (2) on several GPUs, raise parallel.expert_parallel_size (1), raise "
-        "parallel.context_parallel_size (1) on several GPUs, shorten data.sequence_length (256) or make "
-        "the model smaller; see qwen3next-train plan"
+        "raise parallel.expert_parallel_size (1), raise parallel.context_parallel_size (1) on several GPUs, shorten "
+        "data.sequence_length (256) or make the model smaller; see qwen3next-train plan"
     )
     assert settings_that_help(config, on_device=False) == (
         "set parallel.offload_optimizer to none, start fewer processes per node, shorten data.sequence_length (256) or "
         "make the model smaller; see qwen3next-train plan"
     )
+
+
+OFFLOAD, STAGE, MOMENTS = "set parallel.offload_optimizer to cpu", "raise parallel.zero_stage", "moments_dtype to bf16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "offered"),
+    [
+        ({}, [OFFLOAD, STAGE, MOMENTS]),
+        ({"parallel.offload_optimizer": "cpu"}, [STAGE, MOMENTS]),
+        ({"parallel.offload_optimizer": "cpu", "parallel.zero_stage": "2"}, [MOMENTS]),
+        ({"parallel.gradient_dtype": "bf16", "run.precision": "bf16", "parallel.zero_stage": "2"}, [MOMENTS]),
+        ({"parallel.micro_batches_in_flight": "2", "parallel.zero_stage": "2"}, [OFFLOAD, MOMENTS]),
+        ({"optimizer.beta2": "0.999", "parallel.zero_stage": "3"}, []),
+    ],
+    ids=str,
+)
+def test_what_would_be_refused_is_no_help(overrides: dict[str, str], offered: list[str]) -> None:
+    """Stage 3 beside offload, bf16 gradients or two in flight; offload beside bf16 gradients; slow moments in bf16."""
+    text = settings_that_help(tiny(*overrides.items()), on_device=True)
+    assert [way for way in (OFFLOAD, STAGE, MOMENTS) if way in text] == offered
 
 
 @pytest.fixture

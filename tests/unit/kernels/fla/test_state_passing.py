@@ -134,13 +134,15 @@ def test_operands_that_are_views_are_those_of_their_copies(state_passing: Module
     [
         ((16384,), list(range(0, 16385, 2048))),
         ((1,), [0, 1]),
+        # Six chunks of one document: six segments.
+        ((321,), [0, 64, 128, 192, 256, 320, 321]),
         # Six chunks in four segments of two: the last is empty. Of the second document there is only one chunk.
         ((321, 60), [0, 128, 256, 321, 321, 381, 381, 381, 381]),
         ((70,) * 9, [70 * document for document in range(10)]),
     ],
 )
 def test_segments_begin_at_chunks(state_passing: ModuleType, lengths: tuple[int, ...], expected: list[int]) -> None:
-    """Eight in all if there are so many chunks, of each document a power of two."""
+    """Eight in all if there are so many chunks, of each document as many."""
     sequences = VarlenMetadata.from_lengths(lengths, DEVICE)
     found = state_passing._segments(sequences, state_passing._num_segments(sequences, 128))
     assert (found.tolist(), found.dtype) == (expected, torch.int32)
