@@ -67,6 +67,10 @@ _FLASH_QLA_HEAD_DIM = 128
 _INSTALL_FLASH_QLA = "pip install 'flash-qla>=0.1.3,<0.2'"
 _OWN_CHUNK_HEAD_DIMS = range(16, 129)
 """Heads for which our part of FLA's rule fits the shared memory of a Hopper GPU."""
+_MAX_FLA_KEY_DIM = 256
+_MAX_FLASH_HEAD_DIM = 256
+_ALIGNED = 8
+"""Elements of bf16 in 16 bytes, at whose multiples rows of operands have to begin."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def select_kernels(
         config: backend names; ``auto`` is the reference on CPU and the fastest vendor backend that runs on CUDA.
         device: where the model will live.
         dtype: of weights and activations; the vendor backends take no fp32.
-        model: whose heads the backends have to take; None: one that takes only some sizes is not chosen.
+        model: whose sizes the backends have to take; None: FlashQLA and our grouped GEMM, which take few, are not
+            chosen.
 
     Raises:
         KernelUnavailable: a backend asked for by name cannot run here.
@@ -285,6 +290,8 @@ def _fla_unavailable_reason(place: _Place) -> str | None:
     reason = _needs_half_precision(place)
     if reason is not None:
         return reason
+    if place.rule_head_dims is not None and place.rule_head_dims[0] > _MAX_FLA_KEY_DIM:
+        return f"takes keys of {_MAX_FLA_KEY_DIM} at most and the model's have {place.rule_head_dims[0]}"
     import triton
 
     if place.capability[0] == HOPPER and miscompiles_gated_backward(triton.__version__):
@@ -336,6 +343,9 @@ def _flash_unavailable_reason(place: _Place) -> str | None:
     """Why torch's variable-length attention cannot run, or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch.nn.attention.varlen, which torch {torch.__version__} lacks: install torch >= 2.11"
+    head_dim = _ALIGNED if place.model is None else place.model.head_dim
+    if head_dim % _ALIGNED or head_dim > _MAX_FLASH_HEAD_DIM:
+        return f"takes heads of a multiple of {_ALIGNED} up to {_MAX_FLASH_HEAD_DIM} and the model's have {head_dim}"
     return _needs_ampere(place) or _needs_half_precision(place)
 
 
@@ -347,7 +357,7 @@ def _grouped_mm_unavailable_reason(place: _Place) -> str | None:
     """Why torch's grouped GEMM cannot run, or None."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _needs_bf16(place) or _needs_ampere(place)
+    return _needs_bf16(place) or _needs_ampere(place) or _unaligned_experts(place)
 
 
 def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
@@ -362,10 +372,17 @@ def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
     # Older ones have turned products of transposed operands into wrong numbers before, and were not tried here.
     if miscompiles_gated_backward(triton.__version__):
         return f"is not trusted to triton {triton.__version__}: install triton >= 3.7.1"
+    if place.model is None:
+        return f"takes feature sizes that are multiples of {_ALIGNED} and the model's are unknown here"
+    return _unaligned_experts(place)
+
+
+def _unaligned_experts(place: _Place) -> str | None:
+    """Why a grouped GEMM that reads 16 bytes at once cannot take the experts, or None."""
     sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
-    if not sizes or any(size % 8 for size in sizes):
-        found = " and ".join(map(str, sizes)) or "unknown here"
-        return f"takes feature sizes that are multiples of 8 and the model's are {found}"
+    if any(size % _ALIGNED for size in sizes):
+        found = " and ".join(map(str, sizes))
+        return f"takes feature sizes that are multiples of {_ALIGNED} and the model's are {found}"
     return None
 
 
