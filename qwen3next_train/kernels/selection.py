@@ -69,6 +69,7 @@ _OWN_CHUNK_HEAD_DIMS = range(16, 129)
 """Heads for which our part of FLA's rule fits the shared memory of a Hopper GPU."""
 _MAX_FLA_KEY_DIM = 256
 _MAX_FLASH_HEAD_DIM = 256
+_MAX_FUSED_FILTER = 4
 _ALIGNED = 8
 """Elements of bf16 in 16 bytes, at whose multiples rows of operands have to begin."""
 
@@ -127,7 +128,11 @@ def select_kernels(
     }
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
-    fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
+    fused_choices = {name: replace(fused_choice, operation=name) for name in fused}
+    prologue_choice = _resolve("fused", config.fused, {"triton": _fused_prologue_unavailable_reason}, place)
+    if prologue_choice.backend == "reference":
+        fused["gdn_prologue"] = gdn_prologue_reference
+        fused_choices["gdn_prologue"] = replace(prologue_choice, operation="gdn_prologue")
     passing = _choose_passing(operations["gated_delta_rule"], place)
     operations |= {name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_state_gradient")}
     rule = _load_passing(passing.backend, _load_gated_delta_rule(operations["gated_delta_rule"].backend, place), place)
@@ -138,7 +143,7 @@ def select_kernels(
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
-        choices=(*operations.values(), *fused_choices),
+        choices=(*operations.values(), *fused_choices.values()),
     )
 
 
@@ -216,7 +221,6 @@ def _resolve(operation: str, asked: str, vendors: Mapping[str, _UnavailableReaso
 class _Fused(TypedDict):
     """The operations that ``kernels.fused`` chooses together."""
 
-    gdn_prologue: GdnPrologue
     rms_norm: RmsNorm
     gated_rms_norm: GatedRmsNorm
     qk_norm_rope: QkNormRope
@@ -227,11 +231,11 @@ class _Fused(TypedDict):
     swiglu: SwiGlu
     shared_expert_combine: SharedExpertCombine
     shared_input: SharedInput
+    gdn_prologue: GdnPrologue
 
 
 def _fused_reference() -> _Fused:
     return {
-        "gdn_prologue": gdn_prologue_reference,
         "rms_norm": RmsNorm(),
         "gated_rms_norm": gated_rms_norm_reference,
         "qk_norm_rope": qk_norm_rope_reference,
@@ -242,6 +246,7 @@ def _fused_reference() -> _Fused:
         "swiglu": swiglu_reference,
         "shared_expert_combine": shared_expert_combine_reference,
         "shared_input": shared_input_reference,
+        "gdn_prologue": gdn_prologue_reference,
     }
 
 
@@ -259,7 +264,6 @@ def _fused_triton() -> _Fused:
     from qwen3next_train.kernels.triton.top_k_routing import top_k_routing_triton
 
     return {
-        "gdn_prologue": gdn_prologue_triton,
         "rms_norm": RmsNormTriton(),
         "gated_rms_norm": gated_rms_norm_triton,
         "qk_norm_rope": qk_norm_rope_triton,
@@ -270,6 +274,7 @@ def _fused_triton() -> _Fused:
         "swiglu": swiglu_triton,
         "shared_expert_combine": shared_expert_combine_triton,
         "shared_input": shared_input_triton,
+        "gdn_prologue": gdn_prologue_triton,
     }
 
 
@@ -280,6 +285,14 @@ def _triton_unavailable_reason(place: _Place) -> str | None:
     if place.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bf16 or fp32 and the model is {place.dtype}"
     return _needs_ampere(place)
+
+
+def _fused_prologue_unavailable_reason(place: _Place) -> str | None:
+    """Why our convolution cannot run, or None."""
+    width = 0 if place.model is None else place.model.linear_conv_kernel_dim
+    if width > _MAX_FUSED_FILTER:
+        return f"takes filters of the convolution up to {_MAX_FUSED_FILTER} wide and the model's are {width}"
+    return _triton_unavailable_reason(place)
 
 
 def _fla_unavailable_reason(place: _Place) -> str | None:

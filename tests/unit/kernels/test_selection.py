@@ -15,6 +15,7 @@ from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.choices import KernelChoice, format_choices, summarize_choices
 from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue import gdn_prologue_reference
 from qwen3next_train.kernels.grouped_gemm import grouped_matmul_grouped_mm
 from qwen3next_train.kernels.selection import select_kernels
 
@@ -257,6 +258,21 @@ def test_sizes_that_a_vendor_lacks_are_computed_by_the_reference(
     assert f"{vendor} takes {reason}" in choice.reason
     with pytest.raises(KernelUnavailable, match=f"'{vendor}' takes {reason}"):
         select_kernels(KernelsConfig.model_validate(others | {operation: vendor}), CUDA, model=model)
+
+
+def test_wide_filters_are_convolved_by_the_reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    others = {"gated_delta_rule": "reference", "varlen_attention": "reference", "grouped_matmul": "reference"}
+    model = ModelConfig(linear_conv_kernel_dim=5)
+    kernels = select_kernels(KernelsConfig.model_validate(others), CUDA, model=model)
+    assert kernels.gdn_prologue is gdn_prologue_reference
+    chosen = {choice.operation: choice for choice in kernels.choices if choice.key == "fused"}
+    assert {name for name, choice in chosen.items() if choice.backend == "reference"} == {"gdn_prologue"}
+    reason = "triton takes filters of the convolution up to 4 wide and the model's are 5"
+    assert chosen["gdn_prologue"].reason == f"auto: {reason}"
+    assert summarize_choices(kernels.choices).endswith(", fused triton (gdn_prologue reference)")
+    with pytest.raises(KernelUnavailable, match=r"kernels\.fused: 'triton' takes filters"):
+        select_kernels(KernelsConfig.model_validate(others | {"fused": "triton"}), CUDA, model=model)
 
 
 @pytest.mark.parametrize(("hidden", "ffn", "fits"), [(64, 24, True), (64, 20, False), (60, 24, False)])
