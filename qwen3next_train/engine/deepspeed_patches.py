@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import deepspeed
@@ -82,13 +81,15 @@ def patched_optimizers(
     Stage 3 puts all partitions into one flat buffer and asserts that they share a dtype, at one place
     (``runtime/zero/utils.py:defragment``); gathering, reducing and updating group parameters by dtype already.
     Qwen3-Next in bf16 keeps its router, ``A_log`` and ``dt_bias`` in fp32, so that one function is replaced by one
-    that makes a buffer for each run of equal dtype while the optimizer is built. Optimizer groups have one dtype
-    each, so no partition of a group straddles two buffers.
+    that makes a buffer for each run of equal dtype while the optimizer is built. And the partitions of weights that a
+    rank has to itself are the weights: grouped products read those of experts 16 bytes at a time, which other groups'
+    partitions before them, a norm's share of a few elements, would shift. ``partitioned_parameters`` hands it the
+    partitions by optimizer group, which have one dtype each and do not straddle two buffers.
     """
     deepspeed_engine.DeepSpeedZeroOptimizer = partitioned
     # The engine imports it where it builds one.
     stage3.DeepSpeedZeroOptimizer_Stage3 = partitioned_parameters
-    stage3.defragment = _defragment_by_dtype
+    stage3.defragment = _defragment_by_groups
     try:
         yield
     finally:
@@ -193,6 +194,10 @@ class PartitionedOptimizer(DeepSpeedZeroOptimizer):
         return self.gradient_accumulation_dtype
 
 
+_ALIGNED_NUMEL = 8
+"""Elements of bf16 in 16 bytes."""
+
+
 class _Buffers:
     """Several flat buffers behind one another, of which stage 3 takes pieces by offset."""
 
@@ -208,6 +213,13 @@ class _Buffers:
         raise IndexError("beyond the last buffer")
 
 
-def _defragment_by_dtype(tensors: list[torch.Tensor]) -> torch.Tensor | _Buffers:
-    buffers = [defragment(list(run)) for _, run in groupby(tensors, key=lambda tensor: tensor.dtype)]
+def _defragment_by_groups(groups: list[list[torch.Tensor]]) -> torch.Tensor | _Buffers:
+    """Groups behind one another; a buffer begins where the dtype changes or a group would begin off 16 bytes."""
+    runs: list[list[torch.Tensor]] = []
+    for group in groups:
+        behind = runs[-1] if runs else []
+        if not behind or behind[0].dtype != group[0].dtype or sum(map(torch.Tensor.numel, behind)) % _ALIGNED_NUMEL:
+            runs.append([])
+        runs[-1] += group
+    buffers = [defragment(run) for run in runs]
     return buffers[0] if len(buffers) == 1 else _Buffers(buffers)

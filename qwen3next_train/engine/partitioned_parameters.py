@@ -56,6 +56,10 @@ class PartitionedParameterOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     # What DeepSpeed calls.
 
+    def _get_parameter_partitions(self) -> list[list[torch.Tensor]]:
+        """By group, for the buffers of :func:`~qwen3next_train.engine.deepspeed_patches.patched_optimizers`."""
+        return [[parameter.ds_tensor for parameter in group] for group in self.fp16_groups]
+
     def create_reduce_and_remove_grad_hooks(self) -> None:
         """DeepSpeed's hooks, and one for each weight that nobody shares, which its leaf modules pass over then."""
         start = 0

@@ -67,6 +67,11 @@ _FLASH_QLA_HEAD_DIM = 128
 _INSTALL_FLASH_QLA = "pip install 'flash-qla>=0.1.3,<0.2'"
 _OWN_CHUNK_HEAD_DIMS = range(16, 129)
 """Heads for which our part of FLA's rule fits the shared memory of a Hopper GPU."""
+_MAX_FLA_KEY_DIM = 256
+_MAX_FLASH_HEAD_DIM = 256
+_MAX_FUSED_FILTER = 4
+_ALIGNED = 8
+"""Elements of bf16 in 16 bytes, at whose multiples rows of operands have to begin."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def select_kernels(
         config: backend names; ``auto`` is the reference on CPU and the fastest vendor backend that runs on CUDA.
         device: where the model will live.
         dtype: of weights and activations; the vendor backends take no fp32.
-        model: whose heads the backends have to take; None: one that takes only some sizes is not chosen.
+        model: whose sizes the backends have to take; None: FlashQLA and our grouped GEMM, which take few, are not
+            chosen.
 
     Raises:
         KernelUnavailable: a backend asked for by name cannot run here.
@@ -122,7 +128,11 @@ def select_kernels(
     }
     fused_choice = _resolve("fused", config.fused, {"triton": _triton_unavailable_reason}, place)
     fused = _fused_triton() if fused_choice.backend == "triton" else _fused_reference()
-    fused_choices = tuple(replace(fused_choice, operation=name) for name in fused)
+    fused_choices = {name: replace(fused_choice, operation=name) for name in fused}
+    prologue_choice = _resolve("fused", config.fused, {"triton": _fused_prologue_unavailable_reason}, place)
+    if prologue_choice.backend == "reference":
+        fused["gdn_prologue"] = gdn_prologue_reference
+        fused_choices["gdn_prologue"] = replace(prologue_choice, operation="gdn_prologue")
     passing = _choose_passing(operations["gated_delta_rule"], place)
     operations |= {name: replace(passing, operation=name) for name in ("delta_rule_summary", "delta_state_gradient")}
     rule = _load_passing(passing.backend, _load_gated_delta_rule(operations["gated_delta_rule"].backend, place), place)
@@ -133,7 +143,7 @@ def select_kernels(
         varlen_attention=_load_attention(operations["varlen_attention"].backend),
         grouped_matmul=_load_grouped_matmul(operations["grouped_matmul"].backend),
         **fused,
-        choices=(*operations.values(), *fused_choices),
+        choices=(*operations.values(), *fused_choices.values()),
     )
 
 
@@ -211,7 +221,6 @@ def _resolve(operation: str, asked: str, vendors: Mapping[str, _UnavailableReaso
 class _Fused(TypedDict):
     """The operations that ``kernels.fused`` chooses together."""
 
-    gdn_prologue: GdnPrologue
     rms_norm: RmsNorm
     gated_rms_norm: GatedRmsNorm
     qk_norm_rope: QkNormRope
@@ -222,11 +231,11 @@ class _Fused(TypedDict):
     swiglu: SwiGlu
     shared_expert_combine: SharedExpertCombine
     shared_input: SharedInput
+    gdn_prologue: GdnPrologue
 
 
 def _fused_reference() -> _Fused:
     return {
-        "gdn_prologue": gdn_prologue_reference,
         "rms_norm": RmsNorm(),
         "gated_rms_norm": gated_rms_norm_reference,
         "qk_norm_rope": qk_norm_rope_reference,
@@ -237,6 +246,7 @@ def _fused_reference() -> _Fused:
         "swiglu": swiglu_reference,
         "shared_expert_combine": shared_expert_combine_reference,
         "shared_input": shared_input_reference,
+        "gdn_prologue": gdn_prologue_reference,
     }
 
 
@@ -254,7 +264,6 @@ def _fused_triton() -> _Fused:
     from qwen3next_train.kernels.triton.top_k_routing import top_k_routing_triton
 
     return {
-        "gdn_prologue": gdn_prologue_triton,
         "rms_norm": RmsNormTriton(),
         "gated_rms_norm": gated_rms_norm_triton,
         "qk_norm_rope": qk_norm_rope_triton,
@@ -265,6 +274,7 @@ def _fused_triton() -> _Fused:
         "swiglu": swiglu_triton,
         "shared_expert_combine": shared_expert_combine_triton,
         "shared_input": shared_input_triton,
+        "gdn_prologue": gdn_prologue_triton,
     }
 
 
@@ -277,6 +287,14 @@ def _triton_unavailable_reason(place: _Place) -> str | None:
     return _needs_ampere(place)
 
 
+def _fused_prologue_unavailable_reason(place: _Place) -> str | None:
+    """Why our convolution cannot run, or None."""
+    width = 0 if place.model is None else place.model.linear_conv_kernel_dim
+    if width > _MAX_FUSED_FILTER:
+        return f"takes filters of the convolution up to {_MAX_FUSED_FILTER} wide and the model's are {width}"
+    return _triton_unavailable_reason(place)
+
+
 def _fla_unavailable_reason(place: _Place) -> str | None:
     """Why FLA's gated delta rule cannot be trusted here, or None."""
     for module, package in (("triton", "triton"), ("fla", "flash-linear-attention")):
@@ -285,6 +303,8 @@ def _fla_unavailable_reason(place: _Place) -> str | None:
     reason = _needs_half_precision(place)
     if reason is not None:
         return reason
+    if place.rule_head_dims is not None and place.rule_head_dims[0] > _MAX_FLA_KEY_DIM:
+        return f"takes keys of {_MAX_FLA_KEY_DIM} at most and the model's have {place.rule_head_dims[0]}"
     import triton
 
     if place.capability[0] == HOPPER and miscompiles_gated_backward(triton.__version__):
@@ -336,6 +356,9 @@ def _flash_unavailable_reason(place: _Place) -> str | None:
     """Why torch's variable-length attention cannot run, or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch.nn.attention.varlen, which torch {torch.__version__} lacks: install torch >= 2.11"
+    head_dim = _ALIGNED if place.model is None else place.model.head_dim
+    if head_dim % _ALIGNED or head_dim > _MAX_FLASH_HEAD_DIM:
+        return f"takes heads of a multiple of {_ALIGNED} up to {_MAX_FLASH_HEAD_DIM} and the model's have {head_dim}"
     return _needs_ampere(place) or _needs_half_precision(place)
 
 
@@ -347,7 +370,7 @@ def _grouped_mm_unavailable_reason(place: _Place) -> str | None:
     """Why torch's grouped GEMM cannot run, or None."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks: install torch >= 2.11"
-    return _needs_bf16(place) or _needs_ampere(place)
+    return _needs_bf16(place) or _needs_ampere(place) or _unaligned_experts(place)
 
 
 def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
@@ -362,10 +385,17 @@ def _grouped_triton_unavailable_reason(place: _Place) -> str | None:
     # Older ones have turned products of transposed operands into wrong numbers before, and were not tried here.
     if miscompiles_gated_backward(triton.__version__):
         return f"is not trusted to triton {triton.__version__}: install triton >= 3.7.1"
+    if place.model is None:
+        return f"takes feature sizes that are multiples of {_ALIGNED} and the model's are unknown here"
+    return _unaligned_experts(place)
+
+
+def _unaligned_experts(place: _Place) -> str | None:
+    """Why a grouped GEMM that reads 16 bytes at once cannot take the experts, or None."""
     sizes = () if place.model is None else (place.model.hidden_size, place.model.moe_intermediate_size)
-    if not sizes or any(size % 8 for size in sizes):
-        found = " and ".join(map(str, sizes)) or "unknown here"
-        return f"takes feature sizes that are multiples of 8 and the model's are {found}"
+    if any(size % _ALIGNED for size in sizes):
+        found = " and ".join(map(str, sizes))
+        return f"takes feature sizes that are multiples of {_ALIGNED} and the model's are {found}"
     return None
 
 

@@ -72,6 +72,24 @@ def test_one_rank_has_the_bits_of_zero_1(
     _assert_equal(states[1], states[0])
 
 
+def test_own_experts_begin_where_16_bytes_can_be_read_at_once(context: ProcessContext) -> None:
+    """Behind the weights of two norms, of two elements each; as a rank's share of them is on many ranks."""
+    values = _config(3, precision="bf16").model_dump()
+    values["model"] |= {"mtp_num_layers": 0, "head_dim": 2, "partial_rotary_factor": 1.0}
+    engine = build_engine(Config.model_validate(values), context)
+    experts: list[Any] = [weight for name, weight in engine._model.named_parameters() if ".experts." in name]
+    assert len(experts) == 4
+    assert [weight.ds_tensor.data_ptr() % 16 for weight in experts] == [0] * 4
+    groups = engine._zero.fp16_partitioned_groups
+    flat = engine._zero.fp16_partitioned_groups_flat
+    # Each group is still one piece, which the update writes.
+    for partitions, whole in zip(groups, flat, strict=True):
+        assert [part.data_ptr() for part in partitions] == [
+            whole.data_ptr() + whole.element_size() * sum(part.numel() for part in partitions[:index])
+            for index in range(len(partitions))
+        ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bucket_numel", [1, 5000])
 def test_shared_gradients_are_summed_beside_the_passes_and_unrounded(

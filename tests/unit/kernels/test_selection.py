@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from qwen3next_train.config.schema import KernelsConfig, ModelConfig
 from qwen3next_train.errors import ExitCode, KernelUnavailable
 from qwen3next_train.kernels.choices import KernelChoice, format_choices, summarize_choices
 from qwen3next_train.kernels.gated_delta_rule import gated_delta_rule_reference
+from qwen3next_train.kernels.gdn_prologue import gdn_prologue_reference
+from qwen3next_train.kernels.grouped_gemm import grouped_matmul_grouped_mm
 from qwen3next_train.kernels.selection import select_kernels
 
 RULE_ALONE = KernelsConfig(varlen_attention="reference", grouped_matmul="reference", fused="reference")
@@ -206,7 +209,8 @@ def test_auto_names_the_optional_backend_last(hopper: types.ModuleType) -> None:
         (ModelConfig(), (9, 0), "3.6.0", "grouped_mm"),
         (ModelConfig(), (8, 0), "3.7.1", "grouped_mm"),
         (ModelConfig(), (10, 0), "3.7.1", "grouped_mm"),
-        (ModelConfig(moe_intermediate_size=500), (9, 0), "3.7.1", "grouped_mm"),
+        (ModelConfig(moe_intermediate_size=500), (9, 0), "3.7.1", "reference"),
+        (ModelConfig(hidden_size=2052), (8, 0), "3.7.1", "reference"),
         (None, (9, 0), "3.7.1", "grouped_mm"),
     ],
 )
@@ -226,6 +230,63 @@ def test_own_grouped_gemm_is_taken_on_hopper(
     config = KernelsConfig(gated_delta_rule="reference", varlen_attention="reference", fused="reference")
     choices = select_kernels(config, CUDA, model=model).choices
     assert next(choice.backend for choice in choices if choice.operation == "grouped_matmul") == backend
+
+
+SIZES_THAT_VENDORS_LACK = [
+    ("gated_delta_rule", "fla", {"linear_key_head_dim": 264}, "keys of 256 at most and the model's have 264"),
+    ("varlen_attention", "flash", {"head_dim": 260}, "heads of a multiple of 8 up to 256 and the model's have 260"),
+    ("varlen_attention", "flash", {"head_dim": 264}, "heads of a multiple of 8 up to 256 and the model's have 264"),
+    (
+        "grouped_matmul",
+        "grouped_mm",
+        {"moe_intermediate_size": 500},
+        "feature sizes that are multiples of 8 and the model's are 2048 and 500",
+    ),
+]
+
+
+@pytest.mark.parametrize(("operation", "vendor", "sizes", "reason"), SIZES_THAT_VENDORS_LACK)
+def test_sizes_that_a_vendor_lacks_are_computed_by_the_reference(
+    hopper: types.ModuleType, operation: str, vendor: str, sizes: dict[str, int], reason: str
+) -> None:
+    hopper.__version__ = "3.7.1"  # type: ignore[attr-defined]
+    others = dict.fromkeys(VENDORS, "reference")
+    model = ModelConfig.model_validate(sizes)
+    choices = select_kernels(KernelsConfig.model_validate(others | {operation: "auto"}), CUDA, model=model).choices
+    (choice,) = [choice for choice in choices if choice.operation == operation]
+    assert choice.backend == "reference"
+    assert f"{vendor} takes {reason}" in choice.reason
+    with pytest.raises(KernelUnavailable, match=f"'{vendor}' takes {reason}"):
+        select_kernels(KernelsConfig.model_validate(others | {operation: vendor}), CUDA, model=model)
+
+
+def test_wide_filters_are_convolved_by_the_reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    others = {"gated_delta_rule": "reference", "varlen_attention": "reference", "grouped_matmul": "reference"}
+    model = ModelConfig(linear_conv_kernel_dim=5)
+    kernels = select_kernels(KernelsConfig.model_validate(others), CUDA, model=model)
+    assert kernels.gdn_prologue is gdn_prologue_reference
+    chosen = {choice.operation: choice for choice in kernels.choices if choice.key == "fused"}
+    assert {name for name, choice in chosen.items() if choice.backend == "reference"} == {"gdn_prologue"}
+    reason = "triton takes filters of the convolution up to 4 wide and the model's are 5"
+    assert chosen["gdn_prologue"].reason == f"auto: {reason}"
+    assert summarize_choices(kernels.choices).endswith(", fused triton (gdn_prologue reference)")
+    with pytest.raises(KernelUnavailable, match=r"kernels\.fused: 'triton' takes filters"):
+        select_kernels(KernelsConfig.model_validate(others | {"fused": "triton"}), CUDA, model=model)
+
+
+@pytest.mark.parametrize(("hidden", "ffn", "fits"), [(64, 24, True), (64, 20, False), (60, 24, False)])
+def test_torchs_grouped_gemm_takes_the_sizes_it_is_chosen_for(hidden: int, ffn: int, *, fits: bool) -> None:
+    rows = torch.ones(4, hidden, dtype=torch.bfloat16, requires_grad=True)
+    up, down = torch.ones(2, 2 * ffn, hidden, dtype=torch.bfloat16), torch.ones(2, hidden, ffn, dtype=torch.bfloat16)
+    counts = torch.tensor([1, 3])
+
+    def experts() -> None:
+        inner = grouped_matmul_grouped_mm(rows, up, counts_e=counts)[:, :ffn].contiguous()
+        grouped_matmul_grouped_mm(inner, down, counts_e=counts).backward(torch.ones_like(rows))
+
+    with nullcontext() if fits else pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        experts()
 
 
 def test_torchs_own_backends_are_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
