@@ -266,6 +266,19 @@ def test_values_that_are_not_finite_are_not_saved(
         RankShare.collect(fragments, {})
 
 
+@pytest.mark.parametrize("at", [0, 8, 9, 34])
+def test_threads_look_at_every_value_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.fragments._MIN_FINITE_BYTES", 32)
+    fragments = fragments_of(1)
+    share = RankShare.collect(fragments, {})
+    fragments[0].tensors["exp_avg_sq"][at] = math.inf
+    files = write_rank_files(HookedFilesystem(), tmp_path, share, rank=0, parameters=PARAMETERS)
+    reader = FragmentReader(tmp_path, _manifest(files, PARAMETERS))
+    with pytest.raises(CheckpointError, match=r"embed\.weight: exp_avg_sq is not finite"):
+        reader.read("embed.weight", "exp_avg_sq", 0, 35)
+    assert reader.read("embed.weight", "master", 0, 35).equal(fragments[0].tensors["master"])
+
+
 def test_values_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
     fragments = fragments_of(1)
     share = RankShare.collect(fragments, {})
