@@ -74,9 +74,7 @@ TABLE: dict[str, Rate] = {
     "idle_fraction": _alike(0.013, "no", f"{_PROFILED}: gaps between kernels"),
     "idle_step_s": _alike(0.5e-3, "no", "steps, 2026-11-28, one H100: the next step is launched during the update"),
     # The host, which launches while the device computes.
-    "launch_layer_s": _alike(
-        7.0e-3, "no", "small models, 2026-11-28, one H200: 5.8 to 8.5 ms, but 4.1 with the 2,048 tokens of the tiny one"
-    ),
+    "launch_layer_s": _alike(7.0e-3, "no", "small models, 2026-11-28, one H200: 5.8 to 8.5 ms"),
     "launch_slices_s": _alike(
         14.5e-3,
         "no",

@@ -151,6 +151,7 @@ def long_row_ms(length: int, size: int) -> float:
 
 # docs/benchmarks/whole-steps.md, one H200: file, rows of a micro-batch, milliseconds of one.
 MEASURED_SMALL = [
+    ("qwen3next_tiny", 8, 21.0),
     ("qwen3next_20m", 16, 53.0),
     ("qwen3next_20m", 32, 68.0),
     ("qwen3next_100m", 8, 86.5),
