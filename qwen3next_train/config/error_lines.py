@@ -25,6 +25,7 @@ _LEAST_LIKENESS = 0.5
 """Of names, 0 to 1: one of two letters is right. What is less alike is no misspelling."""
 _TYPING_ERROR = 0.9
 """Likeness from which on a name is a misspelling rather than another trainer's."""
+_TOO_LONG = 1e18
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -132,9 +133,18 @@ def schema_error(error: ErrorDetails, hint: str) -> str:
     if error["type"] in ("int_type", "float_type") and isinstance(value, str) and _LONG_NUMBER.fullmatch(value):
         # The reader leaves it text.
         problem = "too large"
+    if error["type"] == "int_type" and (digits := in_digits(value)):
+        problem, hint = "not written as a whole number", f"write {digits}"
     if error["type"] in UNUSABLE:
         hint = "give another name"
     return f"{problem} (got {show(value)}); {hint}"
+
+
+def in_digits(value: object) -> str:
+    """A whole number that was written as a fraction (1e6, 4.0), as it is to be written; empty for all else."""
+    if isinstance(value, float) and value.is_integer() and 0 <= value < _TOO_LONG:
+        return str(int(value))
+    return ""
 
 
 def json_problem(error: Exception) -> str:
