@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pydantic_core import ErrorDetails
 
 from qwen3next_train.config.bounds import UNUSABLE
-from qwen3next_train.config.foreign_names import answer, family_answer, own_key
+from qwen3next_train.config.foreign_names import answer, family_answer, own_key, unit_of_own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
 
@@ -117,7 +117,8 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """
     candidates = list(candidates)
     if (key := own_key(name, [each.removeprefix(prefix) for each in candidates])) is not None:
-        return f"did you mean {prefix}{key}?"
+        unit = unit_of_own_key(name)
+        return f"did you mean {prefix}{key}, {unit}?" if unit else f"did you mean {prefix}{key}?"
     if (instead := answer(name)) is not None:
         return f"{instead};"
     likeness, candidate = _most_alike(name, candidates)
