@@ -16,7 +16,7 @@ CONFIG_OPTIONS = (
 )
 COMMON_OPTIONS = (
     *CONFIG_OPTIONS,
-    Option("--help", "", "print this text and exit; --help SECTION prints the keys of a section"),
+    Option("--help", "", "print this text and exit; qwen3next-train --help SECTION prints the keys of a section"),
     Option("--version", "", "print the version and exit"),
 )
 
