@@ -222,6 +222,14 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
             "--run.steps: not read by eval; leave it out, of the configuration it reads data.sequence_length",
         ),
         (
+            [*EVAL, "--data.tokenizer", "x"],
+            "--data.tokenizer: not read by eval; give --tokenizer, of the configuration it reads data.sequence_length",
+        ),
+        (
+            [*GENERATE, "--run.device", "cpu"],
+            "--run.device: not read by generate; give --device, of the configuration it reads run.seed",
+        ),
+        (
             [*IMPORT, "--hidden-size", "8"],
             "--hidden-size (model.hidden_size): not read by import-hf; "
             "leave it out, of the configuration it reads model.mtp_num_layers, run.seed",
