@@ -16,7 +16,7 @@ CONFIG_OPTIONS = (
 )
 COMMON_OPTIONS = (
     *CONFIG_OPTIONS,
-    Option("--help", "", "print this text and exit; --help SECTION prints the keys of a section"),
+    Option("--help", "", "print this text and exit; qwen3next-train --help SECTION prints the keys of a section"),
     Option("--version", "", "print the version and exit"),
 )
 
@@ -65,6 +65,6 @@ class Command:
         for setting in given.settings:
             if setting.key not in self.keys:
                 reads = f"of the configuration it reads {', '.join(self.keys)}" if self.keys else "it reads none"
-                raise ConfigError(
-                    f"{setting.origin.label(setting.key)}: not read by {self.name}; leave it out, {reads}"
-                )
+                own = "--" + setting.key.rpartition(".")[2].replace("_", "-")
+                instead = f"give {own}" if own in {option.name for option in self.options} else "leave it out"
+                raise ConfigError(f"{setting.origin.label(setting.key)}: not read by {self.name}; {instead}, {reads}")

@@ -61,6 +61,8 @@ def _take_command(args: Arguments) -> Command:
             hint = "an option takes one value, a list as '[a, b]';"
         if extra.endswith((".yaml", ".yml")):
             hint = "name a configuration with --config"
+        if extra in COMMANDS:
+            hint = f"{command.name} is the subcommand already;"
         raise ConfigError(
             f"qwen3next-train: unexpected argument {show(extra)}; {hint} --help lists subcommands and sections"
         )

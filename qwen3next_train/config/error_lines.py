@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pydantic_core import ErrorDetails
 
 from qwen3next_train.config.bounds import UNUSABLE
-from qwen3next_train.config.foreign_names import answer, family_answer, own_key
+from qwen3next_train.config.foreign_names import answer, family_answer, own_key, unit_of_own_key
 from qwen3next_train.config.strict_yaml import Value
 from qwen3next_train.errors import ConfigError
 
@@ -25,6 +25,7 @@ _LEAST_LIKENESS = 0.5
 """Of names, 0 to 1: one of two letters is right. What is less alike is no misspelling."""
 _TYPING_ERROR = 0.9
 """Likeness from which on a name is a misspelling rather than another trainer's."""
+_TOO_LONG = 1e18
 _LONG_NUMBER = re.compile("[1-9][0-9]{18,}")
 
 _WRONG_TYPE = {
@@ -111,7 +112,8 @@ def meant(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """
     candidates = list(candidates)
     if (key := own_key(name, [each.removeprefix(prefix) for each in candidates])) is not None:
-        return f"did you mean {prefix}{key}?"
+        unit = unit_of_own_key(name)
+        return f"did you mean {prefix}{key}, {unit}?" if unit else f"did you mean {prefix}{key}?"
     if (instead := answer(name)) is not None:
         return f"{instead};"
     likeness, candidate = _most_alike(name, candidates)
@@ -127,9 +129,18 @@ def schema_error(error: ErrorDetails, hint: str) -> str:
     if error["type"] in ("int_type", "float_type") and isinstance(value, str) and _LONG_NUMBER.fullmatch(value):
         # The reader leaves it text.
         problem = "too large"
+    if error["type"] == "int_type" and (digits := in_digits(value)):
+        problem, hint = "not written as a whole number", f"write {digits}"
     if error["type"] in UNUSABLE:
         hint = "give another name"
     return f"{problem} (got {show(value)}); {hint}"
+
+
+def in_digits(value: object) -> str:
+    """A whole number that was written as a fraction (1e6, 4.0), as it is to be written; empty for all else."""
+    if isinstance(value, float) and value.is_integer() and 0 <= value < _TOO_LONG:
+        return str(int(value))
+    return ""
 
 
 def json_problem(error: Exception) -> str:

@@ -25,6 +25,7 @@ _RESUME = "the newest checkpoint of run.dir is taken when the same line is run a
 _FUSED = "the kernels section chooses between implementations, leave it out"
 _SENT = "what ranks send and when follows from the parallel section, leave it out"
 _LOGGED = "what is logged stands in metrics.jsonl and wandb, leave it out"
+_EVENT_FILES = "logging.tensorboard true writes event files into RUN/tensorboard, leave it out"
 _ONE_FORMAT = "checkpoints have one format, leave it out"
 _NO_PIPELINE = "layers are not divided over stages of a pipeline, leave it out"
 _ROPE = "Qwen3-Next uses RoPE as it is, leave it out"
@@ -238,6 +239,21 @@ KEYS: Mapping[str, str] = {
 }
 """By foreign name, in lower case with underscores, without a section: our key, or the field of a source."""
 
+_IN_STEPS = "which counts optimizer steps"
+_IN_ROWS = "which counts rows"
+
+UNITS: Mapping[str, str] = {
+    **dict.fromkeys(("train_samples", "num_train_samples"), _IN_STEPS),
+    **dict.fromkeys(("warmup_ratio", "lr_warmup_fraction", "lr_warmup_samples", "warmup_samples"), _IN_STEPS),
+    **dict.fromkeys(("lr_decay_samples", "lr_wsd_decay_samples"), _IN_STEPS),
+    **dict.fromkeys(("eval_iters", "limit_val_batches", "per_device_eval_batch_size"), _IN_ROWS),
+    "distributed_timeout_minutes": "which is in seconds",
+    "validation_split_percentage": "which is a fraction",
+    "num_key_value_groups": "which counts heads, not the query heads of each",
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts"), "which is a width"),
+}
+"""By foreign name: what our key of :data:`KEYS` is in, where the number that was written means something else."""
+
 ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(_TEXT_FIELDS, "it is text_field of a source: data.sources [{source: NAME, text_field: FIELD}]"),
     **dict.fromkeys(("num_train_epochs", "epochs", "max_epochs", "num_epochs", "train_epochs"), _EPOCHS),
@@ -304,7 +320,8 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"(enable_|external_)?cuda_graph.*|moe_use_.*|use_kitchen.*|use_fused_.*", _FUSED),
     (r"(moe_)?(overlap|delay|defer|tp_comm|ddp|nccl|high_priority|moe_flex|moe_enable_deepep|cp_comm)_.*", _SENT),
     (r"moe_enable_deepep|moe_shared_expert_overlap|moe_extended_tp|moe_hybridep.*|.*_in_collective", _SENT),
-    (r"log_.*|logging_level|timing_log_.*|tensorboard_.*|one_logger.*|.*straggler.*|moe_per_layer_logging", _LOGGED),
+    (r"log_.*|logging_level|timing_log_.*|one_logger.*|.*straggler.*|moe_per_layer_logging", _LOGGED),
+    (r"tensorboard_.*", _EVENT_FILES),
     (r"(dist_)?ckpt_.*|non_persistent_.*", _ONE_FORMAT),
     (r".*pipeline.*|.*virtual_stage.*", _NO_PIPELINE),
     (r"(use_)?(rotary|rope|mrope|yarn)_.*|use_rotary_.*|no_position_embedding|no_rope_.*", _ROPE),
@@ -330,6 +347,11 @@ def own_key(name: str, candidates: Collection[str]) -> str | None:
     alike = [key for key in candidates if key.rpartition(".")[2] == leaf]
     key = KEYS.get(leaf) or (alike[0] if len(alike) == 1 else None)
     return key if key in candidates else None
+
+
+def unit_of_own_key(name: str) -> str:
+    """What :func:`own_key` is in where the other trainer's number means something else; empty where it does not."""
+    return UNITS.get(_leaf(name), "")
 
 
 def answer(name: str) -> str | None:

@@ -40,6 +40,8 @@ _PASSED_OVER = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "intermediate_size"),
     )
 )
+# The depths have Qwen's name there.
+_OWN_NAMES = ModelConfig.model_fields.keys() - {"mtp_num_layers"}
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "full_attention_interval", "layer_types"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range"),
@@ -90,16 +92,8 @@ def model_config_from_hf(data: Mapping[str, Any], origin: str, *, mtp_num_layers
     if data.get("model_type") != "qwen3_next":
         got = show(data.get("model_type"))
         raise ConfigError(f"{where}: model_type: not qwen3_next (got {got}); name a Qwen3-Next checkpoint")
-    settings: dict[str, Value] = {**_DEFAULTS, "mtp_num_layers": mtp_num_layers}
-    lines = []
-    for name, value in data.items():
-        if tolerates(name):
-            try:
-                settings |= {key.removeprefix("model."): item for key, item in convert(name, value).items()}
-            except RejectedValue as error:
-                lines.append(f"{where}: {name}: {error}")
-        elif name in ModelConfig.model_fields and not (name == "layer_types" and value is None):
-            settings[name] = value
+    given, lines = _settings(data, where)
+    settings = {**_DEFAULTS, "mtp_num_layers": mtp_num_layers, **given}
     try:
         model = ModelConfig.model_validate(settings)
     except ValidationError as error:
@@ -153,6 +147,32 @@ def model_config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
     }
     return result
+
+
+def _settings(data: Mapping[str, Any], where: str) -> tuple[dict[str, Value], list[str]]:
+    """Model settings that a ``config.json`` gives, and a line for each key that is wrong or contradicts another."""
+    settings: dict[str, Value] = {}
+    names: dict[str, str] = {}
+    lines = []
+    for name, value in data.items():
+        converted: Converted = {}
+        if tolerates(name):
+            try:
+                converted = convert(name, value)
+            except RejectedValue as error:
+                lines.append(f"{where}: {name}: {error}")
+        elif name in _OWN_NAMES and not (name == "layer_types" and value is None):
+            converted = {name: value}
+        for key, item in converted.items():
+            key = key.removeprefix("model.")
+            first = names.setdefault(key, name)
+            # transformers 5 would read the mapping, transformers 4 and most servers the plain key.
+            if first != name and settings[key] != item:
+                lines.append(
+                    f"{where}: {name}: {key} {show(item)} contradicts {show(settings[key])} given as {first}; keep one"
+                )
+            settings[key] = item
+    return settings, lines
 
 
 def _rope(value: Value) -> Converted:

@@ -22,6 +22,9 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_NODES = 20_000
 _POLL_S = 0.1
+_MAX_SHOWN = 60
+_MEND_FILE = "check indentation, colons and quotes"
+_MEND_WORD = """check brackets and quotes; a name that begins with a bracket is written '["NAME"]'"""
 
 Value = str | int | float | bool | None | list["Value"] | dict[str, "Value"]
 
@@ -100,11 +103,7 @@ def parse_yaml(text: str, origin: str) -> Value:
         ConfigError: when the text is not YAML of the strict subset.
     """
     try:
-        loader = _StrictLoader(text)
-        try:
-            node = loader.get_single_node()
-        finally:
-            loader.dispose()
+        node = _compose(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
@@ -115,10 +114,22 @@ def parse_yaml(text: str, origin: str) -> Value:
 
 
 def parse_scalar(text: str, origin: str) -> Value:
-    """The value of a command line word: a scalar, or a list or mapping in brackets."""
-    if text[:1] in ("[", "{", '"', "'"):
-        return parse_yaml(text, origin)
-    return plain_value(text)
+    """The value of a command line word: a scalar, or a list or mapping in brackets.
+
+    Raises:
+        ConfigError: when what begins with a bracket or a quote is not YAML of the strict subset.
+    """
+    if text[:1] not in ("[", "{", '"', "'"):
+        return plain_value(text)
+    try:
+        node = _compose(text)
+    except yaml.YAMLError as error:
+        # Not a line of a file: there is a word to show, and nothing to indent.
+        problem = error.problem or error.context if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        problem, _, remedy = _explain(problem or "", remedy=_MEND_WORD).partition("; ")
+        shown = ascii(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!a}..."
+        raise ConfigError(f"{origin}: {problem} (got {shown}); {remedy}") from error
+    return None if node is None else _construct(node, origin, "")
 
 
 def plain_value(text: str) -> str | int | float | bool | None:
@@ -145,6 +156,20 @@ def is_shallow(value: object, max_depth: int = MAX_DEPTH) -> bool:
 def dump_yaml(value: Value) -> str:
     """Write a value as ASCII so that both this reader and any YAML 1.1 reader get it back, floats bit for bit."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The one document of a text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML of the strict subset.
+    """
+    loader = _StrictLoader(text)
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    finally:
+        loader.dispose()
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -200,7 +225,7 @@ _Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(list, _represent_list)
 
 
-def _explain(problem: str) -> str:
+def _explain(problem: str, *, remedy: str = _MEND_FILE) -> str:
     problem = " ".join(problem.split())
     if "'\\t'" in problem:
         return "a tab where YAML wants spaces; indent with spaces"
@@ -208,7 +233,7 @@ def _explain(problem: str) -> str:
         return "a second document ('---'); keep one document per file"
     if ";" in problem:
         return problem
-    return f"not YAML: {problem}; check indentation, colons and quotes"
+    return f"not YAML: {problem}; {remedy}"
 
 
 def _construct(node: yaml.Node, origin: str, path: str) -> Value:

@@ -40,6 +40,7 @@ from qwen3next_train.errors import ConfigError, DataError
 from qwen3next_train.log import get_logger
 
 PYTHON_STDLIB = "builtin:python-stdlib"
+_CHECK_NAME = "check the source's name"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -90,7 +91,7 @@ def resolve(source: SourceConfig) -> FileSource | StoreSource:
     except OSError as error:
         raise read_error(Path(error.filename or source.source), error) from None
     except ValueError as error:  # a zero byte; not a pattern
-        raise DataError(f"{source.source}: cannot be looked up ({error}); check the source's name") from None
+        raise DataError(f"{source.source}: cannot be looked up ({error}); {_CHECK_NAME}") from None
 
 
 def _resolve(source: SourceConfig) -> FileSource | StoreSource:
@@ -143,7 +144,7 @@ def resolve_local(source: SourceConfig) -> FileSource | StoreSource | None:
         return _file_source(source, found, complaint, root, pattern)
     if _HUB_NAME.fullmatch(label) and format_of(label) is None and not label.endswith((".bin", ".idx", *COMPRESSIONS)):
         return None
-    raise DataError(f"{label}: no such file, folder or token store; check the source's name")
+    raise DataError(f"{label}: no such file, folder or token store; {_CHECK_NAME}")
 
 
 def _single_file(source: SourceConfig, path: Path) -> FileSource:
@@ -167,7 +168,10 @@ def _file_source(
     found.pass_over_repeated()
     if not found.files:
         listed = f" ({format_passed_over(found.passed_over)})" if found.passed_over else ""
-        raise DataError(f"{source.source}: {complaint}{listed}; check the source's name")
+        stores = (each.example.removesuffix(".idx") for each in found.passed_over if each.reason == ".idx")
+        store = next(stores, None)
+        hint = f"name a token store by what its files share, such as {folder / store}" if store else _CHECK_NAME
+        raise DataError(f"{source.source}: {complaint}{listed}; {hint}")
     return FileSource(source.source, tuple(found.files), source.text_field, True, found.passed_over)
 
 

@@ -33,6 +33,7 @@ _WORD = re.compile(r"[a-z]+")
 _DICT_NAME = "dataset_dict.json"
 _MAX_DICT_BYTES = 1 << 20
 _METADATA = frozenset(("dataset_infos.json", "dataset_info.json", _DICT_NAME, "state.json"))
+_STORE_META = ".meta.json"
 _CARD = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct|requirements)([-_.].*)?"
 )
@@ -111,6 +112,8 @@ def _reason(file: SourceFile, datasets: frozenset[str]) -> str | None:
     in_dataset = _folder(file.name) in datasets
     if name in _METADATA or (in_dataset and not _holds_records(file) and _CARD.fullmatch(name)):
         return "dataset cards and licences"
+    if _describes_store(file):
+        return "token stores"
     if format_of(name) is None:
         return suffix_of(name) or "files without suffix"
     if in_dataset and name.startswith("cache-") and name.endswith(".arrow"):
@@ -122,7 +125,14 @@ def _reason(file: SourceFile, datasets: frozenset[str]) -> str | None:
 
 def _holds_records(file: SourceFile) -> bool:
     file_format = format_of(file.path.name)
-    return file_format is not None and file_format.holds_records and file.path.name.lower() not in _METADATA
+    holds_records = file_format is not None and file_format.holds_records
+    return holds_records and file.path.name.lower() not in _METADATA and not _describes_store(file)
+
+
+def _describes_store(file: SourceFile) -> bool:
+    """Whether a JSON file is part of a token store, which ``tokenize --output`` may have written beside its text."""
+    prefix = file.path.name.removesuffix(_STORE_META)
+    return prefix != file.path.name and file.path.with_name(f"{prefix}.idx").exists()
 
 
 def _splits_listed_in(path: Path) -> frozenset[str]:

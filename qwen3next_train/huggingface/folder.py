@@ -135,6 +135,12 @@ class HfFolder:
         if has_index and has_single:
             raise DataError(f"{self.path}: has both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is out of date")
         if not has_index and not has_single:
+            shard = min((path.name for path in self.path.glob("*.safetensors")), default=None)
+            if shard is not None:
+                raise DataError(
+                    f"{self.path}: has {show_name(shard)} but neither {SINGLE_NAME} nor {INDEX_NAME}, which says what "
+                    "is in which file; fetch it again"
+                )
             raise DataError(
                 f"{self.path}: has neither {SINGLE_NAME} nor {INDEX_NAME}; pickled weights are not read, "
                 "save the model as safetensors"

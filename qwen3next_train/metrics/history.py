@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -141,18 +142,30 @@ def replace_file(path: Path, lines: Iterable[bytes], *, keep_old: bool) -> Path 
         Where the old file is kept, if it is.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; what was written of it is removed then.
     """
     staged = path.with_name(_staged_name(path))
     staged.unlink(missing_ok=True)
-    with os.fdopen(open_file(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as target:
-        target.writelines(lines)
-        target.flush()
-        os.fsync(target.fileno())
-    aside = _second_name(path, "damaged") if keep_old else None
-    staged.rename(path)
+    with _removed_on_failure(staged):
+        with os.fdopen(open_file(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as target:
+            target.writelines(lines)
+            target.flush()
+            os.fsync(target.fileno())
+        aside = _second_name(path, "damaged") if keep_old else None
+        staged.rename(path)
     sync_directory(path.parent)
     return aside
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    """Remove a file that could not be finished: on a full disk it would take the last of the space."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def content(descriptor: int, size: int) -> Iterator[bytes]:
@@ -188,7 +201,8 @@ def _second_name(path: Path, why: str) -> Path:
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            shutil.copyfile(path, aside)
+            with _removed_on_failure(aside):
+                shutil.copyfile(path, aside)
             return aside
         else:
             return aside

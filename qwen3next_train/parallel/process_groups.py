@@ -87,8 +87,13 @@ class ProcessContext:
         )
 
 
-def select_device(name: str, local_rank: int) -> torch.device:
+def select_device(name: str, local_rank: int, *, setting: str = "run.device") -> torch.device:
     """Turn ``run.device`` into this rank's device.
+
+    Args:
+        name: auto, cpu or cuda.
+        local_rank: of this process, on its machine.
+        setting: what gave the name, for messages.
 
     Raises:
         ConfigError: CUDA asked for but not there, or fewer GPUs than local ranks.
@@ -97,10 +102,11 @@ def select_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ConfigError("run.device: cuda is not available on this machine; use --run.device cpu")
+        option = f"--{setting.removeprefix('--')}"
+        raise ConfigError(f"{setting}: cuda is not available on this machine; use {option} cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"run.device: local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}; "
+            f"{setting}: local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}; "
             "start fewer processes per node"
         )
     return torch.device("cuda", local_rank)

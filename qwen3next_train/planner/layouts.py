@@ -30,6 +30,8 @@ _EVEN_EXPERTS = 8  # with fewer of them on a rank, but not all, the allowance fo
 _LEAST_SLICE = 4096  # tokens; shorter slices of rows spend more time on exchanges than other ways to save memory
 _MAX_LAYOUTS = 3
 _FACTORS = (2, 4, 8, 16, 32)
+MOST_TIMES_THE_GPUS = _FACTORS[-1]
+"""How many times the GPUs are tried at most where a layout does not fit."""
 _TENSOR_FACTORS = (1, 2, 4)
 _OF_MICRO_BATCHES = frozenset(
     {
@@ -101,6 +103,15 @@ def layouts_that_fit(
         if found and (layout.offload_optimizer or not found[0].offload_optimizer):
             return tuple(found)
     return tuple(found)
+
+
+def most_gpus_tried(config: Config, layout: Layout) -> int:
+    """The most GPUs that :func:`layouts_that_fit` looks at: :data:`MOST_TIMES_THE_GPUS` as many, or as many of these as
+    the batch of every step divides over.
+    """
+    sizes = (layout.world_size * factor for factor in reversed(_FACTORS))
+    tried = (size for size in sizes if any(_shares(config, replace(layout, world_size=size))))
+    return next(tried, layout.world_size)
 
 
 def fastest_layouts(

@@ -15,7 +15,13 @@ from qwen3next_train.config.batch_size import describe_rampup
 from qwen3next_train.config.schema import Config, RecomputePart
 from qwen3next_train.data.summary import planned_sets, planned_uses, set_lines, use_lines, uses_as_json, warn_of_epochs
 from qwen3next_train.errors import ConfigError, ExitCode
-from qwen3next_train.planner.layouts import MAX_FASTEST, TimedLayout, fits_device
+from qwen3next_train.planner.layouts import (
+    MAX_FASTEST,
+    MOST_TIMES_THE_GPUS,
+    TimedLayout,
+    fits_device,
+    most_gpus_tried,
+)
 from qwen3next_train.planner.plan import TIME_ERROR, Plan, make_plan
 from qwen3next_train.planner.recompute import RecomputeView
 
@@ -336,8 +342,20 @@ def _change_lines(plan: Plan) -> list[str]:
             text += f" (takes {_bytes(host_bytes_per_gpu(plan.config.model, layout))} of host memory for each GPU)"
         lines += _row("" if index else "change to", text)
     if not plan.changes:
-        lines += _row("change", "nothing tried fits, neither 32 times the GPUs nor shorter rows: choose a larger GPU")
+        lines += _row("change", _nothing_fits(plan))
     return lines
+
+
+def _nothing_fits(plan: Plan) -> str:
+    times = most_gpus_tried(plan.config, plan.layout) // plan.layout.world_size
+    tried = f"neither {times} times the GPUs nor shorter rows" if times > 1 else "shorter rows included"
+    if times == MOST_TIMES_THE_GPUS:
+        return f"nothing tried fits, {tried}: choose a larger GPU"
+    batch = plan.config.run.global_batch_size
+    return (
+        f"nothing tried fits, {tried}; run.global_batch_size {batch} does not divide over {2 * times} times the GPUs: "
+        "choose a larger GPU or a larger batch"
+    )
 
 
 def _changed_settings(old: Layout, new: Layout) -> str:

@@ -98,7 +98,7 @@ def evaluate_command(
         raise ConfigError("eval: give either --checkpoint or --hf, the model to evaluate")
     if sequence_length is not None and sequence_length < 1:
         raise ConfigError(f"eval: {sequence_length} tokens a sequence; give at least 1")
-    target = select_device(device, 0)
+    target = select_device(device, 0, setting="--device")
     dtype = DTYPES[precision or ("bf16" if target.type == "cuda" else "fp32")]
     source = SourceConfig(source=data, text_field=text_field)
     # Before every byte of the weights is verified.

@@ -62,7 +62,7 @@ def generate_command(
         DivergedError: the model's logits are not finite.
     """
     labelled = _read_prompts(prompts_file) if prompts_file is not None else _labelled(prompts)
-    target = select_device(device, 0)
+    target = select_device(device, 0, setting="--device")
     # Before every byte of the weights is verified.
     sections = None if checkpoint is None else sections_of_checkpoint(checkpoint)
     if sections is not None:
@@ -132,7 +132,7 @@ def _labelled(prompts: Sequence[str]) -> list[tuple[str, str]]:
 def _read_prompts(path: Path) -> list[tuple[str, str]]:
     """Where each prompt stands, and the prompt."""
     try:
-        content = read_small_file(path, max_bytes=_MAX_PROMPTS_BYTES).decode()
+        content = read_small_file(path, max_bytes=_MAX_PROMPTS_BYTES).decode("utf-8-sig")
     except (DataError, UnicodeDecodeError) as error:
         reason = error if isinstance(error, DataError) else f"{path}: no UTF-8 text"
         raise ConfigError(f"--prompts: {reason}; name a file with a prompt a line") from None

@@ -73,7 +73,8 @@ def test_a_file_of_prompts_is_a_batch(
     prompts = ["x", "a\x0cb\u2028c", "def function(argument, other):"]
     path = tmp_path / ("prompts.jsonl" if as_rows else "prompts.txt")
     lines = [json.dumps({"prompt": prompt, "more": 1}) for prompt in prompts] if as_rows else prompts
-    path.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    # As Windows' editors write it: the mark in front belongs to no prompt.
+    path.write_bytes("".join(f"{line}\r\n" for line in lines).encode("utf-8-sig"))
     words = ("--hf", folder, "--tokenizer", BUILTIN, "--max-new-tokens", 4, "--precision", "fp32")
     together = rows(capsys, *words, "--prompts", path)
     assert [row["prompt"] for row in together] == prompts

@@ -181,6 +181,7 @@ def test_doctor(fake, capsys):
         (["checkpoint", "list", "a", "b"], "unexpected argument 'b'"),
         (["trian"], "unexpected argument 'trian'; did you mean train?"),
         (["--moe-aux-loss-coeff", "1e-3", "0.1"], "unexpected argument '0.1'; an option takes one value, a list as '["),
+        (["train", "plan"], "unexpected argument 'plan'; train is the subcommand already; --help"),
         (["my.yaml"], "unexpected argument 'my.yaml'; name a configuration with --config"),
         (["--config", "a.yaml", "b.yaml"], "unexpected argument 'b.yaml'; name a configuration with --config"),
         ([*TINY, "--gpus", "3"], "--gpus: not an option of train; it belongs to plan"),

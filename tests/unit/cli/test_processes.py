@@ -54,6 +54,7 @@ TWO = "--nproc-per-node 1 --nnodes 2"
         ("--nproc-per-node=", "--nproc-per-node: not a whole number > 0 (got '')"),
         ("--nproc-per-node 1 --nnodes=", "--nnodes: not a whole number > 0 (got '')"),
         (f"{TWO} --node-rank= --rdzv-endpoint a:1", "--node-rank: not a whole number >= 0 (got '')"),
+        ("--nproc-per-node 8.0", "--nproc-per-node: not written as a whole number (got '8.0'); write 8"),
         ("--nproc-per-node 1.5", "--nproc-per-node: not a whole number > 0 (got '1.5')"),
         ("--nproc-per-node 1 --nnodes 0", "--nnodes: not a whole number > 0 (got '0')"),
         ("--nproc-per-node 1 --nnodes 1:2", "--nnodes: not a whole number > 0 (got '1:2')"),

@@ -211,11 +211,23 @@ EXPORT = ["export-hf", "--checkpoint", "a", "--output", "b"]
                 [*EXPORT, "--max-shard-bytes", value],
                 f"--max-shard-bytes: not a whole number > 0 (got '{value}'); give a whole number > 0",
             )
-            for value in ("0", "-1", "5e9", "x")
+            for value in ("0", "-1", "5.5e-1", "x")
+        ),
+        (
+            [*EXPORT, "--max-shard-bytes", "5e9"],
+            "--max-shard-bytes: not written as a whole number (got '5e9'); write 5000000000",
         ),
         (
             [*EVAL, "--run.steps", "3"],
             "--run.steps: not read by eval; leave it out, of the configuration it reads data.sequence_length",
+        ),
+        (
+            [*EVAL, "--data.tokenizer", "x"],
+            "--data.tokenizer: not read by eval; give --tokenizer, of the configuration it reads data.sequence_length",
+        ),
+        (
+            [*GENERATE, "--run.device", "cpu"],
+            "--run.device: not read by generate; give --device, of the configuration it reads run.seed",
         ),
         (
             [*IMPORT, "--hidden-size", "8"],

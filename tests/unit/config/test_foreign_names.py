@@ -6,7 +6,7 @@ from qwen3next_train.cli.arguments import parse_arguments
 from qwen3next_train.cli.commands import OPTIONS
 from qwen3next_train.config import huggingface, megatron
 from qwen3next_train.config.describe import keys
-from qwen3next_train.config.foreign_names import ANSWERS, FAMILIES, KEYS, answer, family_answer, own_key
+from qwen3next_train.config.foreign_names import ANSWERS, FAMILIES, KEYS, UNITS, answer, family_answer, own_key
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.schema import SourceConfig
 from qwen3next_train.errors import ConfigError
@@ -54,6 +54,23 @@ def test_names_of_other_trainers(tmp_path, name, key):
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train_samples", "run.steps, which counts optimizer steps"),
+        ("lr_warmup_fraction", "schedule.warmup_steps, which counts optimizer steps"),
+        ("eval_iters", "eval.rows, which counts rows"),
+        ("distributed_timeout_minutes", "run.peer_timeout_s, which is in seconds"),
+        ("n_shared_experts", "model.shared_expert_intermediate_size, which is a width"),
+    ],
+)
+def test_a_number_of_another_unit_is_not_to_be_copied(name, hint):
+    assert UNITS.keys() <= KEYS.keys()
+    with pytest.raises(ConfigError) as raised:
+        load_config([], [(name, "1")])
+    assert str(raised.value) == f"--{name}: unknown key (got '1'); did you mean {hint}? --help all lists every key"
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("num_train_epochs", "run.steps says how long a run is, in optimizer steps"),
@@ -68,7 +85,8 @@ def test_names_of_other_trainers(tmp_path, name, key):
         ("ckpt_format", "checkpoints have one format"),
         ("exit_duration_in_mins", "SIGTERM or SIGUSR1 saves and stops a run"),
         ("dataloader_type", "run.seed alone says the order"),
-        ("tensorboard_dir", "what is logged stands in metrics.jsonl"),
+        ("tensorboard_dir", "logging.tensorboard true writes event files into RUN/tensorboard"),
+        ("log_throughput", "what is logged stands in metrics.jsonl"),
     ],
 )
 def test_names_that_no_one_key_stands_for(name, text):
@@ -98,7 +116,8 @@ ROUTER, ROPE = "every token goes to its likeliest experts", "Qwen3-Next uses RoP
     [
         ("no-masked-softmax-fusion cross-entropy-fusion-impl moe-router-fusion enable-cuda-graph", FUSED),
         ("overlap-grad-reduce delay-wgrad-compute ddp-bucket-size cp-comm-type moe-enable-deepep nccl-ub", SENT),
-        ("log-progress timing-log-level one-logger-project log-straggler tensorboard-queue-size", LOGGED),
+        ("log-progress timing-log-level one-logger-project log-straggler", LOGGED),
+        ("tensorboard-dir tensorboard-queue-size", "logging.tensorboard true writes event files"),
         ("num-layers-per-virtual-pipeline-stage decoder-first-pipeline-num-layers", PIPELINE),
         ("moe-router-num-groups moe-expert-capacity-factor moe-token-drop-policy moe-input-jitter-eps", ROUTER),
         ("use-rotary-position-embeddings rope-scaling-factor no-position-embedding", ROPE),

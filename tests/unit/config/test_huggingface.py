@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwen3next_train.config.huggingface import model_config_from_hf, model_config_to_hf
+from qwen3next_train.config.huggingface import MTP_KEY, model_config_from_hf, model_config_to_hf
 from qwen3next_train.config.load import load_config
 from qwen3next_train.config.presets import PRESETS, shipped_folder
 from qwen3next_train.config.resolve import with_layer_types
@@ -100,6 +100,14 @@ def test_irregular_pattern_round_trip():
             {"rope_parameters": 4},
             "rope_parameters: not a mapping (got 4); give rope_type default, rope_theta and partial_rotary_factor",
         ),
+        (
+            {"rope_parameters": {"rope_theta": 500000.0}},
+            "rope_parameters: rope_theta 500000.0 contradicts 10000000 given as rope_theta; keep one",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.5}},
+            "rope_parameters: partial_rotary_factor 0.5 contradicts 0.25 given as partial_rotary_factor; keep one",
+        ),
         ({"hidden_size": "big"}, "hidden_size: not a whole number (got 'big'); give a whole number > 0"),
         (
             {"layer_types": ["mamba"] + ["linear_attention"] * 47},
@@ -119,6 +127,11 @@ def test_irregular_pattern_round_trip():
 )
 def test_another_model_is_refused(change, line):
     assert refusal({**PUBLISHED, **change}) == f"config.json: {line}"
+
+
+def test_depths_count_under_their_name_there_only():
+    data = {**PUBLISHED, MTP_KEY: 2, "mtp_num_layers": 7}
+    assert model_config_from_hf(data, "config.json").mtp_num_layers == 2
 
 
 def test_model_type_is_required():

@@ -148,7 +148,10 @@ def test_numbers_on_the_command_line():
 
 
 TYPE_FAULTS = [
-    ("run: {steps: 4.0}", "run.steps: not a whole number (got 4.0); give a whole number > 0"),
+    ("run: {steps: 4.0}", "run.steps: not written as a whole number (got 4.0); write 4"),
+    ("run: {steps: 1e6}", "run.steps: not written as a whole number (got 1000000.0); write 1000000"),
+    ("run: {steps: 4.5}", "run.steps: not a whole number (got 4.5); give a whole number > 0"),
+    ("run: {steps: 1e300}", "run.steps: not a whole number (got 1e+300); give a whole number > 0"),
     ("run: {steps: true}", "run.steps: not a whole number (got true); give a whole number > 0"),
     ("run: {steps: '4'}", "run.steps: not a whole number (got '4'); give a whole number > 0"),
     ("run: {steps: 0}", "run.steps: too small (got 0); give a whole number > 0"),

@@ -57,8 +57,27 @@ def test_nan_is_a_number_so_that_the_schema_can_refuse_it():
 def test_command_line_lists_and_quotes():
     assert parse_scalar("[a, 1, 1e-3]", "--x") == ["a", 1, 0.001]
     assert parse_scalar("'1'", "--x") == "1"
-    with pytest.raises(ConfigError, match=r"^--x: line 1: not YAML"):
-        parse_scalar("[a", "--x")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[a",
+            "--x: not YAML: expected ',' or ']', but got '<stream end>' (got '[a'); check brackets and quotes; a name ",
+        ),
+        ("[1]/a.jsonl", "--x: not YAML: expected '<document start>', but found '<scalar>' (got '[1]/a.jsonl'); check "),
+        ("{a: *b}", "--x: aliases (*name) are not supported (got '{a: *b}'); write the value out"),
+        (f"[{'a' * 100}", f"--x: not YAML: expected ',' or ']', but got '<stream end>' (got '[{'a' * 59}'...); check"),
+        ('["\x01"]', """--x: not YAML: unacceptable character #x0001: special characters are not allowed in"""),
+    ],
+)
+def test_a_wrong_word_of_the_command_line_is_shown_and_has_no_line(text, line):
+    with pytest.raises(ConfigError) as error:
+        parse_scalar(text, "--x")
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+    assert "indentation" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,24 @@ def test_token_store_by_prefix_or_either_file(tmp_path: Path, suffix: str) -> No
     assert found == StoreSource(str(tmp_path / f"corpus_text_document{suffix}"), tmp_path / "corpus_text_document")
 
 
+def test_a_store_beside_text_is_no_text_and_counts_as_no_dataset(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "readme.md", "s.bin", "s.idx", "s.hashes", "s.meta.json")
+    found = find(tmp_path)
+    assert isinstance(found, FileSource)
+    assert names(found) == ["a.md", "readme.md"]
+    assert {group.reason for group in found.passed_over} == {"token stores", ".bin", ".idx", ".hashes"}
+    # Without an index it is somebody else's file.
+    (tmp_path / "s.idx").unlink()
+    assert "s.meta.json" in names(find(tmp_path))
+
+
+def test_a_folder_of_stores_alone_says_how_to_name_one(tmp_path: Path) -> None:
+    write(tmp_path, "s.bin", "s.idx", "s.meta.json")
+    with pytest.raises(DataError) as error:
+        find(tmp_path)
+    assert str(error.value).endswith(f"; name a token store by what its files share, such as {tmp_path}/s")
+
+
 def test_missing_things_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "fifo")

@@ -153,7 +153,17 @@ class TestFaults:
 
     def test_no_safetensors(self, folder: Path) -> None:
         (folder / INDEX).unlink()
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
         self.refused(folder, "pickled weights are not read")
+
+    def test_shards_without_their_index(self, folder: Path) -> None:
+        (folder / INDEX).unlink()
+        self.refused(
+            folder,
+            r"has model-00001-of-00003\.safetensors but neither model\.safetensors nor model\.safetensors\.index\.json"
+            ", which says what is in which file; fetch it again$",
+        )
 
     def test_two_sets_of_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"")

@@ -1,12 +1,14 @@
 """What an attempt finds in ``metrics.jsonl``: kept, cut, said to be lost, or kept aside."""
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qwen3next_train.errors import DataError
-from qwen3next_train.metrics.history import cut_rows, keep_aside, last_step, read_rows
+from qwen3next_train.metrics.history import cut_rows, keep_aside, last_step, read_rows, replace_file
 
 
 def rows(*steps: int) -> bytes:
@@ -128,6 +130,35 @@ def test_what_a_killed_cut_left_is_removed(path):
     path.write_bytes(rows(1))
     path.with_name(".m.jsonl.tmp").write_bytes(b"half")
     cut_rows(path, 1)
+    assert beside(path) == ["m.jsonl"]
+
+
+def full_disk(written: bytes) -> Iterator[bytes]:
+    yield written
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new_one(path):
+    path.write_bytes(rows(1))
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, full_disk(rows(1)), keep_old=False)
+    assert path.read_bytes() == rows(1)
+    assert beside(path) == ["m.jsonl"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_copy(path, monkeypatch):
+    def copy_a_half(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*names: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("shutil.copyfile", copy_a_half)
+    path.write_bytes(rows(1, 2))
+    with pytest.raises(OSError, match="No space left"):
+        keep_aside(path, 1)
     assert beside(path) == ["m.jsonl"]
 
 

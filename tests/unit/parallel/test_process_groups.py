@@ -27,8 +27,12 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatc
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"run\.device: cuda is not available"):
+    with pytest.raises(
+        ConfigError, match=r"^run\.device: cuda is not available on this machine; use --run\.device cpu$"
+    ):
         select_device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"^--device: cuda is not available on this machine; use --device cpu$"):
+        select_device("cuda", 0, setting="--device")
 
 
 def test_more_local_ranks_than_gpus_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

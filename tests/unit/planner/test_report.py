@@ -190,6 +190,27 @@ def test_layouts_that_only_fit_offloaded_are_not_called_fast() -> None:
     assert "\nfastest      no layout fits 8 h100 without an offloaded optimizer" in text
 
 
+@pytest.mark.parametrize(
+    ("gpus", "batch", "text"),
+    [
+        (
+            7,
+            7,
+            "shorter rows included; run.global_batch_size 7 does not divide over 2 times the GPUs: choose",
+        ),
+        (
+            6,
+            12,
+            "neither 2 times the GPUs nor shorter rows; run.global_batch_size 12 does not divide over 4 times the GPUs",
+        ),
+        (1, 64, "neither 32 times the GPUs nor shorter rows: choose a larger GPU"),
+    ],
+)
+def test_where_nothing_fits_it_says_how_many_gpus_the_batch_allowed(gpus: int, batch: int, text: str) -> None:
+    config = config_80b(expert_parallel_size=1, global_batch_size=batch)
+    assert f"\nchange       nothing tried fits, {text}" in format_plan(planned(config, gpus=gpus, gpu="l4"))
+
+
 def test_other_stages_are_compared_in_the_same_layout() -> None:
     """By how much, in words, from the times of the plan."""
     plan = planned(config_80b(global_batch_size=1024), gpus=64, gpu="h200")
