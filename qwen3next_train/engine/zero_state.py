@@ -102,7 +102,9 @@ class ZeroState(ABC):
                     target = source.narrow(0, first + at, runs.numel).view(runs.count, runs.length)
                     # Of runs with gaps what lies between them is read too: other ranks' heads.
                     whole = read(piece.name, kind, runs.start, runs.stop)
-                    target.copy_(replace(runs, start=0).of(whole))
+                    values = replace(runs, start=0).of(whole)
+                    # To another dtype the source's device converts: not the host, which has one core for it.
+                    target.copy_(values if values.dtype == target.dtype else values.to(target.device))
             self._publish_masters()
 
     def _runs(self, piece: _Piece) -> Iterator[tuple[int, Runs]]:
