@@ -157,7 +157,10 @@ def _train_tokenizer(args: Arguments) -> int:
 def _slurm_script(args: Arguments) -> int:
     nodes = number_of(args, "--nodes", whole=True, limits=(1, MAX_PROCESSES))
     gpus = number_of(args, "--gpus-per-node", whole=True, limits=(1, MAX_PROCESSES))
-    load(args)
+    loaded = load(args)
+    # What sbatch is given may still change a layout that is not written here.
+    if nodes is not None and gpus is not None and (args.overrides or "--config" in args.options):
+        loaded.check_world(int(nodes * gpus))
     from qwen3next_train.cli.slurm_script import slurm_script, train_arguments
 
     output = path_of(args, "--output")

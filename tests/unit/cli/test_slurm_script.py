@@ -41,6 +41,19 @@ def test_values_are_filled_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     subprocess.run(["bash", "-n", str(output)], check=True)
 
 
+def test_a_layout_that_the_job_cannot_have_is_refused_before_it_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "job.sbatch"
+    job = ["slurm-script", "--output", str(output), "--config", "qwen3next_80b.yaml", "--nodes", "3"]
+    assert main([*job, "--gpus-per-node", "8"]) == 2
+    message = capsys.readouterr().err
+    assert "parallel.expert_parallel_size: 16 does not divide the world size 24" in message
+    assert not output.exists()
+    # How many processes there will be is sbatch's to say.
+    assert main(job) == 0
+
+
 def test_filled_in_arguments_come_before_those_of_sbatch(tmp_path: Path) -> None:
     """The batch file itself, on a node where Slurm's commands and the program print what they are given."""
     job, programs = tmp_path / "job.sbatch", tmp_path / "bin"
