@@ -28,10 +28,13 @@ def num_threads(num_bytes: int) -> int:
     return min(MAX_THREADS, max(1, num_bytes // MIN_BYTES))
 
 
-def by_threads(function: Callable[[T], S], items: Sequence[T], threads: int) -> Iterator[S]:
+def by_threads(
+    function: Callable[[T], S], items: Sequence[T], threads: int, *, enough: threading.Event | None = None
+) -> Iterator[S]:
     """``function`` of each item, in order, as ``map``: an exception is raised at the item that it is of.
 
-    Where the system gives fewer threads, those do the work, and without any, the caller's.
+    Where the system gives fewer threads, those do the work, and without any, the caller's. What has begun is waited
+    for; ``enough`` is set when nobody wants its result, so that a long ``function`` can return before its end.
     """
     futures: list[Future[S]] = [Future() for _ in items]
     waiting = deque(zip(items, futures, strict=True))
@@ -53,6 +56,8 @@ def by_threads(function: Callable[[T], S], items: Sequence[T], threads: int) -> 
     finally:
         # Whoever has heard enough does not wait for what has not begun.
         waiting.clear()
+        if enough is not None:
+            enough.set()
         for thread in started:
             thread.join()
 

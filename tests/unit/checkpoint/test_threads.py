@@ -80,3 +80,27 @@ def test_threads_have_ended_when_nobody_listens_any_more() -> None:
     next(results)
     del results
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_work_that_goes_on_is_told_when_nobody_wants_it(is_heard: bool) -> None:
+    enough = threading.Event()
+    told: list[bool] = []
+    running = threading.Event()
+
+    def run(item: int) -> None:
+        if item == 0:
+            assert running.wait(20)
+            assert is_heard
+        else:
+            running.set()
+            told.append(enough.wait(20))
+
+    results = by_threads(run, range(2), 2, enough=enough)
+    if is_heard:
+        next(results)
+        del results
+    else:
+        with pytest.raises(AssertionError):
+            next(results)
+    assert told == [True]
