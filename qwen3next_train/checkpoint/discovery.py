@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def verify(
         manifest = _read_manifest(fs, path, checkpoint.step)
         share = manifest.files[rank::world_size]
         threads = num_threads(sum(file.size for file in share)) if hashes else 1
-        reasons = by_threads(lambda file: _file_error(fs, path, file, hashes=hashes), share, threads)
+        enough = threading.Event()
+        reasons = by_threads(
+            lambda file: _file_error(fs, path, file, hashes=hashes, enough=enough), share, threads, enough=enough
+        )
         for file, reason in zip(share, reasons, strict=True):
             if reason:
                 return VerifyResult(f"{file.name} {reason}", manifest)
@@ -100,13 +104,13 @@ def _read_manifest(fs: Filesystem, path: Path, step: int) -> Manifest:
     return parse_manifest(raw, step=step)
 
 
-def _file_error(fs: Filesystem, path: Path, file: FileEntry, *, hashes: bool) -> str | None:
+def _file_error(fs: Filesystem, path: Path, file: FileEntry, *, hashes: bool, enough: threading.Event) -> str | None:
     try:
         size = regular_file_size(fs, path / file.name)
     except UnusableFileError as error:
         return str(error)
     if size != file.size:
         return f"has {size} bytes instead of {file.size}"
-    if hashes and hash_file(fs, path / file.name) != file.xxh3_128:
+    if hashes and hash_file(fs, path / file.name, enough) != file.xxh3_128:
         return "does not match its hash"
     return None

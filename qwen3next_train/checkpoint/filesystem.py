@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,10 +239,12 @@ def is_unreadable(error: OSError) -> bool:
     return error.errno not in NO_SUCH_FILE
 
 
-def hash_file(fs: Filesystem, path: Path) -> str:
-    """xxh3-128 of a file's content as 32 hexadecimal digits."""
+def hash_file(fs: Filesystem, path: Path, enough: threading.Event | None = None) -> str:
+    """xxh3-128 of a file's content as 32 hexadecimal digits; of its beginning once ``enough`` is set."""
     digest = xxhash.xxh3_128()
     for chunk in read_chunks(fs, path):
+        if enough is not None and enough.is_set():
+            break
         digest.update(chunk)
     return digest.hexdigest()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qwen3next_train.checkpoint.filesystem import LocalFilesystem
 from qwen3next_train.checkpoint.manifest import config_hash
 from qwen3next_train.errors import CheckpointError, ExitCode
 from tests.unit.checkpoint.support import (
@@ -122,6 +123,31 @@ def test_threads_do_not_read_on_behind_a_damaged_file(checkpoints: Path, monkeyp
     # As with one thread: what is behind it need not be readable.
     unreadable = failing("read", FILES[2], errno.EIO)
     assert_holds(manager(checkpoints, filesystem=unreadable).find_latest(), 1)
+
+
+def test_a_long_file_is_not_read_to_its_end_beside_a_damaged_one(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3next_train.checkpoint.threads.MIN_BYTES", 1)
+    _zero_page(checkpoints / "step_00000002" / FILES[1])
+    paths: dict[int, Path] = {}
+    num_reads = 0
+
+    class LongFile(LocalFilesystem):
+        def open(self, path: Path) -> int:
+            descriptor = super().open(path)
+            paths[descriptor] = path
+            return descriptor
+
+        def read(self, descriptor: int, num_bytes: int) -> bytes:
+            nonlocal num_reads
+            if paths[descriptor] != checkpoints / "step_00000002" / FILES[2]:
+                return super().read(descriptor, num_bytes)
+            num_reads += 1
+            return b"x" if num_reads < 2_000_000 else b""
+
+    assert_holds(manager(checkpoints, filesystem=LongFile()).find_latest(), 1)
+    assert num_reads < 2_000_000
 
 
 def test_every_one_of_200_flipped_bits_is_detected(checkpoints: Path) -> None:

@@ -47,3 +47,60 @@ def test_one_thread_begins_nothing_that_is_not_asked_for() -> None:
     results = by_threads(begun.append, range(100), 1)
     next(results)
     assert begun == [0]
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_what_the_system_gives_no_thread_for_is_done_by_others(monkeypatch: pytest.MonkeyPatch, given: int) -> None:
+    start = threading.Thread.start
+    asked: list[str] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        asked.append(thread.name)
+        if len(asked) > given:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    begun: list[int] = []
+
+    def square(item: int) -> int:
+        begun.append(item)
+        return item * item
+
+    assert list(by_threads(square, range(9), 4)) == [item * item for item in range(9)]
+    # Each once: a file cannot be created twice.
+    assert sorted(begun) == list(range(9))
+    assert len(asked) == given + 1
+
+
+def test_threads_have_ended_when_nobody_listens_any_more() -> None:
+    before = threading.active_count()
+    begun: list[int] = []
+    results = by_threads(begun.append, range(1000), 2)
+    next(results)
+    del results
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_work_that_goes_on_is_told_when_nobody_wants_it(is_heard: bool) -> None:
+    enough = threading.Event()
+    told: list[bool] = []
+    running = threading.Event()
+
+    def run(item: int) -> None:
+        if item == 0:
+            assert running.wait(20)
+            assert is_heard
+        else:
+            running.set()
+            told.append(enough.wait(20))
+
+    results = by_threads(run, range(2), 2, enough=enough)
+    if is_heard:
+        next(results)
+        del results
+    else:
+        with pytest.raises(AssertionError):
+            next(results)
+    assert told == [True]
