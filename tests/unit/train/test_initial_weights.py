@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,9 @@ def test_ranks_share_the_verification(tmp_path: Path, monkeypatch: pytest.Monkey
     save_run(tmp_path, tiny_model())
     hashed: list[str] = []
 
-    def hash_file(fs: Filesystem, path: Path) -> str:
+    def hash_file(fs: Filesystem, path: Path, enough: threading.Event) -> str:
         hashed.append(path.name)
-        return filesystem.hash_file(fs, path)
+        return filesystem.hash_file(fs, path, enough)
 
     monkeypatch.setattr(discovery, "hash_file", hash_file)
     for path in (tmp_path, tmp_path / "checkpoints" / "step_00000003"):
