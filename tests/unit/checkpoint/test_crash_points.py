@@ -68,7 +68,7 @@ def files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-WITH_OLDER = [("older step", 1), ("same step", 1), ("same step", 3)]
+WITH_OLDER = [("older step", 1), ("same step", 1), pytest.param("same step", 3, marks=pytest.mark.slow)]
 SCENARIOS = [("first save", 1), *WITH_OLDER, ("after a cut publication", 1)]
 
 
