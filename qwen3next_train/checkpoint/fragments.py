@@ -28,7 +28,7 @@ from qwen3next_train.checkpoint.tensor_file import (
     tensor_file_bytes,
     write_tensor_file,
 )
-from qwen3next_train.checkpoint.threads import MAX_THREADS, by_threads, num_threads
+from qwen3next_train.checkpoint.threads import by_threads, num_threads
 from qwen3next_train.engine.base import FRAGMENT_KINDS, Fragment, FragmentKind
 from qwen3next_train.errors import CheckpointError, DivergedError, StorageError
 from qwen3next_train.exhaustion import system_reason
@@ -188,7 +188,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def _is_finite_by_threads(tensor: torch.Tensor) -> bool:
     """:func:`is_finite`; several threads also read what is mapped from a file side by side."""
-    threads = min(MAX_THREADS, max(1, tensor.nbytes // _MIN_FINITE_BYTES))
+    threads = num_threads(tensor.nbytes, least=_MIN_FINITE_BYTES)
     return all(by_threads(is_finite, tensor.tensor_split(threads), threads))
 
 

@@ -23,9 +23,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def num_threads(num_bytes: int) -> int:
-    """For so much work."""
-    return min(MAX_THREADS, max(1, num_bytes // MIN_BYTES))
+def num_threads(num_bytes: int, *, least: int | None = None) -> int:
+    """For so much work, of which ``least`` bytes are worth a thread (default :data:`MIN_BYTES`)."""
+    return min(MAX_THREADS, max(1, num_bytes // (least or MIN_BYTES)))
 
 
 def by_threads(

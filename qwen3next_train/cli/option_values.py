@@ -10,7 +10,7 @@ from typing import TypeVar
 from qwen3next_train.cli.arguments import Arguments
 from qwen3next_train.cli.processes import world_size
 from qwen3next_train.config.bounds import path_argument
-from qwen3next_train.config.error_lines import in_digits, show, show_name
+from qwen3next_train.config.error_lines import check_in_digits, show, show_name
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
 
@@ -86,8 +86,8 @@ def number_of(
     is_number = type(value) is int or (type(value) is float and not whole)
     if or_zero and is_number and value == 0:
         return 0.0
-    if whole and (digits := in_digits(value)):
-        raise ConfigError(f"{show_name(name)}: not written as a whole number (got {show(text)}); write {digits}")
+    if whole:
+        check_in_digits(show_name(name), value, text)
     # The comparison also rejects a value that is not a number at all (.nan).
     if not is_number or not 0 < float(value or 0) <= at_most or math.isinf(float(value or 0)):
         raise ConfigError(f"{show_name(name)}: not a {wanted} (got {show(text)}); give a {wanted}")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from qwen3next_train.cli.arguments import Arguments, Option
-from qwen3next_train.config.error_lines import in_digits, show
+from qwen3next_train.config.error_lines import check_in_digits, show
 from qwen3next_train.config.strict_yaml import plain_value
 from qwen3next_train.errors import ConfigError
 from qwen3next_train.launcher import LARGEST_PORT, MAX_PROCESSES, RANK_VARIABLES, LaunchedProcess
@@ -96,8 +96,7 @@ def _whole_number(args: Arguments, option: Option, *, default: str, at_least: in
     text = args.last(option.name)
     text = default if text is None else text
     count = plain_value(text)
-    if digits := in_digits(count):
-        raise ConfigError(f"{option.name}: not written as a whole number (got {show(text)}); write {digits}")
+    check_in_digits(option.name, count, text)
     if type(count) is not int or not at_least <= count <= at_most:
         bound = f">= {at_least}" if at_least != 1 else "> 0"
         if type(count) is int and count > at_most:

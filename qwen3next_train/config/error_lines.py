@@ -143,6 +143,21 @@ def in_digits(value: object) -> str:
     return ""
 
 
+def check_in_digits(label: str, value: object, text: str) -> None:
+    """Refuse an option's whole number that was written as a fraction.
+
+    Args:
+        label: of the option.
+        value: what its text was read as.
+        text: as it was given.
+
+    Raises:
+        ConfigError: it was; the line says how to write it.
+    """
+    if digits := in_digits(value):
+        raise ConfigError(f"{label}: not written as a whole number (got {show(text)}); write {digits}")
+
+
 def json_problem(error: Exception) -> str:
     """Why ``json`` could not read something, in one line: its ``ValueError`` or ``RecursionError``."""
     if isinstance(error, RecursionError):

@@ -123,8 +123,9 @@ def _write_checkpoint(
         except DivergedError as error:
             raise DataError(f"{match.folder.path / origin}: {error}") from error
         rank = files[-1].rank + 1 if files else 0
-        files.extend(write_rank_files(fs, directory / staging, share, rank=rank, parameters=match.parameters))
-        return share.num_bytes
+        written = write_rank_files(fs, directory / staging, share, rank=rank, parameters=match.parameters)
+        files.extend(written)
+        return sum(file.size for file in written)
 
     shards = match.folder.shards
     for number, shard in enumerate(shards, start=1):
